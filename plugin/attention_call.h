@@ -1,0 +1,120 @@
+// The one description of an attention problem that travels from the XLA FFI handlers to a Device.
+//
+// Letters, everywhere: B batch, T query length, S key length, N query heads, K kv heads, H head
+// dim, V value head dim. Query head n reads kv head n / (N / K).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace jax_gluon {
+
+enum class DType : uint8_t { kF32, kBF16, kF16, kS8 };
+
+constexpr size_t size_of(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kS8 ? 1 : 2;
+}
+
+// A read-only operand of logical shape [batch, d1, d2, d3], every stride in elements, 0 on a
+// broadcast axis. `batch_offset[b]` is where flat batch index b starts: leading axes that vmap adds
+// fold into the batch, and an operand that was not mapped has repeated offsets.
+struct Operand {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  std::vector<int64_t> batch_offset;
+  int64_t stride[3] = {0, 0, 0};
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A dense output, row-major over [batch, d1, d2, d3]; never broadcast.
+struct Result {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct AttentionCall {
+  // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.
+  int64_t B = 0, T = 0, S = 0, N = 0, K = 0, H = 0, V = 0;
+
+  // logits = soft_cap(scale * q k^T + bias); soft_cap(x) = c tanh(x / c), 0 means none.
+  float scale = 1.0f;
+  float soft_cap = 0.0f;
+  // Key j is visible to query i where j <= i (top-left alignment, T and S may differ).
+  bool causal = false;
+  // Key j is visible to query i where i - window_left <= j <= i + window_right; -1: no limit.
+  int64_t window_left = -1, window_right = -1;
+
+  Operand query;  // [B, T, N, H], strides T, N, H
+  Operand key;    // [B, S, K, H], strides S, K, H
+  Operand value;  // [B, S, K, V], strides S, K, V
+
+  // Set together, when query, key and value are int8 codes (DType::kS8), all float32:
+  // x = code * scale of its row; key_mean is added to the dequantized key.
+  Operand query_scale;  // [B, T, N], strides T, N
+  Operand key_scale;    // [B, S, K], strides S, K
+  Operand value_scale;  // [B, S, K], strides S, K
+  Operand key_mean;     // [B, K, H], strides K, H
+
+  Operand bias;                            // optional, float, [B, N, T, S], strides N, T, S
+  const uint8_t* mask = nullptr;           // optional, 1: visible, [B, N, T, S]
+  std::vector<int64_t> mask_batch_offset;  // as Operand::batch_offset
+  int64_t mask_stride[3] = {0, 0, 0};      // strides N, T, S
+  // Optional; entry b at seq_lengths[offset[b]]. Values outside [0, T] or [0, S] are clamped.
+  const int32_t* query_seq_lengths = nullptr;
+  std::vector<int64_t> query_seq_lengths_offset;
+  const int32_t* key_value_seq_lengths = nullptr;
+  std::vector<int64_t> key_value_seq_lengths_offset;
+
+  bool quantized() const { return key.dtype == DType::kS8; }
+};
+
+// A row's log-sum-exp is kept in base 2 as float32. A row that sees no key stores this finite value
+// (infinity would trip jax_debug_infs); the Python side turns it into -inf.
+constexpr float kEmptyRowLogSumExp = -3.0e38f;
+
+struct AttentionForwardCall : AttentionCall {
+  Result out;          // [B, T, N, V], float
+  Result log_sum_exp;  // [B, T, N], float32, base 2
+};
+
+struct AttentionBackwardCall : AttentionCall {
+  Operand out;            // [B, T, N, V], strides T, N, V
+  Operand log_sum_exp;    // [B, T, N], strides T, N: as the forward call wrote it
+  Operand d_out;          // [B, T, N, V]
+  Operand d_log_sum_exp;  // optional, float32, [B, T, N]: cotangent of the natural-log value
+
+  Result d_query;  // [B, T, N, H], float
+  Result d_key;    // [B, S, K, H], float
+  Result d_value;  // [B, S, K, V], float
+};
+
+// The gradient of the bias alone: a call of its own, so that XLA drops it when nobody asks.
+struct AttentionBackwardBiasCall : AttentionCall {
+  Operand out, log_sum_exp, d_out, d_log_sum_exp;  // as in AttentionBackwardCall
+  // Shape [L, b, n, t, s], float: L is the product of the vmap axes, b is 1 or the real batch, n is
+  // 1 or N, t is 1 or T, s is 1 or S; an axis of extent 1 is summed over.
+  Result d_bias;
+  int64_t L = 1;  // B == L * real batch
+  int64_t b = 1, n = 1, t = 1, s = 1;
+};
+
+// INT8 codes with one float32 scale per row: code = round_half_even((x - mean) / scale),
+// scale = max|x - mean| / 127, code in [-127, 127].
+struct QuantizeCall {
+  int64_t B = 0, S = 0, K = 0, H = 0;
+  Operand x;            // [B, S, K, H], float
+  bool center = false;  // subtract the mean over the first lengths[b] tokens (finite values only)
+  const int32_t* lengths = nullptr;  // optional
+  std::vector<int64_t> lengths_offset;
+
+  Result data;   // [B, S, K, H], int8
+  Result scale;  // [B, S, K], float32
+  Result mean;   // [B, K, H], float32; only if center
+};
+
+}  // namespace jax_gluon

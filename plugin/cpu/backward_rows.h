@@ -1,0 +1,108 @@
+// What both backward kernels need of the operands: float32 rows, dequantized and safe to multiply.
+#pragma once
+
+#include <cmath>
+
+#include "../device.h"
+#include "logits.h"
+#include "pack.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// The operands of a backward call as float32 rows. Centred keys stay centred: what the mean adds to
+// a row's logits is one number, kept beside the log-sum-exp.
+template <class Isa, class Call>
+class BackwardRows {
+ public:
+  explicit BackwardRows(const Call& call) : call_(call) {}
+
+  void key(int64_t b, int64_t j, int64_t k, float* out) const {
+    load(call_.key, call_.key_scale, b, j, k, call_.H, out);
+  }
+  void value(int64_t b, int64_t j, int64_t k, float* out) const {
+    load(call_.value, call_.value_scale, b, j, k, call_.V, out);
+  }
+  void query(int64_t b, int64_t i, int64_t n, float* out) const {
+    load(call_.query, call_.query_scale, b, i, n, call_.H, out);
+  }
+  void d_out(int64_t b, int64_t i, int64_t n, float* out) const {
+    load_row<Isa>(row_of(call_.d_out, b, i, n), call_.d_out.dtype, call_.V, out);
+  }
+
+  const float* key_mean(int64_t b, int64_t k) const {
+    if (!call_.quantized()) return nullptr;
+    return static_cast<const float*>(call_.key_mean.data) +
+           call_.key_mean.batch_offset[static_cast<size_t>(b)] + k * call_.key_mean.stride[0];
+  }
+
+  struct Statistics {
+    bool empty = true;
+    float log_sum_exp = 0.0f;  // base 2, of the logits that the kernels recompute
+    float delta = 0.0f;        // dS = P * (dP - delta)
+    float centre = 0.0f;       // added to every logit before the soft cap
+  };
+
+  // `query` and `d_out` hold row (b, i, n); `row` is scratch of V floats.
+  Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query, const float* d_out,
+                        float* row) const {
+    Statistics s;
+    s.log_sum_exp = scalar_of(call_.log_sum_exp, b, i, n);
+    s.empty = s.log_sum_exp == kEmptyRowLogSumExp;
+    if (s.empty) return s;
+    load_row<Isa>(row_of(call_.out, b, i, n), call_.out.dtype, call_.V, row);
+    s.delta = dot<Isa>(d_out, row, call_.V);
+    if (call_.d_log_sum_exp) s.delta -= scalar_of(call_.d_log_sum_exp, b, i, n);
+    if (const float* mean = key_mean(b, n / (call_.N / call_.K))) {
+      const float centre = call_.scale * kLog2E * dot<Isa>(query, mean, call_.H);
+      if (call_.soft_cap != 0.0f) {
+        s.centre = centre;
+      } else {
+        s.log_sum_exp -= centre;
+      }
+    }
+    return s;
+  }
+
+ private:
+  static void load(const Operand& x, const Operand& scale, int64_t b, int64_t i, int64_t n,
+                   int64_t width, float* out) {
+    load_row<Isa>(row_of(x, b, i, n), x.dtype, width, out);
+    if (scale) scale_row<Isa>(out, width, scalar_of(scale, b, i, n));
+  }
+
+  const Call& call_;
+};
+
+// Recomputes one tile of P and dS for rows that stand in `scores` (scaled products, base 2) and
+// `d_probability` (dO V^T), both row-major: P replaces the first, dS the second.
+template <class Isa, class Rules, class Statistics>
+float softmax_backward_row(const Rules& rules, const Statistics& statistics, int64_t i,
+                           int64_t key0, int64_t begin, int64_t end, Range visible, float soft_cap,
+                           float* scores, float* d_probability, float* cap_slope) {
+  constexpr int64_t W = Isa::kLanes;
+  if (statistics.centre != 0.0f) {
+    for (int64_t j = begin; j < end; j += W) {
+      Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(statistics.centre)));
+    }
+  }
+  if (rules.any() || visible.begin > key0 + begin || visible.end < key0 + end) {
+    rules.apply(scores, i, key0, begin, end, visible, cap_slope);
+  }
+  const auto log_sum_exp = Isa::set1(statistics.log_sum_exp);
+  const auto delta = Isa::set1(statistics.delta);
+  auto sum = Isa::zero();
+  for (int64_t j = begin; j < end; j += W) {
+    const auto p = Isa::template exp2<5>(Isa::sub(Isa::load(scores + j), log_sum_exp));
+    // Hidden keys have P = 0 exactly; their dP may be NaN.
+    auto ds = Isa::where_nonzero(p, Isa::mul(p, Isa::sub(Isa::load(d_probability + j), delta)));
+    if (soft_cap != 0.0f) ds = Isa::mul(ds, Isa::load(cap_slope + j));
+    sum = Isa::add(sum, ds);
+    Isa::store(scores + j, p);
+    Isa::store(d_probability + j, ds);
+  }
+  return Isa::reduce_add(sum);
+}
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,150 @@
+// Eight float32 lanes: AVX2, FMA, F16C. The interface that every simd_*.h gives the kernels.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace jax_gluon::cpu {
+namespace {
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  // Register tile: 6 rows x 2 vectors = 12 accumulators, 2 operands, 1 broadcast of 16 registers.
+  static constexpr int kTileRows = 6, kTileVectors = 2;
+  // Without VNNI, vpmaddwd on 16-bit pairs: exact for 8-bit codes, where vpmaddubsw would saturate,
+  // and no slower (both need one multiply per 16 products). 0: no bfloat16 dot product.
+  static constexpr int kInt8Group = 2;
+  static constexpr bool kHasBf16Dot = false;
+
+  using F = __m256;
+  using I = __m256i;
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static I load_i32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_i32(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  static I set1_i32(int32_t x) { return _mm256_set1_epi32(x); }
+
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // b where either is NaN.
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F abs(F x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+  static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static I to_int(F x) { return _mm256_cvtps_epi32(x); }
+
+  // a < b ? x : y, false where a or b is NaN.
+  static F where_less(F a, F b, F x, F y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
+  // p != 0 ? x : 0, true where p is NaN.
+  static F where_nonzero(F p, F x) {
+    return _mm256_and_ps(x, _mm256_cmp_ps(p, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+  }
+  // visible[lane] ? x : y
+  static F where_visible(const uint8_t* visible, F x, F y) {
+    const __m256i wide =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(visible)));
+    return _mm256_blendv_ps(y, x,
+                            _mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256())));
+  }
+  // begin <= lane < end ? x : y
+  static F where_between(int begin, int end, F x, F y) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i in = _mm256_and_si256(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(begin - 1)),
+                                        _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(in));
+  }
+
+  static float reduce_add(F x) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+  }
+  static float reduce_max(F x) {
+    __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+  }
+
+  // 2^x for x <= 127; exactly 0 below 2^-126, NaN for NaN. Minimax polynomials in the fraction;
+  // adding 1.5 * 2^23 rounds x to an integer, and the 127 beside it leaves that integer in the low
+  // bits as a biased exponent.
+  template <int kDegree>
+  static F exp2(F x) {
+    const F magic = _mm256_set1_ps(12582912.0f + 127.0f);
+    const F shifted = _mm256_add_ps(x, magic);
+    const F f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
+    F p;
+    if constexpr (kDegree == 5) {
+      p = _mm256_fmadd_ps(f, _mm256_set1_ps(0.00132764721f), _mm256_set1_ps(0.0096755414f));
+      p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(0.0555071327f));
+      p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(0.240221197f));
+      p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(0.693146967f));
+      p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(1.00000007f));
+    } else {
+      static_assert(kDegree == 3, "degree 5 (7.5e-8) or 3 (7.5e-5)");
+      p = _mm256_fmadd_ps(f, _mm256_set1_ps(0.0551716696f), _mm256_set1_ps(0.242611126f));
+      p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(0.693260986f));
+      p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(0.999928073f));
+    }
+    const F power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+    const F tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+    return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, power));
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m256i wide =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static F load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F load_s8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store_f16(uint16_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Lanes to int8, values already within [-127, 127].
+  static void store_s8(int8_t* p, I x) {
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
+  // acc += codes . codes: 2 products of 16-bit numbers a lane, exact. One statement, so that a
+  // tile's 12 accumulators, 2 operands, broadcast and product fill the 16 registers and none is
+  // spilled.
+  static I dot(I acc, I a, I b) {
+#if defined(__GNUC__)
+    I product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(acc), "=&x"(product)
+            : "x"(a), "x"(b));
+    return acc;
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+#endif
+  }
+  static I dot_keys(I acc, I key, I query) { return dot(acc, key, query); }
+  static I dot_values(I acc, I value, I probability) { return dot(acc, value, probability); }
+  // 2 * kLanes integers in [0, 255], rounded, as 16-bit numbers in key order.
+  static void store_probabilities(void* p, const F* x) {
+    const __m256i packed = _mm256_packus_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

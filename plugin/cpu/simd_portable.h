@@ -1,0 +1,169 @@
+// Eight float32 lanes as plain arrays, for any compiler and any processor; the loops are written
+// for auto-vectorization. The meaning of each operation is documented in simd_avx2.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+struct Portable {
+  static constexpr int kLanes = 8;
+  // 4 rows x 1 vector = 8 accumulators of four lanes, within the 16 registers of SSE2.
+  static constexpr int kTileRows = 4, kTileVectors = 1;
+  static constexpr int kInt8Group = 4;
+  static constexpr bool kHasBf16Dot = false;
+
+  struct F {
+    float v[kLanes];
+  };
+  struct I {
+    int32_t v[kLanes];
+  };
+
+  template <class Out, class Fn>
+  static Out map(Fn fn) {
+    Out out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = fn(i);
+    return out;
+  }
+
+  static F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+  static F set1(float x) {
+    return map<F>([=](int) { return x; });
+  }
+  static F zero() { return set1(0.0f); }
+  static I load_i32(const void* p) {
+    I x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void store_i32(void* p, I x) { std::memcpy(p, &x, sizeof x); }
+  static I set1_i32(int32_t x) {
+    return map<I>([=](int) { return x; });
+  }
+
+  static F add(F a, F b) {
+    return map<F>([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(F a, F b) {
+    return map<F>([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(F a, F b) {
+    return map<F>([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(F a, F b) {
+    return map<F>([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static F fma(F a, F b, F c) {
+    return map<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  static F max(F a, F b) {
+    return map<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F abs(F x) {
+    return map<F>([&](int i) { return std::fabs(x.v[i]); });
+  }
+  static F to_float(I x) {
+    return map<F>([&](int i) { return static_cast<float>(x.v[i]); });
+  }
+  // Round to nearest even without a call; |x| < 2^22.
+  static I to_int(F x) {
+    return map<I>(
+        [&](int i) { return static_cast<int32_t>(bits_of(x.v[i] + 12582912.0f)) - 0x4b400000; });
+  }
+
+  static F where_less(F a, F b, F x, F y) {
+    return map<F>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+  }
+  static F where_nonzero(F p, F x) {
+    return map<F>([&](int i) { return p.v[i] != 0.0f ? x.v[i] : 0.0f; });
+  }
+  static F where_visible(const uint8_t* visible, F x, F y) {
+    return map<F>([&](int i) { return visible[i] ? x.v[i] : y.v[i]; });
+  }
+  static F where_between(int begin, int end, F x, F y) {
+    return map<F>([&](int i) { return i >= begin && i < end ? x.v[i] : y.v[i]; });
+  }
+
+  static float reduce_add(F x) {
+    return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7]));
+  }
+  static float reduce_max(F x) {
+    float m = x.v[0];
+    for (int i = 1; i < kLanes; ++i) m = x.v[i] > m ? x.v[i] : m;
+    return m;
+  }
+
+  template <int kDegree>
+  static F exp2(F x) {
+    static_assert(kDegree == 5 || kDegree == 3, "degree 5 (7.5e-8) or 3 (7.5e-5)");
+    return map<F>([&](int i) {
+      const float shifted = x.v[i] + 12583039.0f, f = x.v[i] - (shifted - 12583039.0f);
+      float p;
+      if (kDegree == 5) {
+        p = f * 0.00132764721f + 0.0096755414f;
+        p = f * p + 0.0555071327f;
+        p = f * p + 0.240221197f;
+        p = f * p + 0.693146967f;
+        p = f * p + 1.00000007f;
+      } else {
+        p = f * 0.0551716696f + 0.242611126f;
+        p = f * p + 0.693260986f;
+        p = f * p + 0.999928073f;
+      }
+      const float y = p * float_from_bits(bits_of(shifted) << 23);
+      return x.v[i] < -126.0f ? 0.0f : y;
+    });
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    return map<F>([&](int i) { return float_from_bf16(p[i]); });
+  }
+  static F load_f16(const uint16_t* p) {
+    return map<F>([&](int i) { return float_from_f16(p[i]); });
+  }
+  static F load_s8(const int8_t* p) {
+    return map<F>([&](int i) { return static_cast<float>(p[i]); });
+  }
+  static void store_f16(uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = f16_from_float(x.v[i]);
+  }
+  static void store_s8(int8_t* p, I x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x.v[i]);
+  }
+
+  // u8 . s8, 4 products a lane.
+  static I dot(I acc, I u8, I s8) {
+    uint8_t a[4 * kLanes];
+    int8_t b[4 * kLanes];
+    std::memcpy(a, &u8, sizeof a);
+    std::memcpy(b, &s8, sizeof b);
+    return map<I>([&](int i) {
+      return acc.v[i] + a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] +
+             a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
+    });
+  }
+  static I dot_keys(I acc, I key, I query) { return dot(acc, key, query); }
+  static I dot_values(I acc, I value, I probability) { return dot(acc, probability, value); }
+  static void store_probabilities(void* p, const F* x) {
+    for (int j = 0; j < 4; ++j) {
+      const I codes = to_int(x[j]);
+      for (int i = 0; i < kLanes; ++i) {
+        static_cast<uint8_t*>(p)[kLanes * j + i] = static_cast<uint8_t>(codes.v[i]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

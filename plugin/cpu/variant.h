@@ -1,0 +1,47 @@
+// One instruction-set variant of every kernel, from its SIMD type.
+#pragma once
+
+#include "attention_backward.h"
+#include "attention_backward_bias.h"
+#include "attention_forward.h"
+#include "kernels.h"
+#include "quantize.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+template <class Isa, bool kBf16Dot = false>
+struct Variant {
+  static Status forward(const AttentionForwardCall& call, Parallel& parallel) {
+    if (call.quantized()) {
+      AttentionForward<Int8Core<Isa>>(call, parallel).run();
+      return {};
+    }
+    if constexpr (kBf16Dot) {
+      if (call.query.dtype == DType::kBF16) {
+        AttentionForward<Bf16Core<Isa>>(call, parallel).run();
+        return {};
+      }
+    }
+    AttentionForward<F32Core<Isa>>(call, parallel).run();
+    return {};
+  }
+  static Status backward(const AttentionBackwardCall& call, Parallel& parallel) {
+    AttentionBackward<Isa>(call, parallel).run();
+    return {};
+  }
+  static Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel) {
+    AttentionBackwardBias<Isa>(call, parallel).run();
+    return {};
+  }
+  static Status quantize(const QuantizeCall& call, Parallel& parallel) {
+    Quantize<Isa>(call, parallel).run();
+    return {};
+  }
+  static Kernels kernels(const char* isa) {
+    return {isa, forward, backward, backward_bias, quantize};
+  }
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

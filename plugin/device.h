@@ -1,0 +1,46 @@
+// What a custom call runs on: the CPU here; Metal implements the same interface.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+
+#include "attention_call.h"
+
+namespace jax_gluon {
+
+// Threads lent by the caller (XLA's pool). `run(tasks, body)` calls body(task) for each task in
+// [0, tasks), on the calling thread and on idle pool threads, and returns when all are done. It
+// never waits for a pool thread that has not started, so calls made from the pool itself can't
+// deadlock.
+class Parallel {
+ public:
+  virtual ~Parallel() = default;
+  virtual int64_t threads() const = 0;
+  virtual void run(int64_t tasks, const std::function<void(int64_t)>& body) = 0;
+};
+
+// Empty on success, else what went wrong.
+using Status = std::optional<std::string>;
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual Status forward(const AttentionForwardCall& call, Parallel& parallel) = 0;
+  virtual Status backward(const AttentionBackwardCall& call, Parallel& parallel) = 0;
+  virtual Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel) = 0;
+  virtual Status quantize(const QuantizeCall& call, Parallel& parallel) = 0;
+};
+
+// The native CPU kernels. Never null.
+Device& cpu_device();
+
+// Name of the instruction-set variant that cpu_device() runs: "avx512", "avx2" or "portable".
+// JAX_GLUON_CPU_ISA forces one; an unknown or unsupported name makes every call fail with a Status
+// that says so.
+std::string cpu_isa();
+// Variants compiled in and supported by this processor, best first.
+std::string cpu_isas_supported();
+
+}  // namespace jax_gluon
