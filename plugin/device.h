@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "attention_call.h"
 
@@ -36,11 +37,11 @@ class Device {
 // The native CPU kernels. Never null.
 Device& cpu_device();
 
-// Name of the instruction-set variant that cpu_device() runs: "avx512", "avx2" or "portable".
-// JAX_GLUON_CPU_ISA forces one; an unknown or unsupported name makes every call fail with a Status
-// that says so.
+// Name of the instruction-set variant that cpu_device() runs: that of JAX_GLUON_CPU_ISA, else the
+// best that this processor has. "unsupported" where the variable names none: every call then fails
+// with a Status that says so. Read once in a process.
 std::string cpu_isa();
 // Variants compiled in and supported by this processor, best first.
-std::string cpu_isas_supported();
+std::vector<std::string> cpu_isas_supported();
 
 }  // namespace jax_gluon

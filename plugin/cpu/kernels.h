@@ -1,6 +1,11 @@
+// The kernels of one instruction-set variant, and the variants there are. Each is a file of its
+// own, compiled for its instruction set only: <name>.cc.
 #pragma once
+
 #include "../device.h"
+
 namespace jax_gluon::cpu {
+
 struct Kernels {
   const char* isa;
   Status (*forward)(const AttentionForwardCall&, Parallel&);
@@ -8,8 +13,12 @@ struct Kernels {
   Status (*backward_bias)(const AttentionBackwardBiasCall&, Parallel&);
   Status (*quantize)(const QuantizeCall&, Parallel&);
 };
+
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+// The AVX-512 kernels on emulated intrinsics: slow, for tests on processors without them.
+const Kernels& emulated_avx512_kernels();
+
 }  // namespace jax_gluon::cpu

@@ -1,0 +1,12 @@
+#define JAX_GLUON_EMULATE_AVX512
+#include "simd_avx512.h"
+#include "variant.h"
+
+namespace jax_gluon::cpu {
+
+const Kernels& emulated_avx512_kernels() {
+  static const Kernels kernels = Variant<Avx512, true>::kernels("emulated_avx512");
+  return kernels;
+}
+
+}  // namespace jax_gluon::cpu

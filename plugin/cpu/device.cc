@@ -1,0 +1,114 @@
+// The CPU device: picks an instruction-set variant of the kernels at run time.
+#include "../device.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "kernels.h"
+
+namespace jax_gluon {
+namespace cpu {
+namespace {
+
+// Variants that are compiled in and that this processor runs, best first.
+const std::vector<const Kernels*>& variants() {
+  static const std::vector<const Kernels*> supported = [] {
+    std::vector<const Kernels*> found;
+#if defined(JAX_GLUON_HAVE_AVX512)
+    // The builtin also asks whether the operating system saves the registers.
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni")) {
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
+      found.push_back(&avx512_kernels());
+    }
+#endif
+#if defined(JAX_GLUON_HAVE_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      found.push_back(&avx2_kernels());
+    }
+#endif
+    found.push_back(&portable_kernels());
+#if defined(JAX_GLUON_HAVE_EMULATED_AVX512)
+    found.push_back(&emulated_avx512_kernels());
+#endif
+    return found;
+  }();
+  return supported;
+}
+
+std::string names() {
+  std::string text;
+  for (const Kernels* kernels : variants()) {
+    if (!text.empty()) text += ", ";
+    text += kernels->isa;
+  }
+  return text;
+}
+
+// The variant that the environment forces, else the best; null if the forced one can't run.
+const Kernels* selected() {
+  static const Kernels* kernels = [] {
+    const char* forced = std::getenv("JAX_GLUON_CPU_ISA");
+    if (!forced || !*forced) return variants().front();
+    for (const Kernels* candidate : variants()) {
+      if (std::string(forced) == candidate->isa) return candidate;
+    }
+    return static_cast<const Kernels*>(nullptr);
+  }();
+  return kernels;
+}
+
+Status unsupported() {
+  const char* forced = std::getenv("JAX_GLUON_CPU_ISA");
+  return "JAX_GLUON_CPU_ISA is '" + std::string(forced ? forced : "") +
+         "', expected one of those that this build and processor have: " + names();
+}
+
+class CpuDevice : public Device {
+ public:
+  Status forward(const AttentionForwardCall& call, Parallel& parallel) override {
+    return run(&Kernels::forward, call, parallel);
+  }
+  Status backward(const AttentionBackwardCall& call, Parallel& parallel) override {
+    return run(&Kernels::backward, call, parallel);
+  }
+  Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel) override {
+    return run(&Kernels::backward_bias, call, parallel);
+  }
+  Status quantize(const QuantizeCall& call, Parallel& parallel) override {
+    return run(&Kernels::quantize, call, parallel);
+  }
+
+ private:
+  template <class Call>
+  static Status run(Status (*Kernels::*kernel)(const Call&, Parallel&), const Call& call,
+                    Parallel& parallel) {
+    const Kernels* kernels = selected();
+    if (!kernels) return unsupported();
+    return (kernels->*kernel)(call, parallel);
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+
+Device& cpu_device() {
+  static cpu::CpuDevice device;
+  return device;
+}
+
+std::string cpu_isa() {
+  const cpu::Kernels* kernels = cpu::selected();
+  return kernels ? kernels->isa : "unsupported";
+}
+
+std::vector<std::string> cpu_isas_supported() {
+  std::vector<std::string> names;
+  for (const cpu::Kernels* kernels : cpu::variants()) names.emplace_back(kernels->isa);
+  return names;
+}
+
+}  // namespace jax_gluon

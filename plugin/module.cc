@@ -1,0 +1,29 @@
+// The Python module jax_gluon._plugin: handler capsules and device information, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "device.h"
+#include "handlers.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_plugin, module) {
+  module.def(
+      "registrations",
+      [] {
+        const auto capsule = [](XLA_FFI_Handler* handler) {
+          return py::capsule(reinterpret_cast<void*>(handler));
+        };
+        py::dict handlers;
+        handlers["jax_gluon.attention_forward"] = capsule(JaxGluonAttentionForward);
+        handlers["jax_gluon.attention_backward"] = capsule(JaxGluonAttentionBackward);
+        handlers["jax_gluon.attention_backward_bias"] = capsule(JaxGluonAttentionBackwardBias);
+        handlers["jax_gluon.quantize"] = capsule(JaxGluonQuantize);
+        return handlers;
+      },
+      "Custom-call targets and their XLA FFI handlers.");
+  module.def("cpu_isa", &jax_gluon::cpu_isa,
+             "Instruction-set variant that the CPU kernels run in.");
+  module.def("cpu_isas_supported", &jax_gluon::cpu_isas_supported,
+             "Variants that are compiled in and that this processor runs, best first.");
+}
