@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "poison.h"
+
 namespace jax_gluon {
 namespace ffi = xla::ffi;
 
@@ -252,6 +254,7 @@ Result Decoder::result(std::string_view name, const Shape& shape,
     return {};
   }
   void* data = (*buffer)->untyped_data();
+  if (data) poison(data, (*buffer)->size_bytes());
   return {data ? data : empty_buffer, dtype_of(dtype)};
 }
 

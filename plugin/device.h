@@ -39,7 +39,7 @@ Device& cpu_device();
 
 // Name of the instruction-set variant that cpu_device() runs: that of JAX_GLUON_CPU_ISA, else the
 // best that this processor has. "unsupported" where the variable names none: every call then fails
-// with a Status that says so. Read once in a process.
+// with a Status that says so. Read at every call.
 std::string cpu_isa();
 // Variants compiled in and supported by this processor, best first.
 std::vector<std::string> cpu_isas_supported();

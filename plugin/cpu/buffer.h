@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "../poison.h"
+
 namespace jax_gluon::cpu {
 namespace {
 
@@ -43,6 +45,7 @@ class Buffer {
     data_ = static_cast<T*>(
         ::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{kAlignment}));
     count_ = count;
+    poison(data_, static_cast<size_t>(count) * sizeof(T));
   }
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }

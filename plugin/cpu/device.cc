@@ -1,8 +1,8 @@
 // The CPU device: picks an instruction-set variant of the kernels at run time.
 #include "../device.h"
 
-#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -50,15 +50,12 @@ std::string names() {
 
 // The variant that the environment forces, else the best; null if the forced one can't run.
 const Kernels* selected() {
-  static const Kernels* kernels = [] {
-    const char* forced = std::getenv("JAX_GLUON_CPU_ISA");
-    if (!forced || !*forced) return variants().front();
-    for (const Kernels* candidate : variants()) {
-      if (std::string(forced) == candidate->isa) return candidate;
-    }
-    return static_cast<const Kernels*>(nullptr);
-  }();
-  return kernels;
+  const char* forced = std::getenv("JAX_GLUON_CPU_ISA");
+  if (!forced || !*forced) return variants().front();
+  for (const Kernels* candidate : variants()) {
+    if (std::strcmp(forced, candidate->isa) == 0) return candidate;
+  }
+  return nullptr;
 }
 
 Status unsupported() {
