@@ -138,9 +138,13 @@ class LogitRules {
     if (bias_) {
       alignas(kAlignment) float bias[kBlock];
       read_bias(row, inside, key0 + begin, key0 + end, bias);
-      const F log2e = Isa::set1(kLog2E);
+      const F log2e = Isa::set1(kLog2E), hidden = Isa::set1(kHidden);
+      const F lowest = Isa::set1(cap_ == 0.0f ? std::numeric_limits<float>::lowest() : kHidden);
       for (int64_t j = begin; j < end; j += W) {
-        Isa::store(s + j, Isa::fma(Isa::load(bias + j - begin), log2e, Isa::load(s + j)));
+        const F b = Isa::load(bias + j - begin);
+        const F sum = Isa::fma(b, log2e, Isa::load(s + j));
+        // A bias of -inf hides its key even if the product is NaN, unless a cap makes it finite.
+        Isa::store(s + j, Isa::where_less(b, lowest, hidden, sum));
       }
     }
     if (cap_ != 0.0f) {

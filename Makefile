@@ -1,0 +1,87 @@
+# `make demo` and `make test` need Python >= 3.11 (headers, venv), a C++ compiler and make; everything
+# else is installed into .venv by the rules below.
+#   PYTHON=path     the Python that .venv is made with (PYTHON= is read when .venv does not exist yet)
+#   CMAKE_ARGS=...  passed to CMake, for example -DJAX_GLUON_WERROR=ON
+#   ARGS=...        passed to the program of demo, bench, smoke and to pytest
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+HEADERS := $(VENV)/ffi-headers
+CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/*/*.cc plugin/*/*.h)
+PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools)
+PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
+  --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
+  --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifdef CMAKE_ARGS
+export CMAKE_ARGS
+endif
+
+.PHONY: help demo test bench smoke lint format typecheck tidy docs clean
+help:
+	@echo 'make demo       train a small language model with float and INT8 attention'
+	@echo 'make test       run the test suite'
+	@echo 'make bench      time attention against its peers'
+	@echo 'make smoke      load the built package under several releases of JAX'
+	@echo 'make lint       ruff, clang-format          make format   apply them'
+	@echo 'make typecheck  pyright                     make tidy     clang-tidy'
+	@echo 'make docs       build the documentation     make clean    remove builds and environments'
+
+demo: $(STAMPS)/package
+	$(BIN)/python -m demo $(ARGS)
+
+test: $(STAMPS)/package
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMPS)/dev
+	$(BIN)/python -m benchmarks.attention $(ARGS)
+
+smoke: $(STAMPS)/package
+	$(BIN)/python tools/smoke_matrix.py --headers "$(HEADERS)/jaxlib/include" $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check $(PYTHON_PATHS)
+	$(BIN)/ruff format --check $(PYTHON_PATHS)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix-only $(PYTHON_PATHS)
+	$(BIN)/ruff format $(PYTHON_PATHS)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+typecheck: $(STAMPS)/dev
+	$(BIN)/pyright
+
+tidy: $(STAMPS)/dev
+	$(BIN)/clang-tidy -p "$$(dirname build/*/compile_commands.json | head -n 1)" --quiet \
+	  --extra-arg=-Wno-unknown-warning-option \
+	  $(filter %.cc,$(CXX_FILES))
+
+docs: $(STAMPS)/dev
+	$(PIP_BUILD) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site .venv .venvs
+
+$(STAMPS)/venv:
+	@python=$$(PYTHON='$(PYTHON)' CXX='$(CXX)' sh tools/find_python.sh) && \
+	  { $(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv $(VENV); }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/build-requirements: $(STAMPS)/venv pyproject.toml tools/install_build_requirements.py
+	$(BIN)/python tools/install_build_requirements.py $(HEADERS)
+	touch $@
+
+# Editable: Python is read from the source tree, the plugin from where CMake installed it.
+$(STAMPS)/package: $(STAMPS)/build-requirements pyproject.toml CMakeLists.txt $(CXX_FILES)
+	$(PIP_BUILD) -e '.[test,demo]'
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/package
+	$(PIP_BUILD) -e '.[dev]'
+	touch $@

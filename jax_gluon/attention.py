@@ -1,0 +1,330 @@
+"""Scaled dot-product attention with a memory-efficient forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack, cast, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_gluon import lowering
+from jax_gluon.arguments import (
+    AttentionKeywords,
+    CheckedArguments,
+    check_arguments,
+    check_flag,
+    check_keyword_names,
+)
+from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **keywords: Unpack[AttentionKeywords],
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
+    quantization: str | None = None,
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    sinks: ArrayLike | None = None,
+    implementation: str | None = None,
+    kernel: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention `softmax(scale * query key^T + bias) value`, as `jax.nn.dot_product_attention`.
+
+    The logits are `logits_soft_cap(scale * q k^T + bias)`; masks hide keys after that. A row to
+    which every key is hidden gives 0 and takes no gradient. Nothing that is hidden, NaN and
+    infinity included, reaches the result. Time is that of the visible blocks and memory O(T), by
+    the online softmax of FlashAttention-2 (https://arxiv.org/abs/2307.08691).
+
+    **Arguments:**
+
+    - `query`: `[B, T, N, H]` or `[T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs
+      in the XLA implementation).
+    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's rank and dtype. K divides N, and
+      query head n reads kv head `n // (N // K)`.
+    - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf hides a key.
+    - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
+    - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient.
+    - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
+    - `query_seq_lengths`, `key_value_seq_lengths`: int32 `[B]`, clamped to `[0, T]` and `[0, S]`;
+      rows and keys at and past them are hidden.
+    - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
+      `i - left <= j <= i + right`.
+    - `return_residual`: also return the log-sum-exp of each row.
+    - `quantization`: `"int8"` quantizes query, key and value by rows; the gradient is straight
+      through, the exact one at the dequantized operands. None computes with the operands as given.
+    - `logits_soft_cap`: positive c, which turns a logit x into `c * tanh(x / c)`.
+    - `dropout_rate`, `dropout_rng`, `sinks`: only 0, anything and None are supported.
+    - `implementation`: `"cpu"` (the plugin's kernels), `"xla"`, or None, which takes the plugin on
+      the CPU and XLA elsewhere and for float64.
+    - `kernel`: `"baseline"`, or None, which chooses.
+
+    **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
+    pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, -inf where a
+    row sees no key, through which no gradient flows (`attention_with_log_sum_exp` has one that it
+    does flow through).
+
+    **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
+    allowed; `NotImplementedError` and `RuntimeError` for choices that this build does not have;
+    `ImportError` where the plugin is needed and can't be loaded.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon
+    >>> query = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+    >>> key = value = jax.random.normal(jax.random.key(1), (2, 128, 2, 64))
+    >>> jax_gluon.dot_product_attention(query, key, value, is_causal=True).shape
+    (2, 128, 8, 64)
+    """
+    function = "dot_product_attention"
+    check_flag(function, "return_residual", return_residual)
+    arguments = check_arguments(
+        function,
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        quantization=quantization,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        sinks=sinks,
+        implementation=implementation,
+        kernel=kernel,
+    )
+    out, log_sum_exp = _run(arguments, False)
+    if not return_residual:
+        return out
+    residual = _show_empty_rows(jax.lax.stop_gradient(log_sum_exp))
+    return out, residual.astype(arguments.operands.key.dtype)
+
+
+def attention_with_log_sum_exp(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[jax.Array, jax.Array]:
+    """Attention and its differentiable log-sum-exp, which merging partial results needs.
+
+    Results over disjoint parts of the keys merge as in section 3.1 of FlashAttention-2
+    (https://arxiv.org/abs/2307.08691): weights `exp(log_sum_exp_i - logaddexp(...))`.
+
+    **Arguments:** those of `dot_product_attention` but `return_residual`.
+
+    **Returns:** the output of `dot_product_attention`, and the natural log-sum-exp of each row,
+    float32 (float64 for float64 operands) `[B, T, N]` or `[T, N]`: -inf, with gradient 0, where a
+    row sees no key.
+
+    **Raises:** as `dot_product_attention`.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon
+    >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+    >>> out, log_sum_exp = jax_gluon.attention_with_log_sum_exp(x, x, x)
+    >>> log_sum_exp.shape
+    (2, 128, 8)
+    """
+    function = "attention_with_log_sum_exp"
+    check_keyword_names(function, keywords)
+    arguments = check_arguments(function, query, key, value, bias, mask, **keywords)
+    out, log_sum_exp = _run(arguments, True)
+    return out, _show_empty_rows(log_sum_exp)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of `dot_product_attention` runs, and why.
+
+    `kernel` is None where XLA generates the code.
+    """
+
+    implementation: str
+    kernel: str | None
+    reasons: tuple[str, ...]
+
+
+def explain(
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
+    bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    *,
+    return_residual: bool = False,
+    **keywords: Any,
+) -> Plan:
+    """The plan for these arguments of `dot_product_attention`, without running it.
+
+    **Arguments:** those of `dot_product_attention`, arrays or `jax.ShapeDtypeStruct`s.
+
+    **Returns:** a `Plan`; where the choice is left to the platform, the one for
+    `jax.default_backend()`.
+
+    **Raises:** as `dot_product_attention`.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon
+    >>> x = jax.ShapeDtypeStruct((2, 128, 8, 64), jnp.float32)
+    >>> jax_gluon.explain(x, x, x, implementation="xla").implementation
+    'xla'
+    """
+    function = "explain"
+    check_flag(function, "return_residual", return_residual)
+    check_keyword_names(function, keywords)
+    arguments: dict[str, Any] = {
+        "query": query, "key": key, "value": value, "bias": bias, "mask": mask, **keywords
+    }  # fmt: skip
+    shapes = {
+        name: argument
+        for name, argument in arguments.items()
+        if isinstance(argument, jax.ShapeDtypeStruct)
+    }
+    plans: list[Plan] = []
+
+    def check(arrays: dict[str, Any]) -> None:
+        checked = check_arguments(function, **(arguments | arrays))
+        plans.append(_plan(checked, arguments.get("implementation"), arguments.get("kernel")))
+
+    jax.eval_shape(check, shapes)
+    return plans[0]
+
+
+def _plan(arguments: CheckedArguments, implementation: str | None, kernel: str | None) -> Plan:
+    platform = jax.default_backend()
+    if implementation is not None:
+        reason = f'implementation="{implementation}" was asked for'
+    elif arguments.operands.query.dtype == jnp.float64:
+        implementation, reason = "xla", "only the XLA implementation takes float64"
+    elif platform == "cpu":
+        implementation, reason = "cpu", "the plugin's kernels run on the CPU platform"
+    else:
+        implementation, reason = "xla", f'the plugin has no kernels for platform "{platform}"'
+    if implementation == "xla":
+        return Plan(implementation, None, (reason, "XLA generates the code: no kernel to choose"))
+    if kernel is not None:
+        return Plan(implementation, kernel, (reason, f'kernel="{kernel}" was asked for'))
+    return Plan(implementation, "baseline", (reason, "baseline is the only kernel"))
+
+
+def _run(
+    arguments: CheckedArguments, differentiates_log_sum_exp: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Output and natural log-sum-exp, finite in empty rows, in the caller's rank."""
+    operands = arguments.operands
+    if arguments.scale is not None:
+        operands = operands._replace(query=_scaled(operands.query, arguments.scale))
+    B, T, N, _ = operands.query.shape
+    _, S, _, V = operands.value.shape
+    if 0 in (B, T, S):
+        dtype = operands.query.dtype
+        out = jnp.zeros((B, T, N, V), dtype)
+        log_sum_exp = jnp.full(
+            (B, T, N), EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32")
+        )
+    else:
+        out, log_sum_exp = _attend(arguments.problem, differentiates_log_sum_exp, operands)
+    return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
+
+
+def _scaled(query: jax.Array, scale: jax.Array) -> jax.Array:
+    dtype = lowering.compute_dtype(query.dtype)
+    return (query.astype(dtype) * scale.astype(dtype)).astype(query.dtype)
+
+
+# Jitted, because debug_infs looks at every intermediate result outside of jit, constants included.
+@lowering.jit()
+def _show_empty_rows(log_sum_exp: jax.Array) -> jax.Array:
+    empty = log_sum_exp == jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum_exp.dtype)
+    return jnp.where(empty, jnp.full_like(log_sum_exp, -jnp.inf), log_sum_exp)
+
+
+# The log-sum-exp is an output of both forms, for the residual; only where the static flag is set
+# does its cotangent reach the backward call.
+
+
+def _attend_primal(
+    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: AttentionOperands
+) -> tuple[jax.Array, jax.Array]:
+    return _attend_forward(problem, differentiates_log_sum_exp, operands)[0]
+
+
+def _attend_forward(
+    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: AttentionOperands
+) -> tuple[tuple[jax.Array, jax.Array], lowering.Residuals]:
+    del differentiates_log_sum_exp
+    kept: lowering.Operands = operands
+    if problem.quantization is not None:
+        kept = lowering.quantize(problem, operands)
+    out, log_sum_exp = lowering.forward(problem, operands.query.dtype, kept)
+    natural = log_sum_exp * jnp.asarray(math.log(2.0), log_sum_exp.dtype)
+    empty = jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum_exp.dtype)
+    natural = jnp.where(log_sum_exp == empty, empty, natural)
+    return (out, natural), lowering.Residuals(kept, out, log_sum_exp)
+
+
+def _attend_backward(
+    problem: AttentionProblem,
+    differentiates_log_sum_exp: bool,
+    residuals: lowering.Residuals,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[AttentionOperands]:
+    d_out, d_natural = cotangents
+    d_log_sum_exp = d_natural if differentiates_log_sum_exp else None
+    d_query, d_key, d_value = lowering.backward(problem, residuals, d_out, d_log_sum_exp)
+    d_bias = None
+    if residuals.operands.bias is not None:
+        d_bias = lowering.backward_bias(problem, residuals, d_out, d_log_sum_exp)
+    return (AttentionOperands(d_query, d_key, d_value, d_bias),)
+
+
+_with_gradient = cast(Any, jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1)))
+_with_gradient.defvjp(_attend_forward, _attend_backward)
+_attend = cast(
+    Callable[[AttentionProblem, bool, AttentionOperands], tuple[jax.Array, jax.Array]],
+    _with_gradient,
+)

@@ -1,0 +1,50 @@
+"""The one description of an attention problem that travels through every layer.
+
+Letters, everywhere: B batch, T query length, S key length, N query heads, K kv heads, H head dim,
+V value head dim. Query head n reads kv head `n // (N // K)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+#: What a row that sees no key stores as its internal base-2 log-sum-exp. An infinity would trip
+#: `jax_debug_infs`; only the public value is -inf.
+EMPTY_ROW_LOG_SUM_EXP = -3.0e38
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """The static part of a problem: `softmax(mask(soft_cap(scale * q k^T + bias))) v`.
+
+    `local_window` is `(left, right)`: key j is visible to query i where
+    `i - left <= j <= i + right`. `soft_cap` c turns a logit x into `c * tanh(x / c)`.
+    `implementation` None leaves the choice to the platform that the program is lowered for.
+    """
+
+    scale: float
+    is_causal: bool = False
+    local_window: tuple[int, int] | None = None
+    soft_cap: float | None = None
+    quantization: str | None = None
+    implementation: str | None = None
+
+
+class AttentionOperands(NamedTuple):
+    """The arrays of a problem, all of rank 4 but the lengths.
+
+    query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` share a float dtype; bias
+    (float) and mask (bool, True: visible) are `[b, n, t, s]`, each extent 1 or the full one; the
+    lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where they are used.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    query_seq_lengths: jax.Array | None = None
+    key_value_seq_lengths: jax.Array | None = None

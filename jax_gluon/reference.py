@@ -1,0 +1,255 @@
+"""The oracle: attention written down plainly, differentiated by JAX itself.
+
+It materialises the `[T, S]` scores and is as accurate as the dtype it is given: pass float64 under
+`jax_enable_x64`. It answers what `jax_gluon`'s functions should return, and nothing about how.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, Unpack, cast, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_gluon.arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
+from jax_gluon.problem import AttentionOperands, AttentionProblem
+from jax_gluon.quantization import dequantize, quantize_rows
+
+__all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize_rows"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **keywords: Unpack[AttentionKeywords],
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: bool = False,
+    **keywords: Unpack[AttentionKeywords],
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """What `jax_gluon.dot_product_attention` should return; its gradient is what JAX derives.
+
+    **Arguments**, **Returns** and **Raises** are those of `jax_gluon.dot_product_attention`;
+    `implementation` and `kernel` are checked and change nothing. Memory is O(T * S).
+
+    >>> import jax, jax_gluon.reference
+    >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+    >>> jax_gluon.reference.dot_product_attention(x, x, x, is_causal=True).shape
+    (2, 128, 8, 64)
+    """
+    function = "reference.dot_product_attention"
+    check_flag(function, "return_residual", return_residual)
+    out, log_sum_exp = _run(function, query, key, value, bias, mask, keywords)
+    if not return_residual:
+        return out
+    return out, jax.lax.stop_gradient(log_sum_exp).astype(jnp.asarray(key).dtype)
+
+
+def attention_with_log_sum_exp(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[jax.Array, jax.Array]:
+    """What `jax_gluon.attention_with_log_sum_exp` should return.
+
+    **Arguments** and **Raises** are those of `dot_product_attention` but `return_residual`.
+
+    **Returns:** the output, and the natural log-sum-exp of each row, float32 (float64 for float64
+    operands) `[B, T, N]` or `[T, N]`, through which the gradient flows: -inf, with gradient 0,
+    where a row sees no key.
+
+    >>> import jax, jax_gluon.reference
+    >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+    >>> out, log_sum_exp = jax_gluon.reference.attention_with_log_sum_exp(x, x, x)
+    >>> log_sum_exp.shape
+    (2, 128, 8)
+    """
+    return _run("reference.attention_with_log_sum_exp", query, key, value, bias, mask, keywords)
+
+
+def fake_quantize_rows(
+    x: jax.Array, *, center: bool = False, lengths: jax.Array | None = None
+) -> jax.Array:
+    """`x` after a round trip through INT8 rows; its gradient is the identity (straight-through).
+
+    **Arguments:** as `jax_gluon.quantization.quantize_rows`: `x` is float `[B, S, K, H]`; `center`
+    subtracts, and adds again, the mean of the first `lengths[b]` tokens (int32 `[B]`).
+
+    **Returns:** float32, or float64 where `x` is: the codes are those of `x` rounded to float32.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon.reference
+    >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+    >>> error = jax_gluon.reference.fake_quantize_rows(x, center=True) - x
+    >>> bool(jnp.max(jnp.abs(error)) < jnp.max(jnp.abs(x)) / 100)
+    True
+    """
+    x = x.astype(np.promote_types(x.dtype, np.float32))
+    constant = jax.lax.stop_gradient(x)
+    rounded = dequantize(quantize_rows(constant, center=center, lengths=lengths), x.dtype)
+    # The difference is exactly 0, and carries the gradient.
+    return rounded + (x - constant)
+
+
+def _run(
+    function: str,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    keywords: AttentionKeywords,
+) -> tuple[jax.Array, jax.Array]:
+    check_keyword_names(function, keywords)
+    arguments = check_arguments(function, query, key, value, bias, mask, **keywords)
+    problem, operands = arguments.problem, arguments.operands
+    scale = problem.scale if arguments.scale is None else arguments.scale
+    dtype = np.promote_types(operands.query.dtype, np.float32)
+    out, log_sum_exp = _attend(problem, operands, jnp.asarray(scale, dtype))
+    return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
+
+
+def _jit_with_static_problem(function: _Function) -> _Function:
+    return cast(_Function, jax.jit(function, static_argnums=0))
+
+
+@_jit_with_static_problem
+def _attend(
+    problem: AttentionProblem, operands: AttentionOperands, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    B, T, N, _ = operands.query.shape
+    K = operands.key.shape[2]
+    dtype = scale.dtype
+    query, key, value = _floats(problem, operands, dtype)
+    # Query heads are grouped by the kv head that they read.
+    query = query.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    visible = _grouped(_visible(problem, operands), K)
+
+    products = _over_visible("bkgth,bksh->bkgts", "bkgh,bkgsh->bkgs", query, key, visible)
+    scores = scale * jnp.where(visible, products, 0.0)
+    if operands.bias is not None:
+        bias = _grouped(_to_scores(operands, operands.bias), K).astype(dtype)
+        scores += jnp.where(visible, bias, 0.0)
+    if problem.soft_cap is not None:
+        scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
+
+    is_empty = ~jnp.any(visible, axis=-1, keepdims=True)
+    largest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-jnp.inf)
+    maximum = jax.lax.stop_gradient(jnp.where(is_empty, 0.0, largest))
+    # The inner `where` keeps the exponential, and with it the gradient, of a hidden score finite.
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - maximum, 0.0)), 0.0)
+    total = jnp.where(is_empty, 1.0, jnp.sum(weights, axis=-1, keepdims=True))
+    out = _over_visible("bkgts,bksv->bkgtv", "bkgs,bkgsv->bkgv", weights / total, value, visible)
+    out = jnp.where(is_empty, 0.0, out)
+    log_sum_exp = jnp.where(is_empty, -jnp.inf, maximum + jnp.log(total))
+    out, log_sum_exp = (
+        jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(B, T, N, x.shape[-1]) for x in (out, log_sum_exp)
+    )
+    return out.astype(operands.query.dtype), log_sum_exp[..., 0]
+
+
+def _floats(
+    problem: AttentionProblem, operands: AttentionOperands, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = operands[:3]
+    if problem.quantization is not None:
+        query, value = fake_quantize_rows(query), fake_quantize_rows(value)
+        key = fake_quantize_rows(key, center=True, lengths=operands.key_value_seq_lengths)
+    return query.astype(dtype), key.astype(dtype), value.astype(dtype)
+
+
+def _visible(problem: AttentionProblem, operands: AttentionOperands) -> jax.Array:
+    """Which keys each row sees, `[B, N, T, S]`."""
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    row = jnp.arange(T, dtype=jnp.int32)[None, None, :, None]
+    key = jnp.arange(S, dtype=jnp.int32)[None, None, None, :]
+    visible = _to_scores(operands, jnp.ones((1, 1, 1, 1), bool))
+    if operands.mask is not None:
+        visible &= operands.mask
+    if operands.bias is not None and problem.soft_cap is None:
+        visible &= operands.bias != -jnp.inf
+    if problem.is_causal:
+        visible &= key <= row
+    if problem.local_window is not None:
+        left, right = problem.local_window
+        visible &= (row - left <= key) & (key <= row + right)
+    if operands.query_seq_lengths is not None:
+        visible &= row < operands.query_seq_lengths[:, None, None, None]
+    if operands.key_value_seq_lengths is not None:
+        visible &= key < operands.key_value_seq_lengths[:, None, None, None]
+    return visible
+
+
+def _to_scores(operands: AttentionOperands, x: jax.Array) -> jax.Array:
+    B, T, N, _ = operands.query.shape
+    return jnp.broadcast_to(x, (B, N, T, operands.key.shape[1]))
+
+
+def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    B, N, T, S = x.shape
+    return x.reshape(B, kv_heads, N // kv_heads, T, S)
+
+
+def _over_visible(
+    subscripts: str, row_subscripts: str, rows: jax.Array, table: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """`einsum(subscripts, rows, table)` in which a row does not meet what is hidden from it.
+
+    `rows` is `[B, K, G, T, X]`, `table` `[B, K, S, Y]` and `visible` `[B, K, G, T, S]`. Numbers
+    that are not finite are multiplied row by row, against a table where hidden keys are zeros: that
+    is right in the gradient too, where a masked product would make `0 * NaN`.
+    """
+    multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def at_once(rows: jax.Array, table: jax.Array) -> jax.Array:
+        # Under vmap both branches run: this one must then not see NaN either.
+        rows, table = (jnp.where(jnp.isfinite(x), x, 0.0) for x in (rows, table))
+        return multiply(subscripts, rows, table)
+
+    def row_by_row(rows: jax.Array, table: jax.Array) -> jax.Array:
+        @jax.checkpoint
+        def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x, seen = row
+            return multiply(row_subscripts, x, jnp.where(seen[..., None], table[:, :, None], 0.0))
+
+        along_rows = (jnp.moveaxis(rows, 3, 0), jnp.moveaxis(visible, 3, 0))
+        return jnp.moveaxis(cast(Any, jax.lax.map)(one, along_rows), 0, 3)
+
+    all_finite = jnp.all(jnp.isfinite(rows)) & jnp.all(jnp.isfinite(table))
+    return cast(Any, jax.lax.cond)(all_finite, at_once, row_by_row, rows, table)

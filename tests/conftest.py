@@ -1,0 +1,217 @@
+"""Fixtures that every test file shares: the implementations, a NumPy oracle and JAX's modes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+
+def _plugin_is_missing() -> bool:
+    return importlib.util.find_spec("jax_gluon._plugin") is None
+
+
+@pytest.fixture(params=["cpu", "xla"])
+def implementation(request):
+    """Each implementation; the CPU's is skipped only in a checkout without the compiled plugin."""
+    if request.param == "cpu" and _plugin_is_missing():
+        pytest.skip("jax_gluon._plugin is not built")
+    return request.param
+
+
+@pytest.fixture
+def configure():
+    """`with configure(jax_enable_x64=True, ...)`: JAX's configuration, put back afterwards."""
+
+    @contextlib.contextmanager
+    def scope(**settings):
+        before = {name: getattr(jax.config, name) for name in settings}
+        try:
+            for name, setting in settings.items():
+                jax.config.update(name, setting)
+            yield
+        finally:
+            for name, setting in before.items():
+                jax.config.update(name, setting)
+
+    return scope
+
+
+STRICT_MODES = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_debug_nans": True,
+    "jax_debug_infs": True,
+}
+
+
+@pytest.fixture
+def strict_modes(configure):
+    """Every strict mode of JAX but x64."""
+    with configure(**STRICT_MODES):
+        yield
+
+
+class OracleResult(NamedTuple):
+    out: np.ndarray
+    log_sum_exp: np.ndarray
+    d_query: np.ndarray
+    d_key: np.ndarray
+    d_value: np.ndarray
+    d_bias: np.ndarray | None
+
+
+def visible_keys(
+    shape, bias, mask, is_causal, query_lengths, key_lengths, local_window_size, soft_cap
+):
+    """Which key each row sees: bool [B, N, T, S]."""
+    _, _, T, S = shape
+    i, j = np.arange(T)[:, None], np.arange(S)[None, :]
+    visible = np.ones(shape, bool)
+    if mask is not None:
+        visible &= np.asarray(mask)
+    if is_causal:
+        visible &= j <= i
+    if local_window_size is not None:
+        left, right = np.broadcast_to(local_window_size, 2)
+        visible &= (i - left <= j) & (j <= i + right)
+    if query_lengths is not None:
+        visible &= (i < np.asarray(query_lengths)[:, None, None])[:, None]
+    if key_lengths is not None:
+        visible &= (j < np.asarray(key_lengths)[:, None, None])[:, None]
+    if bias is not None and soft_cap is None:
+        visible &= np.asarray(bias, np.float64) != -np.inf
+    return visible
+
+
+def numpy_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    logits_soft_cap=None,
+    d_out=None,
+    d_log_sum_exp=None,
+) -> OracleResult:
+    """Attention and its gradients in float64 NumPy, one formula a line; small shapes only.
+
+    Cotangents default to zeros. Hidden elements are taken out before anything is summed.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    B, T, N, H = q.shape
+    _, S, K, V = v.shape
+    group = N // K
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    scale = 1 / np.sqrt(H) if scale is None else float(scale)
+    visible = visible_keys(
+        (B, N, T, S), bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths,
+        local_window_size, logits_soft_cap,
+    )  # fmt: skip
+    each = visible[..., None]
+
+    def contract(spec, weights, x):
+        """einsum over the visible elements alone: weights [B,N,T,S], x spread to [B,N,T,S,*]."""
+        with np.errstate(invalid="ignore"):
+            return np.einsum(spec, np.where(each, weights[..., None] * x, 0.0))
+
+    q5, k5, v5 = q.transpose(0, 2, 1, 3)[:, :, :, None], *(
+        x.transpose(0, 2, 1, 3)[:, :, None] for x in (k, v)
+    )  # fmt: skip
+    logits = np.where(each, q5 * k5, 0.0).sum(-1) * scale
+    if bias is not None:
+        logits = logits + np.where(visible, np.asarray(bias, np.float64), 0.0)
+    slope = np.ones_like(logits)
+    if logits_soft_cap is not None:
+        tanh = np.tanh(logits / logits_soft_cap)
+        logits, slope = logits_soft_cap * tanh, 1 - tanh**2
+    maximum = np.max(logits, axis=-1, keepdims=True, where=visible, initial=-1e300)
+    exponentials = np.where(visible, np.exp(np.where(visible, logits - maximum, 0.0)), 0.0)
+    total = exponentials.sum(-1, keepdims=True)
+    empty = total == 0
+    p = exponentials / np.where(empty, 1.0, total)
+    log_sum_exp = np.where(empty, -np.inf, maximum + np.log(np.where(empty, 1.0, total)))[..., 0]
+    out = contract("bntsv->btnv", p, v5)
+
+    d_out = np.zeros_like(out) if d_out is None else np.asarray(d_out, np.float64)
+    d_lse = np.zeros((B, T, N)) if d_log_sum_exp is None else np.asarray(d_log_sum_exp, np.float64)
+    d_out = d_out.transpose(0, 2, 1, 3)[:, :, :, None]
+    dp = np.where(each, d_out * v5, 0.0).sum(-1)
+    delta = np.sum(p * dp, -1, keepdims=True) - d_lse.transpose(0, 2, 1)[..., None]
+    d_logits = p * (dp - delta) * slope
+    by_kv_head = (B, S, K, group, -1)
+    d_bias = None
+    if bias is not None:
+        d_bias = d_logits
+        shape = (1,) * (4 - np.ndim(bias)) + np.shape(bias)
+        for axis, extent in enumerate(shape):
+            if extent == 1:
+                d_bias = d_bias.sum(axis, keepdims=True)
+        d_bias = d_bias.reshape(np.shape(bias))
+    return OracleResult(
+        out,
+        log_sum_exp.transpose(0, 2, 1),
+        contract("bntsh->btnh", d_logits * scale, k5),
+        contract("bntsh->bsnh", d_logits * scale, q5).reshape(*by_kv_head[:-1], H).sum(3),
+        contract("bntsv->bsnv", p, d_out).reshape(*by_kv_head[:-1], V).sum(3),
+        d_bias,
+    )
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    return numpy_attention
+
+
+def numpy_fake_quantize(x, *, center=False, lengths=None):
+    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64."""
+    x = np.asarray(x, np.float64)
+    mean = np.zeros_like(x[:, :1])
+    if center:
+        counted = np.isfinite(x)
+        if lengths is not None:
+            token = np.arange(x.shape[1])
+            counted &= (token < np.asarray(lengths)[:, None])[:, :, None, None]
+        count = np.maximum(counted.sum(1, keepdims=True), 1)
+        mean = np.where(counted, x, 0.0).sum(1, keepdims=True) / count
+    scale = np.abs(x - mean).max(-1, keepdims=True) / 127
+    return np.rint((x - mean) / np.where(scale > 0, scale, 1.0)) * scale + mean
+
+
+@pytest.fixture(scope="session")
+def fake_quantize():
+    return numpy_fake_quantize
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """Relative L2 distance of `actual` from `expected`, absolute where `expected` is 0."""
+
+    def distance(actual, expected) -> float:
+        actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+        assert actual.shape == expected.shape
+        return float(np.linalg.norm(actual - expected) / (np.linalg.norm(expected) or 1.0))
+
+    return distance
+
+
+@pytest.fixture(scope="session")
+def random_operands():
+    """`random_operands(B=2, T=5, S=7, N=4, K=2, H=8, V=8)`: query, key, value and a cotangent."""
+
+    def draw(B=2, T=5, S=7, N=4, K=2, H=8, V=8, dtype="float32", seed=0) -> tuple[Any, ...]:
+        rng = np.random.default_rng(seed)
+        shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V)
+        return tuple(jax.numpy.asarray(rng.standard_normal(shape), dtype=dtype) for shape in shapes)
+
+    return draw

@@ -1,0 +1,345 @@
+"""Every bad argument is an exception that names function, argument, what was found and allowed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+
+B, T, S, N, K, H = 2, 5, 7, 4, 2, 8
+f32 = jnp.float32
+
+
+def operands():
+    return {
+        "query": jnp.ones((B, T, N, H), f32),
+        "key": jnp.ones((B, S, K, H), f32),
+        "value": jnp.ones((B, S, K, H), f32),
+    }
+
+
+def ones(*shape, dtype=f32):
+    return jnp.ones(shape, dtype)
+
+
+# name of the case: (changed arguments, error, argument, found, allowed)
+CASES = {
+    "query_rank_2": ({"query": ones(T, H)}, ValueError, "query", "of rank 2", "rank 3 or 4"),
+    "query_rank_5": (
+        {"query": ones(1, B, T, N, H)}, ValueError, "query", "of rank 5", "rank 3 or 4"
+    ),
+    "query_scalar": ({"query": 1.0}, ValueError, "query", "of rank 0", "rank 3 or 4"),
+    "key_rank_2": ({"key": ones(S, H)}, ValueError, "key", "of rank 2", "SKH or BSKH"),
+    "value_rank_1": ({"value": ones(S)}, ValueError, "value", "of rank 1", "SKH or BSKH"),
+    "key_rank_unlike_query": (
+        {"key": ones(S, K, H)}, ValueError, "key", "of rank 3", "query's rank, 4"
+    ),
+    "value_rank_unlike_query": (
+        {"value": ones(S, K, H)}, ValueError, "value", "of rank 3", "query's rank, 4"
+    ),
+    "query_none": ({"query": None}, TypeError, "query", "NoneType", "an array or a list"),
+    "key_string": ({"key": "key"}, TypeError, "key", "str", "an array or a list"),
+    "value_ragged": (
+        {"value": [[[1.0], [1.0, 2.0]]]}, TypeError, "value", "list", "an array or a list"
+    ),
+    "query_int": (
+        {"query": ones(B, T, N, H, dtype=jnp.int32)},
+        TypeError, "query", "of dtype int32", "float32, bfloat16, float16, float64",
+    ),
+    "query_bool": (
+        {"query": ones(B, T, N, H, dtype=jnp.bool_)},
+        TypeError, "query", "of dtype bool", "float32, bfloat16, float16, float64",
+    ),
+    "query_complex": (
+        {"query": ones(B, T, N, H, dtype=jnp.complex64)},
+        TypeError, "query", "of dtype complex64", "float32, bfloat16, float16, float64",
+    ),
+    "query_float8": (
+        {"query": ones(B, T, N, H, dtype=jnp.float8_e4m3fn)},
+        TypeError, "query", "of dtype float8_e4m3fn", "float32, bfloat16, float16, float64",
+    ),
+    "key_dtype": (
+        {"key": ones(B, S, K, H, dtype=jnp.bfloat16)},
+        TypeError, "key", "of dtype bfloat16", "query's dtype, float32",
+    ),
+    "value_dtype": (
+        {"value": ones(B, S, K, H, dtype=jnp.float16)},
+        TypeError, "value", "of dtype float16", "query's dtype, float32",
+    ),
+    "key_batch": ({"key": ones(1, S, K, H)}, ValueError, "key", "of batch 1", "query's batch, 2"),
+    "value_batch": (
+        {"value": ones(3, S, K, H)}, ValueError, "value", "of batch 3", "query's batch, 2"
+    ),
+    "key_head_dim": (
+        {"key": ones(B, S, K, 9)}, ValueError, "key", "of head dim 9", "query's head dim, 8"
+    ),
+    "value_length": (
+        {"value": ones(B, 6, K, H)}, ValueError, "value", "of length 6", "key's length, 7"
+    ),
+    "value_heads": (
+        {"value": ones(B, S, 4, H)}, ValueError, "value", "of 4 heads", "key's number of heads, 2"
+    ),
+    "heads_do_not_divide": (
+        {"query": ones(B, T, 3, H)},
+        ValueError, "query", "of 3 heads", "a multiple of key's 2 heads",
+    ),
+    "more_kv_heads_than_heads": (
+        {"query": ones(B, T, 1, H)},
+        ValueError, "query", "of 1 heads", "a multiple of key's 2 heads",
+    ),
+    "no_query_heads": (
+        {"query": ones(B, T, 0, H)}, ValueError, "query", "of heads 0", "at least 1"
+    ),
+    "no_kv_heads": (
+        {"key": ones(B, S, 0, H), "value": ones(B, S, 0, H)},
+        ValueError, "key", "of heads 0", "at least 1",
+    ),
+    "head_dim_0": (
+        {"query": ones(B, T, N, 0), "key": ones(B, S, K, 0)},
+        ValueError, "query", "of head dim 0", "at least 1",
+    ),
+    "value_head_dim_0": (
+        {"value": ones(B, S, K, 0)}, ValueError, "value", "of head dim 0", "at least 1"
+    ),
+    "bias_rank": (
+        {"bias": ones(1, B, N, T, S)},
+        ValueError, "bias", "of shape [1, 2, 4, 5, 7]", "[B, N, T, S] = [2, 4, 5, 7]",
+    ),
+    "bias_shape": (
+        {"bias": ones(T, S + 1)}, ValueError, "bias", "of shape [5, 8]", "[2, 4, 5, 7]"
+    ),
+    "bias_kv_heads": (
+        {"bias": ones(B, K, T, S)}, ValueError, "bias", "of shape [2, 2, 5, 7]", "[2, 4, 5, 7]"
+    ),
+    "bias_empty": (
+        {"bias": ones(B, N, T, 0)}, ValueError, "bias", "of shape [2, 4, 5, 0]", "[2, 4, 5, 7]"
+    ),
+    "bias_int": (
+        {"bias": ones(T, S, dtype=jnp.int32)},
+        TypeError, "bias", "of dtype int32", "a floating dtype",
+    ),
+    "bias_bool": (
+        {"bias": ones(T, S, dtype=jnp.bool_)}, TypeError, "bias", "of dtype bool", "floating dtype"
+    ),
+    "mask_shape": (
+        {"mask": ones(B, N, S, T, dtype=jnp.bool_)},
+        ValueError, "mask", "of shape [2, 4, 7, 5]", "[2, 4, 5, 7]",
+    ),
+    "mask_rank": (
+        {"mask": ones(1, 1, 1, 1, 1, dtype=jnp.bool_)},
+        ValueError, "mask", "of shape [1, 1, 1, 1, 1]", "[2, 4, 5, 7]",
+    ),
+    "mask_float": (
+        {"mask": ones(T, S)}, TypeError, "mask", "of dtype float32", "bool (True: visible)"
+    ),
+    "mask_int": (
+        {"mask": ones(T, S, dtype=jnp.int8)}, TypeError, "mask", "of dtype int8", "bool"
+    ),
+    "query_seq_lengths_shape": (
+        {"query_seq_lengths": ones(3, dtype=jnp.int32)},
+        ValueError, "query_seq_lengths", "of shape (3,)", "shape [B] = [2]",
+    ),
+    "query_seq_lengths_rank": (
+        {"query_seq_lengths": 3}, ValueError, "query_seq_lengths", "of shape ()", "shape [B] = [2]"
+    ),
+    "key_value_seq_lengths_rank": (
+        {"key_value_seq_lengths": ones(2, 1, dtype=jnp.int32)},
+        ValueError, "key_value_seq_lengths", "of shape (2, 1)", "shape [B] = [2]",
+    ),
+    "query_seq_lengths_dtype": (
+        {"query_seq_lengths": ones(2, dtype=jnp.float32)},
+        TypeError, "query_seq_lengths", "of dtype float32", "int32",
+    ),
+    "key_value_seq_lengths_dtype": (
+        {"key_value_seq_lengths": ones(2, dtype=jnp.uint32)},
+        TypeError, "key_value_seq_lengths", "of dtype uint32", "int32",
+    ),
+    "scale_nan": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
+    "scale_inf": ({"scale": -np.inf}, ValueError, "scale", "-inf", "finite"),
+    "scale_overflows": ({"scale": 1e39}, ValueError, "scale", "1e+39", "finite in float32"),
+    "scale_bool": ({"scale": True}, TypeError, "scale", "bool", "a real Python or NumPy number"),
+    "scale_complex": ({"scale": 1j}, TypeError, "scale", "complex", "a real"),
+    "scale_numpy_complex": (
+        {"scale": np.complex64(1)}, TypeError, "scale", "complex64", "a real"
+    ),
+    "scale_string": ({"scale": "1"}, TypeError, "scale", "str", "a real Python or NumPy number"),
+    "scale_vector": ({"scale": ones(N)}, ValueError, "scale", "of shape (4,)", "a scalar"),
+    "scale_complex_array": (
+        {"scale": jnp.asarray(1j)}, TypeError, "scale", "of dtype complex64", "a real number"
+    ),
+    "is_causal_int": ({"is_causal": 1}, TypeError, "is_causal", "int", "True or False"),
+    "is_causal_none": ({"is_causal": None}, TypeError, "is_causal", "NoneType", "True or False"),
+    "return_residual": (
+        {"return_residual": "yes"}, TypeError, "return_residual", "str", "True or False"
+    ),
+    "window_negative": (
+        {"local_window_size": -1}, ValueError, "local_window_size", "-1", "an int >= 0"
+    ),
+    "window_pair_negative": (
+        {"local_window_size": (1, -2)}, ValueError, "local_window_size", "(1, -2)", "an int >= 0"
+    ),
+    "window_triple": (
+        {"local_window_size": (1, 2, 3)}, ValueError, "local_window_size", "(1, 2, 3)", "a pair"
+    ),
+    "window_float": (
+        {"local_window_size": 2.0}, TypeError, "local_window_size", "2.0", "an int >= 0"
+    ),
+    "window_pair_none": (
+        {"local_window_size": (1, None)}, TypeError, "local_window_size", "(1, None)", "a pair"
+    ),
+    "window_bool": (
+        {"local_window_size": True}, TypeError, "local_window_size", "True", "an int >= 0"
+    ),
+    "window_string": (
+        {"local_window_size": "12"}, TypeError, "local_window_size", "'12'", "an int >= 0"
+    ),
+    "soft_cap_zero": ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap", "0.0", "positive"),
+    "soft_cap_negative": ({"logits_soft_cap": -5}, ValueError, "logits_soft_cap", "-5", "positive"),
+    "soft_cap_tiny": (
+        {"logits_soft_cap": 1e-300}, ValueError, "logits_soft_cap", "1e-300", "finite in float32"
+    ),
+    "soft_cap_inf": (
+        {"logits_soft_cap": np.inf}, ValueError, "logits_soft_cap", "inf", "None or a positive"
+    ),
+    "soft_cap_nan": (
+        {"logits_soft_cap": np.nan}, ValueError, "logits_soft_cap", "nan", "None or a positive"
+    ),
+    "soft_cap_array": (
+        {"logits_soft_cap": ones(N)}, TypeError, "logits_soft_cap", "Array", "NumPy number"
+    ),
+    "quantization_unknown": (
+        {"quantization": "int3"}, ValueError, "quantization", '"int3"', 'None, "int8"'
+    ),
+    "quantization_type": ({"quantization": 8}, TypeError, "quantization", "int", 'None, "int8"'),
+    "quantization_int4": (
+        {"quantization": "int4"}, NotImplementedError, "quantization", '"int4"', 'None, "int8"'
+    ),
+    "implementation_unknown": (
+        {"implementation": "cuda"}, ValueError, "implementation", '"cuda"', 'None, "cpu", "xla"'
+    ),
+    "implementation_type": (
+        {"implementation": 1}, TypeError, "implementation", "int", 'None, "cpu", "xla"'
+    ),
+    "implementation_metal": (
+        {"implementation": "metal"}, RuntimeError, "implementation", "no Metal device", '"cpu"'
+    ),
+    "kernel_unknown": (
+        {"kernel": "fast"}, ValueError, "kernel", '"fast"', 'None, "baseline"'
+    ),
+    "kernel_type": ({"kernel": 2}, TypeError, "kernel", "int", 'None, "baseline"'),
+    "kernel_gluon": (
+        {"kernel": "gluon"}, NotImplementedError, "kernel", '"gluon"', 'None, "baseline"'
+    ),
+    "dropout": (
+        {"dropout_rate": 0.1},
+        NotImplementedError, "dropout_rate", "0.1", "dropout is not supported",
+    ),
+    "dropout_negative": (
+        {"dropout_rate": -0.1}, ValueError, "dropout_rate", "-0.1", "a number in [0, 1)"
+    ),
+    "dropout_one": ({"dropout_rate": 1}, ValueError, "dropout_rate", "1.0", "a number in [0, 1)"),
+    "dropout_nan": (
+        {"dropout_rate": np.nan}, ValueError, "dropout_rate", "nan", "a number in [0, 1)"
+    ),
+    "dropout_none": (
+        {"dropout_rate": None}, TypeError, "dropout_rate", "NoneType", "NumPy number"
+    ),
+    "sinks": ({"sinks": ones(N)}, NotImplementedError, "sinks", "set", "sinks are not supported"),
+}  # fmt: skip
+
+
+def assert_says(error, function, argument, found, allowed):
+    text = str(error.value)
+    pattern = (
+        rf"jax_gluon\.{function}: {argument} is .*{re.escape(found)}.*allowed: .*"
+        rf"{re.escape(allowed)}"
+    )
+    assert re.match(pattern, text, re.DOTALL), text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_argument_of_dot_product_attention(case):
+    changed, error_type, argument, found, allowed = CASES[case]
+    with pytest.raises(error_type) as error:
+        jax_gluon.dot_product_attention(**{**operands(), "implementation": "xla", **changed})
+    assert error.type is error_type
+    assert_says(error, "dot_product_attention", argument, found, allowed)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "return_residual"])
+def test_bad_argument_of_attention_with_log_sum_exp(case):
+    changed, error_type, argument, found, allowed = CASES[case]
+    with pytest.raises(error_type) as error:
+        jax_gluon.attention_with_log_sum_exp(**{**operands(), "implementation": "xla", **changed})
+    assert_says(error, "attention_with_log_sum_exp", argument, found, allowed)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_argument_of_explain(case):
+    changed, error_type, argument, found, allowed = CASES[case]
+    arguments = {**operands(), "implementation": "xla", **changed}
+    with pytest.raises(error_type) as error:
+        jax_gluon.explain(**arguments)
+    assert_says(error, "explain", argument, found, allowed)
+
+
+@pytest.mark.parametrize("function", ["attention_with_log_sum_exp", "explain"])
+def test_unknown_keyword_is_named(function):
+    with pytest.raises(TypeError, match=rf'{function}: unexpected keyword argument "causal"'):
+        getattr(jax_gluon, function)(**operands(), causal=True)
+    with pytest.raises(TypeError, match="causal"):
+        jax_gluon.dot_product_attention(**operands(), causal=True)
+
+
+def test_float64_with_the_cpu_kernels_says_why(configure):
+    with configure(jax_enable_x64=True):
+        x = jnp.ones((1, 2, 3, 4), jnp.float64)
+        with pytest.raises(ValueError, match="float64 operands, which the CPU kernels do not take"):
+            jax_gluon.dot_product_attention(x, x, x, implementation="cpu")
+
+
+def test_int64_lengths_are_refused_under_x64_but_python_ints_are_not(configure):
+    with configure(jax_enable_x64=True):
+        x = jnp.ones((2, 3, 1, 4), jnp.float32)
+        with pytest.raises(TypeError, match="key_value_seq_lengths is of dtype int64"):
+            jax_gluon.dot_product_attention(
+                x, x, x, key_value_seq_lengths=np.array([1, 2]), implementation="xla"
+            )
+        out = jax_gluon.dot_product_attention(
+            x, x, x, key_value_seq_lengths=[0, 2], implementation="xla"
+        )
+    assert not out[0].any()
+    assert out[1].all()
+
+
+@pytest.mark.parametrize("argument", ["is_causal", "logits_soft_cap", "dropout_rate"])
+def test_traced_static_argument_is_refused(argument):
+    def attention(x):
+        return jax_gluon.dot_product_attention(**operands(), implementation="xla", **{argument: x})
+
+    with pytest.raises(TypeError, match=rf"dot_product_attention: {argument} is a "):
+        jax.jit(attention)(jnp.asarray(0.0))
+
+
+def test_missing_plugin_is_reported_by_the_call_that_needs_it(monkeypatch):
+    from jax_gluon import lowering
+
+    def fail(name):
+        raise ImportError("libfoo.so: cannot open shared object file")
+
+    monkeypatch.setattr(lowering.importlib, "import_module", fail)
+    lowering.plugin.cache_clear()
+    lowering.forward.clear_cache()
+    try:
+        lowering.register()
+        for implementation in ("cpu", None):
+            with pytest.raises(ImportError, match=r"The cause: libfoo\.so") as error:
+                jax_gluon.dot_product_attention(**operands(), implementation=implementation)
+            assert isinstance(error.value.__cause__, ImportError)
+        out = jax_gluon.dot_product_attention(**operands(), implementation="xla")
+        assert out.shape == (B, T, N, H)
+    finally:
+        lowering.plugin.cache_clear()

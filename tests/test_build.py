@@ -1,0 +1,78 @@
+"""The build: which FFI headers it takes, and that no instruction set leaks out of its own file."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_cmake(tmp_path: Path, c_api: str | None) -> "subprocess.CompletedProcess[str]":
+    """Runs CMake with a c_api.h of the given text; None: without any."""
+    headers = tmp_path / "xla" / "ffi" / "api"
+    headers.mkdir(parents=True)
+    if c_api is not None:
+        (headers / "c_api.h").write_text(c_api)
+    pybind11 = pytest.importorskip("pybind11")
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    return subprocess.run(
+        [
+            cmake,
+            *("-S", ROOT, "-B", tmp_path / "build"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DJAX_GLUON_FFI_INCLUDE_DIR={tmp_path}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_headers_of_ffi_api_0_1_configure(tmp_path):
+    finished = run_cmake(tmp_path, "#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 1\n")
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("c_api", "complaint"),
+    [
+        ("#define XLA_FFI_API_MINOR 2\n", "API 0.1 is needed"),
+        ("#define XLA_FFI_API_MINOR 11\n", "API 0.1 is needed"),
+        ("", "API 0.1 is needed"),
+        (None, "does not exist"),
+    ],
+    ids=["minor 2", "minor 11", "no version", "no header"],
+)
+def test_other_headers_are_refused(tmp_path, c_api, complaint):
+    finished = run_cmake(tmp_path, c_api)
+    assert finished.returncode != 0
+    assert complaint in " ".join(finished.stderr.split())
+
+
+def weak_functions(symbols: str) -> set[str]:
+    """Functions in `nm` output that the linker takes from whichever file comes first."""
+    rows = (line.split(maxsplit=2) for line in symbols.splitlines())
+    return {row[2] for row in rows if len(row) == 3 and row[1] in "Ww"}
+
+
+def test_instruction_set_files_share_no_code_with_the_baseline():
+    """A weak function compiled for AVX-512 could be linked into code that runs without it."""
+    nm = shutil.which("nm")
+    objects = {path.name: path for path in ROOT.glob("build/*/CMakeFiles/_plugin.dir/**/*.o")}
+    variants = [objects[name] for name in ("avx2.cc.o", "avx512.cc.o") if name in objects]
+    if nm is None or not variants:
+        pytest.skip("needs nm and a build with x86-64 variants in build/")
+
+    def defined(path: Path) -> set[str]:
+        finished = subprocess.run([nm, "-C", path], capture_output=True, text=True, check=True)
+        return weak_functions(finished.stdout)
+
+    assert defined(objects["module.cc.o"]), "nm shows the weak functions of pybind11 at least"
+    for path in variants:
+        assert defined(path) == set(), path.name

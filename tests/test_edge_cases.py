@@ -1,0 +1,276 @@
+"""Extents of 0 and 1, rows that see nothing, and NaN and infinity, seen and hidden."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+
+QUANTIZATIONS = pytest.mark.parametrize("quantization", [None, "int8"])
+
+
+def attention_and_gradients(operands, d_out, bias=None, **keywords):
+    """(out, lse), and gradients of query, key, value and, where there is one, bias."""
+    inputs = (*operands, *(() if bias is None else (jnp.asarray(bias),)))
+
+    def attention(q, k, v, bias=None):
+        return jax_gluon.attention_with_log_sum_exp(q, k, v, bias, **keywords)
+
+    outputs, pullback = jax.vjp(attention, *inputs)
+    return outputs, pullback((d_out, jnp.ones_like(outputs[1])))
+
+
+@QUANTIZATIONS
+@pytest.mark.parametrize("extent", ["B", "T", "S", "BTS"])
+def test_extent_0(extent, quantization, implementation, random_operands):
+    q, k, v, d_out = random_operands(**dict.fromkeys(extent, 0), H=4, V=6)
+    B, T, N, _ = q.shape
+    bias = jnp.ones((B, N, T, k.shape[1]))
+    (out, log_sum_exp), gradients = attention_and_gradients(
+        (q, k, v), d_out, bias, quantization=quantization, implementation=implementation,
+        is_causal=True,
+    )  # fmt: skip
+    assert out.shape == (B, T, N, 6)
+    assert not out.any()
+    assert log_sum_exp.shape == (B, T, N)
+    assert np.isneginf(log_sum_exp).all()
+    for gradient, x in zip(gradients, (q, k, v, bias), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+
+
+def test_extent_0_in_rank_3(implementation):
+    q, k = jnp.ones((3, 2, 4), jnp.bfloat16), jnp.ones((0, 1, 4), jnp.bfloat16)
+    out, residual = jax_gluon.dot_product_attention(
+        q, k, k, return_residual=True, implementation=implementation
+    )
+    assert (out.shape, out.dtype) == ((3, 2, 4), jnp.bfloat16)
+    assert (residual.shape, residual.dtype) == ((3, 2), jnp.bfloat16)
+    assert np.isneginf(residual.astype(jnp.float32)).all()
+
+
+def test_vmap_over_an_axis_of_extent_0(implementation):
+    q = jnp.ones((0, 1, 3, 2, 4))
+    out = jax.vmap(
+        lambda q: jax_gluon.dot_product_attention(q, q, q, implementation=implementation)
+    )(q)
+    assert out.shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"H": 1, "V": 1},
+        {"H": 257, "V": 257},
+        {"H": 1, "V": 257},
+        {"T": 1},
+        {"S": 1},
+        {"T": 1, "S": 1, "B": 1, "N": 1, "K": 1, "H": 1, "V": 1},
+        {"T": 65, "S": 129, "B": 1, "N": 1, "K": 1},
+    ],
+    ids=lambda shape: "-".join(f"{letter}{extent}" for letter, extent in shape.items()),
+)
+def test_awkward_extents(shape, implementation, oracle, relative_error, random_operands):
+    q, k, v, d_out = random_operands(**shape)
+    (out, _), gradients = attention_and_gradients((q, k, v), d_out, implementation=implementation)
+    expected = oracle(q, k, v, d_out=d_out, d_log_sum_exp=np.ones(out.shape[:-1]))
+    assert relative_error(out, expected.out) <= 2e-6
+    for gradient, exact in zip(gradients, expected[2:5], strict=True):
+        # With one key dP - D cancels to 0: what is left is rounding.
+        error = np.linalg.norm(np.asarray(gradient, np.float64) - exact)
+        assert error <= 3e-6 * max(np.linalg.norm(exact), np.linalg.norm(d_out))
+
+
+MASKED = np.zeros((2, 4, 5, 7), bool)
+MASKED[0, :, 2:] = True
+MASKED[1, 1, 0, 3] = True
+# Each hides every key from some rows in its own way.
+EMPTY_ROWS = {
+    "mask": {"mask": MASKED},
+    "mask_all": {"mask": np.zeros((1, 1, 1, 1), bool)},
+    "window": {"local_window_size": (0, 0), "key_value_seq_lengths": np.array([2, 3], np.int32)},
+    "query_lengths": {"query_seq_lengths": np.array([0, 3], np.int32)},
+    "key_lengths": {"key_value_seq_lengths": np.array([0, 4], np.int32), "is_causal": True},
+    "bias": {"bias": np.where(MASKED, np.float32(0.5), -np.inf)},
+    "bias_and_mask": {
+        "bias": np.where(MASKED, np.float32(0.5), -np.inf),
+        "mask": ~MASKED[:1, :1],
+    },
+}
+
+
+@QUANTIZATIONS
+@pytest.mark.parametrize("case", EMPTY_ROWS)
+def test_row_that_sees_no_key(
+    case, quantization, implementation, oracle, fake_quantize, relative_error, random_operands
+):
+    keywords = dict(EMPTY_ROWS[case])
+    q, k, v, d_out = random_operands(B=2, T=5, S=7, N=4, K=2, H=16, V=8)
+    bias = keywords.pop("bias", None)
+    (out, log_sum_exp), gradients = attention_and_gradients(
+        (q, k, v), d_out, bias, quantization=quantization, implementation=implementation, **keywords
+    )
+    exact_operands = (q, k, v)
+    tolerance = (2e-6, 3e-6)
+    if quantization:
+        lengths = keywords.get("key_value_seq_lengths")
+        exact_operands = (
+            fake_quantize(q),
+            fake_quantize(k, center=True, lengths=lengths),
+            fake_quantize(v),
+        )
+        tolerance = (8e-3, 1e-2)
+    expected = oracle(
+        *exact_operands, bias, **keywords, d_out=d_out, d_log_sum_exp=np.ones((2, 5, 4))
+    )
+    empty = np.isneginf(expected.log_sum_exp)
+    assert empty.any()
+    np.testing.assert_array_equal(np.isneginf(log_sum_exp), empty)
+    assert not np.asarray(out)[empty].any()
+    assert not np.asarray(gradients[0])[empty].any()
+    assert relative_error(out, expected.out) <= tolerance[0]
+    for gradient, exact in zip(gradients, expected[2:], strict=False):
+        assert relative_error(gradient, exact) <= tolerance[1]
+
+
+def test_minus_infinity_bias_under_a_soft_cap_is_the_cap_itself(
+    implementation, oracle, relative_error, random_operands
+):
+    q, k, v, d_out = random_operands(T=5, S=7)
+    hidden = np.random.default_rng(3).random((5, 7)) < 0.5
+    keywords = {"logits_soft_cap": 4.0}
+    (out, log_sum_exp), gradients = attention_and_gradients(
+        (q, k, v), d_out, np.where(hidden, -np.inf, 0.0).astype(np.float32),
+        implementation=implementation, **keywords,
+    )  # fmt: skip
+    expected = oracle(
+        q, k, v, np.where(hidden, -1e6, 0.0), **keywords,
+        d_out=d_out, d_log_sum_exp=np.ones(out.shape[:-1]),
+    )  # fmt: skip
+    assert relative_error(out, expected.out) <= 2e-6
+    assert relative_error(log_sum_exp, expected.log_sum_exp) <= 2e-6
+    for gradient, exact in zip(gradients, expected[2:], strict=True):
+        assert relative_error(gradient, exact) <= 3e-6
+
+
+@QUANTIZATIONS
+@pytest.mark.parametrize("way", ["mask", "key_lengths", "causal", "window", "bias"])
+def test_hidden_key_and_value_leak_nowhere(way, quantization, implementation, random_operands):
+    """The last keys are hidden from every row; what they hold changes no bit of any result."""
+    q, k, v, d_out = random_operands(B=2, T=4, S=7, H=8, V=8)
+    seen = np.arange(7) < 4
+    keywords = {
+        "mask": {"mask": seen},
+        "key_lengths": {"key_value_seq_lengths": np.array([4, 4], np.int32)},
+        "causal": {"is_causal": True},
+        "window": {"local_window_size": (4, 0)},
+        "bias": {"bias": np.where(seen, np.float32(0.25), -np.inf)[None]},
+    }[way]
+
+    def run(fill):
+        poisoned = (k.at[:, 4:].set(fill), v.at[:, 4:].set(fill))
+        return attention_and_gradients(
+            (q, *poisoned), d_out, keywords.get("bias"),
+            quantization=quantization, implementation=implementation,
+            **{name: x for name, x in keywords.items() if name != "bias"},
+        )  # fmt: skip
+
+    # INT8 centres the key by the finite values of the tokens inside the lengths, so that the clean
+    # run has to leave the mean alone as well: NaN does.
+    clean = run(np.nan if quantization else 0.0)
+    poisoned = run(jnp.asarray([np.nan, np.inf, -np.inf])[:, None, None])
+    for x, y in zip(jax.tree.leaves(poisoned), jax.tree.leaves(clean), strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_key_hidden_from_some_rows_only_reaches_the_others(
+    poison, implementation, oracle, relative_error, random_operands
+):
+    """Key 4 is poisoned; causality hides it from rows 0 to 3 alone."""
+    q, k, v, d_out = random_operands(T=6, S=6)
+    bad_k, bad_v = (x.at[:, 4].set(poison) for x in (k, v))
+    # The poisoned rows take no cotangent, so that the others' gradients can be compared.
+    d_out = d_out.at[:, 4:].set(0.0)
+    (out, _), gradients = attention_and_gradients(
+        (q, bad_k, bad_v), d_out, is_causal=True, implementation=implementation
+    )
+    expected = oracle(q[:, :4], k[:, :4], v[:, :4], is_causal=True)
+    assert relative_error(out[:, :4], expected.out) <= 2e-6
+    assert np.isnan(out[:, 4:]).all()
+    assert np.isfinite(gradients[0][:, :4]).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_hidden_bias_leaks_nowhere(poison, implementation, random_operands):
+    q, k, v, d_out = random_operands(T=5, S=7)
+    mask = np.random.default_rng(5).random((5, 7)) < 0.6
+
+    def run(fill):
+        return attention_and_gradients(
+            (q, k, v), d_out, np.where(mask, np.float32(0.5), np.float32(fill)), mask=mask,
+            implementation=implementation,
+        )  # fmt: skip
+
+    for x, y in zip(jax.tree.leaves(run(poison)), jax.tree.leaves(run(0.0)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_hidden_query_rows_leak_nowhere(poison, implementation, random_operands):
+    q, k, v, d_out = random_operands(T=5, S=7)
+    lengths = jnp.asarray([3, 0], jnp.int32)
+    seen = (np.arange(5) < np.asarray(lengths)[:, None])[:, :, None, None]
+
+    def run(fill):
+        return attention_and_gradients(
+            (jnp.where(seen, q, fill), k, v), d_out,
+            query_seq_lengths=lengths, implementation=implementation,
+        )  # fmt: skip
+
+    for x, y in zip(jax.tree.leaves(run(poison)), jax.tree.leaves(run(0.0)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("operand", ["query", "key", "value"])
+def test_visible_poison_stays_in_the_rows_that_see_it(
+    operand, poison, implementation, random_operands
+):
+    q, k, v, _ = random_operands(B=2, T=3, S=4, N=2, K=2)
+    q, k = (jnp.abs(x) + 0.1 for x in (q, k))
+    clean = jax_gluon.dot_product_attention(q, k, v, implementation=implementation)
+    arrays = {"query": q, "key": k, "value": v}
+    arrays[operand] = arrays[operand].at[0, 1, 1].set(poison)
+    out = jax_gluon.dot_product_attention(**arrays, implementation=implementation)
+    touched = np.zeros(out.shape[:3], bool)
+    touched[0, 1 if operand == "query" else slice(None), 1] = True
+    np.testing.assert_array_equal(np.asarray(out)[~touched], np.asarray(clean)[~touched])
+    if operand == "value":
+        expected = np.full_like(np.asarray(out)[touched], poison)
+        np.testing.assert_array_equal(np.asarray(out)[touched], expected)
+    elif np.isnan(poison) or poison > 0:
+        assert np.isnan(np.asarray(out)[touched]).all()
+    elif operand == "key":  # Logits of -inf: this key weighs nothing.
+        others = [0, 2, 3]
+        expected = jax_gluon.dot_product_attention(
+            q, k[:, others], v[:, others], implementation=implementation
+        )
+        np.testing.assert_allclose(
+            np.asarray(out)[touched], np.asarray(expected)[touched], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_large_logits_do_not_overflow(implementation, oracle, relative_error, random_operands):
+    q, k, v, d_out = random_operands(T=5, S=7)
+    q = q * 1e4
+    (out, log_sum_exp), gradients = attention_and_gradients(
+        (q, k, v), d_out, implementation=implementation
+    )
+    expected = oracle(q, k, v, d_out=d_out, d_log_sum_exp=np.ones(out.shape[:-1]))
+    # Logits of 1e4 carry an absolute error of about 1e-3 into the exponent.
+    assert relative_error(out, expected.out) <= 1e-2
+    assert relative_error(log_sum_exp, expected.log_sum_exp) <= 2e-6
+    assert all(np.isfinite(gradient).all() for gradient in gradients)

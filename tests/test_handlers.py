@@ -1,0 +1,452 @@
+"""The XLA FFI handlers trust nothing: what does not fit is an error that names it, never a crash.
+
+Every call is made with `jax.ffi.ffi_call` directly, so that Python's own validation is out of the
+way.
+"""
+
+import copy
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax_gluon._plugin", reason="jax_gluon._plugin is not built")
+
+B, T, S, N, K, H, V = 2, 5, 7, 4, 2, 8, 6
+FORWARD = "jax_gluon.attention_forward"
+BACKWARD = "jax_gluon.attention_backward"
+BACKWARD_BIAS = "jax_gluon.attention_backward_bias"
+QUANTIZE = "jax_gluon.quantize"
+
+
+@dataclasses.dataclass
+class Call:
+    """A custom call in parts, to be spoilt: operands and results in order, by name."""
+
+    target: str
+    operands: dict[str, np.ndarray]
+    results: dict[str, jax.ShapeDtypeStruct]
+    attributes: dict[str, object]
+
+    def run(self):
+        call = jax.ffi.ffi_call(self.target, tuple(self.results.values()))
+        operands = [jnp.asarray(x) for x in self.operands.values()]
+        return jax.block_until_ready(call(*operands, **self.attributes))
+
+    def error(self):
+        """The message of the error that the call must come back with."""
+        with pytest.raises(jax.errors.JaxRuntimeError) as error:
+            self.run()
+        message = str(error.value)
+        assert message.startswith(f"INVALID_ARGUMENT: {self.target}: "), message
+        return message
+
+
+def draw(*shape, dtype=np.float32):
+    rng = np.random.default_rng(math.prod(shape) + len(shape))
+    if dtype == np.int8:
+        return rng.integers(-127, 128, shape).astype(np.int8)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def result(*shape, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention(target, *, quantized=False, full=True):
+    """A consistent attention call; with `full` every optional operand is there."""
+    dtype = np.int8 if quantized else np.float32
+    operands = {
+        "query": draw(B, T, N, H, dtype=dtype),
+        "key": draw(B, S, K, H, dtype=dtype),
+        "value": draw(B, S, K, V, dtype=dtype),
+    }
+    if quantized:
+        operands |= {
+            "query_scale": np.full((B, T, N), 0.02, np.float32),
+            "key_scale": np.full((B, S, K), 0.01, np.float32),
+            "value_scale": np.full((B, S, K), 0.01, np.float32),
+            "key_mean": draw(B, 1, K, H),
+        }
+    if full:
+        operands |= {
+            "bias": draw(B, N, T, S),
+            "mask": draw(B, 1, T, S) > -1.0,
+            "query_seq_lengths": np.array([T, 3], np.int32),
+            "key_value_seq_lengths": np.array([4, S], np.int32),
+        }
+    attributes = {
+        "scale": np.float32(0.5),
+        "soft_cap": np.float32(0.0),
+        "causal": np.int64(0),
+        "window_left": np.int64(-1),
+        "window_right": np.int64(-1),
+        "has_bias": np.int64(full),
+        "has_mask": np.int64(full),
+        "has_query_seq_lengths": np.int64(full),
+        "has_key_value_seq_lengths": np.int64(full),
+        "quantized": np.int64(quantized),
+    }
+    results = {"out": result(B, T, N, V), "log_sum_exp": result(B, T, N)}
+    if target != FORWARD:
+        operands |= {
+            "out": draw(B, T, N, V),
+            "log_sum_exp": draw(B, T, N),
+            "d_out": draw(B, T, N, V),
+        }
+        if full:
+            operands["d_log_sum_exp"] = draw(B, T, N)
+        attributes["has_d_log_sum_exp"] = np.int64(full)
+        results = {
+            "d_query": result(B, T, N, H),
+            "d_key": result(B, S, K, H),
+            "d_value": result(B, S, K, V),
+        }
+    if target == BACKWARD_BIAS:
+        results = {"d_bias": result(B, N, T, S)}
+    return Call(target, operands, results, attributes)
+
+
+def quantize():
+    return Call(
+        QUANTIZE,
+        {"x": draw(B, S, K, H), "lengths": np.array([4, S], np.int32)},
+        {
+            "data": result(B, S, K, H, dtype=np.int8),
+            "scale": result(B, S, K),
+            "mean": result(B, 1, K, H),
+        },
+        {"center": np.int64(1), "has_lengths": np.int64(1)},
+    )
+
+
+CALLS = {
+    "forward": lambda: attention(FORWARD),
+    "forward_int8": lambda: attention(FORWARD, quantized=True),
+    "backward": lambda: attention(BACKWARD),
+    "backward_int8": lambda: attention(BACKWARD, quantized=True),
+    "backward_bias": lambda: attention(BACKWARD_BIAS),
+    "quantize": quantize,
+}
+PARTS = [
+    (call, part, name)
+    for call, make in CALLS.items()
+    for part in ("operands", "results")
+    for name in getattr(make(), part)
+]
+
+
+@pytest.fixture(autouse=True)
+def _handlers_still_work():
+    """After each test the process lives and a good call still gives the right numbers."""
+    yield
+    call = attention(FORWARD, full=False)
+    out, log_sum_exp = call.run()
+    query, key, value = call.operands.values()
+    key, value = (np.repeat(x, N // K, axis=2) for x in (key, value))
+    logits = np.einsum("btnh,bsnh->btns", query, key) * 0.5
+    p = np.exp(logits)
+    expected = np.einsum("btns,bsnv->btnv", p / p.sum(-1, keepdims=True), value)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(log_sum_exp, np.log2(p.sum(-1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_calls_that_are_spoilt_below_are_good(name):
+    call = CALLS[name]()
+    for x, expected in zip(call.run(), call.results.values(), strict=True):
+        assert (x.shape, x.dtype) == (expected.shape, expected.dtype)
+        assert np.isfinite(x).all()
+
+
+def reshaped(part, name, call, shape):
+    """The call with one operand or result of another shape."""
+    call = copy.deepcopy(call)
+    old = getattr(call, part)[name]
+    new = np.zeros(shape, old.dtype) if part == "operands" else result(*shape, dtype=old.dtype)
+    getattr(call, part)[name] = new
+    return call
+
+
+@pytest.mark.parametrize(("name", "part", "of"), PARTS)
+def test_every_extent_is_checked(name, part, of):
+    call = CALLS[name]()
+    shape = getattr(call, part)[of].shape
+    for axis, extent in enumerate(shape):
+        longer = (*shape[:axis], extent + 1, *shape[axis + 1 :])
+        message = reshaped(part, of, call, longer).error()
+        # The found shape, or number of heads, stands in the message, and so does what was expected.
+        assert "expected" in message
+        assert any(str(n) in message for n in longer)
+
+
+@pytest.mark.parametrize(("name", "part", "of"), PARTS)
+def test_every_rank_is_checked(name, part, of):
+    call = CALLS[name]()
+    shape = getattr(call, part)[of].shape
+    for other in (shape[1:], (1, *shape), (3, *shape), ()):
+        message = reshaped(part, of, call, other).error()
+        assert "expected" in message
+
+
+@pytest.mark.parametrize(("name", "part", "of"), PARTS)
+def test_every_dtype_is_checked(name, part, of):
+    call = CALLS[name]()
+    old = getattr(call, part)[of]
+    for dtype in (np.int16, np.uint8, np.complex64):
+        new = old.astype(dtype) if part == "operands" else result(*old.shape, dtype=dtype)
+        getattr(call, part)[of] = new
+        message = call.error()
+        assert f"{part[:-1]} {of} is another type, expected " in message
+
+
+@pytest.mark.parametrize(("name", "of"), [(c, of) for c, part, of in PARTS if part == "operands"])
+def test_every_operand_must_be_there(name, of):
+    call = CALLS[name]()
+    del call.operands[of]
+    # The operands behind it move up, so the message may name the first that then does not fit.
+    message = call.error()
+    assert "operand " in message or "query has" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    # XLA drops a call that has no result at all, so the only one of a call can't be taken away.
+    [(c, of) for c, part, of in PARTS if part == "results" and of != "d_bias"],
+)
+def test_every_result_must_be_there(name, of):
+    call = CALLS[name]()
+    del call.results[of]
+    assert "result" in call.error()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operands_and_results_left_over_are_an_error(name):
+    call = CALLS[name]()
+    count = len(call.operands)
+    call.operands["extra"] = draw(B)
+    assert f"it has {count + 1} operands, expected {count}" in call.error()
+    call = CALLS[name]()
+    count = len(call.results)
+    call.results["extra"] = result(B)
+    assert f"it has {count + 1} results, expected {count}" in call.error()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_without_operands_or_attributes_is_an_error(name):
+    call = CALLS[name]()
+    call.operands = {}
+    assert "is missing" in call.error()
+    call = CALLS[name]()
+    call.attributes = {}
+    assert "attribute " in call.error()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_attribute_must_be_there_and_of_its_type(name):
+    attributes = CALLS[name]().attributes
+    for i, (attribute, setting) in enumerate(attributes.items()):
+        call = CALLS[name]()
+        del call.attributes[attribute]
+        assert f"attribute {attribute} is missing or not " in call.error()
+        # A value of its own: JAX takes the compiled call of attributes that compare equal.
+        wrong = np.float64(100 + i) if isinstance(setting, np.float32) else np.int32(100 + i)
+        call.attributes = attributes | {attribute: wrong}
+        assert f"attribute {attribute} is missing or not " in call.error()
+
+
+ATTRIBUTES = {
+    "scale_nan": ("scale", np.float32("nan"), "is nan, expected a finite number"),
+    "scale_inf": ("scale", np.float32("inf"), "is inf, expected a finite number"),
+    "soft_cap_nan": ("soft_cap", np.float32("nan"), "is nan, expected a finite number"),
+    "soft_cap_negative": ("soft_cap", np.float32(-1), "is negative"),
+    "causal": ("causal", np.int64(2), "is 2, expected 0 to 1"),
+    "causal_negative": ("causal", np.int64(-1), "is -1, expected 0 to 1"),
+    "window_left": ("window_left", np.int64(-2), "is -2, expected -1 to "),
+    "window_right": ("window_right", np.int64(-(2**63)), f"is {-(2**63)}, expected -1 to "),
+    "window_huge": ("window_left", np.int64(2**63 - 1), f"is {2**63 - 1}, expected -1 to "),
+    "quantized": ("quantized", np.int64(7), "is 7, expected 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "quantize"])
+@pytest.mark.parametrize("case", ATTRIBUTES)
+def test_attribute_out_of_range(name, case):
+    attribute, setting, complaint = ATTRIBUTES[case]
+    call = CALLS[name]()
+    call.attributes[attribute] = setting
+    assert f"attribute {attribute} {complaint}" in call.error()
+
+
+@pytest.mark.parametrize("attribute", ["center", "has_lengths"])
+def test_quantize_attribute_out_of_range(attribute):
+    call = quantize()
+    call.attributes[attribute] = np.int64(2)
+    assert f"attribute {attribute} is 2, expected 0 to 1" in call.error()
+
+
+@pytest.mark.parametrize("window", [(2**61 - 1, 0), (0, 2**61 - 1), (2**61 - 1, 2**61 - 1)])
+def test_a_huge_window_does_not_overflow(window):
+    call = attention(FORWARD)
+    call.attributes["window_left"], call.attributes["window_right"] = map(np.int64, window)
+    wide = copy.deepcopy(call)
+    wide.attributes["window_left"], wide.attributes["window_right"] = (
+        np.int64(min(n, T + S)) for n in window
+    )
+    for x, y in zip(call.run(), wide.run(), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "flag", ["has_bias", "has_mask", "has_query_seq_lengths", "has_d_log_sum_exp"]
+)
+def test_flags_that_deny_an_operand_which_is_there(flag):
+    call = attention(BACKWARD)
+    call.attributes[flag] = np.int64(0)
+    call.error()
+
+
+@pytest.mark.parametrize("flag", ["has_bias", "has_mask", "has_query_seq_lengths"])
+def test_flags_that_announce_an_operand_which_is_not_there(flag):
+    call = attention(FORWARD, full=False)
+    call.attributes[flag] = np.int64(1)
+    assert f"operand {flag.removeprefix('has_')} is missing" in call.error()
+
+
+def test_bias_gradient_without_bias():
+    call = attention(BACKWARD_BIAS, full=False)
+    assert "attribute has_bias is 0, expected 1" in call.error()
+
+
+@pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS])
+def test_quantized_flag_and_operands_must_agree(target):
+    call = attention(target)
+    call.attributes["quantized"] = np.int64(1)
+    assert "operand query is float32, expected int8" in call.error()
+    call = attention(target, quantized=True)
+    call.attributes["quantized"] = np.int64(0)
+    assert "operand query is int8, expected float32 or bfloat16 or float16" in call.error()
+
+
+def test_operands_of_different_float_types():
+    for name in ("key", "value"):
+        call = attention(FORWARD)
+        call.operands[name] = call.operands[name].astype(np.float16)
+        assert "query, key and value have different element types" in call.error()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_heads_that_do_not_divide(heads):
+    call = attention(FORWARD, full=False)
+    call.operands["query"] = draw(B, T, heads, H)
+    call.results = {"out": result(B, T, heads, V), "log_sum_exp": result(B, T, heads)}
+    assert f"query has {heads} heads, expected a multiple of key's 2" in call.error()
+
+
+def test_no_kv_heads():
+    call = attention(FORWARD, full=False)
+    call.operands |= {"key": draw(B, S, 0, H), "value": draw(B, S, 0, V)}
+    assert "query has 4 heads, expected a multiple of key's 0" in call.error()
+
+
+@pytest.mark.parametrize("name", ["bias", "mask"])
+@pytest.mark.parametrize(
+    "shape", [(B, K, T, S), (B, N, S, T), (3, N, T, S), (B, N, T, 2), (B, N, T, 0)]
+)
+def test_bias_and_mask_must_broadcast(name, shape):
+    call = reshaped("operands", name, attention(FORWARD), shape)
+    message = call.error()
+    assert f"operand {name} has shape {list(shape)}, expected {[B, N, T, S]}" in message
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_64_bit_operands(configure, dtype):
+    with configure(jax_enable_x64=True):
+        call = attention(FORWARD)
+        name = "query" if dtype == np.float64 else "key_value_seq_lengths"
+        call.operands[name] = call.operands[name].astype(dtype)
+        assert f"operand {name} is " in call.error()
+
+
+def test_no_keys_is_not_an_error():
+    call = attention(FORWARD, full=False)
+    call.operands |= {"key": draw(B, 0, K, H), "value": draw(B, 0, K, V)}
+    out, log_sum_exp = call.run()
+    assert not out.any()
+    assert (log_sum_exp == np.float32(-3.0e38)).all()
+
+
+# The mapped leading axes of each operand in turn, out of (2, 3); the results always have both.
+LEADING = [(2, 3), (1, 3), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("turn", range(len(LEADING)))
+def test_leading_axes_fold_into_the_batch_without_a_copy(name, turn):
+    """The same bits as one call per entry, whichever operands are mapped over which axis."""
+    call = CALLS[name]()
+    mapped = copy.deepcopy(call)
+    for i, (of, x) in enumerate(call.operands.items()):
+        leading = LEADING[(i + turn) % len(LEADING)]
+        # Each entry another permutation of the same numbers: lengths and scales stay in range.
+        entries = [np.roll(x, 3 * entry, axis=-1) for entry in range(math.prod(leading))]
+        mapped.operands[of] = np.stack(entries).reshape(*leading, *x.shape)
+    for of, x in call.results.items():
+        mapped.results[of] = result(2, 3, *x.shape, dtype=x.dtype)
+    actual = mapped.run()
+    assert len({np.asarray(actual[0][i, j]).tobytes() for i in range(2) for j in range(3)}) > 1
+    for i in range(2):
+        for j in range(3):
+            for of, x in mapped.operands.items():
+                call.operands[of] = x[min(i, x.shape[0] - 1), min(j, x.shape[1] - 1)]
+            for x, y in zip(actual, call.run(), strict=True):
+                np.testing.assert_array_equal(x[i, j], y)
+
+
+def test_leading_axes_must_agree():
+    call = attention(FORWARD, full=False)
+    leading = {"query": (2, 3), "key": (2, 2), "value": (2, 3)}
+    for of, axes in leading.items():
+        call.operands[of] = np.broadcast_to(call.operands[of], axes + call.operands[of].shape)
+    for of, x in call.results.items():
+        call.results[of] = result(2, 3, *x.shape)
+    message = call.error()
+    assert f"operand key has shape {[2, 2, B, S, K, H]}, expected {[2, 3, B, S, K, H]}" in message
+
+
+@pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS, QUANTIZE])
+def test_an_unknown_instruction_set_fails_every_call_and_kills_nothing(target):
+    program = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('handlers', sys.argv[1])\n"
+        "sys.modules['handlers'] = module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "import jax\n"
+        "make = module.quantize if sys.argv[2] == module.QUANTIZE else None\n"
+        "call = make() if make else module.attention(sys.argv[2])\n"
+        "try:\n"
+        "    call.run()\n"
+        "except jax.errors.JaxRuntimeError as error:\n"
+        "    print(error)\n"
+        "import jax_gluon._plugin\n"
+        "print(jax_gluon._plugin.cpu_isa())\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, __file__, target],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_GLUON_CPU_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    message, isa = finished.stdout.splitlines()
+    assert f"{target}: JAX_GLUON_CPU_ISA is 'avx1024', expected one of those" in message
+    assert "portable" in message
+    assert isa == "unsupported"

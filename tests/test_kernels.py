@@ -1,0 +1,311 @@
+"""Every instruction-set variant of the CPU kernels against float64, at sizes that reach their tails.
+
+Results and scratch start as NaN (JAX_GLUON_POISON), so that nothing unwritten passes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+from jax_gluon import lowering, reference
+from jax_gluon.problem import AttentionOperands, AttentionProblem
+
+plugin = pytest.importorskip("jax_gluon._plugin")
+
+# Relative L2, forward and gradients: the design's bars for float32 operands and for 8-bit
+# probabilities, and for 16-bit operands twice and three times what plain jnp of their type makes
+# (test_16_bit_operands_are_as_accurate_as_the_bars_say measures that).
+BARS = {
+    "float32": (2e-6, 3e-6),
+    "bfloat16": (7e-3, 1e-2),
+    "float16": (8e-4, 1.2e-3),
+    "int8": (8e-3, 1e-2),
+}
+RNG = np.random.default_rng(5)
+
+
+def _mask(B, N, T, S):
+    mask = RNG.random((B, N, T, S)) < 0.6
+    mask[0, 0, T // 2] = False
+    return mask
+
+
+# Sizes around the tiles (6 or 12 rows, 16 or 32 keys), the blocks (96 rows, 192 and 256 keys) and the
+# subtiles (64 keys).
+CASES = {
+    "odd": dict(T=70, S=90),
+    "blocks": dict(T=200, S=530, N=2, K=1, H=64, V=64),
+    "causal": dict(T=130, S=130, is_causal=True),
+    "causal_T_over_S": dict(T=300, S=150, N=2, is_causal=True),
+    "causal_S_over_T": dict(T=150, S=300, N=2, is_causal=True),
+    "window": dict(T=200, S=330, N=2, local_window_size=(20, 5)),
+    "window_left_of_causal": dict(T=400, S=400, N=2, is_causal=True, local_window_size=(33, 0)),
+    "window_past_the_keys": dict(T=300, S=40, N=2, local_window_size=(3, 3)),
+    "lengths": dict(
+        T=70, S=300,
+        query_seq_lengths=np.array([0, 65], np.int32),
+        key_value_seq_lengths=np.array([299, 5], np.int32),
+    ),
+    "bias": dict(T=33, S=300, bias=RNG.standard_normal((2, 4, 33, 300), np.float32)),
+    "bias_keys": dict(T=100, S=70, bias=RNG.standard_normal((1, 4, 1, 70), np.float32)),
+    "bias_rows": dict(T=100, S=70, bias=RNG.standard_normal((2, 1, 100, 1), np.float32)),
+    "mask": dict(T=70, S=300, mask=_mask(2, 4, 70, 300)),
+    "mask_blocks": dict(
+        T=120, S=600, N=2, mask=np.broadcast_to(np.arange(600) // 256 == 1, (2, 1, 1, 600)).copy()
+    ),
+    "soft_cap": dict(T=70, S=90, scale=1.0, logits_soft_cap=2.0),
+    "everything": dict(
+        T=150, S=270, is_causal=True, local_window_size=(120, 9), logits_soft_cap=4.0, scale=-0.4,
+        bias=RNG.standard_normal((2, 1, 150, 270), np.float32), mask=_mask(2, 4, 150, 270),
+        key_value_seq_lengths=np.array([260, 100], np.int32),
+    ),
+    "head_dim_1": dict(T=20, S=70, H=1, V=1),
+    "head_dim_257": dict(B=1, T=20, S=40, H=257, V=3),
+    "value_dim_100": dict(T=20, S=70, H=12, V=100),
+    "one_row": dict(T=1, S=700, N=2),
+    "one_key": dict(T=70, S=1),
+    "multi_query": dict(T=100, S=100, K=1),
+    "many_chunks": dict(B=1, T=60, S=2500, N=1, K=1, H=16, V=16),
+}  # fmt: skip
+# The emulated variant is slow and shares every line but the intrinsics: it runs what differs.
+EMULATED = ["odd", "causal", "everything", "head_dim_1", "head_dim_257", "one_key", "bias_rows"]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    monkeypatch.setenv("JAX_GLUON_POISON", "1")
+
+
+def _operands(case, dtype):
+    rng = np.random.default_rng(3)
+    size = {"B": 2, "N": 4, "K": 2, "H": 24, "V": 24} | case
+    B, T, S, N, K, H, V = (size[letter] for letter in "BTSNKHV")
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)  # noqa: E731
+    # Keys off centre, so that removing their mean matters.
+    query, key, value = (
+        draw(B, T, N, H),
+        draw(B, S, K, H) + jnp.asarray(0.5, dtype),
+        draw(B, S, K, V),
+    )
+    d_out, d_log_sum_exp = (
+        draw(B, T, N, V),
+        jnp.asarray(rng.standard_normal((B, T, N)), jnp.float32),
+    )
+    keywords = {name: x for name, x in case.items() if len(name) > 1 and name != "bias"}
+    return (query, key, value, case.get("bias")), keywords, d_out, d_log_sum_exp
+
+
+def _exact(operands, keywords, d_out, d_log_sum_exp):
+    """Attention and gradients in float64 NumPy: out, log_sum_exp, dq, dk, dv, full dbias."""
+    query, key, value, bias = (None if x is None else np.asarray(x, np.float64) for x in operands)
+    (_, T, _, H), (_, S, K, _) = query.shape, key.shape
+    group = query.shape[2] // K
+    keys, values = np.repeat(key, group, 2), np.repeat(value, group, 2)
+    scale = keywords.get("scale", H**-0.5)
+    logits = np.einsum("btnh,bsnh->bnts", query, keys) * scale
+    if bias is not None:
+        logits = logits + bias
+    cap, slope = keywords.get("logits_soft_cap"), 1.0
+    if cap is not None:
+        tanh = np.tanh(logits / cap)
+        logits, slope = cap * tanh, 1 - tanh**2
+    i, j = np.arange(T)[:, None], np.arange(S)[None]
+    visible = np.ones(logits.shape, bool) & keywords.get("mask", True)
+    visible &= (j <= i) | (not keywords.get("is_causal", False))
+    left, right = keywords.get("local_window_size", (T + S, T + S))
+    visible &= (i - left <= j) & (j <= i + right)
+    visible &= i < keywords.get("query_seq_lengths", np.array([T]))[:, None, None, None]
+    visible &= j < keywords.get("key_value_seq_lengths", np.array([S]))[:, None, None, None]
+    maximum = np.max(logits, -1, keepdims=True, where=visible, initial=-1e300)
+    p = np.where(visible, np.exp(np.where(visible, logits - maximum, 0)), 0)
+    total = p.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log_sum_exp = np.where(total > 0, maximum + np.log(total), -np.inf)[..., 0]
+    p /= np.where(total > 0, total, 1)
+    out = np.einsum("bnts,bsnh->btnh", p, values)
+    d_out = np.asarray(d_out, np.float64)
+    delta = np.sum(d_out * out, -1) - np.asarray(d_log_sum_exp, np.float64)
+    d_p = np.einsum("btnh,bsnh->bnts", d_out, values)
+    d_logits = p * (d_p - delta.transpose(0, 2, 1)[..., None]) * slope
+    over_group = lambda x: x.reshape(*x.shape[:2], K, group, -1).sum(3)  # noqa: E731
+    return (
+        out,
+        log_sum_exp.transpose(0, 2, 1),
+        np.einsum("bnts,bsnh->btnh", d_logits, keys) * scale,
+        over_group(np.einsum("bnts,btnh->bsnh", d_logits, query) * scale),
+        over_group(np.einsum("bnts,btnh->bsnh", p, d_out)),
+        d_logits,
+    )
+
+
+def _dequantized(operands, keywords):
+    """The point that the kernels' INT8 codes stand for."""
+    query, key, value, bias = operands
+    lengths = keywords.get("key_value_seq_lengths")
+    codes = lowering.quantize(
+        AttentionProblem(scale=1.0, implementation="cpu"),
+        AttentionOperands(query, key, value, key_value_seq_lengths=lengths),
+    )
+    rows = [(x.data, x.scale, x.mean) for x in (codes.query, codes.key, codes.value)]
+    exact = [
+        np.asarray(data, np.float64) * np.asarray(scale, np.float64)[..., None]
+        + (0 if mean is None else np.asarray(mean, np.float64))
+        for data, scale, mean in rows
+    ]
+    return (*exact, bias)
+
+
+def _parameters():
+    """Each variant meets each case; what only differs by conversion, some of them."""
+    best, *others = plugin.cpu_isas_supported()
+    for isa in (best, *others):
+        for name in EMULATED if isa.startswith("emulated") else CASES:
+            for dtype in BARS:
+                if isa == best or dtype in ("float32", "int8") or name in EMULATED:
+                    yield pytest.param(isa, dtype, name, id=f"{isa}-{dtype}-{name}")
+
+
+@pytest.mark.parametrize(("isa", "dtype", "name"), list(_parameters()))
+def test_kernels_match_float64(monkeypatch, relative_error, isa, dtype, name):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    assert plugin.cpu_isa() == isa
+    quantization = "int8" if dtype == "int8" else None
+    operands, keywords, d_out, d_log_sum_exp = _operands(
+        CASES[name], "float32" if quantization else dtype
+    )
+    exact = _exact(
+        _dequantized(operands, keywords) if quantization else operands,
+        keywords, d_out, d_log_sum_exp,
+    )  # fmt: skip
+    # The -inf of an empty row takes no cotangent.
+    d_log_sum_exp = jnp.where(np.isfinite(exact[1]), d_log_sum_exp, 0)
+
+    @jax.jit
+    def attention(inputs, cotangents):
+        def function(*x):
+            return jax_gluon.attention_with_log_sum_exp(
+                *x, **keywords, implementation="cpu", quantization=quantization
+            )
+
+        results, pullback = jax.vjp(function, *inputs)
+        return *results, *pullback(cotangents)
+
+    inputs = tuple(jnp.asarray(x) for x in operands if x is not None)
+    actual = attention(inputs, (d_out, d_log_sum_exp))
+    forward, backward = BARS[dtype]
+    np.testing.assert_allclose(actual[1], exact[1], atol=2e-4 if quantization else 2e-5, rtol=2e-6)
+    expected = list(exact)
+    if operands[3] is None:
+        expected.pop()
+    else:
+        summed = tuple(axis for axis in range(4) if operands[3].shape[axis] == 1)
+        expected[5] = exact[5].sum(summed, keepdims=True)
+    for label, x, y in zip(
+        ("out", "lse", "dq", "dk", "dv", "dbias"), actual, expected, strict=False
+    ):
+        if label == "lse":
+            continue
+        # Where one key is all there is, dS is zero and only rounding is left of it.
+        if np.linalg.norm(y) <= 1e-9 * np.linalg.norm(exact[0]):
+            assert np.linalg.norm(np.asarray(x, np.float64)) <= backward * np.linalg.norm(exact[0])
+        else:
+            assert relative_error(x, y) <= (forward if label == "out" else backward), label
+
+
+@pytest.mark.parametrize("isa", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_what_is_hidden_never_leaks(monkeypatch, isa, quantization):
+    """NaN, infinities and the largest numbers in hidden keys, values and biases change no bit."""
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    operands, keywords, d_out, _ = _operands(dict(T=40, S=150, is_causal=True), "float32")
+    query, key, value, _ = operands
+    mask = np.ones((2, 1, 40, 150), bool)
+    mask[:, :, :, 17] = False
+    lengths = np.array([20, 20], np.int32)
+    bias = np.zeros((2, 4, 40, 150), np.float32)
+
+    def gradients(query, key, value, bias):
+        def loss(query, key, value, bias):
+            out = jax_gluon.dot_product_attention(
+                query, key, value, bias, mask, **keywords, key_value_seq_lengths=lengths,
+                query_seq_lengths=np.array([40, 30], np.int32),
+                quantization=quantization, implementation="cpu",
+            )  # fmt: skip
+            return jnp.sum(out * d_out), out
+
+        return jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(query, key, value, bias)
+
+    for bad in (np.nan, np.inf, -np.inf, np.finfo(np.float32).max):
+        hidden_key, hidden_value = np.array(key), np.array(value)
+        hidden_query, hidden_bias = np.array(query), bias.copy()
+        for hidden in (hidden_key, hidden_value):
+            hidden[:, 17] = bad  # by the mask
+            hidden[:, 20:] = bad  # by the lengths and, for most rows, causally
+        hidden_query[1, 30:] = bad
+        hidden_bias[:, :, :, 17] = bad
+        hidden_bias[:, :, 3, 4] = bad  # causally
+        # The same numbers, but zero where they are hidden; centring leaves hidden keys out by the
+        # lengths only, so key 17 counts in the mean: it is zero in both, or not finite in one.
+        plain_key, plain_value, plain_query = np.array(key), np.array(value), np.array(query)
+        plain_key[:, 20:] = plain_value[:, 17] = plain_value[:, 20:] = 0
+        plain_query[1, 30:] = 0
+        if quantization is None:
+            plain_key[:, 17] = 0
+        elif np.isfinite(bad):
+            continue
+        else:
+            plain_key[:, 17] = np.nan
+        actual = gradients(hidden_query, hidden_key, hidden_value, hidden_bias)
+        expected = gradients(plain_query, plain_key, plain_value, bias)
+        for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            assert np.all(np.isfinite(y))
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("isa", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_visible_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(
+    monkeypatch, isa, quantization, bad
+):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    operands, keywords, *_ = _operands(dict(T=90, S=90, is_causal=True), "float32")
+    query, key, value, _ = operands
+    value = np.array(value)
+    value[0, 50, 1, 3] = bad
+    out = jax_gluon.dot_product_attention(
+        query, key, value, **keywords, quantization=quantization, implementation="cpu"
+    )
+    affected = ~np.isfinite(out)
+    expected = np.zeros_like(affected)
+    # kv head 1 serves query heads 2 and 3; an INT8 row has one scale, so all of it is lost.
+    expected[0, 50:, 2:, slice(3, 4) if quantization is None else slice(None)] = True
+    np.testing.assert_array_equal(affected, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_operands_are_as_accurate_as_the_bars_say(relative_error, dtype):
+    operands, _, d_out, d_log_sum_exp = _operands(CASES["odd"], dtype)
+    exact = _exact(operands, {}, d_out, 0 * d_log_sum_exp)
+
+    def errors(attention):
+        out, pullback = jax.vjp(jax.jit(attention), *operands[:3])
+        results = (out, *pullback(d_out))
+        return [relative_error(x, y) for x, y in zip(results, (exact[0], *exact[2:5]), strict=True)]
+
+    plain = errors(reference.dot_product_attention)
+    kernel = errors(lambda *x: jax_gluon.dot_product_attention(*x, implementation="cpu"))
+    forward, backward = BARS[dtype]
+    assert kernel[0] <= 2 * plain[0] <= 1.2 * forward
+    for error, bar in zip(kernel[1:], plain[1:], strict=True):
+        assert error <= 3 * bar
+    assert max(kernel[1:]) <= backward
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", "sse9")
+    query = jnp.ones((1, 2, 1, 4))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="JAX_GLUON_CPU_ISA is 'sse9', expected"):
+        jax_gluon.dot_product_attention(query, query, query, implementation="cpu")
