@@ -437,25 +437,22 @@ def _sum_visible(
 
     if visible is None:
         return multiply(weights, rows)
-    seen = visible
+    everywhere = jnp.broadcast_to(visible, weights.shape)
 
     def ieee_sum() -> jax.Array:
         """The IEEE sum of the visible terms: a hidden one is absent instead of `0 * x`."""
         finite = multiply(weights, jnp.where(jnp.isfinite(rows), rows, 0.0))
-        kinds = jnp.concatenate([rows == jnp.inf, rows == -jnp.inf, jnp.isnan(rows)], axis=-1)
-
-        def met_by(chosen: jax.Array) -> list[jax.Array]:
-            counts = multiply(chosen.astype(rows.dtype), kinds.astype(rows.dtype))
-            return jnp.split(counts > 0, 3, axis=-1)
-
-        plus, minus, nan = met_by(weights > 0)
-        minus_negated, plus_negated, nan_negated = met_by(weights < 0)
-        rising, falling = plus | plus_negated, minus | minus_negated
-        nan |= nan_negated | (rising & falling) | jnp.isnan(finite)
-        for met_by_zero in met_by(seen & (weights == 0)):
-            nan |= met_by_zero
-        infinite = jnp.where(rising, jnp.inf, jnp.where(falling, -jnp.inf, finite))
-        return jnp.where(nan, jnp.nan, infinite)
+        # Terms are counted by products too: infinite ones with their signs and without, and all
+        # that are not finite. NaN and 0 times infinity are what the last has more.
+        infinity = jnp.where(jnp.isinf(rows), jnp.sign(rows), 0.0)
+        sign = jnp.sign(weights)
+        balance, infinite = multiply(sign, infinity), multiply(jnp.abs(sign), jnp.abs(infinity))
+        not_finite = multiply(
+            everywhere.astype(rows.dtype), (~jnp.isfinite(rows)).astype(rows.dtype)
+        )
+        is_nan = (not_finite > infinite) | (jnp.abs(balance) < infinite)
+        limit = jnp.where(is_nan, jnp.nan, jnp.sign(balance) * jnp.inf)
+        return jnp.where(not_finite > 0, limit, finite)
 
     return cast(Any, jax.lax.cond)(rows_are_finite, lambda: multiply(weights, rows), ieee_sum)
 

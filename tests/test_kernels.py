@@ -1,4 +1,4 @@
-"""Every instruction-set variant of the CPU kernels against float64, at sizes that reach their tails.
+"""Every instruction-set variant of the CPU kernels against float64, at sizes that reach every tail.
 
 Results and scratch start as NaN (JAX_GLUON_POISON), so that nothing unwritten passes.
 """
@@ -32,8 +32,8 @@ def _mask(B, N, T, S):
     return mask
 
 
-# Sizes around the tiles (6 or 12 rows, 16 or 32 keys), the blocks (96 rows, 192 and 256 keys) and the
-# subtiles (64 keys).
+# Sizes around the tiles (6 or 12 rows, 16 or 32 keys), the blocks (96 rows, 192 and 256 keys) and
+# the subtiles (64 keys).
 CASES = {
     "odd": dict(T=70, S=90),
     "blocks": dict(T=200, S=530, N=2, K=1, H=64, V=64),
@@ -195,7 +195,9 @@ def test_kernels_match_float64(monkeypatch, relative_error, isa, dtype, name):
     inputs = tuple(jnp.asarray(x) for x in operands if x is not None)
     actual = attention(inputs, (d_out, d_log_sum_exp))
     forward, backward = BARS[dtype]
-    np.testing.assert_allclose(actual[1], exact[1], atol=2e-4 if quantization else 2e-5, rtol=2e-6)
+    # Where probabilities have 8 or 16 bits their exponentials are good to 7.5e-5.
+    log_sum_exp_error = 2e-5 if dtype == "float32" else 2e-4
+    np.testing.assert_allclose(actual[1], exact[1], atol=log_sum_exp_error, rtol=2e-6)
     expected = list(exact)
     if operands[3] is None:
         expected.pop()

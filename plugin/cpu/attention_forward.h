@@ -514,8 +514,11 @@ class AttentionForward {
       for (int64_t r = 0; r < rows; ++r) {
         float p;
         if constexpr (kInt8) {
-          p = std::exp2(s.scores[r * kBlockKeys + j - key0] - fold_log2(head)[j] -
-                        state.maximum[g + r]);
+          const float logit = s.scores[r * kBlockKeys + j - key0];
+          // A row that has seen nothing has no maximum to subtract.
+          p = logit == kHidden
+                  ? 0.0f
+                  : std::exp2(logit - fold_log2(head)[j] - state.maximum[g + r]);
         } else if constexpr (kBf16) {
           const auto* bits = reinterpret_cast<const uint16_t*>(s.probabilities);
           p = float_from_bf16(bits[r * kBlockKeys + j - key0]);
