@@ -35,7 +35,7 @@ demo: $(STAMPS)/package
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(STAMPS)/package
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)

@@ -6,7 +6,6 @@ It materialises the `[T, S]` scores and is as accurate as the dtype it is given:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Unpack, cast, overload
 
@@ -20,6 +19,10 @@ from jax_gluon.problem import AttentionOperands, AttentionProblem
 from jax_gluon.quantization import dequantize, quantize_rows
 
 __all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize_rows"]
+
+# The two products, as einsum writes them.
+_SCORES = "bkgth,bksh->bkgts"
+_OUTPUT = "bkgts,bksv->bkgtv"
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -161,7 +164,7 @@ def _attend(
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     visible = _grouped(_visible(problem, operands), K)
 
-    products = _over_visible("bkgth,bksh->bkgts", "bkgh,bkgsh->bkgs", query, key, visible)
+    products = _over_visible(_SCORES, query, key, visible)
     scores = scale * jnp.where(visible, products, 0.0)
     if operands.bias is not None:
         bias = _grouped(_to_scores(operands, operands.bias), K).astype(dtype)
@@ -175,7 +178,7 @@ def _attend(
     # The inner `where` keeps the exponential, and with it the gradient, of a hidden score finite.
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - maximum, 0.0)), 0.0)
     total = jnp.where(is_empty, 1.0, jnp.sum(weights, axis=-1, keepdims=True))
-    out = _over_visible("bkgts,bksv->bkgtv", "bkgs,bkgsv->bkgv", weights / total, value, visible)
+    out = _over_visible(_OUTPUT, weights / total, value, visible)
     out = jnp.where(is_empty, 0.0, out)
     log_sum_exp = jnp.where(is_empty, -jnp.inf, maximum + jnp.log(total))
     out, log_sum_exp = (
@@ -227,29 +230,30 @@ def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _over_visible(
-    subscripts: str, row_subscripts: str, rows: jax.Array, table: jax.Array, visible: jax.Array
+    subscripts: str, rows: jax.Array, table: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """`einsum(subscripts, rows, table)` in which a row does not meet what is hidden from it.
+    """`einsum(subscripts, rows, table)` over visible pairs of a query and a key.
 
-    `rows` is `[B, K, G, T, X]`, `table` `[B, K, S, Y]` and `visible` `[B, K, G, T, S]`. Numbers
-    that are not finite are multiplied row by row, against a table where hidden keys are zeros: that
-    is right in the gradient too, where a masked product would make `0 * NaN`.
+    `table` is `[B, K, S, X]`, and `visible` `[B, K, G, T, S]`. Where a number is not finite, hidden
+    pairs are zeros before they are multiplied: a product that is masked afterwards would make
+    `0 * NaN` in the gradient. Those terms take `T * S * X` memory.
     """
-    multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def at_once(rows: jax.Array, table: jax.Array) -> jax.Array:
         # Under vmap both branches run: this one must then not see NaN either.
         rows, table = (jnp.where(jnp.isfinite(x), x, 0.0) for x in (rows, table))
-        return multiply(subscripts, rows, table)
+        return jnp.einsum(subscripts, rows, table, precision=jax.lax.Precision.HIGHEST)
 
-    def row_by_row(rows: jax.Array, table: jax.Array) -> jax.Array:
-        @jax.checkpoint
-        def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            x, seen = row
-            return multiply(row_subscripts, x, jnp.where(seen[..., None], table[:, :, None], 0.0))
+    @jax.checkpoint
+    def term_by_term(rows: jax.Array, table: jax.Array) -> jax.Array:
+        axis = -1 if sums_features else -2
+        terms = (
+            rows[:, :, :, :, None] if sums_features else rows[..., None],
+            table[:, :, None, None],
+        )
+        left, right = (jnp.where(visible[..., None], x, 0.0) for x in terms)
+        return jnp.sum(left * right, axis=axis)
 
-        along_rows = (jnp.moveaxis(rows, 3, 0), jnp.moveaxis(visible, 3, 0))
-        return jnp.moveaxis(cast(Any, jax.lax.map)(one, along_rows), 0, 3)
-
+    sums_features = subscripts == _SCORES
     all_finite = jnp.all(jnp.isfinite(rows)) & jnp.all(jnp.isfinite(table))
-    return cast(Any, jax.lax.cond)(all_finite, at_once, row_by_row, rows, table)
+    return cast(Any, jax.lax.cond)(all_finite, at_once, term_by_term, rows, table)

@@ -1,0 +1,1 @@
+"""The demo: a small language model trained with float and with INT8 attention."""

@@ -1,0 +1,98 @@
+"""`python -m demo`: train twice, compare, plot."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+from demo import text as demo_text
+from demo.model import ModelConfig
+from demo.training import Run, peak_memory, sample, train
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--steps", type=int, default=240, help="training steps of each run")
+    parser.add_argument("--batch", type=int, default=8, help="excerpts in a step")
+    parser.add_argument("--length", type=int, default=256, help="characters in an excerpt")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and sample")
+    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the plot's file")
+    return parser.parse_args(arguments)
+
+
+def plot(runs: dict[str, Run], written: str, path: Path) -> None:
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, (curves, page) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for style, (name, run) in zip(("-", "--"), runs.items(), strict=True):
+        curves.plot(smooth(run.losses), style, label=f"{name} attention")
+    curves.set(
+        xlabel="step", ylabel="loss (nats per character, mean of 10 steps)", title="Training loss"
+    )
+    curves.legend()
+    curves.grid(alpha=0.3)
+    page.axis("off")
+    page.set_title("Written by the model with INT8 attention")
+    page.text(0, 1, written, va="top", family="monospace", fontsize=8, parse_math=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def smooth(losses: np.ndarray, width: int = 10) -> np.ndarray:
+    width = min(width, len(losses))
+    return np.convolve(losses, np.ones(width) / width, "valid")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    text = demo_text.load()
+    config = ModelConfig(vocabulary=len(text.alphabet), length=options.length)
+    print(f"Text: {len(text.codes):,} characters of CPython's documentation topics.")
+    runs = {}
+    for name, quantization in (("float32", None), ("INT8", "int8")):
+        runs[name] = train(
+            text, dataclasses.replace(config, quantization=quantization), name=name,
+            steps=options.steps, batch=options.batch, seed=options.seed,
+        )  # fmt: skip
+
+    print("\nThe plugin's custom calls in the compiled INT8 training step:")
+    for name, run in runs.items():
+        expected = {"attention_forward", "attention_backward"}
+        expected |= {"quantize"} if name == "INT8" else set()
+        missing = [
+            target
+            for target in sorted(expected)
+            if not any(f'"jax_gluon.{target}"' in line for line in run.custom_calls)
+        ]
+        if missing:
+            print(f"The {name} step does not call {', '.join(missing)}.", file=sys.stderr)
+            return 1
+    for line in {line.split('custom_call_target="')[1].split('"')[0]: line
+                 for line in runs["INT8"].custom_calls}.values():  # fmt: skip
+        print(f"  {line[:200]}")
+
+    print()
+    ends = {name: float(smooth(run.losses)[-1]) for name, run in runs.items()}
+    for name, run in runs.items():
+        print(
+            f"{name:>8}: loss {run.losses[0]:.4f} at the first step, {ends[name]:.4f} at the end; "
+            f"{run.tokens_per_second:,.0f} tokens/s"
+        )
+    print(f"INT8 - float32 at the end: {ends['INT8'] - ends['float32']:+.4f}")
+    int8 = dataclasses.replace(config, quantization="int8")
+    prompt = 'The "import" statement'
+    written = sample(runs["INT8"], text, int8, prompt=prompt, count=300, seed=options.seed)
+    print(f"\nWritten by the model with INT8 attention:\n{written}\n")
+    plot(runs, written, options.output)
+    print(f"Peak memory {peak_memory():,.0f} MiB. Curves and sample: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

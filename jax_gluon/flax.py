@@ -1,0 +1,138 @@
+"""Flax modules on jax-gluon: `attention_fn` for linen's and nnx's multi-head attention."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jax_gluon.attention import dot_product_attention
+
+
+def attention_fn(
+    *,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    quantization: str | None = None,
+    implementation: str | None = None,
+    kernel: str | None = None,
+) -> Callable[..., jax.Array]:
+    """An `attention_fn` for `flax.linen` and `flax.nnx` multi-head attention modules.
+
+    The function takes `query [..., T, N, H]`, `key [..., S, K, H]` and `value [..., S, K, Hv]` with
+    any number of batch axes, and the keywords that Flax passes. `N` may be a multiple of `K`: query
+    head n reads kv head `n // (N // K)`. Arguments are promoted to `dtype` as in Flax; softmax and
+    every sum are float32 whatever `precision` and `force_fp32_for_softmax` say. A row that sees no
+    key gives 0, where Flax's own function gives the mean of all values.
+
+    **Arguments:** as `jax_gluon.dot_product_attention`, and used in every call. Causal masking
+    applies where `is_causal` is set here or in the call.
+
+    **Returns:** the function. It raises `NotImplementedError` for what a fused kernel does not
+    give: dropout of the weights, weights for `sow_weights`, replaced einsums.
+
+    ```python
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    import jax_gluon.flax
+
+    attention = nnx.MultiHeadAttention(
+        num_heads=4, in_features=64, decode=False, rngs=nnx.Rngs(0),
+        attention_fn=jax_gluon.flax.attention_fn(quantization="int8"),
+    )
+    attention(jnp.ones((2, 16, 64)), is_causal=True).shape  # (2, 16, 64)
+    ```
+    """
+    attend = functools.partial(
+        dot_product_attention,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        quantization=quantization,
+        implementation=implementation,
+        kernel=kernel,
+    )
+    always_causal = is_causal
+
+    # Linen passes only the keywords that it finds in the signature, by name: each is spelled out.
+    def jax_gluon_attention(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: DTypeLike | None = None,
+        precision: Any = None,
+        module: Any = None,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Callable[..., jax.Array] | None = None,
+        qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
+        attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
+        promote_dtype: Callable[..., Any] | None = None,
+        is_causal: bool = False,
+    ) -> jax.Array:
+        del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
+        if dropout_rate > 0.0 and not deterministic:
+            raise NotImplementedError(
+                f"jax_gluon.flax.attention_fn: dropout_rate is {dropout_rate} with "
+                "deterministic=False; dropout of the attention weights is not supported, expected "
+                "dropout_rate=0.0 or deterministic=True."
+            )
+        if module is not None:
+            raise NotImplementedError(
+                "jax_gluon.flax.attention_fn: sow_weights=True; the attention weights are never "
+                "formed, so that there is nothing to sow, expected sow_weights=False."
+            )
+        einsums = {
+            "einsum_dot_general": einsum_dot_general,
+            "qk_attn_weights_einsum": qk_attn_weights_einsum,
+            "attn_weights_value_einsum": attn_weights_value_einsum,
+        }
+        for name, einsum in einsums.items():
+            if einsum is not None:
+                raise NotImplementedError(
+                    f"jax_gluon.flax.attention_fn: {name} is set; the products are fused and can't "
+                    "be replaced, expected None."
+                )
+        if promote_dtype is not None:
+            query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        else:
+            common = jnp.result_type(query, key, value) if dtype is None else jnp.dtype(dtype)
+            query, key, value = (x.astype(common) for x in (query, key, value))
+
+        batch = query.shape[:-3]
+        flat = lambda x: jnp.reshape(x, (math.prod(batch), *x.shape[-3:]))  # noqa: E731
+        out = attend(
+            flat(query),
+            flat(key),
+            flat(value),
+            _flatten_batch(bias, batch),
+            # Flax's make_*_mask functions give masks of any type: nonzero is visible.
+            None if mask is None else _flatten_batch(mask.astype(jnp.bool_), batch),
+            is_causal=is_causal or always_causal,
+        )
+        return jnp.reshape(out, (*query.shape[:-1], value.shape[-1]))
+
+    return jax_gluon_attention
+
+
+def _flatten_batch(x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+    """`[..., N, T, S]`, its batch axes broadcastable to `batch`, with one batch axis."""
+    if x is None or x.ndim <= 3:
+        return x
+    own = x.shape[:-3]
+    if all(extent == 1 for extent in own):
+        return jnp.reshape(x, (1, *x.shape[-3:]))
+    x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+    return jnp.reshape(x, (math.prod(batch), *x.shape[-3:]))

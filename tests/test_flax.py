@@ -1,0 +1,190 @@
+"""Flax's own attention modules on `jax_gluon.flax.attention_fn` against their default attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jax_gluon.flax
+import jax_gluon.quantization
+
+B, T, S, FEATURES, HEADS = 2, 11, 13, 24, 4
+RNG = np.random.default_rng(11)
+X = jnp.asarray(RNG.standard_normal((B, T, FEATURES)), jnp.float32)
+MEMORY = jnp.asarray(RNG.standard_normal((B, S, FEATURES)), jnp.float32)
+COTANGENT = jnp.asarray(RNG.standard_normal((B, T, FEATURES)), jnp.float32)
+MASKS = {
+    "none": None,
+    "causal": linen.make_causal_mask(jnp.ones((B, T))),  # float32, as Flax makes it
+    "padding": linen.make_attention_mask(jnp.ones((B, T)), jnp.arange(T)[None].repeat(B, 0) < 7),
+    "full": jnp.asarray(RNG.random((B, HEADS, T, T)) < 0.7).at[..., 0].set(True),
+}
+
+
+def attention_fn(implementation, **keywords):
+    return jax_gluon.flax.attention_fn(implementation=implementation, **keywords)
+
+
+def loss_and_gradients(apply, parameters, *inputs):
+    def loss(parameters, *inputs):
+        out = apply(parameters, *inputs)
+        return jnp.sum(out * COTANGENT), out
+
+    argnums = tuple(range(1 + len(inputs)))
+    gradients, out = jax.jit(jax.grad(loss, argnums, has_aux=True))(parameters, *inputs)
+    return out, gradients
+
+
+def assert_close(actual, expected, relative_error, bar):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        # The gradient of a bias of the keys is zero but for rounding.
+        if np.linalg.norm(y) > 1e-4:
+            assert relative_error(x, y) <= bar
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_linen_forward_and_gradients(implementation, relative_error, mask):
+    make = lambda **keywords: linen.MultiHeadDotProductAttention(HEADS, **keywords)  # noqa: E731
+    ours, default = make(attention_fn=attention_fn(implementation)), make()
+    parameters = default.init(jax.random.key(0), X)
+    results = [
+        loss_and_gradients(lambda p, x, m=m: m.apply(p, x, mask=MASKS[mask]), parameters, X)
+        for m in (ours, default)
+    ]
+    assert_close(*results, relative_error, 1e-5)
+
+
+def test_linen_cross_attention(implementation, relative_error):
+    make = lambda **keywords: linen.MultiHeadAttention(HEADS, **keywords)  # noqa: E731
+    ours, default = make(attention_fn=attention_fn(implementation)), make()
+    parameters = default.init(jax.random.key(0), X, MEMORY)
+    results = [
+        loss_and_gradients(lambda p, x, y, m=m: m.apply(p, x, y), parameters, X, MEMORY)
+        for m in (ours, default)
+    ]
+    assert_close(*results, relative_error, 1e-5)
+
+
+def test_linen_decode_gives_the_rows_of_causal_attention(implementation, relative_error):
+    fn = attention_fn(implementation)
+    module = linen.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
+    parameters = module.init(jax.random.key(0), X)
+    whole = module.apply(parameters, X, mask=MASKS["causal"])
+    decoder = linen.MultiHeadDotProductAttention(HEADS, attention_fn=fn, decode=True)
+    cache = decoder.init(jax.random.key(0), X)["cache"]
+
+    @jax.jit
+    def step(cache, row):
+        out, state = decoder.apply({**parameters, "cache": cache}, row, mutable=["cache"])
+        return state["cache"], out
+
+    rows = []
+    for t in range(T):
+        cache, row = step(cache, X[:, t : t + 1])
+        rows.append(row)
+    assert relative_error(jnp.concatenate(rows, 1), whole) <= 1e-5
+
+
+def nnx_modules(implementation, **keywords):
+    def make(**more):
+        return nnx.MultiHeadAttention(
+            HEADS, FEATURES, decode=False, rngs=nnx.Rngs(0), **keywords, **more
+        )
+
+    return make(attention_fn=attention_fn(implementation)), make()
+
+
+def nnx_results(module, inputs, **keywords):
+    graph, state = nnx.split(module)
+    return loss_and_gradients(
+        lambda state, *x: nnx.merge(graph, state)(*x, **keywords), state, *inputs
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nnx_forward_and_gradients(implementation, relative_error, mask, is_causal):
+    results = [
+        nnx_results(module, (X,), mask=MASKS[mask], is_causal=is_causal)
+        for module in nnx_modules(implementation)
+    ]
+    assert_close(*results, relative_error, 1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_nnx_grouped_query_attention(implementation, relative_error, kv_heads):
+    ours, default = nnx_modules(implementation, num_kv_heads=kv_heads)
+    results = [nnx_results(module, (X, MEMORY)) for module in (ours, default)]
+    assert ours.key.kernel.shape[1] == kv_heads
+    assert_close(*results, relative_error, 1e-5)
+
+
+def test_nnx_decode_gives_the_rows_of_causal_attention(implementation, relative_error):
+    module, _ = nnx_modules(implementation)
+    whole = module(X, is_causal=True)
+    module.set_attributes(decode=True)
+    module.init_cache((B, T, FEATURES))
+    rows = [module(X[:, t : t + 1]) for t in range(T)]
+    assert relative_error(jnp.concatenate(rows, 1), whole) <= 1e-5
+
+
+def test_int8_is_within_the_quantization_error(implementation, relative_error):
+    default = linen.MultiHeadDotProductAttention(HEADS)
+    ours = linen.MultiHeadDotProductAttention(
+        HEADS, attention_fn=attention_fn(implementation, quantization="int8")
+    )
+    parameters = default.init(jax.random.key(0), X)
+    actual, expected = (
+        loss_and_gradients(lambda p, x, m=m: m.apply(p, x), parameters, X) for m in (ours, default)
+    )
+    error = relative_error(actual[0], expected[0])
+    assert 1e-4 < error < 2e-2
+    assert_close(actual[1], expected[1], relative_error, 5e-2)
+
+
+def test_any_number_of_batch_axes(implementation, relative_error):
+    draw = lambda *shape: jnp.asarray(RNG.standard_normal(shape), jnp.float32)  # noqa: E731
+    query, key, value = draw(2, 3, T, HEADS, 8), draw(2, 3, S, HEADS, 8), draw(2, 3, S, HEADS, 5)
+    mask = jnp.asarray(RNG.random((2, 1, 1, T, S)) < 0.8)
+    bias = draw(1, 1, HEADS, T, S)
+    out = attention_fn(implementation)(query, key, value, bias=bias, mask=mask)
+    assert out.shape == (2, 3, T, HEADS, 5)
+    assert relative_error(out, linen.dot_product_attention(query, key, value, bias, mask)) <= 1e-5
+
+
+def test_arguments_are_promoted_as_flax_does(implementation):
+    query = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+    other = jnp.ones((1, 2, 1, 4), jnp.float32)
+    fn = attention_fn(implementation)
+    assert fn(query, other, other).dtype == jnp.float32
+    assert fn(query, other, other, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_the_construction_keywords_reach_every_call(implementation, relative_error):
+    x = jnp.asarray(RNG.standard_normal((1, 9, 2, 8)), jnp.float32)
+    fn = attention_fn(implementation, is_causal=True, local_window_size=2, scale=0.2)
+    expected = jax.nn.dot_product_attention(x, x, x, is_causal=True, local_window_size=2, scale=0.2)
+    assert relative_error(fn(x, x, x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"dropout_rate": 0.1}, "dropout_rate is 0.1 with deterministic=False"),
+        ({"module": object()}, "sow_weights"),
+        ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum is set"),
+        ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum is set"),
+        ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general is set"),
+    ],
+)
+def test_what_a_fused_kernel_cannot_give_is_refused(keywords, message):
+    x = jnp.ones((1, 2, 1, 4))
+    with pytest.raises(NotImplementedError, match=message):
+        jax_gluon.flax.attention_fn()(x, x, x, **keywords)
+
+
+def test_dropout_is_ignored_where_it_is_deterministic():
+    x = jnp.ones((1, 2, 1, 4))
+    out = jax_gluon.flax.attention_fn()(x, x, x, dropout_rate=0.5, deterministic=True)
+    np.testing.assert_array_equal(out, x)
