@@ -62,7 +62,7 @@ def machine() -> dict[str, str]:
 
 
 def table(measurements: list[Measurement]) -> str:
-    """Markdown, a row for each implementation and problem; times relative to the problem's first."""
+    """Markdown, a row for each implementation and problem; ratios to the problem's first row."""
     lines = [
         "| problem | implementation | median ms | spread | G operations/s | time ratio | error |",
         "|---|---|---|---|---|---|---|",

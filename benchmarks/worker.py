@@ -1,7 +1,7 @@
 """A live process that holds one implementation and times it when asked.
 
-Reads JSON lines `{"problem": ..., "calls": n}` and answers `{"times": [...], "error": e}`: seconds of
-each call, and the relative L2 error of one head against float64 (null for gradients).
+Reads JSON lines `{"problem": ..., "calls": n}` and answers `{"times": [...], "error": e}`: seconds
+of each call, and the relative L2 error of one head against float64 (null for gradients).
 """
 
 from __future__ import annotations

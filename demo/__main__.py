@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -39,9 +41,23 @@ def plot(runs: dict[str, Run], written: str, path: Path) -> None:
     curves.grid(alpha=0.3)
     page.axis("off")
     page.set_title("Written by the model with INT8 attention")
-    page.text(0, 1, written, va="top", family="monospace", fontsize=8, parse_math=False)
+    lines = [part for line in written.splitlines() for part in textwrap.wrap(line, 64) or [""]]
+    page.text(
+        0, 1, "\n".join(lines[:24]), va="top", family="monospace", fontsize=7, parse_math=False
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def shortened(custom_calls: list[str]) -> list[str]:
+    """One HLO line for each target, its operands left out."""
+    first = {}
+    for line in custom_calls:
+        target = re.search(r'custom_call_target="[^"]*"', line)
+        if target:
+            call = line.split("custom-call(")[0] + "custom-call(...), " + target[0]
+            first.setdefault(target[0], call)
+    return list(first.values())
 
 
 def smooth(losses: np.ndarray, width: int = 10) -> np.ndarray:
@@ -73,9 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         if missing:
             print(f"The {name} step does not call {', '.join(missing)}.", file=sys.stderr)
             return 1
-    for line in {line.split('custom_call_target="')[1].split('"')[0]: line
-                 for line in runs["INT8"].custom_calls}.values():  # fmt: skip
-        print(f"  {line[:200]}")
+    for line in shortened(runs["INT8"].custom_calls):
+        print(f"  {line}")
 
     print()
     ends = {name: float(smooth(run.losses)[-1]) for name, run in runs.items()}

@@ -155,12 +155,12 @@ def _jit_with_static_problem(function: _Function) -> _Function:
 def _attend(
     problem: AttentionProblem, operands: AttentionOperands, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    B, T, N, _ = operands.query.shape
+    B, T, N, H = operands.query.shape
     K = operands.key.shape[2]
     dtype = scale.dtype
     query, key, value = _floats(problem, operands, dtype)
     # Query heads are grouped by the kv head that they read.
-    query = query.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     visible = _grouped(_visible(problem, operands), K)
 

@@ -186,6 +186,18 @@ def test_every_extent_is_checked(name, part, of):
         assert any(str(n) in message for n in longer)
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "of"), [case for case in PARTS if case[2] not in ("bias", "mask")]
+)
+def test_only_bias_and_mask_broadcast(name, part, of):
+    """An extent of 1 stands for no other on the axes behind the leading ones."""
+    call = CALLS[name]()
+    shape = getattr(call, part)[of].shape
+    for axis in (axis for axis, extent in enumerate(shape) if extent > 1):
+        message = reshaped(part, of, call, (*shape[:axis], 1, *shape[axis + 1 :])).error()
+        assert "expected" in message
+
+
 @pytest.mark.parametrize(("name", "part", "of"), PARTS)
 def test_every_rank_is_checked(name, part, of):
     call = CALLS[name]()

@@ -1,0 +1,84 @@
+"""The benchmark harness measures what it says; no test here depends on how fast anything is."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import attention, implementations, report
+from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
+
+TINY = Problem(B=1, N=2, T=40, H=16, is_causal=True)
+
+
+@pytest.mark.parametrize("name", implementations.NAMES)
+def test_every_implementation_computes_attention(name):
+    if not implementations.available(name):
+        pytest.skip("PyTorch is not installed")
+    run, head = implementations.make(name, TINY, threads=1)
+    assert head is not None
+    exact = TINY.exact_head()
+    error = np.linalg.norm(head(run()) - exact) / np.linalg.norm(exact)
+    bars = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 2e-2}
+    assert 0 < error < bars[name.split()[1]]
+
+
+def test_the_float64_head_is_attention():
+    query, key, value, _ = (x[0, :, 0].astype(np.float64) for x in TINY.operands())
+    i = 7
+    weights = np.exp(key[: i + 1] @ query[i] / 4.0)
+    expected = weights @ value[: i + 1] / weights.sum()
+    np.testing.assert_allclose(TINY.exact_head()[i], expected, rtol=1e-12)
+
+
+def test_ratios_are_of_medians():
+    problem = SUITES["quick"][0]
+    measurements = [
+        report.Measurement(problem, "fast", [1.0, 2.0, 9.0], None),
+        report.Measurement(problem, "slow", [8.0, 5.0, 6.0], None),
+    ]
+    assert report.ratio(measurements, Requirement(problem, "fast", "slow", 1.0)) == 3.0
+    assert report.ratio(measurements, Requirement(problem, "fast", "absent", 1.0)) is None
+    assert "| slow | 6000.00 |" in report.table(measurements)
+
+
+def test_operations_count_the_visible_half():
+    dense, causal = Problem(1, 2, 8, 4), Problem(1, 2, 8, 4, is_causal=True)
+    assert dense.operations == 4 * 2 * 8 * 8 * 4 == 2 * causal.operations
+    assert Problem(1, 2, 8, 4, direction="both").operations == 3.5 * dense.operations
+
+
+def test_every_floor_is_measured_by_its_suite():
+    for requirement in REQUIREMENTS:
+        assert requirement.problem in SUITES["floor"]
+        assert {requirement.fast, requirement.slow} <= set(implementations.NAMES)
+
+
+def test_the_command_alternates_workers_and_writes_its_files(tmp_path):
+    command = [
+        sys.executable, "-m", "benchmarks.attention", "--shapes", "B1,N2,T40,H16", "--rounds", "2",
+        "--calls", "2", "--implementations", "gluon float32", "gluon int8",
+        "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png"),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "forward B1 N2 T40 H16 | gluon int8" in run.stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [m["name"] for m in document["measurements"]] == ["gluon float32", "gluon int8"]
+    assert all(len(m["times"]) == 4 for m in document["measurements"])
+    assert document["measurements"][0]["error"] < 2e-6 < document["measurements"][1]["error"]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_worker_that_dies_is_reported():
+    worker = attention.Worker("no-such float32", 1)
+    with pytest.raises((RuntimeError, BrokenPipeError)):
+        worker.measure(TINY, 1)
+
+
+@pytest.mark.parametrize("text", ["B1,N2", "B1,N2,T4,Hx", ""])
+def test_a_malformed_shape_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        attention.parse_arguments(["--shapes", text])
+    assert "B1,N8,T2048,H64" in capsys.readouterr().err
