@@ -7,6 +7,7 @@ driver asks each in turn, round after round, so that what else the machine does 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
@@ -35,17 +36,17 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"problem": problem.to_json(), "calls": calls}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
         raise RuntimeError(f"the worker of {self.name} ended with {self._process.wait()}")
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
 
 def measure(
@@ -107,7 +108,7 @@ def shape(text: str) -> dict[str, int]:
     """`B1,N8,T2048,H64`."""
     try:
         parts = {part[0]: int(part[1:]) for part in text.split(",")}
-    except ValueError:
+    except (ValueError, IndexError):
         parts = {}
     if set(parts) != set("BNTH"):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form B1,N8,T2048,H64")

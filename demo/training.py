@@ -34,7 +34,7 @@ def train(text: Text, config: ModelConfig, *, name: str, steps: int, batch: int,
     """Trains a model made from `seed`; the batches depend on `seed` alone as well."""
     graph, state = nnx.split(LanguageModel(config, nnx.Rngs(seed)))
     initial_state = jax.tree.map(np.asarray, state)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 10), steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
     def loss_of(state, codes):
