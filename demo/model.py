@@ -15,7 +15,7 @@ import jax_gluon
 class ModelConfig:
     vocabulary: int
     length: int = 256
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32

@@ -133,6 +133,16 @@ void Decoder::set_leading(size_t rank) {
   for (const int64_t n : leading_) leading_count_ *= n;
 }
 
+int64_t Decoder::flat_batch(int64_t batch) {
+  constexpr int64_t kMostBatches = int64_t{1} << 31;
+  if (batch > 0 && leading_count_ > kMostBatches / batch) {
+    fail("leading axes " + to_string(leading_) + " times batch " + std::to_string(batch) +
+         " are more than 2^31");
+    return 0;
+  }
+  return leading_count_ * batch;
+}
+
 Shape Decoder::peek_shape(size_t index, std::string_view name, size_t rank) {
   const auto buffer = args_.get<ffi::AnyBuffer>(next_argument_ + index);
   if (!buffer.has_value()) {

@@ -36,8 +36,9 @@ class Decoder {
   // Fixes the leading (vmap) axes: those of the first result, whose other axes number `rank`.
   void set_leading(size_t rank);
   const Shape& leading() const { return leading_; }
-  // Flat number of (leading, batch) entries; `batch` is the batch axis.
-  int64_t flat_batch(int64_t batch) const { return leading_count_ * batch; }
+  // Flat number of (leading, batch) entries; `batch` is the batch axis. Fails past 2^31, which only
+  // empty arrays can have.
+  int64_t flat_batch(int64_t batch);
   int64_t leading_count() const { return leading_count_; }
 
   // The shape, leading axes dropped, of the operand `index` places on.
