@@ -112,11 +112,8 @@ def attention_fn(
             query, key, value = (x.astype(common) for x in (query, key, value))
 
         batch = query.shape[:-3]
-        flat = lambda x: jnp.reshape(x, (math.prod(batch), *x.shape[-3:]))  # noqa: E731
         out = attend(
-            flat(query),
-            flat(key),
-            flat(value),
+            *(jnp.reshape(x, (math.prod(batch), *x.shape[-3:])) for x in (query, key, value)),
             _flatten_batch(bias, batch),
             # Flax's make_*_mask functions give masks of any type: nonzero is visible.
             None if mask is None else _flatten_batch(mask.astype(jnp.bool_), batch),

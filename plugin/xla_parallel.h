@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "device.h"
 #include "xla/ffi/api/ffi.h"
@@ -33,8 +34,13 @@ class XlaParallel : public Parallel {
     auto state = std::make_shared<State>();
     state->tasks = tasks;
     state->body = &body;
-    for (int64_t i = 0; i < helpers; ++i) {
-      pool_.Schedule([state] { work(*state); });
+    // Helpers already queued will call `body`, so leaving here is not an option when memory for the
+    // next one runs out: those there are, and this thread, do the work.
+    try {
+      for (int64_t i = 0; i < helpers; ++i) {
+        pool_.Schedule([state] { work(*state); });
+      }
+    } catch (const std::bad_alloc&) {
     }
     work(*state);
     std::unique_lock<std::mutex> lock(state->mutex);
