@@ -113,7 +113,9 @@ def attention_fn(
 
         batch = query.shape[:-3]
         out = attend(
-            *(jnp.reshape(x, (math.prod(batch), *x.shape[-3:])) for x in (query, key, value)),
+            _one_batch_axis(query),
+            _one_batch_axis(key),
+            _one_batch_axis(value),
             _flatten_batch(bias, batch),
             # Flax's make_*_mask functions give masks of any type: nonzero is visible.
             None if mask is None else _flatten_batch(mask.astype(jnp.bool_), batch),
@@ -122,6 +124,11 @@ def attention_fn(
         return jnp.reshape(out, (*query.shape[:-1], value.shape[-1]))
 
     return jax_gluon_attention
+
+
+def _one_batch_axis(x: jax.Array) -> jax.Array:
+    """`[..., T, N, H]` as `[B, T, N, H]`."""
+    return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
 def _flatten_batch(x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
