@@ -306,7 +306,7 @@ class _Tiles:
         begin: int | jax.Array = 0
         end: int | jax.Array = self.chunks.length
         first_row = i * self.queries.size
-        end_row = first_row + self.queries.size
+        end_row = jnp.minimum(first_row + self.queries.size, self.queries.length)
         if self.problem.is_causal:
             end = jnp.minimum(end, end_row)
         if self.problem.local_window is not None:
