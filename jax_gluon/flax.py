@@ -108,17 +108,20 @@ def attention_fn(
         if promote_dtype is not None:
             query, key, value = promote_dtype((query, key, value), dtype=dtype)
         else:
-            common = jnp.result_type(query, key, value) if dtype is None else jnp.dtype(dtype)
-            query, key, value = (x.astype(common) for x in (query, key, value))
+            common = _common_dtype(query, key, value) if dtype is None else jnp.dtype(dtype)
+            query, key, value = (jnp.asarray(x, common) for x in (query, key, value))
 
         batch = query.shape[:-3]
+        _check_batch_axes(query, key, value)
+        if mask is not None:
+            # Flax's make_*_mask functions give masks of any type: nonzero is visible.
+            mask = jnp.asarray(mask, jnp.bool_)
         out = attend(
             _one_batch_axis(query),
             _one_batch_axis(key),
             _one_batch_axis(value),
-            _flatten_batch(bias, batch),
-            # Flax's make_*_mask functions give masks of any type: nonzero is visible.
-            None if mask is None else _flatten_batch(mask.astype(jnp.bool_), batch),
+            _flatten_batch("bias", bias, batch),
+            _flatten_batch("mask", mask, batch),
             is_causal=is_causal or always_causal,
         )
         return jnp.reshape(out, (*query.shape[:-1], value.shape[-1]))
@@ -126,16 +129,48 @@ def attention_fn(
     return jax_gluon_attention
 
 
+def _common_dtype(*arrays: jax.Array) -> jnp.dtype[Any]:
+    """The dtype that Flax promotes to: of integers, float32."""
+    dtype = jnp.result_type(*arrays)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(jnp.float32, dtype)
+
+
+def _check_batch_axes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Batch axes are flattened: unlike ones of equal product would be paired wrongly."""
+    for name, x, length in (
+        ("query", query, "T, N"),
+        ("key", key, "S, K"),
+        ("value", value, "S, K"),
+    ):
+        if x.ndim < 3:
+            raise ValueError(
+                f"jax_gluon.flax.attention_fn: {name} is of shape {x.shape}; allowed: "
+                f"[..., {length}, H]."
+            )
+        if x.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"jax_gluon.flax.attention_fn: {name} is of batch axes {x.shape[:-3]}; allowed: "
+                f"query's, {query.shape[:-3]}."
+            )
+
+
 def _one_batch_axis(x: jax.Array) -> jax.Array:
     """`[..., T, N, H]` as `[B, T, N, H]`."""
     return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
-def _flatten_batch(x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+def _flatten_batch(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
     """`[..., N, T, S]`, its batch axes broadcastable to `batch`, with one batch axis."""
     if x is None or x.ndim <= 3:
         return x
     own = x.shape[:-3]
+    if len(own) > len(batch) or any(
+        extent not in (1, full) for extent, full in zip(own[::-1], batch[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"jax_gluon.flax.attention_fn: {name} is of shape {x.shape}; allowed: batch axes that "
+            f"broadcast to query's, {batch}."
+        )
     if all(extent == 1 for extent in own):
         return jnp.reshape(x, (1, *x.shape[-3:]))
     x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))

@@ -79,12 +79,12 @@ def forward(problem: AttentionProblem, operands: AttentionOperands) -> tuple[jax
         total = jnp.where(is_empty, 1.0, total)
         row = (maximum + jnp.log(total)) * _LOG2_E
         return (
-            tiles.write_rows(results[0], i, weighted / total),
+            tiles.write_rows(results[0], i, (weighted / total).astype(operands.query.dtype)),
             tiles.write_rows(results[1], i, jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, row)),
         )
 
-    out, log_sum_exp = _loop(0, tiles.queries.count, query_block, (out, log_sum_exp))
-    return out, log_sum_exp[..., 0]
+    out, log_sum_exp = _loop(0, tiles.queries.count, query_block, (_to_bits(out), log_sum_exp))
+    return _from_bits(out, operands.query.dtype), log_sum_exp[..., 0]
 
 
 def backward(
@@ -133,16 +133,19 @@ def backward(
         state = (_keys_first(jnp.zeros_like(rows.query)), d_key, d_value)
         d_columns, d_key, d_value = _loop(*tiles.chunk_range(i), key_chunk, state)
         d_rows = jnp.transpose(problem.scale * d_columns, (0, 1, 3, 4, 2))
-        return tiles.write_rows(d_query, i, d_rows), d_key, d_value
+        return tiles.write_rows(d_query, i, d_rows.astype(query.dtype)), d_key, d_value
 
     zeros = (
-        jnp.zeros_like(query),
+        _to_bits(jnp.zeros_like(query)),
         jnp.zeros_like(tiles.key, tiles.dtype),
         jnp.zeros_like(tiles.value, tiles.dtype),
     )
     d_query, d_key, d_value = _loop(0, tiles.queries.count, query_block, zeros)
-    d_key = (problem.scale * d_key).astype(key.dtype)
-    return d_query, _swap_tokens_and_heads(d_key), _swap_tokens_and_heads(d_value.astype(key.dtype))
+    return (
+        _from_bits(d_query, query.dtype),
+        _swap_tokens_and_heads((problem.scale * d_key).astype(key.dtype)),
+        _swap_tokens_and_heads(d_value.astype(value.dtype)),
+    )
 
 
 def backward_bias(
@@ -161,12 +164,10 @@ def backward_bias(
         return jnp.zeros_like(bias)
     tiles = _Tiles(problem, operands)
     cotangent = _Cotangent(out, log_sum_exp, d_out, d_log_sum_exp)
-    grouped = tiles.bias
-    assert grouped is not None
-    summed = tuple(axis for axis in range(5) if grouped.shape[axis] == 1)
+    summed = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
     # Each element of a bias that is broadcast along neither T nor S belongs to one tile: it is
     # rounded once, and needs no wider copy of the largest array here.
-    is_written_once = 3 not in summed and 4 not in summed
+    is_written_once = 2 not in summed and 3 not in summed
     dtype = bias.dtype if is_written_once else np.promote_types(bias.dtype, tiles.dtype)
 
     def query_block(i: jax.Array, d_bias: jax.Array):
@@ -174,15 +175,16 @@ def backward_bias(
 
         def key_chunk(c: jax.Array, d_bias: jax.Array):
             _, d_scores, _ = _backward_tile(tiles, rows, i, c, _QUERIES_FIRST)
-            tile = jnp.sum(d_scores, axis=summed, keepdims=True).astype(dtype)
-            starts = {3: tiles.queries.start(i), 4: tiles.chunks.start(c)}
+            B, K, G, t, s = d_scores.shape
+            tile = jnp.sum(d_scores.reshape(B, K * G, t, s), axis=summed, keepdims=True)
+            starts = {2: tiles.queries.start(i), 3: tiles.chunks.start(c)}
             kept = {axis: start for axis, start in starts.items() if axis not in summed}
-            return _add_slice(d_bias, tile, kept)
+            return _add_slice(d_bias, tile.astype(dtype), kept)
 
         return _loop(*tiles.chunk_range(i), key_chunk, d_bias)
 
-    d_bias = _loop(0, tiles.queries.count, query_block, jnp.zeros_like(grouped, dtype))
-    return d_bias.reshape(bias.shape).astype(bias.dtype)
+    zeros = _to_bits(jnp.zeros(bias.shape, dtype))
+    return _from_bits(_loop(0, tiles.queries.count, query_block, zeros), dtype).astype(bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,8 @@ class _Tiles:
         self.query = operands.query
         self.key = _swap_tokens_and_heads(operands.key)
         self.value = _swap_tokens_and_heads(operands.value)
-        self.bias = self._grouped(operands.bias)
-        self.mask = self._grouped(operands.mask)
+        self.bias = operands.bias
+        self.mask = operands.mask
         self.query_seq_lengths = operands.query_seq_lengths
         self.key_value_seq_lengths = operands.key_value_seq_lengths
         if 0 in (B, T, S):
@@ -265,24 +267,18 @@ class _Tiles:
         most_rows = _TILE_SCORES // (B * N * self.chunks.size)
         self.queries = _Blocks.of(T, min(_QUERY_BLOCK, max(_LEAST_QUERY_BLOCK, most_rows)))
 
-    def _grouped(self, x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        b, n, t, s = x.shape
-        return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
-
     def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
         """Block i of `[B, T, N, X]` as `[B, K, G, t, X]`."""
-        block = jax.lax.dynamic_slice_in_dim(x, self.queries.start(i), self.queries.size, 1)
+        block = _slice(x, self.queries.start(i), self.queries.size, 1)
         B, t, _, X = block.shape
         block = block.reshape(B, t, *self.groups, X)
         return jnp.transpose(block, (0, 2, 3, 1, 4)).astype(self.dtype)
 
     def write_rows(self, x: jax.Array, i: jax.Array, block: jax.Array) -> jax.Array:
-        """`x`, `[B, T, N, X]`, with the rows of block i that are new replaced."""
+        """`x`, the bits of `[B, T, N, X]`, with the rows of block i that are new replaced."""
         B, _, N, X = x.shape
         start = self.queries.start(i)
-        rows = jnp.transpose(block, (0, 3, 1, 2, 4)).reshape(B, -1, N, X).astype(x.dtype)
+        rows = _to_bits(jnp.transpose(block, (0, 3, 1, 2, 4)).reshape(B, -1, N, X))
         is_new = self.queries.is_new(i)
         if is_new is not None:
             kept = jax.lax.dynamic_slice_in_dim(x, start, self.queries.size, 1)
@@ -298,8 +294,7 @@ class _Tiles:
         return self._tokens(self.value, c)
 
     def _tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        chunk = jax.lax.dynamic_slice_in_dim(x, self.chunks.start(c), self.chunks.size, 2)
-        return chunk.astype(self.dtype)
+        return _slice(x, self.chunks.start(c), self.chunks.size, 2).astype(self.dtype)
 
     def chunk_range(self, i: jax.Array) -> tuple[int | jax.Array, int | jax.Array]:
         """The chunks of keys, begin and end, that any row of query block i may see."""
@@ -342,12 +337,15 @@ class _Tiles:
         return _Scores(logits, visible, slope)
 
     def _tile(self, x: jax.Array | None, i: jax.Array, c: jax.Array) -> jax.Array | None:
+        """The tile of `[b, n, t, s]`, `[b, k, g, t, s]`, of extent 1 where `x` is."""
         if x is None:
             return None
-        for axis, blocks, index in ((3, self.queries, i), (4, self.chunks, c)):
+        # Heads are grouped after the cut: XLA would copy all of `x` to group them before.
+        for axis, blocks, index in ((2, self.queries, i), (3, self.chunks, c)):
             if x.shape[axis] > 1:
-                x = jax.lax.dynamic_slice_in_dim(x, blocks.start(index), blocks.size, axis)
-        return x
+                x = _slice(x, blocks.start(index), blocks.size, axis)
+        b, n, t, s = x.shape
+        return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
 
     def _visible(self, i: jax.Array, c: jax.Array, bias: jax.Array | None) -> jax.Array | None:
         row = self.queries.positions(i).reshape(1, 1, 1, -1, 1)
@@ -457,12 +455,32 @@ def _sum_visible(
     return cast(Any, jax.lax.cond)(rows_are_finite, lambda: multiply(weights, rows), ieee_sum)
 
 
+# XLA's CPU backend widens bfloat16, and moves that from a slice of an array to all of it: once
+# before a loop, or for updates in every step. Such arrays are cut as integers, which it leaves
+# alone, and the barrier keeps it from making a copy of the integers before the loop.
+
+
+def _to_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _slice(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    if x.dtype == jnp.bfloat16:
+        x, start = cast(Any, jax.lax.optimization_barrier)((x, start))
+    bits = jax.lax.dynamic_slice_in_dim(_to_bits(x), start, size, axis)
+    return _from_bits(bits, x.dtype)
+
+
 def _add_slice(x: jax.Array, part: jax.Array, starts: dict[int, jax.Array]) -> jax.Array:
-    """`x` with `part` added from `starts[axis]` on, or from 0 where an axis has none."""
+    """`x`, the bits of an array, with `part` added from `starts[axis]` on (0 where it has none)."""
     zero = jnp.zeros((), jnp.int32)
     start = [starts.get(axis, zero) for axis in range(x.ndim)]
-    old = jax.lax.dynamic_slice(x, start, part.shape)
-    return jax.lax.dynamic_update_slice(x, old + part.astype(x.dtype), start)
+    old = _from_bits(jax.lax.dynamic_slice(x, start, part.shape), part.dtype)
+    return jax.lax.dynamic_update_slice(x, _to_bits(old + part), start)
 
 
 def _swap_tokens_and_heads(x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "decoder.h"
 #include "device.h"
@@ -72,7 +73,7 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
     mean.stride[0] = mean.stride[1];
     mean.stride[1] = mean.stride[2];
     mean.stride[2] = 0;
-    call.key_mean = mean;
+    call.key_mean = std::move(mean);
   } else {
     call.query = decoder.float_operand("query", query);
     call.key = decoder.float_operand("key", key_shape);

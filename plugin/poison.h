@@ -7,10 +7,12 @@
 #include <cstring>
 
 namespace jax_gluon {
+namespace {
 
 inline void poison(void* data, size_t bytes) {
   const char* enabled = std::getenv("JAX_GLUON_POISON");
   if (enabled && std::strcmp(enabled, "1") == 0 && bytes > 0) std::memset(data, 0xff, bytes);
 }
 
+}  // namespace
 }  // namespace jax_gluon

@@ -161,6 +161,46 @@ def test_arguments_are_promoted_as_flax_does(implementation):
     assert fn(query, other, other, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
+def test_integers_become_floats_as_in_flax(implementation, relative_error):
+    x = jnp.asarray(RNG.integers(-2, 3, (1, 5, 2, 4)), jnp.int32)
+    out = attention_fn(implementation)(x, x, x)
+    assert out.dtype == jnp.float32
+    assert relative_error(out, linen.dot_product_attention(x, x, x)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "message"),
+    [
+        ((2, 3, 5, 1, 4), (3, 2, 5, 1, 4), r"key is of batch axes \(3, 2\); allowed: .* \(2, 3\)"),
+        ((2, 3, 5, 1, 4), (6, 5, 1, 4), r"key is of batch axes \(6,\); allowed: .* \(2, 3\)"),
+        ((5, 4), (5, 4), r"query is of shape \(5, 4\); allowed: \[\.\.\., T, N, H\]"),
+        ((2, 5, 1, 4), (5, 4), r"key is of shape \(5, 4\); allowed"),
+    ],
+)
+def test_batch_axes_that_differ_are_refused(query, key, message):
+    with pytest.raises(ValueError, match=f"jax_gluon.flax.attention_fn: {message}"):
+        jax_gluon.flax.attention_fn()(jnp.ones(query), jnp.ones(key), jnp.ones(key))
+
+
+@pytest.mark.parametrize("name", ["bias", "mask"])
+@pytest.mark.parametrize(("batch", "shape"), [((2,), (3, 2, 1, 5, 7)), ((2, 3), (4, 1, 5, 7))])
+def test_a_bias_or_mask_that_does_not_broadcast_is_refused(name, batch, shape):
+    query, key = jnp.ones((*batch, 5, 1, 4)), jnp.ones((*batch, 7, 1, 4))
+    with pytest.raises(ValueError, match=rf"jax_gluon.flax.attention_fn: {name} is of shape"):
+        jax_gluon.flax.attention_fn()(query, key, key, **{name: jnp.ones(shape)})
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("shape", [(S,), (T, S), (HEADS, 1, S), (HEADS, T, S)])
+def test_masks_and_biases_of_any_rank_broadcast(implementation, relative_error, batch, shape):
+    draw = lambda *shape: jnp.asarray(RNG.standard_normal(shape), jnp.float32)  # noqa: E731
+    query, key = draw(*batch, T, HEADS, 8), draw(*batch, S, HEADS, 8)
+    mask = jnp.asarray(RNG.random(shape) < 0.7).at[..., 0].set(True)
+    arguments = (query, key, key, draw(*shape), mask)
+    expected = linen.dot_product_attention(*arguments)
+    assert relative_error(attention_fn(implementation)(*arguments), expected) <= 1e-5
+
+
 def test_the_construction_keywords_reach_every_call(implementation, relative_error):
     x = jnp.asarray(RNG.standard_normal((1, 9, 2, 8)), jnp.float32)
     fn = attention_fn(implementation, is_causal=True, local_window_size=2, scale=0.2)
