@@ -516,9 +516,8 @@ class AttentionForward {
         if constexpr (kInt8) {
           const float logit = s.scores[r * kBlockKeys + j - key0];
           // A row that has seen nothing has no maximum to subtract.
-          p = logit == kHidden
-                  ? 0.0f
-                  : std::exp2(logit - fold_log2(head)[j] - state.maximum[g + r]);
+          p = logit == kHidden ? 0.0f
+                               : std::exp2(logit - fold_log2(head)[j] - state.maximum[g + r]);
         } else if constexpr (kBf16) {
           const auto* bits = reinterpret_cast<const uint16_t*>(s.probabilities);
           p = float_from_bf16(bits[r * kBlockKeys + j - key0]);
