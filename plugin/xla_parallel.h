@@ -40,7 +40,7 @@ class XlaParallel : public Parallel {
       for (int64_t i = 0; i < helpers; ++i) {
         pool_.Schedule([state] { work(*state); });
       }
-    } catch (const std::bad_alloc&) {
+    } catch (const std::bad_alloc&) {  // NOLINT(bugprone-empty-catch): nothing is lost but speed
     }
     work(*state);
     std::unique_lock<std::mutex> lock(state->mutex);
