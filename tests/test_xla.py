@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_gluon import reference, xla
+from jax_gluon import reference, xla, xla_tiles
 from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
 
 
@@ -15,7 +15,7 @@ from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, Attentio
 def small_blocks(monkeypatch):
     """Blocks of 16, so that small shapes have many, the last of them short."""
     for name in ("_QUERY_BLOCK", "_KEY_CHUNK", "_LEAST_QUERY_BLOCK"):
-        monkeypatch.setattr(xla, name, 16)
+        monkeypatch.setattr(xla_tiles, name, 16)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def run_with(blocks, problem, operands, d_out, d_log_sum_exp):
 
 def run(problem, operands, d_out, d_log_sum_exp=None):
     """(out, log_sum_exp), then the gradients of query, key, value and, where it is given, bias."""
-    blocks = (xla._QUERY_BLOCK, xla._KEY_CHUNK)
+    blocks = (xla_tiles._QUERY_BLOCK, xla_tiles._KEY_CHUNK)
     return run_with(blocks, problem, operands, d_out, d_log_sum_exp)
 
 
@@ -241,15 +241,24 @@ def test_strict_modes(case, x64, strict_modes, configure, small_blocks, oracle):
         assert_close(gradient, exact, 2e-6)
 
 
-def test_bias_of_the_least_float_is_finite(small_blocks):
-    """A mask written as a bias: a row of nothing but finfo.min is uniform, as in jax.nn."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_bias_of_the_least_float_hides_where_base_2_cannot_hold_it(dtype, small_blocks):
+    """A mask written as a bias. finfo.min of float16 is an ordinary logit: its rows are uniform."""
     q, k, v, d_out, _ = draw(dtype=np.float32)
-    bias = jnp.zeros((1, 1, 37, 53)).at[:, :, 5:9].set(jnp.finfo(jnp.float32).min)
+    bias = jnp.zeros((1, 1, 37, 53), dtype).at[:, :, 5:9].set(jnp.finfo(dtype).min)
+    outputs, gradients = run(AttentionProblem(0.0), AttentionOperands(q, k, v, bias), d_out)
+    for x in (*outputs, *gradients):
+        assert np.isfinite(x.astype(jnp.float32)).all()
+    mean = np.repeat(np.mean(v, axis=1), 2, axis=1) if dtype == "float16" else np.zeros((2, 4, 7))
+    np.testing.assert_allclose(outputs[0][:, 5:9], np.stack([mean] * 4, 1), atol=1e-6)
+
+
+def test_logits_near_the_least_one_have_finite_gradients(small_blocks):
+    q, k, v, d_out, _ = draw(dtype=np.float32)
+    bias = jnp.full((1, 1, 37, 1), -2.34e38).at[:, :, 20:].set(-1e9)
     outputs, gradients = run(AttentionProblem(0.4), AttentionOperands(q, k, v, bias), d_out)
     for x in (*outputs, *gradients):
         assert np.isfinite(x).all()
-    mean = np.repeat(np.mean(v, axis=1), 2, axis=1)
-    np.testing.assert_allclose(outputs[0][:, 5:9], np.stack([mean] * 4, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
@@ -428,7 +437,7 @@ def test_many_heads_share_a_bounded_tile():
 )  # fmt: skip
 def test_visits_the_chunks_that_some_row_sees_and_no_other(case, small_blocks):
     problem, operands, *_ = build(case, np.float32)
-    tiles = xla._Tiles(problem, operands)
+    tiles = xla_tiles.Tiles(problem, operands)
     row, key = np.arange(operands.query.shape[1])[:, None], np.arange(operands.key.shape[1])
     visible = np.ones((2, row.size, key.size), bool)
     if problem.is_causal:
@@ -453,7 +462,7 @@ def test_visits_the_chunks_that_some_row_sees_and_no_other(case, small_blocks):
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 257, 512, 513, 1000])
 def test_blocks_hold_each_position_as_new_once(length):
-    blocks = xla._Blocks.of(length, 256)
+    blocks = xla_tiles.Blocks.of(length, 256)
     assert blocks.size <= 256
     found = []
     for index in range(blocks.count):
