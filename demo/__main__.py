@@ -19,7 +19,7 @@ from demo.training import Run, peak_memory, sample, train
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=550, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of each run")
     parser.add_argument("--batch", type=int, default=4, help="excerpts in a step")
     parser.add_argument("--length", type=int, default=256, help="characters in an excerpt")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and sample")

@@ -45,10 +45,20 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         out = jax_gluon.dot_product_attention(
-            self.query(x), self.key(x), self.value(x),
+            rotated(self.query(x)), rotated(self.key(x)), self.value(x),
             is_causal=True, quantization=self.quantization,
         )  # fmt: skip
         return self.out(out)
+
+
+def rotated(x: jax.Array) -> jax.Array:
+    """Rotary position embedding of `[B, T, N, H]` (https://arxiv.org/abs/2104.09864)."""
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** (-jnp.arange(half) / half)
+    angle = (jnp.arange(x.shape[1])[:, None] * frequency)[:, None]
+    left, right = x[..., :half], x[..., half:]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
 class Block(nnx.Module):
@@ -69,13 +79,12 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.embed = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
-        self.position = nnx.Embed(config.length, config.width, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.head = nnx.Linear(config.width, config.vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, codes: jax.Array) -> jax.Array:
-        x = self.embed(codes) + self.position(jnp.arange(codes.shape[1]))
+        x = self.embed(codes)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -8,12 +8,18 @@ from jax_gluon.attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec
+from jax_gluon.quantization import quantize
 
 __all__ = [
+    "AttentionQuantization",
     "Plan",
+    "QuantSpec",
+    "QuantizedTensor",
     "attention_with_log_sum_exp",
     "dot_product_attention",
     "explain",
+    "quantize",
     "reference",
 ]
 

@@ -13,8 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_gluon import quantization as quantization_formats
-from jax_gluon.problem import AttentionOperands, AttentionProblem
+from jax_gluon.formats import (
+    PRESETS,
+    AttentionQuantization,
+    QuantizedTensor,
+    check_parts,
+    preset,
+)
+from jax_gluon.problem import AttentionOperands, AttentionProblem, Operands
 
 IMPLEMENTATIONS = ("cpu", "xla")
 KERNELS = ("baseline",)
@@ -39,7 +45,7 @@ class AttentionKeywords(TypedDict, total=False):
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
     local_window_size: int | tuple[int, int] | None
-    quantization: str | None
+    quantization: str | AttentionQuantization | None
     logits_soft_cap: float | None
     dropout_rate: float
     dropout_rng: jax.Array | None
@@ -57,7 +63,7 @@ class CheckedArguments:
     """
 
     problem: AttentionProblem
-    operands: AttentionOperands
+    operands: Operands
     scale: jax.Array | None
     is_batched: bool
 
@@ -89,6 +95,16 @@ class _Checker:
             ) from error
         # Python numbers leave a weak type, which would change what the dtype means later on.
         return jax.lax.convert_element_type(array, array.dtype)
+
+    def operand(self, argument: str, x: Any) -> jax.Array | QuantizedTensor:
+        if not isinstance(x, QuantizedTensor):
+            return self.array(argument, x)
+        wrong = check_parts(x) if x.ndim in (3, 4) else None
+        if wrong:
+            self.value_error(
+                argument, f"a QuantizedTensor whose {wrong}", "parts as jax_gluon.quantize makes"
+            )
+        return x
 
     def flag(self, argument: str, x: Any) -> bool:
         if not isinstance(x, _BOOLS):
@@ -126,9 +142,9 @@ def check_flag(function: str, argument: str, x: Any) -> bool:
 
 def check_arguments(
     function: str,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None,
     mask: ArrayLike | None,
     *,
@@ -137,7 +153,7 @@ def check_arguments(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    quantization: str | None = None,
+    quantization: str | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
@@ -148,8 +164,8 @@ def check_arguments(
     """Check the arguments of the public function named `function`.
 
     **Raises:** `TypeError` and `ValueError` that name the function, the argument, what was found
-    and what is allowed; `NotImplementedError` for dropout, sinks, `quantization="int4"` and
-    `kernel="gluon"`; `RuntimeError` for `implementation="metal"`.
+    and what is allowed; `NotImplementedError` for dropout, sinks and `kernel="gluon"`;
+    `RuntimeError` for `implementation="metal"`.
     """
     check = _Checker(function)
     del dropout_rng  # Only read where dropout_rate > 0, which raises.
@@ -159,15 +175,15 @@ def check_arguments(
         check.not_available("sinks", "set", "None: attention sinks are not supported")
 
     named = (("query", query), ("key", key), ("value", value))
-    arrays = {name: check.array(name, x) for name, x in named}
+    arrays = {name: check.operand(name, x) for name, x in named}
     is_batched = _check_ranks(check, arrays) == 4
-    q, k, v = (x if is_batched else x[None] for x in arrays.values())
+    q, k, v = (x if is_batched else _with_batch_axis(x) for x in arrays.values())
     _check_shapes(check, q, k, v)
-    _check_dtypes(check, arrays, implementation)
+    is_float64 = _check_dtypes(check, arrays, implementation)
+    specs = _specs(check, quantization, arrays)
 
     B, T, N, H = q.shape
     S = k.shape[1]
-    is_float64 = q.dtype == jnp.float64
     static_scale, scale_array = _scale(check, scale, H, is_float64)
     operands = AttentionOperands(
         q,
@@ -183,16 +199,27 @@ def check_arguments(
         is_causal=check.flag("is_causal", is_causal),
         local_window=_window(check, local_window_size, T, S),
         soft_cap=_soft_cap(check, logits_soft_cap),
-        quantization=quantization,
+        quantization=specs,
         implementation="xla" if is_float64 else implementation,
     )
     return CheckedArguments(problem, operands, scale_array, is_batched)
 
 
+def _with_batch_axis(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTensor:
+    def expanded(part: jax.Array) -> jax.Array:
+        return jnp.expand_dims(part, 0)
+
+    return jax.tree.map(expanded, x)
+
+
 def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel: Any) -> None:
-    if quantization == "int4":
-        check.not_available("quantization", '"int4"', 'None, "int8"')
-    check.name("quantization", quantization, quantization_formats.PRESETS)
+    if not isinstance(quantization, AttentionQuantization):
+        names = ", ".join(f'"{name}"' for name in PRESETS)
+        allowed = f"None, {names}, an AttentionQuantization"
+        if quantization is not None and not isinstance(quantization, str):
+            check.type_error("quantization", f"a {type(quantization).__name__}", allowed)
+        if quantization is not None and quantization not in PRESETS:
+            check.value_error("quantization", f'"{quantization}"', allowed)
     if implementation == "metal":
         raise RuntimeError(
             f'jax_gluon.{check.function}: implementation is "metal", but this build of jax_gluon '
@@ -204,6 +231,25 @@ def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel
     check.name("kernel", kernel, KERNELS)
 
 
+def _specs(
+    check: _Checker, quantization: Any, arrays: dict[str, jax.Array | QuantizedTensor]
+) -> AttentionQuantization | None:
+    """What is still to be quantized: a `QuantizedTensor` stays as it is."""
+    specs = preset(quantization)
+    if specs is None:
+        return None
+    left = {
+        name: None if isinstance(x, QuantizedTensor) else getattr(specs, name)
+        for name, x in arrays.items()
+    }
+    for name, spec in left.items():
+        if spec is not None and spec.bits == 4 and arrays[name].shape[-1] % 2:
+            check.value_error(
+                name, f"of head dim {arrays[name].shape[-1]}", "an even one, which 4 bits need"
+            )
+    return AttentionQuantization(**left) if any(left.values()) else None
+
+
 def _check_dropout(check: _Checker, dropout_rate: Any) -> None:
     rate = check.number("dropout_rate", dropout_rate)
     if not 0.0 <= rate < 1.0:
@@ -212,7 +258,7 @@ def _check_dropout(check: _Checker, dropout_rate: Any) -> None:
         check.not_available("dropout_rate", f"{rate}", "0: dropout is not supported")
 
 
-def _check_ranks(check: _Checker, arrays: dict[str, jax.Array]) -> int:
+def _check_ranks(check: _Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> int:
     for name, x in arrays.items():
         if x.ndim not in (3, 4):
             layout = "TNH or BTNH" if name == "query" else "SKH or BSKH"
@@ -224,7 +270,12 @@ def _check_ranks(check: _Checker, arrays: dict[str, jax.Array]) -> int:
     return rank
 
 
-def _check_shapes(check: _Checker, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+def _check_shapes(
+    check: _Checker,
+    q: jax.Array | QuantizedTensor,
+    k: jax.Array | QuantizedTensor,
+    v: jax.Array | QuantizedTensor,
+) -> None:
     B, _, N, H = q.shape
     _, S, K, _ = k.shape
     for name, x in (("query", q), ("key", k), ("value", v)):
@@ -245,20 +296,27 @@ def _check_shapes(check: _Checker, q: jax.Array, k: jax.Array, v: jax.Array) -> 
 
 
 def _check_dtypes(
-    check: _Checker, arrays: dict[str, jax.Array], implementation: str | None
-) -> None:
-    dtype = arrays["query"].dtype
-    for name, x in arrays.items():
+    check: _Checker,
+    arrays: dict[str, jax.Array | QuantizedTensor],
+    implementation: str | None,
+) -> bool:
+    """Whether the operands are float64. Float arrays share a dtype; codes go with any."""
+    floats = {name: x for name, x in arrays.items() if not isinstance(x, QuantizedTensor)}
+    first = next(iter(floats), "query")
+    dtype = arrays[first].dtype
+    for name, x in floats.items():
         if x.dtype.name not in _FLOATS:
             check.type_error(name, f"of dtype {x.dtype.name}", ", ".join(_FLOATS))
         if x.dtype != dtype:
-            check.type_error(name, f"of dtype {x.dtype.name}", f"query's dtype, {dtype.name}")
-    if dtype == jnp.float64 and implementation == "cpu":
+            check.type_error(name, f"of dtype {x.dtype.name}", f"{first}'s dtype, {dtype.name}")
+    is_float64 = jnp.float64 in (dtype, arrays["query"].dtype)
+    if is_float64 and implementation == "cpu":
         check.value_error(
             "implementation",
             '"cpu" for float64 operands, which the CPU kernels do not take',
             'None or "xla" for float64',
         )
+    return is_float64
 
 
 def _scale(

@@ -19,14 +19,15 @@ from jax_gluon.arguments import (
     check_flag,
     check_keyword_names,
 )
-from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
+from jax_gluon.formats import AttentionQuantization, QuantizedTensor
+from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem, Operands
 
 
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
@@ -37,9 +38,9 @@ def dot_product_attention(
 
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
@@ -49,9 +50,9 @@ def dot_product_attention(
 
 
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
@@ -61,7 +62,7 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    quantization: str | None = None,
+    quantization: str | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
@@ -79,7 +80,8 @@ def dot_product_attention(
     **Arguments:**
 
     - `query`: `[B, T, N, H]` or `[T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs
-      in the XLA implementation).
+      in the XLA implementation), or a `QuantizedTensor`, through which no gradient flows; so may be
+      key and value.
     - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's rank and dtype. K divides N, and
       query head n reads kv head `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf hides a key.
@@ -91,8 +93,10 @@ def dot_product_attention(
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
       `i - left <= j <= i + right`.
     - `return_residual`: also return the log-sum-exp of each row.
-    - `quantization`: `"int8"` quantizes query, key and value by rows; the gradient is straight
-      through, the exact one at the dequantized operands. None computes with the operands as given.
+    - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization`: how the float arrays among
+      query, key and value are quantized first. The gradient is straight through, the exact one at
+      the dequantized operands, and backward keeps the codes. None computes with the operands as
+      given.
     - `logits_soft_cap`: positive c, which turns a logit x into `c * tanh(x / c)`.
     - `dropout_rate`, `dropout_rng`, `sinks`: only 0, anything and None are supported.
     - `implementation`: `"cpu"` (the plugin's kernels), `"xla"`, or None, which takes the plugin on
@@ -144,9 +148,9 @@ def dot_product_attention(
 
 
 def attention_with_log_sum_exp(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     **keywords: Unpack[AttentionKeywords],
@@ -190,9 +194,9 @@ class Plan:
 
 
 def explain(
-    query: ArrayLike | jax.ShapeDtypeStruct,
-    key: ArrayLike | jax.ShapeDtypeStruct,
-    value: ArrayLike | jax.ShapeDtypeStruct,
+    query: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
+    key: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
+    value: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
     bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
     mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
     *,
@@ -256,18 +260,22 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """Output and natural log-sum-exp, finite in empty rows, in the caller's rank."""
     operands = arguments.operands
+    dtype = operands.query.dtype
     if arguments.scale is not None:
-        operands = operands._replace(query=_scaled(operands.query, arguments.scale))
+        query = operands.query
+        if isinstance(query, QuantizedTensor):
+            query = query.dequantize(jnp.float32)
+        operands = operands._replace(query=_scaled(query, arguments.scale))
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     if 0 in (B, T, S):
-        dtype = operands.query.dtype
         out = jnp.zeros((B, T, N, V), dtype)
         log_sum_exp = jnp.full(
             (B, T, N), EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32")
         )
     else:
         out, log_sum_exp = _attend(arguments.problem, differentiates_log_sum_exp, operands)
+        out = out.astype(dtype)
     return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
 
 
@@ -288,18 +296,16 @@ def _show_empty_rows(log_sum_exp: jax.Array) -> jax.Array:
 
 
 def _attend_primal(
-    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: AttentionOperands
+    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
 ) -> tuple[jax.Array, jax.Array]:
     return _attend_forward(problem, differentiates_log_sum_exp, operands)[0]
 
 
 def _attend_forward(
-    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: AttentionOperands
+    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
 ) -> tuple[tuple[jax.Array, jax.Array], lowering.Residuals]:
     del differentiates_log_sum_exp
-    kept: lowering.Operands = operands
-    if problem.quantization is not None:
-        kept = lowering.quantize(problem, operands)
+    kept = lowering.quantize_operands(problem, operands)
     out, log_sum_exp = lowering.forward(problem, operands.query.dtype, kept)
     natural = log_sum_exp * jnp.asarray(math.log(2.0), log_sum_exp.dtype)
     empty = jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum_exp.dtype)
@@ -312,19 +318,28 @@ def _attend_backward(
     differentiates_log_sum_exp: bool,
     residuals: lowering.Residuals,
     cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[AttentionOperands]:
+) -> tuple[Any]:
     d_out, d_natural = cotangents
     d_log_sum_exp = d_natural if differentiates_log_sum_exp else None
-    d_query, d_key, d_value = lowering.backward(problem, residuals, d_out, d_log_sum_exp)
+    gradients = lowering.backward(problem, residuals, d_out, d_log_sum_exp)
+    specs = problem.quantization or AttentionQuantization()
+
+    def of(name: str, gradient: jax.Array) -> jax.Array | None:
+        x = getattr(residuals.operands, name)
+        # None, which is zero, for operands that came as codes.
+        is_given = isinstance(x, QuantizedTensor) and getattr(specs, name) is None
+        return None if is_given else gradient.astype(x.dtype)
+
+    d_query, d_key, d_value = map(of, ("query", "key", "value"), gradients)
     d_bias = None
     if residuals.operands.bias is not None:
         d_bias = lowering.backward_bias(problem, residuals, d_out, d_log_sum_exp)
-    return (AttentionOperands(d_query, d_key, d_value, d_bias),)
+    return (cast(Any, AttentionOperands)(d_query, d_key, d_value, d_bias),)
 
 
 _with_gradient = cast(Any, jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1)))
 _with_gradient.defvjp(_attend_forward, _attend_backward)
 _attend = cast(
-    Callable[[AttentionProblem, bool, AttentionOperands], tuple[jax.Array, jax.Array]],
+    Callable[[AttentionProblem, bool, Operands], tuple[jax.Array, jax.Array]],
     _with_gradient,
 )

@@ -7,6 +7,7 @@ once per problem and shape.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -18,11 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_gluon import quantization, xla
-from jax_gluon.problem import AttentionOperands, AttentionProblem
-from jax_gluon.quantization import QuantizedOperands, QuantizedRows
-
-Operands = AttentionOperands | QuantizedOperands
+from jax_gluon import xla, xla_quantize
+from jax_gluon.formats import QuantizedTensor, QuantSpec, rotation
+from jax_gluon.problem import AttentionProblem, FloatOperands, Operands
 
 
 class Residuals(NamedTuple):
@@ -81,24 +80,42 @@ def register() -> None:
         plugin()
 
 
-@jit(0)
-def quantize(problem: AttentionProblem, operands: AttentionOperands) -> QuantizedOperands:
-    """The INT8 codes of query, key (centred) and value."""
+@jit(0, 1)
+def quantize(
+    spec: QuantSpec, implementation: str | None, x: jax.Array, lengths: jax.Array | None
+) -> QuantizedTensor:
+    """The codes of float `x` `[B, T, N, H]`; `lengths` (int32 `[B]`) bounds the mean's tokens."""
+    if x.dtype == jnp.float64:
+        dtype = x.dtype
+        quantized = quantize(spec, implementation, x.astype(jnp.float32), lengths)
+        return dataclasses.replace(quantized, dtype=dtype)
+    return _on_platform(
+        implementation,
+        functools.partial(_quantize_cpu, spec),
+        functools.partial(_quantize_xla, spec),
+        x,
+        lengths,
+    )
 
-    def rows(x: jax.Array, center: bool, lengths: jax.Array | None) -> QuantizedRows:
-        return _on_platform(
-            problem,
-            functools.partial(_quantize_cpu, center=center),
-            functools.partial(_quantize_xla, center=center),
-            x,
-            lengths,
-        )
 
-    return QuantizedOperands(
-        rows(operands.query, False, None),
-        rows(operands.key, True, operands.key_value_seq_lengths),
-        rows(operands.value, False, None),
-        *operands[3:],
+def quantize_operands(problem: AttentionProblem, operands: Operands) -> Operands:
+    """The operands with those that `problem.quantization` names as codes.
+
+    Means are those of the tokens within the lengths; a `QuantizedTensor` stays what it is.
+    """
+    specs = problem.quantization
+    if specs is None:
+        return operands
+
+    def codes(x: Any, spec: QuantSpec | None, lengths: jax.Array | None) -> Any:
+        if spec is None or isinstance(x, QuantizedTensor):
+            return x
+        return quantize(spec, problem.implementation, x, lengths if spec.center else None)
+
+    return operands._replace(
+        query=codes(operands.query, specs.query, operands.query_seq_lengths),
+        key=codes(operands.key, specs.key, operands.key_value_seq_lengths),
+        value=codes(operands.value, specs.value, operands.key_value_seq_lengths),
     )
 
 
@@ -108,7 +125,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, V]` of `dtype`, and the base-2 log-sum-exp `[B, T, N]` of each row."""
     return _on_platform(
-        problem,
+        problem.implementation,
         functools.partial(_forward_cpu, problem, dtype),
         functools.partial(_forward_xla, problem, dtype),
         operands,
@@ -122,12 +139,12 @@ def backward(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value, of the dtype of the output.
+    """Gradients of query, key and value (of what its codes stand for), of the output's dtype.
 
     `d_log_sum_exp` is the cotangent of the natural-log form.
     """
     return _on_platform(
-        problem,
+        problem.implementation,
         functools.partial(_backward_cpu, problem),
         functools.partial(_backward_xla, problem),
         residuals,
@@ -145,7 +162,7 @@ def backward_bias(
 ) -> jax.Array:
     """Gradient of the bias. A call of its own, so that XLA drops it when nobody asks for it."""
     return _on_platform(
-        problem,
+        problem.implementation,
         functools.partial(_backward_bias_cpu, problem),
         functools.partial(_backward_bias_xla, problem),
         residuals,
@@ -155,15 +172,15 @@ def backward_bias(
 
 
 def _on_platform(
-    problem: AttentionProblem,
+    implementation: str | None,
     cpu: Callable[..., _Result],
     xla: Callable[..., _Result],
     *operands: Any,
 ) -> _Result:
-    if problem.implementation == "xla":
+    if implementation == "xla":
         return xla(*operands)
     plugin()
-    if problem.implementation == "cpu":
+    if implementation == "cpu":
         return cpu(*operands)
     return cast(_Result, jax.lax.platform_dependent(*operands, cpu=cpu, default=xla))
 
@@ -188,39 +205,57 @@ def _attributes(problem: AttentionProblem, operands: Operands) -> dict[str, Any]
         "has_mask": np.int64(operands.mask is not None),
         "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
         "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
-        "quantized": np.int64(isinstance(operands, QuantizedOperands)),
+        **_format_attributes("query", operands.query),
+        **_format_attributes("key", operands.key),
+        **_format_attributes("value", operands.value),
+    }
+
+
+def _format_attributes(name: str, x: jax.Array | QuantizedTensor) -> dict[str, np.int64]:
+    """How the handler reads operand `name`: bits 0 is float; block 0 is the whole axis."""
+    is_quantized = isinstance(x, QuantizedTensor)
+    offset = 0 if not is_quantized else 1 if x.zero_point is not None else 2 * x.spec.float_minimum
+    return {
+        f"{name}_bits": np.int64(x.spec.bits if is_quantized else 0),
+        f"{name}_token_block": np.int64(x.spec.token_block if is_quantized else 0),
+        f"{name}_head_block": np.int64(x.spec.head_block if is_quantized else 0),
+        f"{name}_offset": np.int64(offset),
+        f"{name}_has_mean": np.int64(is_quantized and x.mean is not None),
     }
 
 
 def _arguments(operands: Operands) -> list[jax.Array]:
-    if isinstance(operands, QuantizedOperands):
-        query, key, value = operands.query, operands.key, operands.value
-        arrays = [query.data, key.data, value.data, query.scale, key.scale, value.scale, key.mean]
-    else:
-        arrays = [operands.query, operands.key, operands.value]
-    optional = (
-        operands.bias,
-        operands.mask,
-        operands.query_seq_lengths,
-        operands.key_value_seq_lengths,
-    )
-    return [array for array in (*arrays, *optional) if array is not None]
+    # The leaves of a QuantizedTensor are data, scale, zero point or minimum, mean.
+    return jax.tree.leaves(operands)
 
 
-def _row_shapes(operands: Operands) -> list[tuple[int, ...]]:
-    """Shapes of query, key and value."""
-    if isinstance(operands, QuantizedOperands):
-        return [rows.data.shape for rows in operands[:3]]
-    return [array.shape for array in operands[:3]]
+def _unrotated(operands: Operands) -> Operands:
+    """Operands that the kernels can multiply as they are.
+
+    They know nothing of rotations: query and key that are both rotated keep their product; else the
+    rotated one is dequantized.
+    """
+
+    def is_rotated(x: jax.Array | QuantizedTensor) -> bool:
+        return isinstance(x, QuantizedTensor) and x.spec.rotate
+
+    def plain(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTensor:
+        return x.dequantize(jnp.float32) if isinstance(x, QuantizedTensor) and is_rotated(x) else x
+
+    query, key, value = operands[:3]
+    if not (is_rotated(query) and is_rotated(key)):
+        query, key = plain(query), plain(key)
+    return operands._replace(query=query, key=key, value=plain(value))
 
 
 def _forward_cpu(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
 ) -> tuple[jax.Array, jax.Array]:
-    query, _, value = _row_shapes(operands)
+    operands = _unrotated(operands)
+    rows = operands.query.shape[:-1]
     results = (
-        jax.ShapeDtypeStruct((*query[:-1], value[-1]), dtype),
-        jax.ShapeDtypeStruct(query[:-1], jnp.float32),
+        jax.ShapeDtypeStruct((*rows, operands.value.shape[-1]), dtype),
+        jax.ShapeDtypeStruct(rows, jnp.float32),
     )
     out, log_sum_exp = _ffi_call(_ATTENTION_FORWARD, results)(
         *_arguments(operands), **_attributes(problem, operands)
@@ -236,7 +271,8 @@ def _backward_call(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
-    operands, out, log_sum_exp = residuals
+    out, log_sum_exp = residuals.out, residuals.log_sum_exp
+    operands = _unrotated(residuals.operands)
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
     return _ffi_call(target, results)(
         *_arguments(operands),
@@ -255,11 +291,22 @@ def _backward_cpu(
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     dtype = residuals.out.dtype
-    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in _row_shapes(residuals.operands)]
-    d_query, d_key, d_value = _backward_call(
+    results = [jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3]]
+    gradients = _backward_call(
         _ATTENTION_BACKWARD, results, problem, residuals, d_out, d_log_sum_exp
     )
+    # The gradient of a rotated array, back to the array.
+    d_query, d_key, d_value = (
+        _rotated_back(gradient) if isinstance(x, QuantizedTensor) and x.spec.rotate else gradient
+        for gradient, x in zip(gradients, _unrotated(residuals.operands)[:3], strict=True)
+    )
     return d_query, d_key, d_value
+
+
+def _rotated_back(x: jax.Array) -> jax.Array:
+    matrix = jnp.asarray(rotation(x.shape[-1]).T, jnp.float32)
+    rows = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+    return rows.astype(x.dtype)
 
 
 def _backward_bias_cpu(
@@ -276,32 +323,49 @@ def _backward_bias_cpu(
     )
 
 
-def _quantize_cpu(x: jax.Array, lengths: jax.Array | None, *, center: bool) -> QuantizedRows:
-    results = [
-        jax.ShapeDtypeStruct(x.shape, jnp.int8),
-        jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32),
-    ]
-    if center:
+def _quantize_cpu(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> QuantizedTensor:
+    *leading, H = x.shape
+    scale = jax.ShapeDtypeStruct(spec.scale_shape(x.shape), spec.scale_dtype)
+    code = (jnp.uint8, H // 2) if spec.bits == 4 else (jnp.int8, H)
+    results = [jax.ShapeDtypeStruct((*leading, code[1]), code[0]), scale]
+    if not spec.symmetric:
+        results.append(scale if spec.float_minimum else jax.ShapeDtypeStruct(scale.shape, jnp.int8))
+    if spec.center:
         results.append(jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[2:]), jnp.float32))
-    rows = _ffi_call(_QUANTIZE, results)(
+    data, scale, *rest = _ffi_call(_QUANTIZE, results)(
         *([x] if lengths is None else [x, lengths]),
-        center=np.int64(center),
+        bits=np.int64(spec.bits),
+        symmetric=np.int64(spec.symmetric),
+        float_minimum=np.int64(spec.float_minimum),
+        token_block=np.int64(spec.token_block),
+        head_block=np.int64(spec.head_block),
+        per_tensor=np.int64(spec.granularity == "tensor"),
+        center=np.int64(spec.center),
+        rotate=np.int64(spec.rotate),
         has_lengths=np.int64(lengths is not None),
     )
-    return QuantizedRows(*rows)
+    offset = None if spec.symmetric else rest[0]
+    zero_point, minimum = (None, offset) if spec.float_minimum else (offset, None)
+    mean = rest[-1] if spec.center else None
+    return QuantizedTensor(data, scale, zero_point, minimum, mean, spec, x.dtype, H)
 
 
-# The XLA implementation sees float operands only: INT8 codes are dequantized for it.
+# The XLA implementation sees float operands only: codes are dequantized for it.
 
 
-def _float_operands(operands: Operands, dtype: DTypeLike) -> AttentionOperands:
-    if isinstance(operands, QuantizedOperands):
-        return operands.dequantize(compute_dtype(dtype))
-    return operands
+def _float_operands(operands: Operands, dtype: DTypeLike) -> FloatOperands:
+    compute = compute_dtype(dtype)
+    if not any(isinstance(x, QuantizedTensor) for x in operands[:3]):
+        return cast(FloatOperands, operands)
+    query, key, value = (
+        x.dequantize(compute) if isinstance(x, QuantizedTensor) else x.astype(compute)
+        for x in (operands.query, operands.key, operands.value)
+    )
+    return FloatOperands(query, key, value, *operands[3:])
 
 
-def _quantize_xla(x: jax.Array, lengths: jax.Array | None, *, center: bool) -> QuantizedRows:
-    return quantization.quantize_rows(x, center=center, lengths=lengths)
+def _quantize_xla(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> QuantizedTensor:
+    return xla_quantize.quantize(x, spec, lengths)
 
 
 def _forward_xla(

@@ -7,9 +7,11 @@ V value head dim. Query head n reads kv head `n // (N // K)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
+
+from jax_gluon.formats import AttentionQuantization, QuantizedTensor
 
 #: What a row that sees no key stores as its internal base-2 log-sum-exp. An infinity would trip
 #: `jax_debug_infs`; only the public value is -inf.
@@ -29,22 +31,30 @@ class AttentionProblem:
     is_causal: bool = False
     local_window: tuple[int, int] | None = None
     soft_cap: float | None = None
-    quantization: str | None = None
+    quantization: AttentionQuantization | None = None
     implementation: str | None = None
 
 
-class AttentionOperands(NamedTuple):
+_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor, covariant=True)
+
+
+class AttentionOperands(NamedTuple, Generic[_Rows]):
     """The arrays of a problem, all of rank 4 but the lengths.
 
-    query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` share a float dtype; bias
-    (float) and mask (bool, True: visible) are `[b, n, t, s]`, each extent 1 or the full one; the
-    lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where they are used.
+    query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
+    or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
+    extent 1 or the full one; the lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where
+    they are used.
     """
 
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
+    query: _Rows
+    key: _Rows
+    value: _Rows
     bias: jax.Array | None = None
     mask: jax.Array | None = None
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
+
+
+Operands = AttentionOperands[jax.Array | QuantizedTensor]
+FloatOperands = AttentionOperands[jax.Array]

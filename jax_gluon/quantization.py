@@ -1,98 +1,88 @@
-"""INT8 rows: the format of the quantized operands, in plain `jax.numpy`.
-
-One float32 scale belongs to every (batch, token, head); the CPU plugin's `jax_gluon.quantize` call
-computes the same codes.
-"""
+"""`quantize`: float arrays to `QuantizedTensor`s."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike
 
-from jax_gluon.problem import AttentionOperands
+from jax_gluon import lowering
+from jax_gluon.formats import QuantizedTensor, QuantSpec
 
-PRESETS = ("int8",)
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_IMPLEMENTATIONS = (None, "cpu", "xla")
 
-_LARGEST_CODE = 127
 
+def quantize(
+    x: ArrayLike,
+    spec: QuantSpec,
+    *,
+    lengths: ArrayLike | None = None,
+    implementation: str | None = None,
+) -> QuantizedTensor:
+    """The integer codes of `x`, with the scales and what else `spec` asks for.
 
-class QuantizedRows(NamedTuple):
-    """INT8 codes of `[B, S, K, H]`: element = `data * scale + mean`.
+    Codes are those of `x` rounded to float32. A block with a NaN or an infinity dequantizes to NaN;
+    every finite block to finite numbers. No gradient flows through it (that of
+    `dot_product_attention(..., quantization=...)` is straight through).
 
-    `data` is int8 `[B, S, K, H]`, `scale` float32 `[B, S, K]`, and `mean`, where the rows were
-    centred, float32 `[B, 1, K, H]`.
+    **Arguments:**
+
+    - `x`: float32, bfloat16, float16 or float64, `[B, T, N, H]` or `[T, N, H]`; H must be even for
+      4 bits.
+    - `spec`: the format.
+    - `lengths`: int32 `[B]` (or a scalar for rank 3), clamped to `[0, T]`: with `spec.center`, the
+      mean is that of the first `lengths[b]` tokens.
+    - `implementation`: `"cpu"` (the plugin), `"xla"`, or None, which takes the plugin on the CPU.
+
+    **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
+    allowed; `ImportError` where the plugin is needed and can't be loaded.
+
+    >>> import jax, jax_gluon
+    >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+    >>> quantized = jax_gluon.quantize(x, jax_gluon.QuantSpec(bits=4, granularity="group"))
+    >>> quantized.data.shape, quantized.scale.shape
+    ((2, 128, 8, 32), (2, 128, 8, 2))
     """
-
-    data: jax.Array
-    scale: jax.Array
-    mean: jax.Array | None = None
-
-
-class QuantizedOperands(NamedTuple):
-    """The operands of quantized attention: `AttentionOperands` with rows for the float arrays."""
-
-    query: QuantizedRows
-    key: QuantizedRows
-    value: QuantizedRows
-    bias: jax.Array | None = None
-    mask: jax.Array | None = None
-    query_seq_lengths: jax.Array | None = None
-    key_value_seq_lengths: jax.Array | None = None
-
-    def dequantize(self, dtype: DTypeLike = jnp.float32) -> AttentionOperands:
-        """The float operands that these codes stand for."""
-        return AttentionOperands(
-            dequantize(self.query, dtype),
-            dequantize(self.key, dtype),
-            dequantize(self.value, dtype),
-            self.bias,
-            self.mask,
-            self.query_seq_lengths,
-            self.key_value_seq_lengths,
+    if not isinstance(spec, QuantSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(_text("spec", f"a {type(spec).__name__}", "a QuantSpec"))
+    if isinstance(x, QuantizedTensor):
+        raise TypeError(_text("x", "a QuantizedTensor", "a float array"))
+    array = jnp.asarray(x)
+    if array.dtype.name not in _FLOATS:
+        raise TypeError(_text("x", f"of dtype {array.dtype.name}", ", ".join(_FLOATS)))
+    if array.ndim not in (3, 4):
+        raise ValueError(_text("x", f"of rank {array.ndim}", "rank 3 or 4 (TNH or BTNH)"))
+    if array.shape[-1] == 0:
+        raise ValueError(_text("x", f"of head dim 0 (shape {array.shape})", "at least 1"))
+    if spec.bits == 4 and array.shape[-1] % 2:
+        raise ValueError(
+            _text("x", f"of head dim {array.shape[-1]}", "an even head dim where spec.bits is 4")
         )
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(_text("implementation", repr(implementation), 'None, "cpu", "xla"'))
+    is_batched = array.ndim == 4
+    checked = None if lengths is None else _lengths(lengths, array.shape[:-3])
+    array = jax.lax.stop_gradient(array)
+    quantized = lowering.quantize(
+        spec, implementation, array if is_batched else array[None],
+        None if checked is None else checked.reshape(-1),
+    )  # fmt: skip
+    return quantized if is_batched else quantized[0]
 
 
-def quantize_rows(
-    x: jax.Array, *, center: bool = False, lengths: jax.Array | None = None
-) -> QuantizedRows:
-    """INT8 codes with one scale per row: `scale = max|x| / 127`, `data = round(x / scale)`.
-
-    Halves round to even. A row of zeros has scale 0; a row with a NaN or an infinity has a scale
-    that is one too, so that it dequantizes to NaN.
-
-    **Arguments:** `x` is float `[B, S, K, H]`. With `center` the mean over tokens, of the finite
-    values among the first `lengths[b]` tokens (int32 `[B]`, default all), is subtracted first; it
-    is 0 where there are none.
-    """
-    x = x.astype(jnp.float32)
-    mean = None
-    if center:
-        mean = _token_mean(x, lengths)
-        x = x - mean
-    scale = jnp.max(jnp.abs(x), axis=-1, initial=0.0) / _LARGEST_CODE
-    usable = (scale > 0) & jnp.isfinite(scale)
-    # Dividing by the scale: its reciprocal overflows where the row is tiny.
-    divisor = jnp.where(usable, scale, jnp.ones_like(scale))[..., None]
-    codes = jnp.clip(jnp.round(x / divisor), -_LARGEST_CODE, _LARGEST_CODE)
-    data = jnp.where(usable[..., None], codes, jnp.zeros_like(codes)).astype(jnp.int8)
-    return QuantizedRows(data, scale, mean)
+def _lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    array = jnp.asarray(lengths)
+    if not hasattr(lengths, "dtype") and jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(jnp.int32)
+    if array.dtype != jnp.int32:
+        raise TypeError(_text("lengths", f"of dtype {array.dtype.name}", "int32"))
+    if array.shape != shape:
+        raise ValueError(_text("lengths", f"of shape {array.shape}", f"shape {shape}"))
+    return array
 
 
-def dequantize(rows: QuantizedRows, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """The float array `[B, S, K, H]` that INT8 rows stand for."""
-    x = rows.data.astype(dtype) * rows.scale.astype(dtype)[..., None]
-    return x if rows.mean is None else x + rows.mean.astype(dtype)
-
-
-def _token_mean(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    counted = jnp.isfinite(x)
-    if lengths is not None:
-        token = jnp.arange(x.shape[1], dtype=jnp.int32)
-        counted &= (token[None, :] < lengths[:, None])[:, :, None, None]
-    count = jnp.sum(counted, axis=1, keepdims=True, dtype=jnp.int32)
-    # Each term is divided before the sum, which can then not overflow.
-    terms = jnp.where(counted, x, jnp.zeros_like(x)) / jnp.maximum(count, 1).astype(x.dtype)
-    return jnp.sum(terms, axis=1, keepdims=True)
+def _text(argument: str, found: Any, allowed: str) -> str:
+    return f"jax_gluon.quantize: {argument} is {found}; allowed: {allowed}."

@@ -15,10 +15,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_gluon.arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
-from jax_gluon.problem import AttentionOperands, AttentionProblem
-from jax_gluon.quantization import dequantize, quantize_rows
+from jax_gluon.formats import QuantizedTensor, QuantSpec
+from jax_gluon.problem import AttentionProblem, Operands
+from jax_gluon.xla_quantize import quantize
 
-__all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize_rows"]
+__all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize"]
 
 # The two products, as einsum writes them.
 _SCORES = "bkgth,bksh->bkgts"
@@ -29,9 +30,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
@@ -42,9 +43,9 @@ def dot_product_attention(
 
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
@@ -54,9 +55,9 @@ def dot_product_attention(
 
 
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
@@ -78,13 +79,14 @@ def dot_product_attention(
     out, log_sum_exp = _run(function, query, key, value, bias, mask, keywords)
     if not return_residual:
         return out
-    return out, jax.lax.stop_gradient(log_sum_exp).astype(jnp.asarray(key).dtype)
+    key_dtype = key.dtype if isinstance(key, QuantizedTensor) else jnp.asarray(key).dtype
+    return out, jax.lax.stop_gradient(log_sum_exp).astype(key_dtype)
 
 
 def attention_with_log_sum_exp(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     **keywords: Unpack[AttentionKeywords],
@@ -106,34 +108,31 @@ def attention_with_log_sum_exp(
     return _run("reference.attention_with_log_sum_exp", query, key, value, bias, mask, keywords)
 
 
-def fake_quantize_rows(
-    x: jax.Array, *, center: bool = False, lengths: jax.Array | None = None
-) -> jax.Array:
-    """`x` after a round trip through INT8 rows; its gradient is the identity (straight-through).
+def fake_quantize(x: jax.Array, spec: QuantSpec, *, lengths: jax.Array | None = None) -> jax.Array:
+    """`x` after a round trip through `spec`; its gradient is the identity (straight-through).
 
-    **Arguments:** as `jax_gluon.quantization.quantize_rows`: `x` is float `[B, S, K, H]`; `center`
-    subtracts, and adds again, the mean of the first `lengths[b]` tokens (int32 `[B]`).
+    **Arguments:** as `jax_gluon.quantize`: `x` is float `[B, T, N, H]` or `[T, N, H]`.
 
     **Returns:** float32, or float64 where `x` is: the codes are those of `x` rounded to float32.
 
-    >>> import jax, jax.numpy as jnp, jax_gluon.reference
+    >>> import jax, jax.numpy as jnp, jax_gluon
     >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
-    >>> error = jax_gluon.reference.fake_quantize_rows(x, center=True) - x
+    >>> error = jax_gluon.reference.fake_quantize(x, jax_gluon.QuantSpec(center=True)) - x
     >>> bool(jnp.max(jnp.abs(error)) < jnp.max(jnp.abs(x)) / 100)
     True
     """
     x = x.astype(np.promote_types(x.dtype, np.float32))
     constant = jax.lax.stop_gradient(x)
-    rounded = dequantize(quantize_rows(constant, center=center, lengths=lengths), x.dtype)
+    rounded = quantize(constant, spec, lengths).dequantize(x.dtype)
     # The difference is exactly 0, and carries the gradient.
     return rounded + (x - constant)
 
 
 def _run(
     function: str,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: ArrayLike | QuantizedTensor,
+    key: ArrayLike | QuantizedTensor,
+    value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None,
     mask: ArrayLike | None,
     keywords: AttentionKeywords,
@@ -153,7 +152,7 @@ def _jit_with_static_problem(function: _Function) -> _Function:
 
 @_jit_with_static_problem
 def _attend(
-    problem: AttentionProblem, operands: AttentionOperands, scale: jax.Array
+    problem: AttentionProblem, operands: Operands, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     B, T, N, H = operands.query.shape
     K = operands.key.shape[2]
@@ -188,16 +187,22 @@ def _attend(
 
 
 def _floats(
-    problem: AttentionProblem, operands: AttentionOperands, dtype: Any
+    problem: AttentionProblem, operands: Operands, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    query, key, value = operands[:3]
-    if problem.quantization is not None:
-        query, value = fake_quantize_rows(query), fake_quantize_rows(value)
-        key = fake_quantize_rows(key, center=True, lengths=operands.key_value_seq_lengths)
-    return query.astype(dtype), key.astype(dtype), value.astype(dtype)
+    specs = problem.quantization
+    lengths = (operands.query_seq_lengths, *(operands.key_value_seq_lengths,) * 2)
+
+    def floats(name: str, length: jax.Array | None) -> jax.Array:
+        x, spec = getattr(operands, name), specs and getattr(specs, name)
+        if isinstance(x, QuantizedTensor):
+            return x.dequantize(dtype)
+        return (fake_quantize(x, spec, lengths=length) if spec else x).astype(dtype)
+
+    query, key, value = map(floats, ("query", "key", "value"), lengths)
+    return query, key, value
 
 
-def _visible(problem: AttentionProblem, operands: AttentionOperands) -> jax.Array:
+def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
     """Which keys each row sees, `[B, N, T, S]`."""
     T, S = operands.query.shape[1], operands.key.shape[1]
     row = jnp.arange(T, dtype=jnp.int32)[None, None, :, None]
@@ -219,7 +224,7 @@ def _visible(problem: AttentionProblem, operands: AttentionOperands) -> jax.Arra
     return visible
 
 
-def _to_scores(operands: AttentionOperands, x: jax.Array) -> jax.Array:
+def _to_scores(operands: Operands, x: jax.Array) -> jax.Array:
     B, T, N, _ = operands.query.shape
     return jnp.broadcast_to(x, (B, N, T, operands.key.shape[1]))
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
+from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionProblem, FloatOperands
 from jax_gluon.xla_tiles import (
     KEYS_FIRST,
     LEAST_LOGIT,
@@ -38,7 +38,7 @@ _State = TypeVar("_State")
 _LOG2_E = math.log2(math.e)
 
 
-def forward(problem: AttentionProblem, operands: AttentionOperands) -> tuple[jax.Array, jax.Array]:
+def forward(problem: AttentionProblem, operands: FloatOperands) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, V]` in query's dtype, and the base-2 log-sum-exp `[B, T, N]` of each row.
 
     The log-sum-exp is float32 (float64 for float64 operands) and finite: a row that sees no key
@@ -86,7 +86,7 @@ def forward(problem: AttentionProblem, operands: AttentionOperands) -> tuple[jax
 
 def backward(
     problem: AttentionProblem,
-    operands: AttentionOperands,
+    operands: FloatOperands,
     out: jax.Array,
     log_sum_exp: jax.Array,
     d_out: jax.Array,
@@ -147,7 +147,7 @@ def backward(
 
 def backward_bias(
     problem: AttentionProblem,
-    operands: AttentionOperands,
+    operands: FloatOperands,
     out: jax.Array,
     log_sum_exp: jax.Array,
     d_out: jax.Array,

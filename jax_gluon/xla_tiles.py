@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon.problem import AttentionOperands, AttentionProblem
+from jax_gluon.problem import AttentionProblem, FloatOperands
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
 # operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache
@@ -98,7 +98,7 @@ class Scores(NamedTuple):
 class Tiles:
     """The operands, cut into tiles. Query heads are grouped by the kv head they read: N = K * G."""
 
-    def __init__(self, problem: AttentionProblem, operands: AttentionOperands):
+    def __init__(self, problem: AttentionProblem, operands: FloatOperands):
         B, T, N, _ = operands.query.shape
         _, S, K, _ = operands.key.shape
         self.problem = problem

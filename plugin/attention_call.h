@@ -11,10 +11,12 @@
 
 namespace jax_gluon {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kS8 };
+// kU4x2: a byte holds two 4-bit codes biased by 8, low nibble first; extents and strides of such an
+// operand count bytes.
+enum class DType : uint8_t { kF32, kBF16, kF16, kS8, kU4x2 };
 
 constexpr size_t size_of(DType dtype) {
-  return dtype == DType::kF32 ? 4 : dtype == DType::kS8 ? 1 : 2;
+  return dtype == DType::kF32 ? 4 : dtype == DType::kS8 || dtype == DType::kU4x2 ? 1 : 2;
 }
 
 // A read-only operand of logical shape [batch, d1, d2, d3], every stride in elements, 0 on a
@@ -37,6 +39,28 @@ struct Result {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// What integer codes stand for: element = code * scale + offset, where offset is 0, -zero_point *
+// scale, or the minimum that the least code stands for. `mean` is added to the element.
+struct Quantization {
+  enum class Offset : uint8_t { kNone, kZeroPoint, kMinimum };
+
+  int64_t bits = 0;         // 8, 4, or 0: not quantized
+  int64_t token_block = 0;  // tokens that share a scale, 0: all
+  int64_t head_block = 0;   // elements of a row that share a scale, 0: all
+  Offset offset_kind = Offset::kNone;
+  Operand
+      scale;  // [B, tokens / token_block, heads or 1, columns / head_block], float32 or bfloat16
+  Operand offset;  // as scale; zero points are int8
+  Operand mean;    // optional, float32, [B, 1, heads, columns]
+
+  explicit operator bool() const { return bits != 0; }
+};
+
+// Rows of floats or of codes.
+struct QuantizableOperand : Operand {
+  Quantization quantization;
+};
+
 struct AttentionCall {
   // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.
   int64_t B = 0, T = 0, S = 0, N = 0, K = 0, H = 0, V = 0;
@@ -49,16 +73,9 @@ struct AttentionCall {
   // Key j is visible to query i where i - window_left <= j <= i + window_right; -1: no limit.
   int64_t window_left = -1, window_right = -1;
 
-  Operand query;  // [B, T, N, H], strides T, N, H
-  Operand key;    // [B, S, K, H], strides S, K, H
-  Operand value;  // [B, S, K, V], strides S, K, V
-
-  // Set together, when query, key and value are int8 codes (DType::kS8), all float32:
-  // x = code * scale of its row; key_mean is added to the dequantized key.
-  Operand query_scale;  // [B, T, N], strides T, N
-  Operand key_scale;    // [B, S, K], strides S, K
-  Operand value_scale;  // [B, S, K], strides S, K
-  Operand key_mean;     // [B, K, H], strides K, H
+  QuantizableOperand query;  // [B, T, N, H], strides T, N, H
+  QuantizableOperand key;    // [B, S, K, H], strides S, K, H
+  QuantizableOperand value;  // [B, S, K, V], strides S, K, V
 
   Operand bias;                            // optional, float, [B, N, T, S], strides N, T, S
   const uint8_t* mask = nullptr;           // optional, 1: visible, [B, N, T, S]
@@ -69,8 +86,6 @@ struct AttentionCall {
   std::vector<int64_t> query_seq_lengths_offset;
   const int32_t* key_value_seq_lengths = nullptr;
   std::vector<int64_t> key_value_seq_lengths_offset;
-
-  bool quantized() const { return key.dtype == DType::kS8; }
 };
 
 // A row's log-sum-exp is kept in base 2 as float32. A row that sees no key stores this finite value
@@ -103,18 +118,26 @@ struct AttentionBackwardBiasCall : AttentionCall {
   int64_t b = 1, n = 1, t = 1, s = 1;
 };
 
-// INT8 codes with one float32 scale per row: code = round_half_even((x - mean) / scale),
-// scale = max|x - mean| / 127, code in [-127, 127].
+// Codes of float rows; a block of elements that share a scale may span rows and heads.
 struct QuantizeCall {
-  int64_t B = 0, S = 0, K = 0, H = 0;
-  Operand x;            // [B, S, K, H], float
+  // B = L * batch: an entry of the L vmap axes is quantized by itself.
+  int64_t L = 1, B = 0, S = 0, K = 0, H = 0;
+  Operand x;  // [B, S, K, H], float
+
+  int64_t bits = 8;
+  bool symmetric = true;
+  bool float_minimum = false;  // offset is the least element instead of a zero point
+  int64_t token_block = 1, head_block = 0;
+  bool per_tensor = false;  // one scale for everything but L
+  bool rotate = false;      // by the randomised Hadamard matrix along H, before all else
   bool center = false;  // subtract the mean over the first lengths[b] tokens (finite values only)
   const int32_t* lengths = nullptr;  // optional
   std::vector<int64_t> lengths_offset;
 
-  Result data;   // [B, S, K, H], int8
-  Result scale;  // [B, S, K], float32
-  Result mean;   // [B, K, H], float32; only if center
+  Result data;    // [B, S, K, H], int8, or [B, S, K, H / 2], kU4x2
+  Result scale;   // [B, S', K', H'], float32 or bfloat16
+  Result offset;  // as scale, zero points int8; only if not symmetric
+  Result mean;    // [B, 1, K, H], float32; only if center
 };
 
 }  // namespace jax_gluon

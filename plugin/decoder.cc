@@ -28,6 +28,8 @@ std::string_view name_of(ffi::DataType dtype) {
       return "float64";
     case ffi::DataType::S8:
       return "int8";
+    case ffi::DataType::U8:
+      return "uint8";
     case ffi::DataType::S32:
       return "int32";
     case ffi::DataType::PRED:
@@ -54,6 +56,8 @@ DType dtype_of(ffi::DataType dtype) {
       return DType::kF16;
     case ffi::DataType::S8:
       return DType::kS8;
+    case ffi::DataType::U8:
+      return DType::kU4x2;
     default:
       return DType::kF32;
   }
@@ -237,8 +241,9 @@ Operand Decoder::float_operand(std::string_view name, const Shape& shape, bool b
               found);
 }
 
-Operand Decoder::operand_of(std::string_view name, const Shape& shape, ffi::DataType dtype) {
-  return make(name, shape, false, {dtype}, nullptr);
+Operand Decoder::operand_of(std::string_view name, const Shape& shape,
+                            const std::vector<ffi::DataType>& dtypes, bool broadcast) {
+  return make(name, shape, broadcast, dtypes, nullptr);
 }
 
 Result Decoder::result(std::string_view name, const Shape& shape,

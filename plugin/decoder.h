@@ -53,7 +53,8 @@ class Decoder {
                       Shape* found = nullptr);
   Operand float_operand(std::string_view name, const Shape& shape, bool broadcast = false,
                         Shape* found = nullptr);
-  Operand operand_of(std::string_view name, const Shape& shape, xla::ffi::DataType dtype);
+  Operand operand_of(std::string_view name, const Shape& shape,
+                     const std::vector<xla::ffi::DataType>& dtypes, bool broadcast = false);
 
   // The next result, of exactly [leading, shape].
   Result result(std::string_view name, const Shape& shape,

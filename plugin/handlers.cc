@@ -19,6 +19,82 @@ const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::B
                                             ffi::DataType::F16};
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
 
+// How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
+// by an offset and a mean where they have them.
+struct Format {
+  int64_t bits = 0, token_block = 0, head_block = 0, offset = 0;
+  bool has_mean = false;
+
+  size_t operands() const {
+    return bits == 0 ? 1 : size_t{2} + (offset != 0 ? 1 : 0) + (has_mean ? 1 : 0);
+  }
+  // The shape of the elements that stand in a buffer of `shape`.
+  Shape elements(Shape shape) const {
+    if (bits == 4) shape.back() *= 2;
+    return shape;
+  }
+};
+
+Format decode_format(Decoder& decoder, const std::string& name) {
+  Format format;
+  format.bits = decoder.integer(name + "_bits", 0, 8);
+  if (format.bits != 0 && format.bits != 4 && format.bits != 8) {
+    decoder.fail("attribute " + name + "_bits is " + std::to_string(format.bits) +
+                 ", expected 0, 4 or 8");
+    format.bits = 0;
+  }
+  format.token_block = decoder.integer(name + "_token_block", 0, kMost);
+  format.head_block = decoder.integer(name + "_head_block", 0, kMost);
+  format.offset = decoder.integer(name + "_offset", 0, 2);
+  format.has_mean = decoder.flag(name + "_has_mean");
+  return format;
+}
+
+int64_t blocks(int64_t extent, int64_t size) {
+  return size == 0 ? 1 : extent / size + (extent % size != 0 ? 1 : 0);
+}
+
+// Rows of `shape` [batch, tokens, heads, columns].
+QuantizableOperand decode_rows(Decoder& decoder, const std::string& name, const Format& format,
+                               const Shape& shape) {
+  using Offset = Quantization::Offset;
+  QuantizableOperand x;
+  if (format.bits == 0) {
+    static_cast<Operand&>(x) = decoder.float_operand(name, shape);
+    return x;
+  }
+  const bool packed = format.bits == 4;
+  Shape stored = shape;
+  if (packed) stored.back() /= 2;
+  static_cast<Operand&>(x) =
+      decoder.operand_of(name, stored, {packed ? ffi::DataType::U8 : ffi::DataType::S8});
+  Quantization& q = x.quantization;
+  q.bits = format.bits;
+  q.token_block = format.token_block;
+  q.head_block = format.head_block;
+  q.offset_kind = static_cast<Offset>(format.offset);
+  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
+  const Shape blocked = {shape[0], blocks(shape[1], q.token_block), shape[2],
+                         blocks(shape[3], q.head_block)};
+  q.scale = decoder.operand_of(name + "_scale", blocked, floats, true);
+  if (q.offset_kind == Offset::kZeroPoint) {
+    q.offset = decoder.operand_of(name + "_zero_point", blocked, {ffi::DataType::S8}, true);
+  } else if (q.offset_kind == Offset::kMinimum) {
+    q.offset = decoder.operand_of(name + "_minimum", blocked, floats, true);
+  }
+  if (format.has_mean) {
+    q.mean =
+        decoder.operand_of(name + "_mean", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
+  }
+  // Kernels read a scale for each element of a row as a contiguous run.
+  const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);
+  if (!decoder.failed() && q.head_block != 0 && blocked[3] > 1 && is_short) {
+    decoder.fail("operand " + name + "_scale has one scale a row, expected " +
+                 std::to_string(blocked[3]));
+  }
+  return x;
+}
+
 // The operands that every attention call starts with; returns the length of its real batch axis.
 int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_exp,
                     Shape* bias_shape) {
@@ -32,14 +108,16 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
   const bool has_mask = decoder.flag("has_mask");
   const bool has_query_seq_lengths = decoder.flag("has_query_seq_lengths");
   const bool has_key_value_seq_lengths = decoder.flag("has_key_value_seq_lengths");
-  const bool quantized = decoder.flag("quantized");
+  const Format formats[] = {decode_format(decoder, "query"), decode_format(decoder, "key"),
+                            decode_format(decoder, "value")};
   if (has_d_log_sum_exp) *has_d_log_sum_exp = decoder.flag("has_d_log_sum_exp");
 
   decoder.set_leading(4);
   if (bias_shape && !has_bias) decoder.fail("attribute has_bias is 0, expected 1");
-  const Shape query = decoder.peek_shape(0, "query", 4);
-  const Shape key = decoder.peek_shape(1, "key", 4);
-  const Shape value = decoder.peek_shape(2, "value", 4);
+  const size_t key_at = formats[0].operands(), value_at = key_at + formats[1].operands();
+  const Shape query = formats[0].elements(decoder.peek_shape(0, "query", 4));
+  const Shape key = formats[1].elements(decoder.peek_shape(key_at, "key", 4));
+  const Shape value = formats[2].elements(decoder.peek_shape(value_at, "value", 4));
   if (decoder.failed()) return 0;
   const int64_t batch = query[0];
   call.B = decoder.flat_batch(batch);
@@ -61,28 +139,9 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
   }
   const Shape key_shape = {batch, call.S, call.K, call.H};
   const Shape value_shape = {batch, call.S, call.K, call.V};
-  const auto F32 = ffi::DataType::F32;
-  if (quantized) {
-    call.query = decoder.operand_of("query", query, ffi::DataType::S8);
-    call.key = decoder.operand_of("key", key_shape, ffi::DataType::S8);
-    call.value = decoder.operand_of("value", value_shape, ffi::DataType::S8);
-    call.query_scale = decoder.operand_of("query_scale", {batch, call.T, call.N}, F32);
-    call.key_scale = decoder.operand_of("key_scale", {batch, call.S, call.K}, F32);
-    call.value_scale = decoder.operand_of("value_scale", {batch, call.S, call.K}, F32);
-    Operand mean = decoder.operand_of("key_mean", {batch, 1, call.K, call.H}, F32);
-    mean.stride[0] = mean.stride[1];
-    mean.stride[1] = mean.stride[2];
-    mean.stride[2] = 0;
-    call.key_mean = std::move(mean);
-  } else {
-    call.query = decoder.float_operand("query", query);
-    call.key = decoder.float_operand("key", key_shape);
-    call.value = decoder.float_operand("value", value_shape);
-    if (!decoder.failed() &&
-        (call.query.dtype != call.key.dtype || call.query.dtype != call.value.dtype)) {
-      decoder.fail("query, key and value have different element types, expected one");
-    }
-  }
+  call.query = decode_rows(decoder, "query", formats[0], query);
+  call.key = decode_rows(decoder, "key", formats[1], key_shape);
+  call.value = decode_rows(decoder, "value", formats[2], value_shape);
   const Shape logits = {batch, call.N, call.T, call.S};
   if (has_bias) call.bias = decoder.float_operand("bias", logits, true, bias_shape);
   ffi::DataType dtype;
@@ -112,10 +171,10 @@ void decode_cotangents(Decoder& decoder, Call& call, int64_t batch, bool has_d_l
   const Shape rows = {batch, call.T, call.N};
   const Shape out = {batch, call.T, call.N, call.V};
   call.out = decoder.float_operand("out", out);
-  call.log_sum_exp = decoder.operand_of("log_sum_exp", rows, ffi::DataType::F32);
+  call.log_sum_exp = decoder.operand_of("log_sum_exp", rows, {ffi::DataType::F32});
   call.d_out = decoder.float_operand("d_out", out);
   if (has_d_log_sum_exp) {
-    call.d_log_sum_exp = decoder.operand_of("d_log_sum_exp", rows, ffi::DataType::F32);
+    call.d_log_sum_exp = decoder.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
   }
 }
 
@@ -222,14 +281,35 @@ ffi::Error quantize(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   return guarded(target, [&] {
     Decoder decoder(target, args, results, attributes);
     QuantizeCall call;
+    call.bits = decoder.integer("bits", 4, 8);
+    if (call.bits != 4 && call.bits != 8) {
+      decoder.fail("attribute bits is " + std::to_string(call.bits) + ", expected 4 or 8");
+    }
+    call.symmetric = decoder.flag("symmetric");
+    call.float_minimum = decoder.flag("float_minimum");
+    if (call.symmetric && call.float_minimum) {
+      decoder.fail("attribute float_minimum is 1, expected 0 where symmetric is 1");
+    }
+    call.token_block = decoder.integer("token_block", 0, kMost);
+    call.head_block = decoder.integer("head_block", 0, kMost);
+    call.per_tensor = decoder.flag("per_tensor");
+    if (call.per_tensor && (call.token_block != 0 || call.head_block != 0)) {
+      decoder.fail("attribute per_tensor is 1, expected 0 where blocks are not whole axes");
+    }
     call.center = decoder.flag("center");
+    call.rotate = decoder.flag("rotate");
     const bool has_lengths = decoder.flag("has_lengths");
     decoder.set_leading(4);
     const Shape shape = decoder.peek_shape(0, "x", 4);
+    call.L = decoder.leading_count();
     call.B = decoder.flat_batch(shape[0]);
     call.S = shape[1];
     call.K = shape[2];
     call.H = shape[3];
+    if (call.H < 1 || (call.bits == 4 && call.H % 2 != 0)) {
+      decoder.fail("x has shape " + to_string(shape) +
+                   ", expected a head dim of at least 1, even " + "for 4 bits");
+    }
     call.x = decoder.float_operand("x", shape);
     if (has_lengths) {
       ffi::DataType dtype;
@@ -238,8 +318,19 @@ ffi::Error quantize(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
                                                                  {ffi::DataType::S32}, &dtype,
                                                                  &call.lengths_offset, &strides));
     }
-    call.data = decoder.result("data", shape, {ffi::DataType::S8});
-    call.scale = decoder.result("scale", {shape[0], call.S, call.K}, {ffi::DataType::F32});
+    Shape stored = shape;
+    if (call.bits == 4) stored.back() /= 2;
+    call.data =
+        decoder.result("data", stored, {call.bits == 4 ? ffi::DataType::U8 : ffi::DataType::S8});
+    const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
+    const Shape scale = {shape[0], blocks(call.S, call.token_block), call.per_tensor ? 1 : call.K,
+                         blocks(call.H, call.head_block)};
+    call.scale = decoder.result("scale", scale, floats);
+    if (call.float_minimum) {
+      call.offset = decoder.result("minimum", scale, floats);
+    } else if (!call.symmetric) {
+      call.offset = decoder.result("zero_point", scale, {ffi::DataType::S8});
+    }
     if (call.center) {
       call.mean = decoder.result("mean", {shape[0], 1, call.K, call.H}, {ffi::DataType::F32});
     }

@@ -190,6 +190,7 @@ def numpy_fake_quantize(x, *, center=False, lengths=None):
 
 @pytest.fixture(scope="session")
 def fake_quantize():
+    """INT8 rows in float64 NumPy; other formats have an oracle of their own in test_formats."""
     return numpy_fake_quantize
 
 

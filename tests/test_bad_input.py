@@ -211,12 +211,9 @@ CASES = {
         {"logits_soft_cap": ones(N)}, TypeError, "logits_soft_cap", "Array", "NumPy number"
     ),
     "quantization_unknown": (
-        {"quantization": "int3"}, ValueError, "quantization", '"int3"', 'None, "int8"'
+        {"quantization": "int3"}, ValueError, "quantization", '"int3"', 'None, "int8", "int4"'
     ),
     "quantization_type": ({"quantization": 8}, TypeError, "quantization", "int", 'None, "int8"'),
-    "quantization_int4": (
-        {"quantization": "int4"}, NotImplementedError, "quantization", '"int4"', 'None, "int8"'
-    ),
     "implementation_unknown": (
         {"implementation": "cuda"}, ValueError, "implementation", '"cuda"', 'None, "cpu", "xla"'
     ),

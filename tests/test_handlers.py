@@ -50,6 +50,8 @@ class Call:
 
 def draw(*shape, dtype=np.float32):
     rng = np.random.default_rng(math.prod(shape) + len(shape))
+    if dtype == np.uint8:
+        return rng.integers(0, 256, shape).astype(np.uint8)
     if dtype == np.int8:
         return rng.integers(-127, 128, shape).astype(np.int8)
     return rng.standard_normal(shape).astype(dtype)
@@ -59,21 +61,58 @@ def result(*shape, dtype=np.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def attention(target, *, quantized=False, full=True):
-    """A consistent attention call; with `full` every optional operand is there."""
-    dtype = np.int8 if quantized else np.float32
-    operands = {
-        "query": draw(B, T, N, H, dtype=dtype),
-        "key": draw(B, S, K, H, dtype=dtype),
-        "value": draw(B, S, K, V, dtype=dtype),
-    }
-    if quantized:
-        operands |= {
-            "query_scale": np.full((B, T, N), 0.02, np.float32),
-            "key_scale": np.full((B, S, K), 0.01, np.float32),
-            "value_scale": np.full((B, S, K), 0.01, np.float32),
-            "key_mean": draw(B, 1, K, H),
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one operand is stored: bits 0 is float; block 0 is the whole axis."""
+
+    bits: int = 0
+    token_block: int = 0
+    head_block: int = 0
+    offset: int = 0
+    has_mean: int = 0
+
+    def operands(self, name, shape):
+        if self.bits == 0:
+            return {name: draw(*shape)}
+        batch, tokens, heads, columns = shape
+        packed = self.bits == 4
+        scale = (
+            batch, math.ceil(tokens / (self.token_block or tokens)), heads,
+            math.ceil(columns / (self.head_block or columns)),
+        )  # fmt: skip
+        width = columns // 2 if packed else columns
+        parts = {
+            name: draw(batch, tokens, heads, width, dtype=np.uint8 if packed else np.int8),
+            f"{name}_scale": np.full(scale, 0.1 if packed else 0.01, np.float32),
         }
+        if self.offset == 1:
+            parts[f"{name}_zero_point"] = draw(*scale, dtype=np.int8) // 16
+        if self.offset == 2:
+            parts[f"{name}_minimum"] = np.full(scale, -0.75, np.float32)
+        if self.has_mean:
+            parts[f"{name}_mean"] = draw(batch, 1, heads, columns)
+        return parts
+
+    def attributes(self, name):
+        return {f"{name}_{field}": np.int64(x) for field, x in dataclasses.asdict(self).items()}
+
+
+ROW = Format(8, token_block=1)
+FORMATS = {
+    "float": (Format(), Format(), Format()),
+    "int8": (ROW, Format(8, token_block=1, has_mean=1), ROW),
+    "int4": (Format(8, 2, offset=1), Format(4, 4, 1, 2), Format(4, 1, 4, 1, has_mean=1)),
+    "mixed": (Format(), Format(8, 0, 3, 2, 1), Format(8, 0, 1)),
+}
+
+
+def attention(target, formats="float", *, full=True):
+    """A consistent attention call; with `full` every optional operand is there."""
+    shapes = {"query": (B, T, N, H), "key": (B, S, K, H), "value": (B, S, K, V)}
+    operands, attributes = {}, {}
+    for format_, (name, shape) in zip(FORMATS[formats], shapes.items(), strict=True):
+        operands |= format_.operands(name, shape)
+        attributes |= format_.attributes(name)
     if full:
         operands |= {
             "bias": draw(B, N, T, S),
@@ -81,7 +120,7 @@ def attention(target, *, quantized=False, full=True):
             "query_seq_lengths": np.array([T, 3], np.int32),
             "key_value_seq_lengths": np.array([4, S], np.int32),
         }
-    attributes = {
+    attributes |= {
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
         "causal": np.int64(0),
@@ -91,7 +130,6 @@ def attention(target, *, quantized=False, full=True):
         "has_mask": np.int64(full),
         "has_query_seq_lengths": np.int64(full),
         "has_key_value_seq_lengths": np.int64(full),
-        "quantized": np.int64(quantized),
     }
     results = {"out": result(B, T, N, V), "log_sum_exp": result(B, T, N)}
     if target != FORWARD:
@@ -113,26 +151,41 @@ def attention(target, *, quantized=False, full=True):
     return Call(target, operands, results, attributes)
 
 
-def quantize():
+def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, center=1):
+    heads = 1 if per_tensor else K
+    scale = (B, math.ceil(S / (token_block or S)), heads, math.ceil(H / (head_block or H)))
+    results = {
+        "data": result(B, S, K, H // 2, dtype=np.uint8) if bits == 4
+        else result(B, S, K, H, dtype=np.int8),
+        "scale": result(*scale),
+    }  # fmt: skip
+    if not symmetric:
+        results["minimum"] = result(*scale)
+    if center:
+        results["mean"] = result(B, 1, K, H)
+    attributes = dict(
+        bits=bits, symmetric=symmetric, float_minimum=1 - symmetric, token_block=token_block,
+        head_block=head_block, per_tensor=per_tensor, center=center, rotate=0, has_lengths=1,
+    )  # fmt: skip
     return Call(
         QUANTIZE,
         {"x": draw(B, S, K, H), "lengths": np.array([4, S], np.int32)},
-        {
-            "data": result(B, S, K, H, dtype=np.int8),
-            "scale": result(B, S, K),
-            "mean": result(B, 1, K, H),
-        },
-        {"center": np.int64(1), "has_lengths": np.int64(1)},
+        results,
+        {name: np.int64(x) for name, x in attributes.items()},
     )
 
 
 CALLS = {
     "forward": lambda: attention(FORWARD),
-    "forward_int8": lambda: attention(FORWARD, quantized=True),
+    "forward_int8": lambda: attention(FORWARD, "int8"),
+    "forward_int4": lambda: attention(FORWARD, "int4"),
+    "forward_mixed": lambda: attention(FORWARD, "mixed"),
     "backward": lambda: attention(BACKWARD),
-    "backward_int8": lambda: attention(BACKWARD, quantized=True),
+    "backward_int4": lambda: attention(BACKWARD, "int4"),
     "backward_bias": lambda: attention(BACKWARD_BIAS),
     "quantize": quantize,
+    "quantize_int4": lambda: quantize(bits=4, symmetric=0, token_block=3, head_block=1),
+    "quantize_tensor": lambda: quantize(token_block=0, per_tensor=1),
 }
 PARTS = [
     (call, part, name)
@@ -186,10 +239,14 @@ def test_every_extent_is_checked(name, part, of):
         assert any(str(n) in message for n in longer)
 
 
+BROADCAST = ("bias", "mask", "scale", "zero_point", "minimum")
+
+
 @pytest.mark.parametrize(
-    ("name", "part", "of"), [case for case in PARTS if case[2] not in ("bias", "mask")]
+    ("name", "part", "of"),
+    [case for case in PARTS if case[1] == "results" or not case[2].endswith(BROADCAST)],
 )
-def test_only_bias_and_mask_broadcast(name, part, of):
+def test_only_bias_mask_and_scales_broadcast(name, part, of):
     """An extent of 1 stands for no other on the axes behind the leading ones."""
     call = CALLS[name]()
     shape = getattr(call, part)[of].shape
@@ -211,7 +268,7 @@ def test_every_rank_is_checked(name, part, of):
 def test_every_dtype_is_checked(name, part, of):
     call = CALLS[name]()
     old = getattr(call, part)[of]
-    for dtype in (np.int16, np.uint8, np.complex64):
+    for dtype in (np.int16, np.uint16, np.complex64):
         new = old.astype(dtype) if part == "operands" else result(*old.shape, dtype=dtype)
         getattr(call, part)[of] = new
         message = call.error()
@@ -283,11 +340,16 @@ ATTRIBUTES = {
     "window_left": ("window_left", np.int64(-2), "is -2, expected -1 to "),
     "window_right": ("window_right", np.int64(-(2**63)), f"is {-(2**63)}, expected -1 to "),
     "window_huge": ("window_left", np.int64(2**63 - 1), f"is {2**63 - 1}, expected -1 to "),
-    "quantized": ("quantized", np.int64(7), "is 7, expected 0 to 1"),
+    "bits": ("key_bits", np.int64(16), "is 16, expected 0 to 8"),
+    "bits_odd": ("key_bits", np.int64(5), "is 5, expected 0, 4 or 8"),
+    "offset": ("value_offset", np.int64(3), "is 3, expected 0 to 2"),
+    "token_block": ("key_token_block", np.int64(-3), "is -3, expected 0 to "),
+    "head_block": ("query_head_block", np.int64(-(2**63)), f"is {-(2**63)}, expected 0 to "),
+    "has_mean": ("key_has_mean", np.int64(2), "is 2, expected 0 to 1"),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "quantize"])
+@pytest.mark.parametrize("name", ["forward_int4", "backward", "backward_bias"])
 @pytest.mark.parametrize("case", ATTRIBUTES)
 def test_attribute_out_of_range(name, case):
     attribute, setting, complaint = ATTRIBUTES[case]
@@ -296,11 +358,38 @@ def test_attribute_out_of_range(name, case):
     assert f"attribute {attribute} {complaint}" in call.error()
 
 
-@pytest.mark.parametrize("attribute", ["center", "has_lengths"])
-def test_quantize_attribute_out_of_range(attribute):
+@pytest.mark.parametrize(
+    "attribute", ["symmetric", "float_minimum", "per_tensor", "center", "rotate", "has_lengths"]
+)
+def test_quantize_flag_out_of_range(attribute):
     call = quantize()
     call.attributes[attribute] = np.int64(2)
     assert f"attribute {attribute} is 2, expected 0 to 1" in call.error()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "setting", "complaint"),
+    [
+        ("bits", 6, "attribute bits is 6, expected 4 or 8"),
+        ("bits", 3, "attribute bits is 3, expected 4 to 8"),
+        ("token_block", -1, "attribute token_block is -1, expected 0 to "),
+        ("head_block", -1, "attribute head_block is -1, expected 0 to "),
+        ("float_minimum", 1, "attribute float_minimum is 1, expected 0 where symmetric is 1"),
+        ("per_tensor", 1, "attribute per_tensor is 1, expected 0 where blocks are not whole axes"),
+        ("token_block", 2, "result scale has shape [2, 7, 2, 1], expected [2, 4, 2, 1]"),
+        ("head_block", 3, "result scale has shape [2, 7, 2, 1], expected [2, 7, 2, 3]"),
+    ],
+)
+def test_quantize_attributes_that_contradict(attribute, setting, complaint):
+    call = quantize()
+    call.attributes[attribute] = np.int64(setting)
+    assert complaint in call.error()
+
+
+def test_quantize_an_odd_head_dim_to_4_bits():
+    call = quantize(bits=4)
+    call.operands["x"] = draw(B, S, K, 7)
+    assert "x has shape [2, 7, 2, 7], expected a head dim of at least 1, even" in call.error()
 
 
 @pytest.mark.parametrize("window", [(2**61 - 1, 0), (0, 2**61 - 1), (2**61 - 1, 2**61 - 1)])
@@ -337,20 +426,43 @@ def test_bias_gradient_without_bias():
 
 
 @pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS])
-def test_quantized_flag_and_operands_must_agree(target):
-    call = attention(target)
-    call.attributes["quantized"] = np.int64(1)
-    assert "operand query is float32, expected int8" in call.error()
-    call = attention(target, quantized=True)
-    call.attributes["quantized"] = np.int64(0)
-    assert "operand query is int8, expected float32 or bfloat16 or float16" in call.error()
+def test_bits_and_operands_must_agree(target):
+    call = attention(target, full=False)
+    call.attributes["query_bits"] = np.int64(8)
+    call.error()
+    call = attention(target, "int8")
+    call.attributes["query_bits"] = np.int64(4)
+    call.error()
+    call = attention(target, "int4")
+    call.attributes |= {"key_bits": np.int64(8)}
+    call.error()
+
+
+def test_scales_along_a_row_are_all_there():
+    call = attention(FORWARD, "int4")
+    call.operands["key_scale"] = call.operands["key_scale"][..., :1]
+    assert "operand key_scale has one scale a row, expected 8" in call.error()
+    call = attention(FORWARD, "int4")
+    call.operands["key_minimum"] = call.operands["key_minimum"][..., :1]
+    assert "expected 8" in call.error()
+
+
+def test_scales_broadcast_over_tokens_and_heads():
+    call = attention(FORWARD, "int8", full=False)
+    expected = call.run()
+    for name in ("query_scale", "key_scale", "value_scale"):
+        call.operands[name] = call.operands[name][:1, :1, :1]
+    for x, y in zip(call.run(), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_operands_of_different_float_types():
-    for name in ("key", "value"):
-        call = attention(FORWARD)
-        call.operands[name] = call.operands[name].astype(np.float16)
-        assert "query, key and value have different element types" in call.error()
+    call = attention(FORWARD, full=False)
+    call.operands["key"] = call.operands["key"].astype(np.float16)
+    expected = copy.deepcopy(call)
+    expected.operands["key"] = expected.operands["key"].astype(np.float32)
+    for x, y in zip(call.run(), expected.run(), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import lowering, reference
-from jax_gluon.problem import AttentionOperands, AttentionProblem
+from jax_gluon import reference
+from jax_gluon.formats import PRESETS
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
@@ -65,6 +65,7 @@ CASES = {
     "head_dim_257": dict(B=1, T=20, S=40, H=257, V=3),
     "value_dim_100": dict(T=20, S=70, H=12, V=100),
     "one_row": dict(T=1, S=700, N=2),
+    "five_rows": dict(T=5, S=700, N=2),
     "one_key": dict(T=70, S=1),
     "multi_query": dict(T=100, S=100, K=1),
     "many_chunks": dict(B=1, T=60, S=2500, N=1, K=1, H=16, V=16),
@@ -144,15 +145,16 @@ def _dequantized(operands, keywords):
     """The point that the kernels' INT8 codes stand for."""
     query, key, value, bias = operands
     lengths = keywords.get("key_value_seq_lengths")
-    codes = lowering.quantize(
-        AttentionProblem(scale=1.0, implementation="cpu"),
-        AttentionOperands(query, key, value, key_value_seq_lengths=lengths),
+    specs = PRESETS["int8"]
+    codes = (
+        jax_gluon.quantize(query, specs.query, implementation="cpu"),
+        jax_gluon.quantize(key, specs.key, lengths=lengths, implementation="cpu"),
+        jax_gluon.quantize(value, specs.value, implementation="cpu"),
     )
-    rows = [(x.data, x.scale, x.mean) for x in (codes.query, codes.key, codes.value)]
     exact = [
-        np.asarray(data, np.float64) * np.asarray(scale, np.float64)[..., None]
-        + (0 if mean is None else np.asarray(mean, np.float64))
-        for data, scale, mean in rows
+        np.asarray(x.data, np.float64) * np.asarray(x.scale, np.float64)
+        + (0 if x.mean is None else np.asarray(x.mean, np.float64))
+        for x in codes
     ]
     return (*exact, bias)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_gluon import reference
+from jax_gluon import QuantSpec, reference
 
 T, S = 7, 9
 
@@ -257,8 +257,8 @@ def test_narrow_operands_are_computed_in_float32(dtype, relative_error):
 def test_fake_quantization_equals_numpy(center, fake_quantize):
     x = draw()[1].astype(jnp.float32).at[1, 3].set(0.0)
     token_counts = lengths(4, 20)
-    rounded = reference.fake_quantize_rows(
-        x.astype(jnp.float64), center=center, lengths=jnp.asarray(token_counts)
+    rounded = reference.fake_quantize(
+        x.astype(jnp.float64), QuantSpec(center=center), lengths=jnp.asarray(token_counts)
     )
     assert rounded.dtype == jnp.float64
     expected = fake_quantize(x, center=center, lengths=token_counts)
@@ -269,7 +269,7 @@ def test_fake_quantization_equals_numpy(center, fake_quantize):
 
 def test_fake_quantization_is_float32_for_narrow_operands_and_passes_the_gradient_through():
     x = draw()[1].astype(jnp.bfloat16)
-    rounded, pullback = jax.vjp(reference.fake_quantize_rows, x)
+    rounded, pullback = jax.vjp(lambda x: reference.fake_quantize(x, QuantSpec()), x)
     assert rounded.dtype == jnp.float32
     cotangent = jnp.asarray(np.random.default_rng(5).standard_normal(x.shape), jnp.float32)
     np.testing.assert_array_equal(pullback(cotangent)[0], cotangent.astype(jnp.bfloat16))
@@ -278,8 +278,8 @@ def test_fake_quantization_is_float32_for_narrow_operands_and_passes_the_gradien
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_fake_quantization_of_a_poisoned_row_is_nan_and_leaves_the_others_alone(poison):
     x = draw()[1]
-    rounded = reference.fake_quantize_rows(x.at[0, 3, 1, 2].set(poison))
-    expected = reference.fake_quantize_rows(x)
+    rounded = reference.fake_quantize(x.at[0, 3, 1, 2].set(poison), QuantSpec())
+    expected = reference.fake_quantize(x, QuantSpec())
     assert np.isnan(rounded[0, 3, 1]).all()
     np.testing.assert_array_equal(rounded.at[0, 3, 1].set(0.0), expected.at[0, 3, 1].set(0.0))
 
@@ -295,9 +295,11 @@ def test_int8_gradient_is_the_exact_one_at_the_dequantized_operands():
         return results(attention, operands, (d_out, d_log_sum_exp))
 
     rounded = (
-        reference.fake_quantize_rows(q),
-        reference.fake_quantize_rows(k, center=True, lengths=keywords["key_value_seq_lengths"]),
-        reference.fake_quantize_rows(v),
+        reference.fake_quantize(q, QuantSpec()),
+        reference.fake_quantize(
+            k, QuantSpec(center=True), lengths=keywords["key_value_seq_lengths"]
+        ),
+        reference.fake_quantize(v, QuantSpec()),
     )
     quantized = run((q, k, v), "int8")
     # Scales are float32, and rounded as XLA happens to fuse what computes them.

@@ -46,6 +46,7 @@ class AttentionBackward {
 
   void run() {
     if (call_.B * call_.N == 0) return;
+    rows_.find_means(parallel_);
     if (chunks_ > 1) partial_.allocate(chunks_ * call_.B * call_.N * call_.T * head_columns_);
     parallel_.run(call_.B * call_.K * chunks_,
                   [this](int64_t task) { differentiate(task / chunks_, task % chunks_); });
@@ -341,7 +342,7 @@ class AttentionBackward {
 
   const AttentionBackwardCall& call_;
   Parallel& parallel_;
-  const Rows rows_;
+  Rows rows_;
   const int64_t group_, query_rows_, head_columns_, value_columns_;
   int64_t chunks_ = 1, chunk_keys_ = 0;
   Buffer<float> partial_;

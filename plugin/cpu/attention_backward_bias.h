@@ -26,6 +26,7 @@ class AttentionBackwardBias {
         scratch_(parallel.threads()) {}
 
   void run() {
+    rows_.find_means(parallel_);
     const int64_t tasks = call_.L * call_.b * call_.n * row_blocks_;
     parallel_.run(tasks, [this](int64_t task) { differentiate(task); });
   }
@@ -170,7 +171,7 @@ class AttentionBackwardBias {
 
   const AttentionBackwardBiasCall& call_;
   Parallel& parallel_;
-  const Rows rows_;
+  Rows rows_;
   const int64_t row_blocks_;
   ScratchPool<Scratch> scratch_;
 };

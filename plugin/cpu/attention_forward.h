@@ -6,8 +6,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "../device.h"
-#include "logits.h"
+#include "centred_rows.h"
 #include "microkernel.h"
 #include "pack.h"
 
@@ -48,7 +47,23 @@ class AttentionForward {
         key_blocks_(ceil_div(call.S, kBlockKeys)),
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
+        keys_(call, call.key, call.H),
+        values_(call, call.value, call.V),
+        has_offsets_(kInt8 && (has_offset(call.query) || has_offset(call.key))),
+        has_value_offsets_(kInt8 && has_offset(call.value)),
         scratch_(parallel.threads()) {}
+
+  // Whether this core computes the call: INT8 where all operands are codes whose scales don't vary
+  // along a row (4-bit rows are rounded to INT8 rows otherwise), float32 takes everything.
+  static bool takes(const AttentionForwardCall& call) {
+    const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
+    for (const QuantizableOperand* x : operands) {
+      const Quantization& q = x->quantization;
+      if (kInt8 && (!q || (q.bits == 8 && q.head_block != 0))) return false;
+      if (kBf16 && (q || x->dtype != DType::kBF16)) return false;
+    }
+    return !kInt8 || !call.query.quantization.mean;
+  }
 
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
@@ -57,7 +72,12 @@ class AttentionForward {
     packed_values_.allocate(heads * keys / G * value_columns_);
     value_dirty_.allocate(heads * keys);
     if constexpr (kInt8) {
+      // Rows that are rounded again are rounded without their mean.
+      if (call_.key.quantization.head_block != 0) keys_.find_means(parallel_);
+      if (call_.value.quantization.head_block != 0) values_.find_means(parallel_);
       row_scales_.allocate(heads * keys * 3);
+      if (has_offsets_) key_offsets_.allocate(heads * keys * 2);
+      if (has_value_offsets_) value_offsets_.allocate(heads * keys);
       value_unit_.allocate(heads);
       parallel_.run(heads, [this](int64_t head) { find_value_unit(head); });
     }
@@ -76,8 +96,9 @@ class AttentionForward {
     float* out = nullptr;           // [kBlockRows][value_columns]
     float* scores = nullptr;        // [kGroupRows][kBlockKeys]; int32 before they are scaled
     Lane* probabilities = nullptr;  // [kGroupRows][kBlockKeys / G]; the scores where G == 1
-    Lane* rows = nullptr;           // rows as lanes, while packing; one float row
-    float* row = nullptr;
+    Lane* rows = nullptr;           // rows as lanes, while packing
+    float* row = nullptr;           // kGroup float rows
+    int8_t* codes = nullptr;        // kGroup rows of codes
   };
 
   void prepare(Scratch& s) const {
@@ -93,7 +114,8 @@ class AttentionForward {
     const int64_t scores = reserve(kGroupRows * kBlockKeys);
     const int64_t probabilities = G == 1 ? scores : reserve(kGroupRows * kBlockKeys / G);
     const int64_t rows = reserve(std::max(C, R) * lanes_);
-    const int64_t row = reserve(G * std::max(call_.H, value_columns_) + W);
+    const int64_t row = reserve(std::max(call_.H, value_columns_) + W);
+    const int64_t codes = kInt8 ? reserve(G * code_stride() / 4 + W) : row;
     s.memory.allocate(bytes);
     char* base = s.memory.get();
     s.query = reinterpret_cast<Lane*>(base + query);
@@ -102,6 +124,11 @@ class AttentionForward {
     s.probabilities = reinterpret_cast<Lane*>(base + probabilities);
     s.rows = reinterpret_cast<Lane*>(base + rows);
     s.row = reinterpret_cast<float*>(base + row);
+    s.codes = reinterpret_cast<int8_t*>(base + codes);
+  }
+  int64_t code_stride() const { return round_up(std::max(call_.H, call_.V), kAlignment); }
+  static bool has_offset(const QuantizableOperand& x) {
+    return x.quantization.offset && x.quantization.head_block == 0;
   }
 
   Lane* key_panels(int64_t head, int64_t key) const {
@@ -120,13 +147,35 @@ class AttentionForward {
   float* fold_log2(int64_t head) const { return key_scales(head) + key_blocks_ * kBlockKeys; }
   float* fold_inverse(int64_t head) const { return fold_log2(head) + key_blocks_ * kBlockKeys; }
 
+  // Of each key: its offset, and its scale times the sum of its codes.
+  float* key_offsets(int64_t head) const {
+    return key_offsets_.get() + head * key_blocks_ * kBlockKeys * 2;
+  }
+  float* key_code_sums(int64_t head) const { return key_offsets(head) + key_blocks_ * kBlockKeys; }
+  float* value_offsets(int64_t head) const {
+    return value_offsets_.get() + head * key_blocks_ * kBlockKeys;
+  }
+
+  // The scale that value row (b, j, k) has as INT8 codes.
+  float value_scale(int64_t b, int64_t j, int64_t k, Scratch& s) const {
+    ScaleAndOffset scale;
+    if (call_.value.quantization.head_block == 0) {
+      scale = scale_at(call_.value, b, j, k);
+    } else {
+      values_.codes_of(b, j, k, s.row, s.codes, &scale);
+    }
+    return scale.scale;
+  }
+
   // A power of two near the head's largest value scale: folded in units of it, no scale, reciprocal
   // or sum of reciprocals leaves float32's range.
   void find_value_unit(int64_t head) {
     const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
+    auto scratch = scratch_.acquire();
+    prepare(*scratch);
     float largest = 0.0f;
     for (int64_t j = 0; j < keys; ++j) {
-      const float scale = scalar_of(call_.value_scale, b, j, k);
+      const float scale = value_scale(b, j, k, *scratch);
       if (scale <= std::numeric_limits<float>::max()) largest = std::max(largest, scale);
     }
     value_unit_[head] = largest > 0.0f ? std::exp2(std::round(std::log2(largest))) : 1.0f;
@@ -143,9 +192,8 @@ class AttentionForward {
     if (begin >= end) return;
     auto scratch = scratch_.acquire();
     prepare(*scratch);
-    constexpr int32_t kBias = kInt8 && G == 4 ? 128 : 0;
-    pack_score_panels<Core>(call_.key, b, k, begin, end, call_.H, scratch->rows,
-                            key_panels(head, begin), kBias);
+    pack_score_panels<Core>(begin, end, call_.H, scratch->rows, key_panels(head, begin),
+                            [&](int64_t j, Lane* out) { load_key(head, b, j, k, *scratch, out); });
     // Panels beyond the last key are read only up to the rounded end of the block's visible range.
     const int64_t packed = begin + round_up(end - begin, C),
                   last = begin + round_up(end - begin, kStep);
@@ -153,21 +201,48 @@ class AttentionForward {
 
     uint8_t* dirty = value_dirty_.get() + head * key_blocks_ * kBlockKeys;
     std::fill(dirty + begin, dirty + last, uint8_t(0));
-    if constexpr (kInt8) {
-      fold_value_scales(head, b, k, begin, end, last, dirty);
-    }
+    if constexpr (kInt8) pack_value_scales(head, b, k, begin, end, last, *scratch, dirty);
     for (int64_t j = begin; j < last; j += G) {
-      pack_values(b, k, j, end, scratch->row, dirty, value_lines(head, j));
+      pack_values(b, k, j, end, *scratch, dirty, value_lines(head, j));
     }
   }
 
-  void pack_values(int64_t b, int64_t k, int64_t j, int64_t end, float* row, uint8_t* dirty,
+  // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
+  void load_key(int64_t head, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
+    if constexpr (kInt8) {
+      constexpr int32_t kBias = G == 4 ? 128 : 0;
+      ScaleAndOffset scale;
+      const int8_t* codes = keys_.codes_of(b, j, k, s.row, s.codes, &scale);
+      row_to_lanes<Core>(codes, DType::kS8, call_.H, kBias, out);
+      key_scales(head)[j] = scale.scale;
+      if (has_offsets_) {
+        key_offsets(head)[j] = scale.offset;
+        key_code_sums(head)[j] = scale.scale * static_cast<float>(sum_of(codes, call_.H));
+      }
+    } else if constexpr (kBf16) {
+      row_to_lanes<Core>(row_of(call_.key, b, j, k), call_.key.dtype, call_.H, 0, out);
+    } else {
+      keys_.load(b, j, k, out);
+    }
+  }
+
+  static int32_t sum_of(const int8_t* codes, int64_t n) {
+    int32_t total = 0;
+    for (int64_t h = 0; h < n; ++h) total += codes[h];
+    return total;
+  }
+
+  void pack_values(int64_t b, int64_t k, int64_t j, int64_t end, Scratch& s, uint8_t* dirty,
                    Lane* line) {
     if constexpr (kInt8) {
       const int8_t* rows[G];
       for (int g = 0; g < G; ++g) {
-        const bool used = j + g < end && !dirty[j + g];
-        rows[g] = used ? static_cast<const int8_t*>(row_of(call_.value, b, j + g, k)) : nullptr;
+        rows[g] = nullptr;
+        // A row without a scale is its offset alone.
+        if (j + g >= end || dirty[j + g]) continue;
+        ScaleAndOffset scale;
+        rows[g] = values_.codes_of(b, j + g, k, s.row, s.codes + g * code_stride(), &scale);
+        if (scale.scale == 0.0f) rows[g] = nullptr;
       }
       pack_value_line<Core, int8_t>(rows, call_.V, line, value_panel_stride());
     } else if constexpr (kBf16) {
@@ -176,17 +251,17 @@ class AttentionForward {
         rows[g] = nullptr;
         if (j + g >= end) continue;
         const void* source = row_of(call_.value, b, j + g, k);
-        load_row<Isa>(source, call_.value.dtype, call_.V, row);
-        dirty[j + g] = !all_finite<Isa>(row, call_.V);
+        load_row<Isa>(source, call_.value.dtype, call_.V, s.row);
+        dirty[j + g] = !all_finite<Isa>(s.row, call_.V);
         if (!dirty[j + g]) rows[g] = static_cast<const uint16_t*>(source);
       }
       pack_value_line<Core, uint16_t>(rows, call_.V, line, value_panel_stride());
     } else {
       const float* rows[1] = {nullptr};
       if (j < end) {
-        load_row<Isa>(row_of(call_.value, b, j, k), call_.value.dtype, call_.V, row);
-        dirty[j] = !all_finite<Isa>(row, call_.V);
-        if (!dirty[j]) rows[0] = row;
+        values_.load(b, j, k, s.row);
+        dirty[j] = !all_finite<Isa>(s.row, call_.V);
+        if (!dirty[j]) rows[0] = s.row;
       }
       pack_value_line<Core, float>(rows, call_.V, line, value_panel_stride());
     }
@@ -196,8 +271,8 @@ class AttentionForward {
   // zero, or so small beside their subtile's largest that the row can't show, fold as a small
   // number instead: their codes are 0 or vanish, and the reciprocal, which takes the factor out of
   // the normaliser again, stays finite.
-  void fold_value_scales(int64_t head, int64_t b, int64_t k, int64_t begin, int64_t end,
-                         int64_t last, uint8_t* dirty) {
+  void pack_value_scales(int64_t head, int64_t b, int64_t k, int64_t begin, int64_t end,
+                         int64_t last, Scratch& s, uint8_t* dirty) {
     float* key_scale = key_scales(head);
     float* log2_scale = fold_log2(head);
     float* inverse = fold_inverse(head);
@@ -207,12 +282,18 @@ class AttentionForward {
       float scale[kSubtileKeys], largest = 0.0f;
       for (int64_t j = j0; j < j1; ++j) {
         float x = 0.0f;
-        key_scale[j] = 0.0f;
-        if (j < end) {
-          key_scale[j] = scalar_of(call_.key_scale, b, j, k);
-          x = scalar_of(call_.value_scale, b, j, k);
+        if (j >= end) {
+          key_scale[j] = 0.0f;
+          if (has_offsets_) key_offsets(head)[j] = key_code_sums(head)[j] = 0.0f;
+        } else {
+          x = value_scale(b, j, k, s);
           dirty[j] = !(x >= 0.0f && x <= std::numeric_limits<float>::max());
           x = dirty[j] ? 0.0f : x * unit;
+        }
+        if (has_value_offsets_) {
+          const float offset = j < end ? scale_at(call_.value, b, j, k).offset : 0.0f;
+          if (j < end) dirty[j] |= !(std::fabs(offset) <= std::numeric_limits<float>::max());
+          value_offsets(head)[j] = j < end && !dirty[j] ? offset : 0.0f;
         }
         scale[j - j0] = x;
         largest = std::max(largest, x);
@@ -260,6 +341,11 @@ class AttentionForward {
     alignas(kAlignment) float factor[kBlockRows + 16];
     alignas(kAlignment) float centre[kBlockRows + 16];
     alignas(kAlignment) int32_t key_bias[kBlockRows + 16];
+    // The query's part of what offsets add to a logit, scaled: its sum times the key's offset, and
+    // its offset times the key's code sum. The value offsets' part of the sum of values.
+    alignas(kAlignment) float query_sum[kBlockRows + 16];
+    alignas(kAlignment) float query_offset[kBlockRows + 16];
+    alignas(kAlignment) float value_offset[kBlockRows + 16];
   };
 
   void load_queries(int64_t b, int64_t n, int64_t k, Range rows, Scratch& s,
@@ -271,6 +357,9 @@ class AttentionForward {
       state.factor[r] = scale;
       state.centre[r] = 0.0f;
       state.key_bias[r] = 0;
+      state.query_sum[r] = 0.0f;
+      state.query_offset[r] = 0.0f;
+      state.value_offset[r] = 0.0f;
     }
     const int64_t count = rows.end - rows.begin;
     for (int64_t t = 0; t < round_up(count, kGroupRows); t += R) {
@@ -281,24 +370,39 @@ class AttentionForward {
           continue;
         }
         const int64_t i = rows.begin + t + r;
-        const void* source = row_of(call_.query, b, i, n);
-        row_to_lanes<Core>(source, call_.query.dtype, call_.H, 0, out);
-        if constexpr (!kInt8 && !kBf16) scale_row<Isa>(out, call_.H, scale);
-        if constexpr (kInt8) {
-          const int8_t* code = static_cast<const int8_t*>(source);
-          const float row_scale = scalar_of(call_.query_scale, b, i, n) * scale;
-          int32_t total = 0;
-          for (int64_t h = 0; h < call_.H; ++h) total += code[h];
-          state.factor[t + r] = row_scale;
-          state.key_bias[t + r] = Core::kKeyBias * total;
-          load_row<Isa>(source, DType::kS8, call_.H, s.row);
-          const float* mean = static_cast<const float*>(call_.key_mean.data) +
-                              call_.key_mean.batch_offset[static_cast<size_t>(b)] +
-                              k * call_.key_mean.stride[0];
-          state.centre[t + r] = row_scale * dot<Isa>(s.row, mean, call_.H);
-        }
+        load_query(b, i, n, k, t + r, scale, s, out, state);
       }
       interleave<R>(s.rows, lanes_, lanes_, s.query + t * lanes_);
+    }
+  }
+
+  void load_query(int64_t b, int64_t i, int64_t n, int64_t k, int64_t row, float scale, Scratch& s,
+                  Lane* out, RowState& state) const {
+    const float* mean = keys_.mean(b, k);
+    if constexpr (kInt8) {
+      ScaleAndOffset own;
+      const int8_t* codes =
+          QuantizedRow<Isa>::codes_of(call_.query, b, i, n, call_.H, s.row, s.codes, &own);
+      row_to_lanes<Core>(codes, DType::kS8, call_.H, 0, out);
+      const int32_t total = sum_of(codes, call_.H);
+      state.factor[row] = own.scale * scale;
+      state.key_bias[row] = Core::kKeyBias * total;
+      if (has_offsets_) {
+        const float sum = own.scale * static_cast<float>(total);
+        state.query_sum[row] = scale * (sum + static_cast<float>(call_.H) * own.offset);
+        state.query_offset[row] = scale * own.offset;
+      }
+      if (mean) {
+        // The row itself, not the codes that it was rounded to once more.
+        QuantizedRow<Isa>::load(call_.query, b, i, n, call_.H, s.row);
+        state.centre[row] = scale * dot<Isa>(s.row, mean, call_.H);
+      }
+    } else if constexpr (kBf16) {
+      row_to_lanes<Core>(row_of(call_.query, b, i, n), call_.query.dtype, call_.H, 0, out);
+    } else {
+      QuantizedRow<Isa>::load_uncentred(call_.query, b, i, n, call_.H, out);
+      scale_row<Isa>(out, call_.H, scale);
+      if (mean) state.centre[row] = dot<Isa>(out, mean, call_.H);
     }
   }
 
@@ -325,14 +429,18 @@ class AttentionForward {
       const int64_t row = g + r;
       float* scores = s.scores + r * kBlockKeys;
       const Range visible = visibility.of_row(group.begin + r);
-      const bool edit = rules.any() || visible.begin > key0 + begin || visible.end < key0 + end;
+      const bool edit =
+          rules.any() || has_offsets_ || visible.begin > key0 + begin || visible.end < key0 + end;
       if (edit) {
         if constexpr (kInt8) to_logits(head, key0, begin, end, scores, row, state);
+        if constexpr (!kInt8 && !kBf16) add_centre(begin, end, scores, state.centre[row]);
         if constexpr (kBf16) scale_row<Isa>(scores + begin, end - begin, state.factor[row]);
         rules.apply(scores, group.begin + r, key0, begin, end, visible);
       }
       if constexpr (kInt8) {
-        softmax_row_int8(head, key0, begin, end, edit, scores, row, r, s, state, rescale[r],
+        const auto softmax = has_value_offsets_ ? &AttentionForward::softmax_row_int8<true>
+                                                : &AttentionForward::softmax_row_int8<false>;
+        (this->*softmax)(head, key0, begin, end, edit, scores, row, r, s, state, rescale[r],
                          subtile_factor);
       } else if (kBf16 && !edit) {
         softmax_row<true>(scores, begin, end, row, r, s, state, rescale[r]);
@@ -369,8 +477,16 @@ class AttentionForward {
     add_nonfinite_values(b, k, head, key0, seen, rows, s, out, state, g);
   }
 
-  // Integer scores to logits, in place: (score - bias) * key scale * row factor, plus what centring
-  // took away if a soft cap will look at them.
+  // What centring took from the logits of a row, if a soft cap will look at them.
+  void add_centre(int64_t begin, int64_t end, float* scores, float centre) const {
+    if (call_.soft_cap == 0.0f || centre == 0.0f) return;
+    for (int64_t j = begin; j < end; j += W) {
+      Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(centre)));
+    }
+  }
+
+  // Integer scores to logits, in place: (score - bias) * key scale * row factor, plus what offsets
+  // add, and what centring took away if a soft cap will look at them.
   void to_logits(int64_t head, int64_t key0, int64_t begin, int64_t end, float* scores, int64_t row,
                  const RowState& state) const {
     const float* key_scale = key_scales(head) + key0;
@@ -378,6 +494,15 @@ class AttentionForward {
     for (int64_t j = begin; j < end; j += W) {
       const F factor = Isa::mul(Isa::load(key_scale + j), Isa::set1(state.factor[row]));
       Isa::store(scores + j, Isa::fma(unbiased(scores + j, row, state), factor, centre));
+    }
+    if (!has_offsets_) return;
+    const float* offset = key_offsets(head) + key0;
+    const float* code_sum = key_code_sums(head) + key0;
+    const F query_sum = Isa::set1(state.query_sum[row]);
+    const F query_offset = Isa::set1(state.query_offset[row]);
+    for (int64_t j = begin; j < end; j += W) {
+      const F logit = Isa::fma(Isa::load(offset + j), query_sum, Isa::load(scores + j));
+      Isa::store(scores + j, Isa::fma(Isa::load(code_sum + j), query_offset, logit));
     }
   }
 
@@ -441,8 +566,9 @@ class AttentionForward {
   }
 
   // 8-bit probabilities: logits, or integer scores, become logit + log2(value scale) in place; each
-  // subtile of keys is rounded against
-  // its own maximum of them; the normaliser sums the unrounded probabilities.
+  // subtile of keys is rounded against its own maximum of them; the normaliser, and the sum of
+  // value offsets, take the unrounded probabilities.
+  template <bool kValueOffsets>
   void softmax_row_int8(int64_t head, int64_t key0, int64_t begin, int64_t end, bool are_logits,
                         float* scores, int64_t row, int64_t r, Scratch& s, RowState& state,
                         float& rescale,
@@ -473,17 +599,24 @@ class AttentionForward {
     }
     const float reference = now == kHidden ? 0.0f : now;
     rescale = before == kHidden ? 0.0f : std::exp2(before - reference);
-    float sum = state.sum[row] * rescale;
+    float sum = state.sum[row] * rescale, offset_sum = state.value_offset[row] * rescale;
     char* out = reinterpret_cast<char*>(s.probabilities + r * (kBlockKeys / G));
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       const float largest = subtile_max[j0 / kSubtileKeys];
       const F shift = Isa::set1(kLog2Of255 - largest);
-      F l = Isa::zero();
+      F l = Isa::zero(), offsets = Isa::zero();
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += G * W) {
         F p[G];
         for (int i = 0; i < G; ++i) {
           p[i] = Isa::template exp2<kDegree>(Isa::add(Isa::load(scores + j + i * W), shift));
-          l = Isa::fma(p[i], Isa::load(inverse + j + i * W), l);
+          if constexpr (kValueOffsets) {
+            const F unfolded = Isa::mul(p[i], Isa::load(inverse + j + i * W));
+            const float* offset = value_offsets(head) + key0;
+            offsets = Isa::fma(unfolded, Isa::load(offset + j + i * W), offsets);
+            l = Isa::add(l, unfolded);
+          } else {
+            l = Isa::fma(p[i], Isa::load(inverse + j + i * W), l);
+          }
         }
         Isa::store_probabilities(out + j * (4 / G), p);
       }
@@ -493,7 +626,11 @@ class AttentionForward {
       const float total = Isa::reduce_add(l);
       // Not total * 0 for an empty subtile: a NaN logit must reach the output.
       sum += total != total ? total : factor * total;
+      if constexpr (kValueOffsets) {
+        if (factor != 0.0f) offset_sum += factor * Isa::reduce_add(offsets);
+      }
     }
+    if constexpr (kValueOffsets) state.value_offset[row] = offset_sum;
     state.maximum[row] = now;
     state.sum[row] = sum;
   }
@@ -508,9 +645,8 @@ class AttentionForward {
     if (!any) return;
     for (int64_t j = seen.begin; j < seen.end; ++j) {
       if (!dirty[j]) continue;
-      load_row<Isa>(row_of(call_.value, b, j, k), call_.value.dtype, call_.V, s.row);
-      const float value_scale =
-          kInt8 ? scalar_of(call_.value_scale, b, j, k) / value_unit_[head] : 1.0f;
+      values_.load(b, j, k, s.row);
+      const float per_unit = kInt8 ? 1.0f / value_unit_[head] : 1.0f;
       for (int64_t r = 0; r < rows; ++r) {
         float p;
         if constexpr (kInt8) {
@@ -526,24 +662,34 @@ class AttentionForward {
         }
         if (p == 0.0f) continue;
         float* o = out + r * value_columns_;
-        for (int64_t c = 0; c < call_.V; ++c) o[c] += p * (s.row[c] * value_scale);
+        for (int64_t c = 0; c < call_.V; ++c) o[c] += p * (s.row[c] * per_unit);
       }
     }
   }
 
-  void finish_row(int64_t b, int64_t n, int64_t i, int64_t r, const Scratch& s,
+  void finish_row(int64_t b, int64_t n, int64_t i, int64_t r, Scratch& s,
                   const RowState& state) const {
     const int64_t index = (b * call_.T + i) * call_.N + n;
     const float sum = state.sum[r];
     const bool empty = sum == 0.0f;
-    const float unit = kInt8 ? value_unit_[b * call_.K + n / (call_.N / call_.K)] : 1.0f;
-    store_row<Isa>(call_.out, index * call_.V, s.out + r * value_columns_, call_.V,
-                   empty ? 0.0f : unit / sum);
+    const int64_t k = n / (call_.N / call_.K);
+    const float unit = kInt8 ? value_unit_[b * call_.K + k] : 1.0f;
+    float* out = s.out + r * value_columns_;
+    float factor = empty ? 0.0f : unit / sum;
+    const float* mean = values_.mean(b, k);
+    if (!empty && (mean || has_value_offsets_)) {
+      const float offset = has_value_offsets_ ? state.value_offset[r] / sum : 0.0f;
+      for (int64_t c = 0; c < call_.V; ++c) {
+        out[c] = out[c] * factor + offset + (mean ? mean[c] : 0.0f);
+      }
+      factor = 1.0f;
+    }
+    store_row<Isa>(call_.out, index * call_.V, out, call_.V, factor);
     float log_sum_exp = kEmptyRowLogSumExp;
     if (!empty) {
       const float maximum = state.maximum[r] == kHidden ? 0.0f : state.maximum[r];
       log_sum_exp = maximum + std::log2(sum);
-      if (kInt8 && call_.soft_cap == 0.0f) log_sum_exp += state.centre[r];
+      if (!kBf16 && call_.soft_cap == 0.0f) log_sum_exp += state.centre[r];
     }
     static_cast<float*>(call_.log_sum_exp.data)[index] = log_sum_exp;
   }
@@ -551,8 +697,10 @@ class AttentionForward {
   const AttentionForwardCall& call_;
   Parallel& parallel_;
   const int64_t lanes_, key_blocks_, value_panels_, value_columns_;
+  CentredRows<Isa> keys_, values_;
+  const bool has_offsets_, has_value_offsets_;
   Buffer<Lane> packed_keys_, packed_values_;
-  Buffer<float> row_scales_, value_unit_;
+  Buffer<float> row_scales_, value_unit_, key_offsets_, value_offsets_;
   Buffer<uint8_t> value_dirty_;
   ScratchPool<Scratch> scratch_;
 };

@@ -3,38 +3,33 @@
 
 #include <cmath>
 
-#include "../device.h"
-#include "logits.h"
+#include "centred_rows.h"
 #include "pack.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
-// The operands of a backward call as float32 rows. Centred keys stay centred: what the mean adds to
-// a row's logits is one number, kept beside the log-sum-exp.
+// The operands of a backward call as float32 rows. Quantized keys come without their mean, values
+// without the one that the quantizer took away: what it adds to a row's logits is one number, kept
+// beside the log-sum-exp, and what it adds to dP and to delta cancels.
 template <class Isa, class Call>
 class BackwardRows {
  public:
-  explicit BackwardRows(const Call& call) : call_(call) {}
+  explicit BackwardRows(const Call& call)
+      : call_(call), keys_(call, call.key, call.H), values_(call, call.value, call.V) {}
 
-  void key(int64_t b, int64_t j, int64_t k, float* out) const {
-    load(call_.key, call_.key_scale, b, j, k, call_.H, out);
-  }
-  void value(int64_t b, int64_t j, int64_t k, float* out) const {
-    load(call_.value, call_.value_scale, b, j, k, call_.V, out);
-  }
+  void find_means(Parallel& parallel) { keys_.find_means(parallel); }
+
+  void key(int64_t b, int64_t j, int64_t k, float* out) const { keys_.load(b, j, k, out); }
+  void value(int64_t b, int64_t j, int64_t k, float* out) const { values_.load(b, j, k, out); }
   void query(int64_t b, int64_t i, int64_t n, float* out) const {
-    load(call_.query, call_.query_scale, b, i, n, call_.H, out);
+    QuantizedRow<Isa>::load_uncentred(call_.query, b, i, n, call_.H, out);
   }
   void d_out(int64_t b, int64_t i, int64_t n, float* out) const {
     load_row<Isa>(row_of(call_.d_out, b, i, n), call_.d_out.dtype, call_.V, out);
   }
 
-  const float* key_mean(int64_t b, int64_t k) const {
-    if (!call_.quantized()) return nullptr;
-    return static_cast<const float*>(call_.key_mean.data) +
-           call_.key_mean.batch_offset[static_cast<size_t>(b)] + k * call_.key_mean.stride[0];
-  }
+  const float* key_mean(int64_t b, int64_t k) const { return keys_.mean(b, k); }
 
   struct Statistics {
     bool empty = true;
@@ -51,9 +46,13 @@ class BackwardRows {
     s.empty = s.log_sum_exp == kEmptyRowLogSumExp;
     if (s.empty) return s;
     load_row<Isa>(row_of(call_.out, b, i, n), call_.out.dtype, call_.V, row);
+    const int64_t k = n / (call_.N / call_.K);
+    if (const float* mean = values_.mean(b, k)) {
+      for (int64_t v = 0; v < call_.V; ++v) row[v] -= mean[v];
+    }
     s.delta = dot<Isa>(d_out, row, call_.V);
     if (call_.d_log_sum_exp) s.delta -= scalar_of(call_.d_log_sum_exp, b, i, n);
-    if (const float* mean = key_mean(b, n / (call_.N / call_.K))) {
+    if (const float* mean = key_mean(b, k)) {
       const float centre = call_.scale * kLog2E * dot<Isa>(query, mean, call_.H);
       if (call_.soft_cap != 0.0f) {
         s.centre = centre;
@@ -65,13 +64,8 @@ class BackwardRows {
   }
 
  private:
-  static void load(const Operand& x, const Operand& scale, int64_t b, int64_t i, int64_t n,
-                   int64_t width, float* out) {
-    load_row<Isa>(row_of(x, b, i, n), x.dtype, width, out);
-    if (scale) scale_row<Isa>(out, width, scalar_of(scale, b, i, n));
-  }
-
   const Call& call_;
+  CentredRows<Isa> keys_, values_;
 };
 
 // Recomputes one tile of P and dS for rows that stand in `scores` (scaled products, base 2) and

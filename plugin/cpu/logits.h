@@ -201,7 +201,7 @@ class LogitRules {
   }
 
   void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
-    std::memset(out, 0, static_cast<size_t>(end - begin));
+    std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
     if (inside.empty()) return;
     const uint8_t* p = mask_ + row * call_.mask_stride[1];
     const int64_t ss = call_.mask_stride[2];

@@ -39,19 +39,18 @@ void interleave(const Lane* rows, int64_t stride, int64_t lanes, Lane* out) {
   }
 }
 
-// Key rows [begin, end) of (b, head) as score panels; the last panel is padded with zero rows.
-// `begin` is a multiple of the panel's C keys; `panels` is where panel begin / C goes.
-template <class Core>
-void pack_score_panels(const Operand& x, int64_t b, int64_t head, int64_t begin, int64_t end,
-                       int64_t n, typename Core::Lane* lanes_of_panel, typename Core::Lane* panels,
-                       int32_t bias = 0) {
+// Rows [begin, end) as score panels; `load(j, lanes)` gives a row. The last panel is padded with
+// zero rows. `begin` is a multiple of the panel's C keys; `panels` is where panel begin / C goes.
+template <class Core, class Load>
+void pack_score_panels(int64_t begin, int64_t end, int64_t n, typename Core::Lane* lanes_of_panel,
+                       typename Core::Lane* panels, Load load) {
   constexpr int C = Core::kTileColumns;
   const int64_t lanes = ceil_div(n, Core::kGroup);
   for (int64_t j = begin; j < end; j += C, panels += C * lanes) {
     for (int r = 0; r < C; ++r) {
       typename Core::Lane* out = lanes_of_panel + r * lanes;
       if (j + r < end) {
-        row_to_lanes<Core>(row_of(x, b, j + r, head), x.dtype, n, bias, out);
+        load(j + r, out);
       } else {
         std::fill(out, out + lanes, typename Core::Lane(0));
       }

@@ -1,39 +1,127 @@
-// Rows to INT8 codes with one scale each, keys centred first when asked.
+// Float rows to codes of any format: extremes of each block that shares a scale, the scale (and
+// zero point or minimum) as it is stored, then codes computed from the stored numbers.
 #pragma once
 
-#include <cmath>
-#include <limits>
+#include <array>
 
 #include "../device.h"
-#include "rows.h"
+#include "quantized_rows.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
+// Signs of the rotation: the lowest bit of SplitMix64 of h + 1; the Python side has the same.
+inline float rotation_sign(int64_t h) {
+  uint64_t z = static_cast<uint64_t>(h + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return ((z ^ (z >> 31)) & 1) != 0 ? -1.0f : 1.0f;
+}
+
+// The least bfloat16 number that is not below finite x; NaN stays NaN.
+inline float round_up_to_bf16(float x) {
+  if (x != x) return x;
+  const uint32_t bits = bits_of(x);
+  const float up = float_from_bits((bits >> 31 ? bits : bits + 0xffffu) & 0xffff0000u);
+  const float largest = float_from_bits(0x7f7f0000u);
+  return std::min(std::max(up, -largest), largest);
+}
+
 template <class Isa>
 class Quantize {
+  using F = typename Isa::F;
   static constexpr int64_t W = Isa::kLanes;
   // Tokens per task, and tokens summed in float32 before their sum joins a double.
   static constexpr int64_t kTokens = 256, kPartial = 64;
+  // A step below this counts as zero: dividing by it, or halving it, might leave the normal
+  // numbers.
+  static constexpr float kLeastScale = 0x1p-125f;
 
  public:
-  Quantize(const QuantizeCall& call, Parallel& parallel) : call_(call), parallel_(parallel) {}
+  Quantize(const QuantizeCall& call, Parallel& parallel)
+      : call_(call),
+        parallel_(parallel),
+        width_(round_up(call.H, W)),
+        scales_(call.head_block == 0 ? 1 : ceil_div(call.H, call.head_block)),
+        highest_(call.bits == 8 ? 127.0f : 7.0f),
+        lowest_(call.symmetric ? -highest_ : -highest_ - 1.0f) {}
 
   void run() {
+    if (call_.rotate) {
+      sign_.allocate(call_.H);
+      const int64_t block = call_.H & -call_.H;
+      const float norm = 1.0f / std::sqrt(static_cast<float>(block));
+      for (int64_t h = 0; h < call_.H; ++h) sign_[h] = rotation_sign(h) * norm;
+    }
     if (call_.center) parallel_.run(call_.B * call_.K, [this](int64_t task) { find_mean(task); });
-    const int64_t blocks = ceil_div(call_.S, kTokens);
-    parallel_.run(call_.B * blocks, [this, blocks](int64_t task) {
-      const int64_t b = task / blocks, begin = task % blocks * kTokens;
-      Buffer<float> row(call_.H + W);
-      for (int64_t i = begin; i < std::min(call_.S, begin + kTokens); ++i) {
-        for (int64_t k = 0; k < call_.K; ++k) quantize_row(b, i, k, row.get());
+    if (call_.token_block == 0) {
+      quantize_whole_axis();
+      return;
+    }
+    const int64_t step =
+        round_up(std::max(call_.token_block, std::min(kTokens, call_.S)), call_.token_block);
+    const int64_t chunks = ceil_div(call_.S, step);
+    parallel_.run(call_.B * chunks, [this, step, chunks](int64_t task) {
+      const int64_t b = task / chunks, begin = task % chunks * step;
+      Scratch s(*this);
+      for (int64_t i = begin; i < std::min(call_.S, begin + step); i += call_.token_block) {
+        const int64_t end = std::min(call_.S, i + call_.token_block);
+        for (int64_t k = 0; k < call_.K; ++k) quantize_block(b, k, i, end, s);
       }
     });
   }
 
  private:
+  struct Scratch {
+    explicit Scratch(const Quantize& q) : memory(6 * q.width_), codes(q.width_) {
+      row = memory.get();
+      least = row + q.width_;
+      most = least + q.width_;
+      probe = most + q.width_;
+      divisor = probe + q.width_;
+      offset = divisor + q.width_;
+    }
+    Buffer<float> memory;
+    Buffer<int8_t> codes;
+    float *row, *least, *most, *probe;  // of each element: extremes, NaN where one is not finite
+    float *divisor, *offset;            // of each element: scale, and zero point or minimum
+  };
+
   float* mean(int64_t b, int64_t k) const {
     return static_cast<float*>(call_.mean.data) + (b * call_.K + k) * call_.H;
+  }
+
+  // Row (b, i, k) as float32, rotated; not yet centred.
+  void load(int64_t b, int64_t i, int64_t k, float* row) const {
+    load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, call_.H, row);
+    if (call_.rotate) rotate(row);
+  }
+
+  void load_centred(int64_t b, int64_t i, int64_t k, float* row) const {
+    load(b, i, k, row);
+    if (!call_.center) return;
+    const float* centre = mean(b, k);
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    for (int64_t h = 0; h < call_.H; ++h) {
+      // A difference of two finite numbers is kept finite.
+      const float x = std::min(std::max(row[h] - centre[h], -kLargest), kLargest);
+      row[h] = std::fabs(row[h]) <= kLargest ? x : row[h];
+    }
+  }
+
+  // Signs, then a fast Walsh-Hadamard transform of each block of a power of two.
+  void rotate(float* row) const {
+    const int64_t H = call_.H, block = H & -H;
+    for (int64_t h = 0; h < H; ++h) row[h] *= sign_[h];
+    for (int64_t half = 1; half < block; half *= 2) {
+      for (int64_t h = 0; h < H; h += 2 * half) {
+        for (int64_t i = h; i < h + half; ++i) {
+          const float a = row[i], b = row[i + half];
+          row[i] = a + b;
+          row[i + half] = a - b;
+        }
+      }
+    }
   }
 
   // The mean over tokens of the finite values: any finite number keeps softmax's invariance exact,
@@ -45,25 +133,27 @@ class Quantize {
       tokens = call_.lengths[call_.lengths_offset[static_cast<size_t>(b)]];
       tokens = std::min(std::max<int64_t>(tokens, 0), call_.S);
     }
-    Buffer<float> scratch(3 * (H + W));
+    Buffer<float> scratch(3 * width_);
     float* row = scratch.get();
-    float* sum = row + H + W;
-    float* count = sum + H + W;
+    float* sum = row + width_;
+    float* count = sum + width_;
     Buffer<double> total(2 * H);
     std::fill(total.get(), total.get() + 2 * H, 0.0);
     for (int64_t begin = 0; begin < tokens; begin += kPartial) {
       std::fill(sum, sum + H, 0.0f);
       std::fill(count, count + H, 0.0f);
+      // Scaled, so that 64 of the largest floats have a finite sum.
+      constexpr float kScale = 1.0f / kPartial;
       for (int64_t i = begin; i < std::min(tokens, begin + kPartial); ++i) {
-        load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, H, row);
+        load(b, i, k, row);
         for (int64_t h = 0; h < H; ++h) {
           const bool finite = std::fabs(row[h]) <= std::numeric_limits<float>::max();
-          sum[h] += finite ? row[h] : 0.0f;
+          sum[h] += finite ? row[h] * kScale : 0.0f;
           count[h] += finite ? 1.0f : 0.0f;
         }
       }
       for (int64_t h = 0; h < H; ++h) {
-        total[h] += static_cast<double>(sum[h]);
+        total[h] += static_cast<double>(sum[h]) * kPartial;
         total[H + h] += static_cast<double>(count[h]);
       }
     }
@@ -73,47 +163,214 @@ class Quantize {
     }
   }
 
-  void quantize_row(int64_t b, int64_t i, int64_t k, float* row) const {
-    const int64_t H = call_.H, index = (b * call_.S + i) * call_.K + k;
-    load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, H, row);
-    const int64_t padded = round_up(H, W);
-    std::fill(row + H, row + padded, 0.0f);
-    auto largest = Isa::zero(), probe = Isa::zero();
-    const float* centre = call_.center ? mean(b, k) : nullptr;
-    for (int64_t h = 0; centre && h < H; ++h) row[h] -= centre[h];
-    for (int64_t h = 0; h < padded; h += W) {
-      const auto x = Isa::load(row + h);
-      largest = Isa::max(largest, Isa::abs(x));
-      probe = Isa::fma(x, Isa::zero(), probe);  // NaN once x is not finite
+  // Tokens [begin, end) of one head, which share scales.
+  void quantize_block(int64_t b, int64_t k, int64_t begin, int64_t end, Scratch& s) const {
+    clear_extremes(s.least, s.most, s.probe);
+    for (int64_t i = begin; i < end; ++i) {
+      load_centred(b, i, k, s.row);
+      add_extremes(s.row, s.least, s.most, s.probe);
     }
-    int8_t* code = static_cast<int8_t*>(call_.data.data) + index * H;
-    float& scale = static_cast<float*>(call_.scale.data)[index];
-    if (Isa::reduce_add(probe) != 0.0f) {
-      scale = std::numeric_limits<float>::quiet_NaN();
-      std::memset(code, 0, static_cast<size_t>(H));
+    store_parameters(b, begin / call_.token_block, k, s.least, s.most, s.probe);
+    load_parameters(b, begin / call_.token_block, k, s);
+    for (int64_t i = begin; i < end; ++i) {
+      if (end - begin > 1) load_centred(b, i, k, s.row);
+      store_codes(b, i, k, s);
+    }
+  }
+
+  // Scales shared by all tokens: extremes of chunks of tokens, then of heads or of everything, then
+  // codes.
+  void quantize_whole_axis() {
+    const int64_t chunks = std::max<int64_t>(1, ceil_div(call_.S, kTokens)), heads = call_.K;
+    Buffer<float> extremes(call_.B * heads * chunks * 3 * width_);
+    const auto of = [&](int64_t b, int64_t k, int64_t chunk) {
+      return extremes.get() + ((b * heads + k) * chunks + chunk) * 3 * width_;
+    };
+    parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
+      const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
+      Buffer<float> row(width_);
+      float* x = of(b, k, chunk);
+      clear_extremes(x, x + width_, x + 2 * width_);
+      for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
+        load_centred(b, i, k, row.get());
+        add_extremes(row.get(), x, x + width_, x + 2 * width_);
+      }
+    });
+    const auto merge = [&](float* into, const float* from) {
+      for (int64_t h = 0; h < width_; ++h) {
+        into[h] = std::min(into[h], from[h]);
+        into[width_ + h] = std::max(into[width_ + h], from[width_ + h]);
+        into[2 * width_ + h] += from[2 * width_ + h];
+      }
+    };
+    const int64_t batch = call_.B / std::max<int64_t>(call_.L, 1);
+    for (int64_t b = 0; b < call_.B; ++b) {
+      for (int64_t k = 0; k < heads; ++k) {
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) merge(of(b, k, 0), of(b, k, chunk));
+      }
+      if (!call_.per_tensor) {
+        for (int64_t k = 0; k < heads; ++k) {
+          float* x = of(b, k, 0);
+          store_parameters(b, 0, k, x, x + width_, x + 2 * width_);
+        }
+        continue;
+      }
+      for (int64_t k = 1; k < heads; ++k) merge(of(b, 0, 0), of(b, k, 0));
+      if (b % batch != 0) merge(of(b - b % batch, 0, 0), of(b, 0, 0));
+    }
+    for (int64_t b = 0; call_.per_tensor && heads > 0 && b < call_.B; ++b) {
+      float* x = of(b - b % batch, 0, 0);
+      store_parameters(b, 0, 0, x, x + width_, x + 2 * width_);
+    }
+    parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
+      const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
+      Scratch s(*this);
+      load_parameters(b, 0, k, s);
+      for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
+        load_centred(b, i, k, s.row);
+        store_codes(b, i, k, s);
+      }
+    });
+  }
+
+  void clear_extremes(float* least, float* most, float* probe) const {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    std::fill(least, least + width_, kInfinity);
+    std::fill(most, most + width_, -kInfinity);
+    std::fill(probe, probe + width_, 0.0f);
+  }
+
+  void add_extremes(float* row, float* least, float* most, float* probe) const {
+    std::fill(row + call_.H, row + width_, 0.0f);
+    const F zero = Isa::zero();
+    for (int64_t h = 0; h < width_; h += W) {
+      const F x = Isa::load(row + h), lowest = Isa::load(least + h);
+      Isa::store(least + h, Isa::where_less(x, lowest, x, lowest));
+      Isa::store(most + h, Isa::max(Isa::load(most + h), x));
+      Isa::store(probe + h, Isa::fma(x, zero, Isa::load(probe + h)));
+    }
+  }
+
+  int64_t scale_index(int64_t b, int64_t block, int64_t k) const {
+    const int64_t blocks = call_.token_block == 0 ? 1 : ceil_div(call_.S, call_.token_block);
+    const int64_t heads = call_.per_tensor ? 1 : call_.K;
+    return ((b * blocks + block) * heads + (call_.per_tensor ? 0 : k)) * scales_;
+  }
+
+  void store_parameters(int64_t b, int64_t block, int64_t k, const float* least, const float* most,
+                        const float* probe) const {
+    const int64_t index = scale_index(b, block, k), size = head_block();
+    for (int64_t c = 0; c < scales_; ++c) {
+      float low = std::numeric_limits<float>::infinity(), high = -low, finite = 0.0f;
+      for (int64_t h = c * size; h < std::min(call_.H, (c + 1) * size); ++h) {
+        low = std::min(low, least[h]);
+        high = std::max(high, most[h]);
+        finite += probe[h];
+      }
+      if (finite != 0.0f) low = high = finite;  // NaN
+      if (low > high) low = high = 0.0f;        // no tokens
+      store_parameters_of(index + c, low, high);
+    }
+  }
+
+  int64_t head_block() const { return call_.head_block == 0 ? call_.H : call_.head_block; }
+
+  void store_parameters_of(int64_t index, float low, float high) const {
+    const float levels = highest_ - lowest_;
+    float scale, minimum = 0.0f;
+    if (call_.symmetric) {
+      scale = std::max(-low, high) / highest_;
+    } else if (call_.float_minimum) {
+      minimum = call_.offset.dtype == DType::kBF16 ? -round_up_to_bf16(-low) : low;
+      scale = high / levels - minimum / levels;
+    } else {
+      low = std::min(low, 0.0f);
+      high = std::max(high, 0.0f);
+      scale = high / levels - low / levels;
+    }
+    // std::min and max may drop a NaN.
+    if (high != high) scale = high;
+    if (call_.scale.dtype == DType::kBF16) scale = round_up_to_bf16(scale);
+    if (scale < kLeastScale) scale = 0.0f;
+    store_float(call_.scale, index, scale);
+    if (call_.float_minimum) {
+      store_float(call_.offset, index, minimum);
+    } else if (!call_.symmetric) {
+      const float zero = std::nearbyint(lowest_ - low / scale);
+      static_cast<int8_t*>(call_.offset.data)[index] =
+          static_cast<int8_t>(scale > 0.0f ? std::min(std::max(zero, lowest_), highest_) : 0.0f);
+    }
+  }
+
+  static void store_float(const Result& out, int64_t index, float x) {
+    if (out.dtype == DType::kBF16) {
+      static_cast<uint16_t*>(out.data)[index] = bf16_from_float(x);
+    } else {
+      static_cast<float*>(out.data)[index] = x;
+    }
+  }
+
+  // What was stored for a block, spread over the elements of a row.
+  void load_parameters(int64_t b, int64_t block, int64_t k, Scratch& s) const {
+    const int64_t index = scale_index(b, block, k), size = head_block();
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    std::fill(s.divisor, s.divisor + width_, kInfinity);
+    std::fill(s.offset, s.offset + width_, 0.0f);
+    for (int64_t c = 0; c < scales_; ++c) {
+      const int64_t begin = c * size, end = std::min(call_.H, begin + size);
+      const float scale = float_at(call_.scale.data, call_.scale.dtype, index + c);
+      // Codes of a block without a usable scale are 0.
+      std::fill(s.divisor + begin, s.divisor + end, scale > 0.0f ? scale : kInfinity);
+      if (call_.symmetric) continue;
+      const float offset = float_at(call_.offset.data, call_.offset.dtype, index + c);
+      std::fill(s.offset + begin, s.offset + end, offset);
+    }
+  }
+
+  void store_codes(int64_t b, int64_t i, int64_t k, Scratch& s) const {
+    const F zero = Isa::zero(), lowest = Isa::set1(lowest_), highest = Isa::set1(highest_);
+    const F half = Isa::set1(0.5f), largest = Isa::set1(1e30f);
+    for (int64_t h = 0; h < width_; h += W) {
+      const F x = Isa::load(s.row + h), divisor = Isa::load(s.divisor + h);
+      const F offset = Isa::load(s.offset + h);
+      F code;
+      if (call_.float_minimum) {
+        // Halves: the difference of two floats may be more than the largest.
+        const F distance = Isa::sub(Isa::mul(x, half), Isa::mul(offset, half));
+        code = Isa::div(distance, Isa::mul(divisor, half));
+      } else {
+        code = Isa::div(x, divisor);
+      }
+      // What is not finite has no scale either.
+      code = Isa::where_less(Isa::abs(code), largest, code, zero);
+      code = Isa::to_float(Isa::to_int(code));
+      if (call_.float_minimum) {
+        code = Isa::add(code, lowest);
+      } else if (!call_.symmetric) {
+        code = Isa::add(code, offset);
+      }
+      code = Isa::max(code, lowest);
+      code = Isa::where_less(code, highest, code, highest);
+      Isa::store_s8(s.codes.get() + h, Isa::to_int(code));
+    }
+    const int64_t index = (b * call_.S + i) * call_.K + k, H = call_.H;
+    if (call_.bits == 8) {
+      std::memcpy(static_cast<int8_t*>(call_.data.data) + index * H, s.codes.get(),
+                  static_cast<size_t>(H));
       return;
     }
-    scale = Isa::reduce_max(largest) / 127.0f;
-    // A range below the normal numbers counts as zero: division by such a scale may overflow.
-    if (scale < std::numeric_limits<float>::min()) {
-      scale = 0.0f;
-      std::memset(code, 0, static_cast<size_t>(H));
-      return;
-    }
-    const auto divisor = Isa::set1(scale);
-    alignas(kAlignment) int8_t tail[W];
-    int64_t h = 0;
-    for (; h + W <= H; h += W) {
-      Isa::store_s8(code + h, Isa::to_int(Isa::div(Isa::load(row + h), divisor)));
-    }
-    if (h < H) {
-      Isa::store_s8(tail, Isa::to_int(Isa::div(Isa::load(row + h), divisor)));
-      std::memcpy(code + h, tail, static_cast<size_t>(H - h));
+    uint8_t* out = static_cast<uint8_t*>(call_.data.data) + index * (H / 2);
+    for (int64_t h = 0; h < H / 2; ++h) {
+      const int low = s.codes[2 * h] + 8, high = s.codes[2 * h + 1] + 8;
+      out[h] = static_cast<uint8_t>(low | high << 4);
     }
   }
 
   const QuantizeCall& call_;
   Parallel& parallel_;
+  const int64_t width_, scales_;
+  const float highest_, lowest_;
+  Buffer<float> sign_;
 };
 
 }  // namespace

@@ -44,6 +44,8 @@ void load_row(const void* row, DType dtype, int64_t n, float* out) {
         Isa::store(out + i, Isa::load_s8(static_cast<const int8_t*>(row) + i));
       }
       break;
+    case DType::kU4x2:  // nibbles are unpacked first: quantized_rows.h
+      break;
   }
   for (; i < n; ++i) out[i] = float_at(row, dtype, i);
 }

@@ -112,6 +112,18 @@ struct Avx2 {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  // The codes of kLanes bytes, less their bias of 8: low nibbles, then high ones. As mantissas of
+  // 2^23, from which 2^23 + 8 is subtracted.
+  static void load_nibbles(const uint8_t* p, F* low, F* high) {
+    const __m256i bytes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magic = _mm256_set1_epi32(0x4b000000);
+    const F bias = _mm256_set1_ps(8388616.0f);
+    const __m256i first = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+    *low = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(first, magic)), bias);
+    *high = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(bytes, 4), magic)),
+                          bias);
+  }
   static void store_f16(uint16_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

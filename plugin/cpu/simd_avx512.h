@@ -100,6 +100,16 @@ struct Avx512 {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  static void load_nibbles(const uint8_t* p, F* low, F* high) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i magic = _mm512_set1_epi32(0x4b000000);
+    const F bias = _mm512_set1_ps(8388616.0f);
+    const __m512i first = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+    *low = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(first, magic)), bias);
+    *high = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), magic)),
+                          bias);
+  }
   static void store_f16(uint16_t* p, F x) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

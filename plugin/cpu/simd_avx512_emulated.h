@@ -165,6 +165,15 @@ inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
 inline __m512i _mm512_slli_epi32(__m512i x, int n) {
   return int_lanes([&](int i) { return static_cast<uint32_t>(x.v[i]) << n; });
 }
+inline __m512i _mm512_srli_epi32(__m512i x, int n) {
+  return int_lanes([&](int i) { return static_cast<uint32_t>(x.v[i]) >> n; });
+}
+inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return a.v[i] | b.v[i]; });
+}
 inline __m512 _mm512_castsi512_ps(__m512i x) { return reinterpret<__m512>(x); }
 inline __m128i _mm512_cvtepi32_epi8(__m512i x) {
   __m128i y;

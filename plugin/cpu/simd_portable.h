@@ -135,6 +135,10 @@ struct Portable {
   static F load_s8(const int8_t* p) {
     return map<F>([&](int i) { return static_cast<float>(p[i]); });
   }
+  static void load_nibbles(const uint8_t* p, F* low, F* high) {
+    *low = map<F>([&](int i) { return static_cast<float>((p[i] & 15) - 8); });
+    *high = map<F>([&](int i) { return static_cast<float>((p[i] >> 4) - 8); });
+  }
   static void store_f16(uint16_t* p, F x) {
     for (int i = 0; i < kLanes; ++i) p[i] = f16_from_float(x.v[i]);
   }

@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "attention_backward_bias.h"
+#include "attention_decode.h"
 #include "attention_forward.h"
 #include "kernels.h"
 #include "quantize.h"
@@ -13,12 +14,16 @@ namespace {
 template <class Isa, bool kBf16Dot = false>
 struct Variant {
   static Status forward(const AttentionForwardCall& call, Parallel& parallel) {
-    if (call.quantized()) {
+    if (AttentionDecode<Isa>::takes(call)) {
+      AttentionDecode<Isa>(call, parallel).run();
+      return {};
+    }
+    if (AttentionForward<Int8Core<Isa>>::takes(call)) {
       AttentionForward<Int8Core<Isa>>(call, parallel).run();
       return {};
     }
     if constexpr (kBf16Dot) {
-      if (call.query.dtype == DType::kBF16) {
+      if (AttentionForward<Bf16Core<Isa>>::takes(call)) {
         AttentionForward<Bf16Core<Isa>>(call, parallel).run();
         return {};
       }

@@ -1,0 +1,150 @@
+"""The kernel for few queries over many keys: every storage of keys and values, every variant."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+from jax_gluon.formats import AttentionQuantization, QuantSpec, preset
+
+plugin = pytest.importorskip("jax_gluon._plugin")
+
+MINIMUM = dict(symmetric=False, float_minimum=True)
+# The query stays in float in all but the presets, so that every error is the kernel's.
+STORAGES = {
+    "float32": None,
+    "bfloat16": None,
+    "float16": None,
+    "int8": "int8",
+    "int4": "int4",
+    "int8_rows_centred": AttentionQuantization(
+        None, QuantSpec(center=True), QuantSpec(symmetric=False, center=True)
+    ),
+    "int8_channel_and_group": AttentionQuantization(
+        None, QuantSpec(granularity="channel"), QuantSpec(granularity="group", block_size=64)
+    ),
+    "int4_group_keys": AttentionQuantization(
+        None,
+        QuantSpec(4, granularity="group", block_size=10, **MINIMUM),
+        QuantSpec(4, granularity="channel_block", block_size=12, **MINIMUM),
+    ),
+    "int4_rows": AttentionQuantization(
+        None, QuantSpec(4, symmetric=False), QuantSpec(4, granularity="tensor")
+    ),
+    "short_key_blocks": AttentionQuantization(
+        None, QuantSpec(4, granularity="channel_block", block_size=4), QuantSpec(4)
+    ),
+}
+# Around a subtile (64 keys), a chunk (512), vectors of 8 and 16, and blocks of 4 rows.
+SIZES = {
+    "one_row": dict(T=1, S=1100, N=4, K=4, H=64, V=64),
+    "grouped": dict(T=1, S=530, N=10, K=2, H=30, V=22),
+    "rows": dict(T=3, S=700, N=4, K=1, H=128, V=96),
+    "short": dict(T=4, S=65, N=2, K=2, H=32, V=32),
+    "one_key": dict(T=2, S=1, N=2, K=1, H=2, V=258),
+}
+RNG = np.random.default_rng(7)
+RULES = {
+    "causal": dict(is_causal=True),
+    "lengths": dict(
+        key_value_seq_lengths=jnp.asarray([350, 0]), query_seq_lengths=jnp.asarray([2, 3])
+    ),
+    "window": dict(local_window_size=(300, 200)),
+    "soft_cap": dict(logits_soft_cap=3.0, scale=0.4),
+    "mask": dict(mask=jnp.asarray(RNG.random((2, 1, 3, 700)) < 0.3)),
+    "bias": dict(bias=jnp.asarray(RNG.standard_normal((1, 4, 3, 700)), jnp.float32)),
+}
+ISAS = [isa for isa in plugin.cpu_isas_supported() if isa != "avx512_bf16"]
+ISAS += [] if "emulated_avx512" in ISAS else ["emulated_avx512"]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    monkeypatch.setenv("JAX_GLUON_POISON", "1")
+
+
+def draw(B=2, *, T, S, N, K, H, V, dtype="float32"):
+    rng = np.random.default_rng(3)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), dtype)
+        for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V))
+    )
+    # Keys and values off centre: what they share must cancel, and not cost digits.
+    return q, k + jnp.asarray(2, dtype), v + jnp.asarray(0.5, dtype)
+
+
+def check(storage, size, oracle, relative_error, **keywords):
+    dtype = storage if STORAGES[storage] is None and storage != "float32" else "float32"
+    q, k, v = draw(**size, dtype=dtype)
+    specs = preset(STORAGES[storage]) or AttentionQuantization()
+    length = keywords.get("key_value_seq_lengths")
+    codes = [
+        x if spec is None else jax_gluon.quantize(x, spec, lengths=length if spec.center else None)
+        for x, spec in ((q, specs.query), (k, specs.key), (v, specs.value))
+    ]
+    out, log_sum_exp = jax_gluon.attention_with_log_sum_exp(*codes, **keywords)
+    exact = [x.dequantize() if isinstance(x, jax_gluon.QuantizedTensor) else x for x in codes]
+    expected = oracle(*(np.asarray(x, np.float32) for x in exact), **keywords)
+    bar = {"bfloat16": 4e-3, "float16": 5e-4}.get(dtype, 3e-6)
+    assert relative_error(out, expected.out) <= bar
+    seen = np.isfinite(expected.log_sum_exp)
+    np.testing.assert_array_equal(np.isfinite(log_sum_exp), seen)
+    np.testing.assert_allclose(
+        np.asarray(log_sum_exp)[seen], expected.log_sum_exp[seen], rtol=1e-5, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_storage(storage, size, isa, monkeypatch, oracle, relative_error):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    check(storage, SIZES[size], oracle, relative_error)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4", "int8_rows_centred"])
+def test_every_rule(storage, rule, oracle, relative_error):
+    check(storage, SIZES["rows"], oracle, relative_error, **RULES[rule])
+
+
+def test_chunks_are_merged_by_shape_alone():
+    """The same bits with one head at a time as with all of them."""
+    q, k, v = draw(T=1, S=2000, N=8, K=4, H=32, V=32)
+    whole = jax_gluon.dot_product_attention(q, k, v)
+    for head in range(4):
+        one = jax_gluon.dot_product_attention(
+            q[:, :, 2 * head : 2 * head + 2], k[:, :, head : head + 1], v[:, :, head : head + 1]
+        )
+        np.testing.assert_array_equal(one, whole[:, :, 2 * head : 2 * head + 2])
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_hidden_keys_that_are_not_finite_leak_nowhere(storage):
+    """Neither through a mask that only some rows have, nor past a row's causal range."""
+    q, k, v = draw(T=3, S=100, N=2, K=1, H=32, V=32)
+    mask = np.ones((2, 1, 3, 100), bool)
+    mask[:, :, 0, 40] = False
+    visible = dict(mask=jnp.asarray(mask), quantization=None if storage == "float32" else storage)
+    clean = jax_gluon.dot_product_attention(q, k, v, **visible)
+    for bad in (np.nan, np.inf):
+        out = jax_gluon.dot_product_attention(
+            q, k.at[:, 40].set(bad), v.at[:, 40].set(bad), **visible
+        )
+        np.testing.assert_allclose(out[:, 0], clean[:, 0], atol=2e-2)
+        assert np.isnan(out[:, 1:]).all()
+        causal = jax_gluon.dot_product_attention(
+            q, k.at[:, 1:].set(bad), v.at[:, 1:].set(bad), is_causal=True
+        )
+        assert np.isfinite(causal[:, 0]).all()
+        assert np.isnan(causal[:, 1:]).all()
+
+
+def test_gradient_of_a_single_query(oracle, relative_error):
+    q, k, v = draw(T=1, S=300, N=4, K=2, H=32, V=16)
+    out, pullback = jax.vjp(lambda *x: jax_gluon.dot_product_attention(*x), q, k, v)
+    d_out = jnp.asarray(RNG.standard_normal(out.shape), jnp.float32)
+    expected = oracle(q, k, v, d_out=d_out)
+    for gradient, exact in zip(pullback(d_out), expected[2:5], strict=True):
+        assert relative_error(gradient, exact) <= 3e-6
