@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_gluon.attention import dot_product_attention
+from jax_gluon.formats import AttentionQuantization
 
 
 def attention_fn(
@@ -20,7 +21,7 @@ def attention_fn(
     local_window_size: int | tuple[int, int] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    quantization: str | None = None,
+    quantization: str | AttentionQuantization | None = None,
     implementation: str | None = None,
     kernel: str | None = None,
 ) -> Callable[..., jax.Array]:

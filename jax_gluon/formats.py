@@ -122,8 +122,8 @@ def _blocks(extent: int, size: int) -> int:
 class AttentionQuantization:
     """A `QuantSpec` for each operand of attention; None leaves it in float.
 
-    Where any operand stays in float, or INT8 scales vary along H, products are computed in float32
-    from the dequantized operands; else in integers.
+    Where an operand stays in float, the query is centred, or INT8 scales vary along H, products are
+    those of the dequantized operands in float32; else of integers.
 
     >>> import jax_gluon
     >>> jax_gluon.AttentionQuantization(key=jax_gluon.QuantSpec(center=True)).key.center
@@ -152,7 +152,7 @@ PRESETS = {
     "int4": AttentionQuantization(
         QuantSpec(),
         QuantSpec(bits=4, granularity="channel_block", **_MINIMUM),
-        QuantSpec(bits=4, granularity="group", **_MINIMUM),
+        QuantSpec(bits=4, granularity="group", block_size=16, **_MINIMUM),
     ),
 }
 

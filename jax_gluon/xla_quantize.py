@@ -84,8 +84,10 @@ def _parameters(
     else:
         least, most = jnp.minimum(least, 0.0), jnp.maximum(most, 0.0)
         scale = most / levels - least / levels
-    if spec.scale_dtype == jnp.bfloat16:
+    if spec.scale_dtype == jnp.bfloat16 and spec.bits == 8:
+        # Rounded down, the ends of a block would lose up to half of a step; of 15 steps, little.
         scale = _round_up(scale)
+    scale = scale.astype(spec.scale_dtype).astype(jnp.float32)
     scale = jnp.where(scale < _LEAST_SCALE, jnp.zeros_like(scale), scale)
     if not spec.symmetric and not spec.float_minimum:
         zero = jnp.clip(jnp.round(lowest - least / _divisor(scale)), lowest, highest)

@@ -71,7 +71,8 @@ QuantizableOperand decode_rows(Decoder& decoder, const std::string& name, const 
   Quantization& q = x.quantization;
   q.bits = format.bits;
   q.token_block = format.token_block;
-  q.head_block = format.head_block;
+  // One group a row is one scale a row.
+  q.head_block = format.head_block >= shape[3] && shape[3] > 1 ? 0 : format.head_block;
   q.offset_kind = static_cast<Offset>(format.offset);
   const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
   const Shape blocked = {shape[0], blocks(shape[1], q.token_block), shape[2],

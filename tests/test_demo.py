@@ -59,6 +59,7 @@ def test_the_program_writes_its_picture(tmp_path, capsys):
     output = capsys.readouterr().out
     assert 'custom_call_target="jax_gluon.attention_backward"' in output
     assert "INT8 - float32 at the end:" in output
+    assert "INT4 - float32 at the end:" in output
     assert 'The "import" statement' in output
     assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -57,6 +57,8 @@ def test_error_is_at_most_half_a_step(name, dtype, quantize):
     error = np.abs(np.asarray(quantized.dequantize(jnp.float32), np.float64) - np.asarray(x, float))
     # A rounded zero point may push the extremes over the edge by another half.
     most = 1.001 if quantized.zero_point is not None else 0.501
+    # 4-bit scales round to the nearest bfloat16: the ends lose 15 steps of 2**-9.
+    most += 0.04 if spec.bits == 4 and spec.scale_dtype == jnp.bfloat16 else 0
     assert (error <= most * steps(quantized)).all()
 
 

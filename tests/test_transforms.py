@@ -68,8 +68,6 @@ def assert_close(actual, expected, tolerance=1e-5):
     [
         *((name, None) for name in ARGUMENTS),
         ("key", "int8"),
-        ("key_value_seq_lengths", "int8"),
-        ("mask", "int8"),
     ],
 )
 def test_vmap_over_one_argument(mapped, quantization, implementation, arguments):

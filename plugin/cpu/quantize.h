@@ -91,9 +91,10 @@ class Quantize {
     return static_cast<float*>(call_.mean.data) + (b * call_.K + k) * call_.H;
   }
 
-  // Row (b, i, k) as float32, rotated; not yet centred.
+  // Row (b, i, k) as float32, rotated and zero-padded; not yet centred.
   void load(int64_t b, int64_t i, int64_t k, float* row) const {
     load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, call_.H, row);
+    std::fill(row + call_.H, row + width_, 0.0f);
     if (call_.rotate) rotate(row);
   }
 
@@ -102,8 +103,17 @@ class Quantize {
     if (!call_.center) return;
     const float* centre = mean(b, k);
     constexpr float kLargest = std::numeric_limits<float>::max();
-    for (int64_t h = 0; h < call_.H; ++h) {
-      // A difference of two finite numbers is kept finite.
+    // A difference of two finite numbers is kept finite.
+    const F largest = Isa::set1(kLargest), least = Isa::set1(-kLargest);
+    const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
+    int64_t h = 0;
+    for (; h + W <= call_.H; h += W) {
+      const F x = Isa::load(row + h);
+      F centred = Isa::max(Isa::sub(x, Isa::load(centre + h)), least);
+      centred = Isa::where_less(centred, largest, centred, largest);
+      Isa::store(row + h, Isa::where_less(Isa::abs(x), infinity, centred, x));
+    }
+    for (; h < call_.H; ++h) {
       const float x = std::min(std::max(row[h] - centre[h], -kLargest), kLargest);
       row[h] = std::fabs(row[h]) <= kLargest ? x : row[h];
     }
@@ -140,16 +150,19 @@ class Quantize {
     Buffer<double> total(2 * H);
     std::fill(total.get(), total.get() + 2 * H, 0.0);
     for (int64_t begin = 0; begin < tokens; begin += kPartial) {
-      std::fill(sum, sum + H, 0.0f);
-      std::fill(count, count + H, 0.0f);
+      std::fill(sum, sum + width_, 0.0f);
+      std::fill(count, count + width_, 0.0f);
       // Scaled, so that 64 of the largest floats have a finite sum.
-      constexpr float kScale = 1.0f / kPartial;
+      const F share = Isa::set1(1.0f / kPartial), one = Isa::set1(1.0f), zero = Isa::zero();
+      const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
       for (int64_t i = begin; i < std::min(tokens, begin + kPartial); ++i) {
         load(b, i, k, row);
-        for (int64_t h = 0; h < H; ++h) {
-          const bool finite = std::fabs(row[h]) <= std::numeric_limits<float>::max();
-          sum[h] += finite ? row[h] * kScale : 0.0f;
-          count[h] += finite ? 1.0f : 0.0f;
+        for (int64_t h = 0; h < width_; h += W) {
+          const F x = Isa::load(row + h), size = Isa::abs(x);
+          const F term = Isa::where_less(size, infinity, Isa::mul(x, share), zero);
+          Isa::store(sum + h, Isa::add(Isa::load(sum + h), term));
+          const F counted = Isa::where_less(size, infinity, one, zero);
+          Isa::store(count + h, Isa::add(Isa::load(count + h), counted));
         }
       }
       for (int64_t h = 0; h < H; ++h) {
@@ -165,6 +178,15 @@ class Quantize {
 
   // Tokens [begin, end) of one head, which share scales.
   void quantize_block(int64_t b, int64_t k, int64_t begin, int64_t end, Scratch& s) const {
+    if (call_.token_block == 1 && call_.head_block == 0) {
+      load_centred(b, begin, k, s.row);
+      float low, high;
+      find_extremes(s.row, &low, &high);
+      store_parameters_of(scale_index(b, begin, k), low, high);
+      load_parameters(b, begin, k, s);
+      store_codes(b, begin, k, s);
+      return;
+    }
     clear_extremes(s.least, s.most, s.probe);
     for (int64_t i = begin; i < end; ++i) {
       load_centred(b, i, k, s.row);
@@ -240,8 +262,7 @@ class Quantize {
     std::fill(probe, probe + width_, 0.0f);
   }
 
-  void add_extremes(float* row, float* least, float* most, float* probe) const {
-    std::fill(row + call_.H, row + width_, 0.0f);
+  void add_extremes(const float* row, float* least, float* most, float* probe) const {
     const F zero = Isa::zero();
     for (int64_t h = 0; h < width_; h += W) {
       const F x = Isa::load(row + h), lowest = Isa::load(least + h);
@@ -249,6 +270,28 @@ class Quantize {
       Isa::store(most + h, Isa::max(Isa::load(most + h), x));
       Isa::store(probe + h, Isa::fma(x, zero, Isa::load(probe + h)));
     }
+  }
+
+  // Of one row; NaN where an element is not finite.
+  void find_extremes(const float* row, float* low, float* high) const {
+    const F zero = Isa::zero();
+    F most = Isa::set1(row[0]), least = Isa::set1(-row[0]), probe = zero;
+    int64_t h = 0;
+    for (; h + W <= call_.H; h += W) {
+      const F x = Isa::load(row + h);
+      most = Isa::max(most, x);
+      least = Isa::max(least, Isa::sub(zero, x));
+      probe = Isa::fma(x, zero, probe);
+    }
+    *high = Isa::reduce_max(most);
+    *low = -Isa::reduce_max(least);
+    float finite = Isa::reduce_add(probe);
+    for (; h < call_.H; ++h) {
+      *low = std::min(*low, row[h]);
+      *high = std::max(*high, row[h]);
+      finite += 0.0f * row[h];
+    }
+    if (finite != 0.0f) *low = *high = finite;  // NaN
   }
 
   int64_t scale_index(int64_t b, int64_t block, int64_t k) const {
@@ -290,7 +333,11 @@ class Quantize {
     }
     // std::min and max may drop a NaN.
     if (high != high) scale = high;
-    if (call_.scale.dtype == DType::kBF16) scale = round_up_to_bf16(scale);
+    if (call_.scale.dtype == DType::kBF16) {
+      // Rounded down, the ends of a block lose at most 2^-9 of its steps: little of 15, half of one
+      // of 255.
+      scale = call_.bits == 4 ? float_from_bf16(bf16_from_float(scale)) : round_up_to_bf16(scale);
+    }
     if (scale < kLeastScale) scale = 0.0f;
     store_float(call_.scale, index, scale);
     if (call_.float_minimum) {

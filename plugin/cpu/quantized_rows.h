@@ -21,7 +21,8 @@ inline void unpack_nibbles(const uint8_t* packed, int64_t bytes, int8_t* codes) 
 // Where the scale of element (b, i, n, 0) stands, in elements.
 inline int64_t scale_offset(const Operand& scale, const Quantization& q, int64_t b, int64_t i,
                             int64_t n) {
-  const int64_t block = q.token_block == 0 ? 0 : i / q.token_block;
+  // A division takes as long as many products of a row.
+  const int64_t block = q.token_block == 1 ? i : q.token_block == 0 ? 0 : i / q.token_block;
   return scale.batch_offset[static_cast<size_t>(b)] + block * scale.stride[0] + n * scale.stride[1];
 }
 

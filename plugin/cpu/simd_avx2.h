@@ -124,6 +124,14 @@ struct Avx2 {
     *high = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(bytes, 4), magic)),
                           bias);
   }
+  // The elements of a and b at even places, and at odd ones.
+  static void deinterleave(F a, F b, F* out) {
+    const auto order = [](F x) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+    };
+    out[0] = order(_mm256_shuffle_ps(a, b, 0x88));
+    out[1] = order(_mm256_shuffle_ps(a, b, 0xdd));
+  }
   static void store_f16(uint16_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

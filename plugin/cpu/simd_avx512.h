@@ -110,6 +110,12 @@ struct Avx512 {
     *high = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), magic)),
                           bias);
   }
+  static void deinterleave(F a, F b, F* out) {
+    const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const I odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    out[0] = _mm512_permutex2var_ps(a, even, b);
+    out[1] = _mm512_permutex2var_ps(a, odd, b);
+  }
   static void store_f16(uint16_t* p, F x) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

@@ -171,6 +171,17 @@ inline __m512i _mm512_srli_epi32(__m512i x, int n) {
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return a.v[i] & b.v[i]; });
 }
+template <class... T>
+__m512i _mm512_setr_epi32(T... lane) {
+  const int32_t lanes[] = {lane...};
+  return int_lanes([&](int i) { return lanes[i]; });
+}
+inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
+  return float_lanes([&](int i) {
+    const int at = index.v[i] & 31;
+    return at < 16 ? a.v[at] : b.v[at - 16];
+  });
+}
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return a.v[i] | b.v[i]; });
 }

@@ -139,6 +139,13 @@ struct Portable {
     *low = map<F>([&](int i) { return static_cast<float>((p[i] & 15) - 8); });
     *high = map<F>([&](int i) { return static_cast<float>((p[i] >> 4) - 8); });
   }
+  static void deinterleave(F a, F b, F* out) {
+    const auto at = [&](int i) { return i < kLanes ? a.v[i] : b.v[i - kLanes]; };
+    const F even = map<F>([&](int i) { return at(2 * i); });
+    const F odd = map<F>([&](int i) { return at(2 * i + 1); });
+    out[0] = even;
+    out[1] = odd;
+  }
   static void store_f16(uint16_t* p, F x) {
     for (int i = 0; i < kLanes; ++i) p[i] = f16_from_float(x.v[i]);
   }
