@@ -9,12 +9,14 @@ from jax_gluon.attention import (
     explain,
 )
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec
+from jax_gluon.kv_cache import QuantizedKVCache
 from jax_gluon.quantization import quantize
 
 __all__ = [
     "AttentionQuantization",
     "Plan",
     "QuantSpec",
+    "QuantizedKVCache",
     "QuantizedTensor",
     "attention_with_log_sum_exp",
     "dot_product_attention",

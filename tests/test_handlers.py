@@ -184,7 +184,7 @@ CALLS = {
     "backward_int4": lambda: attention(BACKWARD, "int4"),
     "backward_bias": lambda: attention(BACKWARD_BIAS),
     "quantize": quantize,
-    "quantize_int4": lambda: quantize(bits=4, symmetric=0, token_block=3, head_block=1),
+    "quantize_int4": lambda: quantize(bits=4, symmetric=0, token_block=3, head_block=2),
     "quantize_tensor": lambda: quantize(token_block=0, per_tensor=1),
 }
 PARTS = [

@@ -54,7 +54,7 @@ class AttentionDecode {
   static constexpr int64_t kSubtile = 64, kChunk = 256;
   // Where all heads' keys and values of a subtile are more than a part of the second cache,
   // subtiles are shorter.
-  static constexpr int64_t kLeastSubtile = 16, kStreamedBytes = 160 * 1024;
+  static constexpr int64_t kLeastSubtile = 16, kStreamedBytes = 256 * 1024;
   static constexpr int64_t kMostQueries = 4, kMostRows = 16;
   using Rules = LogitRules<Isa, kSubtile>;
 
