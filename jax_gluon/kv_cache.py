@@ -1,48 +1,73 @@
-"""`QuantizedKVCache`: keys and values of the tokens so far, as codes, for generating the next."""
+"""`QuantizedKVCache`: the codes of the keys and values so far, to which tokens are appended."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import operator
 from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon import lowering
+from jax_gluon.arguments import AttentionKeywords
 from jax_gluon.attention import dot_product_attention
-from jax_gluon.formats import PRESETS, AttentionQuantization, QuantizedTensor, QuantSpec, preset
+from jax_gluon.formats import (
+    PRESETS,
+    AttentionQuantization,
+    QuantizedTensor,
+    QuantSpec,
+    preset,
+    rotation,
+)
 
 #: Tokens that the first append must bring for their mean to centre this and later ones.
 _LEAST_CENTRED = 32
 _GRANULARITIES = ("row", "group", "block", "channel_block")
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_INTEGERS: Any = (int, np.integer)
+_BOOLS: Any = (bool, np.bool_)
+# The cache itself knows which keys a query sees.
+_KEYWORDS = tuple(
+    name
+    for name in AttentionKeywords.__annotations__
+    if name not in ("is_causal", "key_value_seq_lengths", "local_window_size")
+)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("key", "value", "key_tail", "value_tail", "length", "dropped"),
-    meta_fields=("window",),
+    meta_fields=("window", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedKVCache:
-    """Codes of the keys and values of up to `capacity` tokens; a pytree, made by `create`.
+    """Codes of the keys and values of up to `capacity` tokens, made by `create`.
 
-    - `key`, `value`: `QuantizedTensor`s `[B, capacity, K, H]` and `[B, capacity, K, V]`.
-    - `key_tail`, `value_tail`: float32 `[B, block, K, H]`: the tokens of an unfinished block, where
-      the format shares scales between tokens (`"int4"` does for keys), else None.
-    - `length`: int32 `[B]`, tokens stored so far; with a window, tokens seen so far.
-    - `dropped`: int32 `[B]`, tokens that found no room. Nothing is ever overwritten for them.
-    - `window`: keys that a query sees, its own included, or None. With a window the cache is a
-      ring: a token takes the place of the one `capacity` tokens before it.
+    A pytree, which `jit`, `vmap`, `scan` and donation take; donated or carried through a scan, it
+    is updated in place. No gradient flows through it.
+
+    - `key`, `value`: `QuantizedTensor`s `[B, capacity, K, H]` and `[B, capacity, K, V]`; entries
+      that no token has reached mean nothing.
+    - `key_tail`, `value_tail`: float32 `[B, block, K, H]` and `[B, block, K, V]`, the tokens of the
+      unfinished block, where the format shares scales between tokens; else None.
+    - `length`: int32 `[B]`, tokens stored; with a window, tokens seen.
+    - `dropped`: int32 `[B]`, tokens that found no room.
+    - `window`: None, or how many keys a query sees, its own included. The cache is then a ring:
+      token p is in slot `p % capacity`, over the token `capacity` before it.
+    - `dtype`: what the codes stand for.
 
     >>> import jax, jax_gluon
     >>> cache = jax_gluon.QuantizedKVCache.create(2, 128, 4, 64, quantization="int4")
     >>> key, value = jax.random.normal(jax.random.key(0), (2, 2, 40, 4, 64))
     >>> cache = cache.append(key, value)
     >>> query = jax.random.normal(jax.random.key(1), (2, 1, 8, 64))
-    >>> cache.attention(query).shape, cache.nbytes
-    ((2, 1, 8, 64), 155664)
+    >>> cache.attention(query).shape, cache.length.tolist()
+    ((2, 1, 8, 64), [40, 40])
     """
 
     key: QuantizedTensor
@@ -52,6 +77,7 @@ class QuantizedKVCache:
     length: jax.Array
     dropped: jax.Array
     window: int | None
+    dtype: np.dtype[Any]
 
     @staticmethod
     def create(
@@ -67,236 +93,362 @@ class QuantizedKVCache:
     ) -> QuantizedKVCache:
         """An empty cache.
 
-        **Arguments:** `quantization` names the formats of key and value, whose granularity is row,
-        group, block or channel_block; `dtype` is what the codes stand for; `capacity` must be whole
-        blocks of tokens, and with a `window` at least that and one block more.
+        **Arguments:**
+
+        - `batch`, `capacity`, `kv_heads`, `head_dim`: B, tokens of each entry of the batch, K, H.
+          The capacity must be a multiple of the token blocks of both formats, and with a window at
+          least that plus the larger block (1 for row and group).
+        - `value_dim`: V, default H.
+        - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization`, of which key and value
+          are read: both set, of granularity row, group, block or channel_block.
+        - `dtype`: a float dtype, that of `key.dequantize()`; the codes do not depend on it.
+        - `window`: keys that a query sees, its own included; None is all.
 
         **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
         allowed.
+
+        >>> import jax_gluon
+        >>> cache = jax_gluon.QuantizedKVCache.create(1, 128, 4, 64, window=100)
+        >>> cache.capacity, cache.key.shape, cache.nbytes
+        (128, (1, 128, 4, 64), 70664)
         """
-        value_dim = head_dim if value_dim is None else value_dim
-        sizes = dict(
-            batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim,
-            value_dim=value_dim, window=1 if window is None else window,
-        )  # fmt: skip
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(cast(Any, size), int):
-                _fail(TypeError, "create", name, f"{size!r}", "an int")
-            if size < (0 if name == "batch" else 1):
-                _fail(ValueError, "create", name, f"{size}", "a positive int")
-        specs = _specs(quantization, {"key": head_dim, "value": value_dim})
-        block = max(spec.token_block for spec in specs)
-        if any(capacity % spec.token_block for spec in specs):
-            _fail(
-                ValueError, "create", "capacity", f"{capacity}", f"whole blocks of {block} tokens"
-            )
-        least = 0 if window is None else window + (block if block > 1 else 0)
-        if capacity < least:
-            _fail(
-                ValueError, "create", "capacity", f"{capacity}", f"at least {least} for the window"
-            )
+        batch, kv_heads = _size("batch", batch), _size("kv_heads", kv_heads)
+        capacity, head_dim = _size("capacity", capacity), _size("head_dim", head_dim)
+        value_dim = head_dim if value_dim is None else _size("value_dim", value_dim)
+        window = None if window is None else _size("window", window)
+        key_spec, value_spec = _specs(quantization, head_dim, value_dim)
+        blocks = key_spec.token_block, value_spec.token_block
+        whole = math.lcm(*blocks)
+        if capacity % whole:
+            allowed = f"a multiple of {whole}, whole blocks of tokens"
+            _fail(ValueError, "create", "capacity", f"{capacity}", allowed)
+        if window is not None and capacity < window + max(blocks):
+            allowed = f"at least {window + max(blocks)}, the window and a block of tokens"
+            _fail(ValueError, "create", "capacity", f"{capacity}", allowed)
+        stands_for = _float_dtype(dtype)
 
         def empty(spec: QuantSpec, width: int) -> QuantizedTensor:
-            x = jnp.zeros((batch, capacity, kv_heads, width), dtype)
-            return lowering.quantize(spec, None, x, None)
+            # Zeros stand for 0 in every format. No float array of this size is ever made.
+            x = jax.ShapeDtypeStruct((batch, capacity, kv_heads, width), jnp.float32)
+            parts = jax.eval_shape(functools.partial(lowering.quantize, spec, "xla"), x, None)
+            return dataclasses.replace(_zeros(parts), dtype=stands_for)
 
         def tail(spec: QuantSpec, width: int) -> jax.Array | None:
             if spec.token_block == 1:
                 return None
             return jnp.zeros((batch, spec.token_block, kv_heads, width), jnp.float32)
 
-        zeros = jnp.zeros((batch,), jnp.int32)
+        # Two arrays of zeros: one can't be donated twice.
+        length, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
         return QuantizedKVCache(
-            empty(specs[0], head_dim), empty(specs[1], value_dim),
-            tail(specs[0], head_dim), tail(specs[1], value_dim), zeros, zeros, window,
+            empty(key_spec, head_dim), empty(value_spec, value_dim),
+            tail(key_spec, head_dim), tail(value_spec, value_dim),
+            length, dropped, window, stands_for,
         )  # fmt: skip
 
     @property
     def capacity(self) -> int:
         """Tokens that there is room for."""
-        return self.key.shape[1]
+        return self.key.shape[-3]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept."""
+        """Bytes of all arrays."""
         leaves: list[jax.Array] = jax.tree.leaves(self)
         return sum(x.size * x.dtype.itemsize for x in leaves)
 
     def append(
         self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
     ) -> QuantizedKVCache:
-        """The cache with T more tokens.
+        """The cache with T more tokens, each behind those of its entry of the batch.
 
-        Tokens that find no room are counted in `dropped` and not stored. Where the key format is
-        centred, the mean is that of the first append, if that brings at least 32 tokens (softmax
-        does not see which number all keys share), else 0.
+        Codes are those of all tokens quantized at once; those of an unfinished block change as it
+        fills. Without a window, tokens past the capacity are counted in `dropped` and nothing is
+        overwritten for them; a query for one sees all that is stored.
 
-        **Arguments:** `key` float `[B, T, K, H]`, `value` float `[B, T, K, V]`; `lengths` int32
-        `[B]`: how many of the T tokens are real, default all.
+        Where a format is centred, the mean is that of the tokens of the entry's first append, if
+        those are at least 32, else 0; it then stays. (Softmax does not see what all keys share.)
 
-        **Raises:** `ValueError` that names the argument, what was found and what is allowed.
+        **Arguments:**
+
+        - `key`, `value`: `[B, T, K, H]` and `[B, T, K, V]`, float of any dtype, T at least 1.
+        - `lengths`: int32 `[B]`, clamped to `[0, T]`: how many of the T tokens are real; those
+          behind them are ignored. Default T.
+
+        **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
+        allowed; `ImportError` where the plugin is needed and can't be loaded.
+
+        >>> import jax.numpy as jnp, jax_gluon
+        >>> cache = jax_gluon.QuantizedKVCache.create(2, 16, 4, 64)
+        >>> cache = cache.append(jnp.ones((2, 9, 4, 64)), jnp.ones((2, 9, 4, 64)), [9, 4])
+        >>> cache.append(jnp.ones((2, 9, 4, 64)), jnp.ones((2, 9, 4, 64))).length.tolist()
+        [16, 13]
         """
-        key, value = jnp.asarray(key), jnp.asarray(value)
-        B, _, K, _ = self.key.shape
-        for name, x, cached in (("key", key, self.key), ("value", value, self.value)):
-            expected = (B, *x.shape[1:2], *cached.shape[2:])
-            if x.ndim != 4 or x.shape != expected or x.shape[1] == 0:
-                allowed = f"[{B}, T, {K}, {cached.shape[3]}] with T >= 1"
-                _fail(ValueError, "append", name, f"of shape {list(x.shape)}", allowed)
-        T = key.shape[1]
-        if value.shape[1] != T:
-            _fail(ValueError, "append", "value", f"of {value.shape[1]} tokens", f"key's, {T}")
-        count = jnp.full((B,), T, jnp.int32)
-        if lengths is not None:
-            array = jnp.asarray(lengths)
-            if array.shape != (B,):
-                _fail(ValueError, "append", "lengths", f"of shape {array.shape}", f"shape [{B}]")
-            count = jnp.clip(array.astype(jnp.int32), 0, T)
-        return _append(self, key, value, count)
+        new_key = _tokens("key", key, self.key)
+        new_value = _tokens("value", value, self.value)
+        T = new_key.shape[1]
+        if new_value.shape[1] != T:
+            _fail(ValueError, "append", "value", f"of {new_value.shape[1]} tokens", f"key's, {T}")
+        if lengths is None:
+            count = jnp.full_like(self.length, T)
+        else:
+            count = jnp.clip(_lengths(lengths, self.length.shape[0]), 0, T)
+        return _append(self, new_key, new_value, count)
 
     def attention(
         self,
-        query: ArrayLike,
+        query: ArrayLike | QuantizedTensor,
         *,
         scale: ArrayLike | None = None,
         logits_soft_cap: float | None = None,
         implementation: str | None = None,
+        **keywords: Any,
     ) -> jax.Array:
-        """Attention of the last T tokens appended over the cache, each up to its own position.
+        """Attention of the last T tokens over the cache, each up to its own position.
 
-        **Arguments:** `query` float `[B, T, N, H]`; the rest as `dot_product_attention`.
+        Row t belongs to the token T - t before the end, whatever `lengths` its append had: the last
+        T real ones of each entry, so rows of ragged queries stand at the right. Rows before the
+        first token give 0. With a window, the ring must still have what the first of the T sees:
+        T may be up to `capacity - window - block + 2`, with the larger token block.
+
+        **Arguments:** `query`: `[B, T, N, H]`, appended before. The rest, `query_seq_lengths`,
+        `quantization` (of the query) and `kernel` included, as `jax_gluon.dot_product_attention`.
 
         **Returns:** `[B, T, N, V]` of query's dtype.
+
+        **Raises:** as `jax_gluon.dot_product_attention`.
+
+        >>> import jax.numpy as jnp, jax_gluon
+        >>> cache = jax_gluon.QuantizedKVCache.create(1, 64, 1, 8)
+        >>> cache = cache.append(jnp.ones((1, 5, 1, 8)), jnp.ones((1, 5, 1, 8)))
+        >>> cache.attention(jnp.ones((1, 5, 2, 8))).shape
+        (1, 5, 2, 8)
         """
-        query = jnp.asarray(query)
-        attend = functools.partial(
-            dot_product_attention, scale=scale, logits_soft_cap=logits_soft_cap,
-            implementation=implementation,
+        for name in keywords:
+            if name not in _KEYWORDS:
+                allowed = ", ".join(_KEYWORDS)
+                raise TypeError(
+                    "jax_gluon.QuantizedKVCache.attention: unexpected keyword argument "
+                    f'"{name}"; allowed: {allowed}.'
+                )
+        q = query if isinstance(query, QuantizedTensor) else jnp.asarray(query)
+        if q.ndim != 4:
+            _fail(ValueError, "attention", "query", f"of rank {q.ndim}", "rank 4 (BTNH)")
+        T, window = q.shape[1], self.window
+        if window is not None:
+            block = max(x.spec.token_block for x in (self.key, self.value))
+            most = self.capacity - window - block + 2
+            if most < T:
+                allowed = f"at most {most}, for which this ring keeps all keys that they see"
+                _fail(ValueError, "attention", "query", f"of {T} tokens", allowed)
+        sees: dict[str, Any] = (
+            dict(key_value_seq_lengths=self.length)
+            if T == 1 and window is None
+            else dict(mask=_visible(self, T))
+        )
+        return cast(Any, dot_product_attention)(
+            q, self.key, self.value, scale=scale, logits_soft_cap=logits_soft_cap,
+            implementation=implementation, **sees, **keywords,
         )  # fmt: skip
-        if query.ndim == 4 and query.shape[1] == 1 and self.window is None:
-            return attend(query, self.key, self.value, key_value_seq_lengths=self.length)
-        T = query.shape[1]
-        slot = jnp.arange(self.capacity, dtype=jnp.int32)[None, None, :]
-        length = self.length[:, None, None]
-        position = slot
-        if self.window is not None:
-            # The last token that a slot of the ring got.
-            position = length - 1 - (length - 1 - slot) % jnp.int32(self.capacity)
-        own = length - jnp.int32(T) + jnp.arange(T, dtype=jnp.int32)[None, :, None]
-        visible = (position >= 0) & (position <= own)
-        if self.window is not None:
-            visible &= position > own - jnp.int32(self.window)
-        return attend(query, self.key, self.value, mask=visible[:, None])
 
 
-# Jitted, so that a call outside of jit is one program.
+@lowering.jit(1)
+def _visible(cache: QuantizedKVCache, T: int) -> jax.Array:
+    """The slots that the last T tokens see: bool `[B, 1, T, capacity]`."""
+    length = cache.length[:, None, None]
+    position = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
+    if cache.window is not None:
+        # The last token that came into a slot.
+        position = length - 1 - (length - 1 - position) % cache.capacity
+    first = length + cache.dropped[:, None, None] - T
+    own = first + jnp.arange(T, dtype=jnp.int32)[None, :, None]
+    visible = (position >= 0) & (position <= own)
+    if cache.window is not None:
+        visible &= position > own - cache.window
+    return visible[:, None]
+
+
 @lowering.jit()
 def _append(
     cache: QuantizedKVCache, key: jax.Array, value: jax.Array, count: jax.Array
 ) -> QuantizedKVCache:
     stored = count
     if cache.window is None:
-        stored = jnp.minimum(count, jnp.int32(cache.capacity) - cache.length)
-    new_key, key_tail = _store(cache, cache.key, cache.key_tail, key, stored)
-    new_value, value_tail = _store(cache, cache.value, cache.value_tail, value, stored)
+        stored = jnp.minimum(count, cache.capacity - cache.length)
+    new_key, key_tail = _stored(cache.key, cache.key_tail, key, cache.length, stored)
+    new_value, value_tail = _stored(cache.value, cache.value_tail, value, cache.length, stored)
     return dataclasses.replace(
         cache, key=new_key, value=new_value, key_tail=key_tail, value_tail=value_tail,
         length=cache.length + stored, dropped=cache.dropped + (count - stored),
     )  # fmt: skip
 
 
-def _store(
-    cache: QuantizedKVCache,
+def _stored(
     cached: QuantizedTensor,
     tail: jax.Array | None,
     new: jax.Array,
+    length: jax.Array,
     count: jax.Array,
 ) -> tuple[QuantizedTensor, jax.Array | None]:
-    """Codes of the first `count` new tokens, behind those that are there."""
-    spec, T = cached.spec, new.shape[1]
-    new = jax.lax.stop_gradient(new).astype(jnp.float32)
-    mean = cached.mean
-    if mean is not None:
-        if T >= _LEAST_CENTRED:
-            first = _mean(new, count)
-            mean = jnp.where((cache.length == 0)[:, None, None, None], first, mean)
-        new = new - mean
-    plain = dataclasses.replace(spec, center=False)
+    """The first `count` of the new tokens behind `length` others: codes, and the new tail."""
+    spec = cached.spec
     block = spec.token_block
-    offset = cache.length % jnp.int32(block)
+    x, mean = _centred(cached, jax.lax.stop_gradient(new).astype(jnp.float32), length, count)
+    offset = length % block
     if tail is not None:
-        # Whole blocks: what the unfinished one has, then the new tokens; the last real one is
-        # repeated to the end, which leaves the extremes of its block alone.
-        tokens = -(-(T + block - 1) // block) * block
-        place = jnp.arange(tokens, dtype=jnp.int32)[None, :]
-        last = jnp.maximum(count - 1, 0)[:, None]
-        index = jnp.clip(place - offset[:, None], 0, last)
-        behind = jnp.take_along_axis(new, index[:, :, None, None], axis=1)
-        before = jnp.pad(tail, [(0, 0), (0, tokens - block), (0, 0), (0, 0)])
-        is_old = (place < offset[:, None]) | (count == 0)[:, None]
-        new = jnp.where(is_old[:, :, None, None], before, behind)
-        start = (offset + count) // jnp.int32(block) * jnp.int32(block)
-        window = start[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
-        window = jnp.clip(window, 0, tokens - 1)
-        tail = jnp.take_along_axis(new, window[:, :, None, None], axis=1)
-    codes = lowering.quantize(plain, None, new, None)
-    first_block = cache.length // jnp.int32(block)
-    used = jnp.where(count > 0, offset + count, jnp.zeros_like(count))
-    blocks = -(-used // jnp.int32(block))
+        x, tail = _whole_blocks(tail, x, offset, count)
+    fresh = lowering.quantize(dataclasses.replace(spec, center=False), None, x, None)
+    first = length // block
+    used = jnp.where(count > 0, -(-(offset + count) // block), 0)
 
-    def scatter(old: jax.Array, fresh: jax.Array, size: int) -> jax.Array:
-        """`size` entries of `fresh` a block, behind the first `first_block` blocks of `old`."""
-        entries = old.shape[1]
-        place = jnp.arange(fresh.shape[1], dtype=jnp.int32)[None, :]
-        target = first_block[:, None] * jnp.int32(size) + place
-        if cache.window is not None:
-            target = target % jnp.int32(entries)
-        target = jnp.where(place < (blocks * jnp.int32(size))[:, None], target, entries)
-        rows = jnp.arange(old.shape[0], dtype=jnp.int32)[:, None]
-        return old.at[rows, target].set(fresh, mode="drop")
+    def scatter(name: str, size: int) -> Any:
+        """`size` entries a block. Past the end is the beginning, in a ring; else nothing is."""
+        old, entries = getattr(cached, name), getattr(fresh, name)
+        if old is None:
+            return None
+        place = jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :]
+        end = (used * size)[:, None]
+        # More than a ring holds: of entries for the same slot, only the last is written.
+        is_kept = (place < end) & (place >= end - old.shape[1])
+        target = ((first * size)[:, None] + place) % old.shape[1]
+        target = jnp.where(is_kept, target, old.shape[1])
+        entry = jnp.arange(old.shape[0], dtype=jnp.int32)[:, None]
+        if old.dtype != jnp.bfloat16:
+            return old.at[entry, target].set(entries, mode="drop")
+        # XLA widens a bfloat16 scatter, all of it, to float32 on the CPU. As bits it is five times
+        # faster, if the bitcasts stay out of it.
+        bits, entries = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, entries))
+        bits = jax.lax.optimization_barrier(bits)
+        bits = bits.at[entry, target].set(entries, mode="drop")
+        return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), jnp.bfloat16)
 
-    def updated(name: str, size: int) -> Any:
-        old = getattr(cached, name)
-        return None if old is None else scatter(old, getattr(codes, name), size)
-
-    stored = dataclasses.replace(
-        cached, data=updated("data", block), scale=updated("scale", 1),
-        zero_point=updated("zero_point", 1), minimum=updated("minimum", 1), mean=mean,
+    codes = dataclasses.replace(
+        cached, data=scatter("data", block), scale=scatter("scale", 1),
+        zero_point=scatter("zero_point", 1), minimum=scatter("minimum", 1), mean=mean,
     )  # fmt: skip
-    return stored, tail
+    return codes, tail
 
 
-def _mean(x: jax.Array, count: jax.Array) -> jax.Array:
-    real = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
-    kept = jnp.where(real[:, :, None, None] & jnp.isfinite(x), x, jnp.zeros_like(x))
-    many = jnp.maximum(count, 1).astype(x.dtype)[:, None, None, None]
-    return jnp.sum(kept / many, axis=1, keepdims=True)
+def _centred(
+    cached: QuantizedTensor, x: jax.Array, length: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """`x` less the mean, and the mean as `cached` keeps it (rotated, where the format is)."""
+    mean, spec = cached.mean, cached.spec
+    if mean is None:
+        return x, None
+    if x.shape[1] >= _LEAST_CENTRED:
+        # For the mean alone; XLA drops the rest.
+        own = lowering.quantize(spec, "xla", x, count).mean
+        assert own is not None
+        is_first = (length == 0) & (count >= _LEAST_CENTRED)
+        mean = jnp.where(is_first[:, None, None, None], own, mean)
+    plain = mean
+    if spec.rotate:
+        back = jnp.asarray(rotation(cached.head_dim).T, jnp.float32)
+        plain = jnp.matmul(mean, back, precision=jax.lax.Precision.HIGHEST)
+    largest = float(np.finfo(np.float32).max)
+    # A difference of two finite numbers is kept finite.
+    return jnp.where(jnp.isfinite(x), jnp.clip(x - plain, -largest, largest), x), mean
 
 
-def _specs(quantization: Any, widths: dict[str, int]) -> list[QuantSpec]:
+def _whole_blocks(
+    tail: jax.Array, new: jax.Array, offset: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first `offset` tokens of the tail and `count` new ones, in whole blocks; the new tail.
+
+    The last token is repeated to the end, which leaves the extremes of its block what they are.
+    """
+    block, T = tail.shape[1], new.shape[1]
+    extent = -(-(T + block - 1) // block) * block
+    place = jnp.arange(extent, dtype=jnp.int32)[None, :]
+    last = jnp.maximum(count - 1, 0)[:, None]
+    behind = _gather(new, jnp.clip(place - offset[:, None], 0, last))
+    before = jnp.pad(tail, [(0, 0), (0, extent - block), (0, 0), (0, 0)])
+    is_old = (place < offset[:, None]) | (count == 0)[:, None]
+    x = jnp.where(is_old[:, :, None, None], before, behind)
+    start = (offset + count) // block * block
+    # Behind the buffer only where its last block is full: the tail is then empty.
+    unfinished = start[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
+    return x, _gather(x, jnp.minimum(unfinished, extent - 1))
+
+
+def _gather(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, tokens[:, :, None, None], axis=1, mode="promise_in_bounds")
+
+
+def _zeros(parts: QuantizedTensor) -> QuantizedTensor:
+    return jax.tree.map(cast(Any, jnp.zeros_like), parts)
+
+
+def _size(name: str, x: Any) -> int:
+    if isinstance(x, _BOOLS) or not isinstance(x, _INTEGERS):
+        _fail(TypeError, "create", name, f"{x!r}", "an int of at least 1")
+    if x < 1:
+        _fail(ValueError, "create", name, f"{x}", "an int of at least 1")
+    return operator.index(x)
+
+
+def _float_dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        found: np.dtype[Any] | None = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or dtype is None or found.name not in _FLOATS:
+        _fail(TypeError, "create", "dtype", f"{dtype!r}", ", ".join(_FLOATS))
+    return found
+
+
+def _specs(quantization: Any, head_dim: int, value_dim: int) -> tuple[QuantSpec, QuantSpec]:
     names = ", ".join(f'"{name}"' for name in PRESETS)
     allowed = f"{names}, an AttentionQuantization with key and value"
-    if isinstance(quantization, str) and quantization not in PRESETS:
-        _fail(ValueError, "create", "quantization", f'"{quantization}"', allowed)
     if not isinstance(quantization, str | AttentionQuantization):
         found = f"a {type(quantization).__name__}"
         _fail(TypeError, "create", "quantization", found, allowed)
+    if isinstance(quantization, str) and quantization not in PRESETS:
+        _fail(ValueError, "create", "quantization", f'"{quantization}"', allowed)
     both = preset(quantization)
-    assert both is not None
-    specs: list[QuantSpec] = []
-    for name, width in widths.items():
-        spec = getattr(both, name)
+
+    def spec_of(name: str, argument: str, width: int) -> QuantSpec:
+        spec: QuantSpec | None = getattr(both, name)
         if spec is None:
             _fail(ValueError, "create", "quantization", f"without {name}", allowed)
         if spec.granularity not in _GRANULARITIES:
+            found = f'of granularity "{spec.granularity}" for {name}'
+            granularities = ", ".join(_GRANULARITIES)
             _fail(
-                ValueError, "create", "quantization", f'"{spec.granularity}" for {name}',
-                f"{', '.join(_GRANULARITIES)}, whose scales don't span all tokens",
+                ValueError, "create", "quantization", found,
+                f"{granularities} (a scale over all tokens can't be appended to)",
             )  # fmt: skip
         if spec.bits == 4 and width % 2:
-            _fail(ValueError, "create", f"{name} dim", f"{width}", "an even one, which 4 bits need")
-        specs.append(spec)
-    return specs
+            _fail(ValueError, "create", argument, f"{width}", "an even one, which 4 bits need")
+        return spec
+
+    return spec_of("key", "head_dim", head_dim), spec_of("value", "value_dim", value_dim)
+
+
+def _tokens(name: str, x: Any, cached: QuantizedTensor) -> jax.Array:
+    if isinstance(x, QuantizedTensor):
+        _fail(TypeError, "append", name, "a QuantizedTensor", "a float array")
+    array = jnp.asarray(x)
+    if array.dtype.name not in _FLOATS:
+        _fail(TypeError, "append", name, f"of dtype {array.dtype.name}", ", ".join(_FLOATS))
+    B, _, K, H = cached.shape
+    if array.ndim != 4 or array.shape[1] < 1 or array.shape != (B, array.shape[1], K, H):
+        allowed = f"[{B}, T, {K}, {H}] with T at least 1"
+        _fail(ValueError, "append", name, f"of shape {list(array.shape)}", allowed)
+    return array
+
+
+def _lengths(lengths: Any, batch: int) -> jax.Array:
+    array = jnp.asarray(lengths)
+    # Python ints have no dtype of their own: under x64 they arrive as int64.
+    if not hasattr(lengths, "dtype") and jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(jnp.int32)
+    if array.dtype != jnp.int32:
+        _fail(TypeError, "append", "lengths", f"of dtype {array.dtype.name}", "int32")
+    if array.shape != (batch,):
+        _fail(ValueError, "append", "lengths", f"of shape {array.shape}", f"shape [B] = [{batch}]")
+    return array
 
 
 def _fail(

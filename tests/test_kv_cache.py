@@ -1,6 +1,7 @@
-"""`QuantizedKVCache`: the codes of all tokens at once, however they came; rings; full caches."""
+"""`QuantizedKVCache`: however tokens come, codes are those of all at once; attention; limits."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -18,25 +19,38 @@ FORMATS = {
     "mixed": AttentionQuantization(
         None,
         QuantSpec(granularity="block", block_size=4, symmetric=False),
-        QuantSpec(4, granularity="channel_block", block_size=8, **MINIMUM),
+        QuantSpec(4, granularity="channel_block", block_size=8, center=True, **MINIMUM),
     ),
 }
+# Rows, and blocks of both operands.
+two_formats = pytest.mark.parametrize(
+    "quantization", ["int8", FORMATS["mixed"]], ids=["int8", "mixed"]
+)
+ROTATED = AttentionQuantization(
+    None, QuantSpec(center=True, rotate=True), QuantSpec(granularity="group", block_size=4)
+)
 every_format = pytest.mark.parametrize("quantization", FORMATS.values(), ids=FORMATS)
-B, N, K, H, V = 2, 4, 2, 16, 12
+# Appends of 1, 7 and 40 tokens to 64: one compiled program each for every test of a format.
+B, N, K, H, V, CAPACITY, WINDOW = 2, 4, 2, 16, 12, 64, 20
 
 
-def create(capacity, quantization="int8", **keywords):
+def create(quantization="int8", **keywords):
     return QuantizedKVCache.create(
-        B, capacity, K, H, value_dim=V, quantization=quantization, **keywords
+        B, CAPACITY, K, H, value_dim=V, quantization=quantization, **keywords
     )
 
 
+@functools.cache
 def tokens(count, seed=0):
+    """Keys and values that are not centred, and queries."""
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.standard_normal((B, count, K, x)), jnp.float32) for x in (H, V))
+    shapes = (B, count, K, H), (B, count, K, V), (B, count, N, H)
+    key, value, query = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return key + np.float32(3), value - np.float32(2), query
 
 
 def append_all(cache, key, value, pattern):
+    assert sum(pattern) == key.shape[1]
     start = 0
     for count in pattern:
         cache = cache.append(key[:, start : start + count], value[:, start : start + count])
@@ -44,37 +58,91 @@ def append_all(cache, key, value, pattern):
     return cache
 
 
+def at_once(cached, x):
+    """The codes of all of `x`, less the mean that `cached` keeps."""
+    centred = x if cached.mean is None else x - np.asarray(cached.mean)[: len(x)]
+    fresh = jax_gluon.quantize(centred, dataclasses.replace(cached.spec, center=False))
+    mean = None if cached.mean is None else cached.mean[: len(x)]
+    return dataclasses.replace(fresh, spec=cached.spec, mean=mean)
+
+
+def assert_same_codes(cached, x, positions=None):
+    """Bit for bit, those at `positions` (default all) of `x`, in their slots."""
+    whole, T = at_once(cached, x), x.shape[1]
+    positions = np.arange(T) if positions is None else positions
+    block = cached.spec.token_block
+    for name in ("data", "scale", "zero_point", "minimum"):
+        part, expected = getattr(cached, name), getattr(whole, name)
+        assert (part is None) == (expected is None)
+        if part is not None:
+            index = positions if name == "data" else np.unique(positions // block)
+            np.testing.assert_array_equal(
+                np.asarray(part)[:, index % part.shape[1]], np.asarray(expected)[:, index], name
+            )
+
+
+dequantized = jax.jit(lambda cached: cached.dequantize())
+
+
+def stored(cache, count):
+    """The first `count` keys and values that the codes stand for."""
+    return [np.asarray(dequantized(x))[:, :count] for x in (cache.key, cache.value)]
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+PATTERNS = [(40, 1, 1, 7, 7), (1, 7, 40, 1, 7)]
+
+
 @every_format
-@pytest.mark.parametrize("pattern", [(70,), (40, 1, 1, 7, 21), (1,) * 9 + (31, 30), (33, 32, 5)])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_codes_are_those_of_all_tokens_at_once(quantization, pattern):
-    key, value = tokens(70)
-    cache = append_all(create(96, quantization), key, value, pattern)
-    np.testing.assert_array_equal(cache.length, [70, 70])
-    assert not cache.dropped.any()
-    for cached, new in ((cache.key, key), (cache.value, value)):
-        spec = dataclasses.replace(cached.spec, center=False)
-        centred = new if cached.mean is None else new - cached.mean
-        whole = jax.jit(lambda x, spec=spec: jax_gluon.quantize(x, spec))(centred)
-        np.testing.assert_array_equal(cached.data[:, :70], whole.data)
-        blocks = whole.scale.shape[1]
-        for name in ("scale", "zero_point", "minimum"):
-            if getattr(whole, name) is not None:
-                np.testing.assert_array_equal(
-                    getattr(cached, name)[:, :blocks], getattr(whole, name)
-                )
-    if cache.key.mean is not None and pattern[0] >= 32:
-        np.testing.assert_allclose(
-            cache.key.mean[:, 0], key[:, : pattern[0]].mean(1), rtol=1e-5, atol=1e-6
-        )
+    key, value, _ = tokens(56)
+    cache, start = create(quantization), 0
+    for count in pattern:
+        stop = start + count
+        cache = cache.append(key[:, start:stop], value[:, start:stop])
+        start = stop
+        if pattern[0] == 40 or stop == 56:
+            # At every length: those of an unfinished block as well.
+            assert_same_codes(cache.key, key[:, :stop])
+            assert_same_codes(cache.value, value[:, :stop])
+    np.testing.assert_array_equal(cache.length, [56, 56])
+    np.testing.assert_array_equal(cache.dropped, [0, 0])
+
+
+def test_the_mean_is_that_of_the_first_tokens_if_they_are_many(relative_error):
+    key, value, _ = tokens(40)
+    cache = create().append(key, value, np.asarray([40, 31], np.int32))
+    assert relative_error(cache.key.mean[0, 0], key[0].mean(0)) < 1e-6
+    assert not np.any(cache.key.mean[1])
+    assert_equal(cache.append(2 * key[:, :7], value[:, :7]).key.mean, cache.key.mean)
+    # An entry's first append is the first that brings it tokens.
+    cache = create().append(key[:, :1], value[:, :1], [1, 0]).append(key, value)
+    assert not np.any(cache.key.mean[0])
+    assert relative_error(cache.key.mean[1, 0], key[1].mean(0)) < 1e-6
+
+
+def test_rotated_and_centred(relative_error):
+    key, value, query = tokens(47)
+    cache = create(ROTATED).append(key[:, :40], value[:, :40]).append(key[:, 40:], value[:, 40:])
+    # A mean of unrotated rows would leave far more than rounding.
+    assert cache.key.mean.any()
+    for exact, x in zip(stored(cache, 47), (key, value), strict=True):
+        assert relative_error(exact, x) < 5e-3
+    float_out = jax_gluon.dot_product_attention(query, key, value, is_causal=True)
+    assert relative_error(cache.attention(query), float_out) < 2e-2
 
 
 @every_format
-def test_generation_loop(quantization, oracle, relative_error):
-    """A scan under jit with the cache donated: each row is attention over the tokens so far."""
-    key, value = tokens(48)
-    query = jnp.asarray(np.random.default_rng(1).standard_normal((B, 48, N, H)), jnp.float32)
-    cache = create(64, quantization).append(key[:, :40], value[:, :40])
-    prefill = cache.attention(query[:, :40])
+def test_generation_in_a_scan(quantization, oracle, relative_error):
+    """Donated, under jit: the loop step by step, each row causal attention over what is there."""
+    key, value, query = tokens(56)
+    first = create(quantization).append(key[:, :40], value[:, :40])
 
     def step(cache, now):
         q, k, v = (x[:, None] for x in now)
@@ -82,148 +150,337 @@ def test_generation_loop(quantization, oracle, relative_error):
         return cache, cache.attention(q)[:, 0]
 
     rest = [jnp.swapaxes(x[:, 40:], 0, 1) for x in (query, key, value)]
+    one_step, cache, rows = jax.jit(step), first, []
+    for i in range(16):
+        cache, row = one_step(cache, [x[i] for x in rest])
+        rows.append(row[:, None])
+        expected = oracle(query[:, 40 + i : 41 + i], *stored(cache, 41 + i)).out
+        assert relative_error(rows[-1], expected) < 1e-5
+    copy = jax.tree.map(jnp.copy, first)
     loop = jax.jit(lambda cache, rest: jax.lax.scan(step, cache, rest), donate_argnums=0)
-    cache, rows = loop(cache, tuple(rest))
-    out = jnp.concatenate([prefill, jnp.swapaxes(rows, 0, 1)], axis=1)
-    np.testing.assert_array_equal(cache.length, [48, 48])
-    for i in (0, 17, 39, 40, 45, 47):
-        # Codes of an unfinished block change as it fills: those of the moment are the reference.
-        then = create(64, quantization).append(key[:, : max(i + 1, 40)], value[:, : max(i + 1, 40)])
-        count = max(i + 1, 40)
-        exact = [x.dequantize()[:, :count] for x in (then.key, then.value)]
-        visible = jnp.arange(count) <= i
-        expected = oracle(query[:, i : i + 1], *exact, mask=visible[None, None, None])
-        assert relative_error(out[:, i : i + 1], expected.out) <= 1.3e-2, i
+    scanned, outputs = loop(copy, rest)
+    assert copy.key.data.is_deleted()
+    assert_equal(scanned, cache)
+    np.testing.assert_allclose(jnp.swapaxes(outputs, 0, 1), np.concatenate(rows, 1), atol=1e-5)
 
 
 @every_format
-def test_ragged_lengths(quantization):
-    key, value = tokens(50)
-    cache = create(64, quantization).append(key[:, :40], value[:, :40], jnp.asarray([40, 33]))
-    cache = cache.append(key[:, 40:], value[:, 40:], jnp.asarray([3, 10]))
-    np.testing.assert_array_equal(cache.length, [43, 43])
-    order = (np.arange(43), np.r_[np.arange(33), np.arange(40, 50)])
-    for b in range(B):
-        own = QuantizedKVCache.create(1, 64, K, H, value_dim=V, quantization=quantization)
-        split = (40, 33)[b]
-        for part in (order[b][:split], order[b][split:]):
-            own = own.append(key[b : b + 1, part], value[b : b + 1, part])
-        for name in ("key", "value"):
-            np.testing.assert_allclose(
-                getattr(cache, name).dequantize()[b, :43],
-                getattr(own, name).dequantize()[0, :43],
-                atol=2e-2,
-            )
+def test_many_queries_see_up_to_themselves(quantization, implementation, oracle, relative_error):
+    key, value, query = tokens(47)
+    cache = create(quantization)
+    for part in (slice(0, 40), slice(40, 47)):
+        cache = cache.append(key[:, part], value[:, part])
+        exact = stored(cache, part.stop)
+        expected = oracle(query[:, : part.stop], *exact, is_causal=True, scale=0.5).out[:, part]
+        out = cache.attention(query[:, part], scale=0.5, implementation=implementation)
+        assert relative_error(out, expected) < 1e-5
+    if implementation == "xla":
+        return
+    capped = cache.attention(query[:, 40:], logits_soft_cap=2.0, quantization="int8")
+    exact = stored(cache, 47)
+    expected = oracle(query, *exact, is_causal=True, logits_soft_cap=2.0).out[:, 40:]
+    assert relative_error(capped, expected) < 2e-2
 
 
 @every_format
-@pytest.mark.parametrize("pattern", [(64,) + (1,) * 20, (30, 30, 24), (7,) * 12])
-def test_ring(quantization, pattern, oracle, relative_error):
-    """Only the last `window` keys are seen, and they are there."""
-    window, count = 20, sum(pattern)
-    key, value = tokens(count)
-    # No mean, so that the reference can be one-shot codes.
-    if quantization == "int8":
-        quantization = AttentionQuantization(None, QuantSpec(), QuantSpec())
-    cache = append_all(create(64, quantization, window=window), key, value, pattern)
-    query = jnp.asarray(np.random.default_rng(1).standard_normal((B, 3, N, H)), jnp.float32)
-    whole = create(96, quantization).append(key, value)
-    exact = [x.dequantize()[:, :count] for x in (whole.key, whole.value)]
-    own = count - 3 + np.arange(3)[:, None]
-    visible = (np.arange(count) <= own) & (np.arange(count) > own - window)
-    expected = oracle(query, *exact, mask=visible[None, None])
-    assert relative_error(cache.attention(query), expected.out) <= 1.3e-2
-    one = oracle(query[:, 2:], *exact, mask=visible[None, None, 2:])
-    assert relative_error(cache.attention(query[:, 2:]), one.out) <= 1.3e-2
+def test_ragged_lengths(quantization, oracle, relative_error):
+    """Tokens past the lengths are ignored, NaN included."""
+    key, value, query = (x.copy() for x in tokens(47))
+    key[1, 33:40] = value[1, 33:40] = key[0, 43:] = value[0, 43:] = np.nan
+    cache = create(quantization).append(key[:, :40], value[:, :40], [40, 33])
+    cache = cache.append(key[:, 40:], value[:, 40:], np.asarray([3, 9], np.int32))
+    cache = cache.append(key[:, :1], value[:, :1], [-1, 0])
+    np.testing.assert_array_equal(cache.length, [43, 40])
+    np.testing.assert_array_equal(cache.dropped, [0, 0])
+    real = np.arange(43), np.r_[:33, 40:47]
+    out = cache.attention(query[:, :1])
+    last = cache.attention(query[:, :2])
+    for b, index in enumerate(real):
+        own = jax.tree.map(lambda x, b=b: x[b : b + 1], cache)
+        k, v = key[b : b + 1, index], value[b : b + 1, index]
+        assert_same_codes(own.key, k)
+        assert_same_codes(own.value, v)
+        exact = stored(own, len(index))
+        expected = oracle(query[b : b + 1, :1], *exact).out
+        assert relative_error(out[b : b + 1], expected) < 1e-5
+        mask = np.arange(len(index)) <= len(index) - 2 + np.arange(2)[:, None]
+        expected = oracle(query[b : b + 1, :2], *exact, mask=mask).out
+        assert relative_error(last[b : b + 1], expected) < 1e-5
 
 
-@every_format
-def test_past_the_capacity(quantization):
-    key, value = tokens(45)
-    full = create(32, quantization).append(key[:, :30], value[:, :30])
-    cache = full.append(key[:, 30:], value[:, 30:], jnp.asarray([15, 1]))
-    np.testing.assert_array_equal(cache.length, [32, 31])
-    np.testing.assert_array_equal(cache.dropped, [13, 0])
-    fits = full.append(key[:, 30:32], value[:, 30:32])
-    for a, b in ((cache.key, fits.key), (cache.value, fits.value)):
-        np.testing.assert_array_equal(a.data[0], b.data[0])
-        np.testing.assert_array_equal(a.scale[0], b.scale[0])
-    again = cache.append(key[:, :1], value[:, :1])
-    np.testing.assert_array_equal(again.length, [32, 32])
-    np.testing.assert_array_equal(again.dropped, [14, 0])
-    np.testing.assert_array_equal(again.key.data[0], cache.key.data[0])
-
-
-@every_format
-def test_vmap_and_pytree(quantization):
-    key, value = (jnp.stack([x, 2 * x]) for x in tokens(40))
-    cache = create(64, quantization)
-    mapped = jax.vmap(cache.append)(key, value)
-    one = cache.append(key[1], value[1])
-    for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(one), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(a[1], np.float32), np.asarray(b, np.float32), rtol=1e-6, atol=1e-6
-        )
-    leaves, structure = jax.tree.flatten(one)
-    assert jax.tree.structure(jax.tree.unflatten(structure, leaves)) == structure
-    assert one.nbytes == sum(leaf.nbytes for leaf in leaves)
-    assert one.capacity == 64
-
-
-def test_strict_modes_and_x64(strict_modes, configure):
-    with configure(jax_enable_x64=True):
-        for quantization in FORMATS.values():
-            cache = create(64, quantization, window=32)
-            key, value = tokens(35)
-            cache = cache.append(key, value, jnp.asarray([35, 3], jnp.int32))
-            query = jnp.ones((B, 2, N, H), jnp.float32)
-            assert np.isfinite(cache.attention(query)).all()
+RINGS = {
+    "steps": (40,) + (1,) * 30 + (7, 7),
+    "sevens": (7,) * 12,
+    "wraps": (7, 40, 40, 1),
+    "longer_than_it": (100, 1, 7, 40, 1),
+}
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "complaint"),
+    ("quantization", "pattern"),
     [
-        (dict(capacity=0), ValueError, "capacity is 0; allowed: a positive int"),
-        (dict(capacity=6.5), TypeError, "capacity is 6.5; allowed: an int"),
-        (dict(batch=-1), ValueError, "batch is -1; allowed: a positive int"),
-        (dict(kv_heads=0), ValueError, "kv_heads is 0; allowed: a positive int"),
-        (dict(head_dim=True), TypeError, "head_dim is True; allowed: an int"),
-        (dict(window=0), ValueError, "window is 0; allowed: a positive int"),
-        (dict(window=33), ValueError, "capacity is 32; allowed: at least 33"),
-        (dict(window=8, quantization="int4"), ValueError, "capacity is 32; allowed: at least 40"),
-        (dict(capacity=33, quantization="int4"), ValueError, "capacity is 33; allowed: whole bl"),
-        (dict(head_dim=7, quantization="int4"), ValueError, "key dim is 7; allowed: an even one"),
-        (dict(quantization="int2"), ValueError, 'quantization is "int2"; allowed: "int8", "int4"'),
-        (dict(quantization=None), TypeError, "quantization is a NoneType; allowed"),
-        (
-            dict(quantization=AttentionQuantization(key=QuantSpec())),
-            ValueError, "quantization is without value; allowed",
-        ),
-        (
-            dict(quantization=AttentionQuantization(
-                key=QuantSpec(granularity="head"), value=QuantSpec()
-            )),
-            ValueError, 'quantization is "head" for key; allowed: row, group, block',
-        ),
+        pytest.param(FORMATS[name], RINGS[ring], id=f"{name}-{ring}")
+        for name in FORMATS
+        for ring in (RINGS if name == "mixed" else ("steps", "wraps"))
     ],
-)  # fmt: skip
-def test_bad_argument_of_create(changed, error, complaint):
+)
+def test_ring(quantization, pattern, oracle, relative_error):
+    count = sum(pattern)
+    key, value, query = tokens(count)
+    cache = append_all(create(quantization, window=WINDOW), key, value, pattern)
+    np.testing.assert_array_equal(cache.length, [count, count])
+    np.testing.assert_array_equal(cache.dropped, [0, 0])
+    kept = np.arange(count - WINDOW - 1, count)
+    whole = []
+    for cached, x in ((cache.key, key), (cache.value, value)):
+        block = cached.spec.token_block
+        assert_same_codes(cached, x, np.arange(-(-count // block) * block - CAPACITY, count))
+        whole.append(np.asarray(dequantized(at_once(cached, x)))[:, kept])
+    for T in (1, 2):
+        expected = oracle(query[:, kept], *whole, local_window_size=(WINDOW - 1, 0)).out[:, -T:]
+        assert relative_error(cache.attention(query[:, -T:]), expected) < 1e-5
+
+
+def test_ring_that_is_not_full(oracle, relative_error):
+    """Rows that come before the first token give 0."""
+    quantization = FORMATS["mixed"]
+    key, value, query = tokens(7)
+    cache = create(quantization, window=3).append(key, value)
+    out = cache.attention(np.concatenate([query[:, :2], query], axis=1))
+    assert not out[:, :2].any()
+    expected = oracle(query, *stored(cache, 7), local_window_size=(2, 0)).out
+    assert relative_error(out[:, 2:], expected) < 1e-5
+
+
+@every_format
+def test_past_the_capacity(quantization, oracle, relative_error):
+    key, value, query = tokens(80)
+    before = create(quantization).append(key[:, :40], value[:, :40])
+    full = before.append(key[:, 40:], value[:, 40:], [40, 20])
+    np.testing.assert_array_equal(full.length, [64, 60])
+    np.testing.assert_array_equal(full.dropped, [16, 0])
+    first = jax.tree.map(lambda x: x[:1], full)
+    assert_same_codes(first.key, key[:1, :64])
+    assert_same_codes(first.value, value[:1, :64])
+    # Queries for what was dropped see all that is stored, the others no more than themselves.
+    mask = np.arange(64) <= 40 + np.arange(40)[:, None]
+    expected = oracle(query[:1, 40:], *stored(first, 64), mask=mask).out
+    assert relative_error(full.attention(query[:, 40:])[:1], expected) < 1e-5
+    more = full.append(key[:, :7], value[:, :7])
+    np.testing.assert_array_equal(more.length, [64, 64])
+    np.testing.assert_array_equal(more.dropped, [23, 3])
+    assert_equal((more.key[0], more.value[0]), (full.key[0], full.value[0]))
+    again = more.append(key[:, :7], value[:, :7])
+    assert_equal((again.key, again.value), (more.key, more.value))
+    np.testing.assert_array_equal(again.dropped, [30, 10])
+
+
+@two_formats
+def test_vmap(quantization):
+    caches = [create(quantization).append(*(x[:, :7] for x in tokens(40, s)[:2])) for s in (1, 2)]
+    key, value, query = (np.stack(x) for x in zip(tokens(7, 3), tokens(7, 4), strict=True))
+    lengths = np.asarray([[7, 3], [0, 5]], np.int32)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
+    assert stacked.capacity == CAPACITY
+
+    def step(cache, key, value, lengths, query):
+        cache = cache.append(key, value, lengths)
+        return cache, cache.attention(query), cache.attention(query[:, -1:])
+
+    mapped = jax.vmap(step)(stacked, key, value, lengths, query)
+    for i, cache in enumerate(caches):
+        own, *outs = step(cache, key[i], value[i], lengths[i], query[i])
+        assert_equal(jax.tree.map(lambda x, i=i: x[i], mapped[0]), own)
+        for out, expected in zip(mapped[1:], outs, strict=True):
+            np.testing.assert_allclose(out[i], expected, atol=1e-5)
+
+
+@two_formats
+def test_pytree_and_properties(quantization):
+    cache = create(quantization, window=WINDOW, dtype=jnp.bfloat16)
+    leaves, structure = jax.tree.flatten(cache)
+    back = jax.tree.unflatten(structure, leaves)
+    assert_equal(back, cache)
+    assert (back.window, back.dtype, back.capacity) == (WINDOW, jnp.bfloat16, CAPACITY)
+    assert hash(structure) == hash(jax.tree.structure(back))
+    assert cache.key.dequantize().dtype == cache.value.dequantize().dtype == jnp.bfloat16
+    assert cache.nbytes == sum(leaf.nbytes for leaf in leaves)
+    assert cache.key.shape == (B, CAPACITY, K, H)
+    assert cache.value.shape == (B, CAPACITY, K, V)
+    for tail, cached in ((cache.key_tail, cache.key), (cache.value_tail, cache.value)):
+        block = cached.spec.token_block
+        assert tail is None if block == 1 else tail.shape == (B, block, K, cached.head_dim)
+        assert tail is None or tail.dtype == jnp.float32
+    key, value, query = (jnp.asarray(x, jnp.bfloat16) for x in tokens(7))
+    # Two arrays of the empty cache that are one could not be donated.
+    after = jax.jit(QuantizedKVCache.append, donate_argnums=0)(cache, key, value)
+    assert jax.tree.structure(after) == structure
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [
+        (x.shape, x.dtype) for x in leaves
+    ]
+    assert after.attention(query).dtype == jnp.bfloat16
+    empty = create(quantization).attention(np.ones((B, 1, N, H), np.float32))
+    np.testing.assert_array_equal(empty, np.zeros((B, 1, N, V)))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "window", "x64"),
+    [("int8", None, True), ("int4", 32, False), (FORMATS["mixed"], 32, True)],
+    ids=FORMATS,
+)
+def test_strict_modes(quantization, window, x64, strict_modes, configure):
+    with configure(jax_enable_x64=x64):
+        cache = create(quantization, window=window)
+        key, value, query = (x.astype("float64" if x64 else "float32") for x in tokens(40))
+        cache = cache.append(key, value, [40, 3]).append(key[:, :1], value[:, :1])
+        assert cache.length.dtype == cache.dropped.dtype == jnp.int32
+        for T in (1, 2):
+            out = cache.attention(query[:, :T])
+            assert out.dtype == query.dtype
+            assert np.isfinite(out).all()
+            assert np.any(out)
+
+
+def test_no_gradient(relative_error):
+    key, value, query = tokens(7)
+
+    def loss(query, key):
+        return create("int4").append(key, value).attention(query).sum()
+
+    d_query, d_key = jax.grad(loss, argnums=(0, 1))(query, key)
+    assert d_query.any()
+    assert not d_key.any()
+
+
+BAD = {
+    "capacity": (dict(capacity=0), ValueError, "capacity is 0; allowed: an int of at least 1"),
+    "capacity_type": (dict(capacity=6.5), TypeError, "capacity is 6.5; allowed: an int of at le"),
+    "batch": (dict(batch=-1), ValueError, "batch is -1; allowed: an int of at least 1"),
+    "kv_heads": (dict(kv_heads=0), ValueError, "kv_heads is 0; allowed: an int of at least 1"),
+    "head_dim": (dict(head_dim=True), TypeError, "head_dim is True; allowed: an int of at least"),
+    "value_dim": (dict(value_dim=0), ValueError, "value_dim is 0; allowed: an int of at least 1"),
+    "window": (dict(window=0), ValueError, "window is 0; allowed: an int of at least 1"),
+    "window_type": (dict(window=(8, 0)), TypeError, "window is (8, 0); allowed: an int of at l"),
+    "ring": (dict(window=32), ValueError, "capacity is 32; allowed: at least 33, the window and"),
+    "ring_of_blocks": (
+        dict(window=1, quantization="int4"), ValueError, "capacity is 32; allowed: at least 33,",
+    ),
+    "blocks": (
+        dict(capacity=33, quantization="int4"), ValueError,
+        "capacity is 33; allowed: a multiple of 32",
+    ),
+    "two_blocks": (
+        dict(quantization=AttentionQuantization(
+            None, QuantSpec(granularity="block", block_size=4),
+            QuantSpec(granularity="block", block_size=6),
+        )),
+        ValueError, "capacity is 32; allowed: a multiple of 12",
+    ),
+    "odd_key": (
+        dict(head_dim=7, value_dim=8, quantization="int4"), ValueError,
+        "head_dim is 7; allowed: an even one",
+    ),
+    "odd_value": (
+        dict(value_dim=7, quantization="int4"), ValueError, "value_dim is 7; allowed: an even one",
+    ),
+    "dtype": (dict(dtype=jnp.int8), TypeError, "dtype is <class 'jax.numpy.int8'>; allowed: floa"),
+    "dtype_name": (dict(dtype="half a float"), TypeError, "dtype is 'half a float'; allowed: flo"),
+    "dtype_none": (dict(dtype=None), TypeError, "dtype is None; allowed: float32, bfloat16"),
+    "name": (dict(quantization="int2"), ValueError, 'quantization is "int2"; allowed: "int8", "i'),
+    "none": (dict(quantization=None), TypeError, "quantization is a NoneType; allowed: \"int8\""),
+    "no_value": (
+        dict(quantization=AttentionQuantization(key=QuantSpec())), ValueError,
+        "quantization is without value; allowed",
+    ),
+    "no_key": (
+        dict(quantization=AttentionQuantization(value=QuantSpec())), ValueError,
+        "quantization is without key; allowed",
+    ),
+} | {
+    granularity: (
+        dict(quantization=AttentionQuantization(
+            None, QuantSpec(), QuantSpec(granularity=granularity)
+        )),
+        ValueError,
+        f'quantization is of granularity "{granularity}" for value; allowed: row, group, block, ch',
+    )
+    for granularity in ("tensor", "head", "channel")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_argument_of_create(case):
+    changed, error, complaint = BAD[case]
     arguments = dict(batch=2, capacity=32, kv_heads=2, head_dim=16) | changed
-    with pytest.raises(error, match=rf"QuantizedKVCache\.create: {re.escape(complaint)}"):
+    with pytest.raises(
+        error, match=rf"^jax_gluon\.QuantizedKVCache\.create: {re.escape(complaint)}"
+    ):
         QuantizedKVCache.create(**arguments)
 
 
+KEY, VALUE = (B, 3, K, H), (B, 3, K, V)
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "lengths", "complaint"),
+    ("key", "value", "lengths", "error", "complaint"),
     [
-        ((B, 3, K, H + 1), (B, 3, K, V), None, "key is of shape [2, 3, 2, 17]; allowed: [2, T"),
-        ((B, 3, K, H), (B, 3, K + 1, V), None, "value is of shape [2, 3, 3, 12]; allowed: [2"),
-        ((B, 3, K, H), (B, 4, K, V), None, "value is of 4 tokens; allowed: key's, 3"),
-        ((B, 0, K, H), (B, 0, K, V), None, "key is of shape [2, 0, 2, 16]; allowed"),
-        ((3, K, H), (3, K, V), None, "key is of shape [3, 2, 16]; allowed"),
-        ((B, 3, K, H), (B, 3, K, V), [1, 2, 3], "lengths is of shape (3,); allowed: shape [2]"),
+        (np.ones((B, 3, K, H + 1)), np.ones(VALUE), None, ValueError,
+         "key is of shape [2, 3, 2, 17]; allowed: [2, T, 2, 16] with T at least 1"),
+        (np.ones((1, 3, K, H)), np.ones(VALUE), None, ValueError, "key is of shape [1, 3, 2, 16]"),
+        (np.ones(KEY), np.ones((B, 3, K + 1, V)), None, ValueError,
+         "value is of shape [2, 3, 3, 12]; allowed: [2, T, 2, 12] with T at least 1"),
+        (np.ones(KEY), np.ones((B, 4, K, V)), None, ValueError,
+         "value is of 4 tokens; allowed: key's, 3"),
+        (np.ones((B, 0, K, H)), np.ones((B, 0, K, V)), None, ValueError, "key is of shape [2, 0,"),
+        (np.ones((3, K, H)), np.ones((3, K, V)), None, ValueError, "key is of shape [3, 2, 16]"),
+        (np.ones(KEY, np.int32), np.ones(VALUE), None, TypeError,
+         "key is of dtype int32; allowed: float32, bfloat16"),
+        (np.ones(KEY), np.ones(VALUE), [1, 2, 3], ValueError,
+         "lengths is of shape (3,); allowed: shape [B] = [2]"),
+        (np.ones(KEY), np.ones(VALUE), 3, ValueError, "lengths is of shape (); allowed"),
+        (np.ones(KEY), np.ones(VALUE), [1.0, 2.0], TypeError,
+         "lengths is of dtype float32; allowed: int32"),
+    ],
+)  # fmt: skip
+def test_bad_argument_of_append(key, value, lengths, error, complaint):
+    with pytest.raises(
+        error, match=rf"^jax_gluon\.QuantizedKVCache\.append: {re.escape(complaint)}"
+    ):
+        create().append(key, value, lengths)
+
+
+def test_appending_codes():
+    codes = jax_gluon.quantize(np.ones(KEY, np.float32), QuantSpec())
+    with pytest.raises(TypeError, match="append: key is a QuantizedTensor; allowed: a float array"):
+        create().append(codes, np.ones(VALUE, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "T", "keywords", "error", "complaint"),
+    [
+        ("int8", 46, {}, ValueError, "query is of 46 tokens; allowed: at most 45, for which this"),
+        ("int4", 15, {}, ValueError, "query is of 15 tokens; allowed: at most 14, for which this"),
+        ("int8", None, {}, ValueError, "query is of rank 3; allowed: rank 4 (BTNH)"),
+        ("int8", 1, dict(is_causal=True), TypeError, 'unexpected keyword argument "is_causal"; al'),
+        ("int8", 1, dict(mask=None), TypeError, 'unexpected keyword argument "mask"; allowed: sca'),
     ],
 )
-def test_bad_argument_of_append(key, value, lengths, complaint):
-    with pytest.raises(ValueError, match=rf"QuantizedKVCache\.append: {re.escape(complaint)}"):
-        create(32).append(jnp.ones(key), jnp.ones(value), lengths)
+def test_bad_argument_of_attention(quantization, T, keywords, error, complaint):
+    query = np.ones((B, N, H) if T is None else (B, T, N, H), np.float32)
+    pattern = rf"^jax_gluon\.QuantizedKVCache\.attention: {re.escape(complaint)}"
+    with pytest.raises(error, match=pattern):
+        create(quantization, window=WINDOW).attention(query, **keywords)
+
+
+@every_format
+def test_the_most_queries_that_a_ring_answers(quantization, oracle, relative_error):
+    """One more would miss a key: at no length does a ring have fewer."""
+    cache = create(quantization, window=WINDOW)
+    block = max(x.spec.token_block for x in (cache.key, cache.value))
+    T = CAPACITY - WINDOW - block + 2
+    key, value, query = tokens(64 + 33)
+    cache = append_all(cache, key, value, (40, 40, 7, 7, 1, 1, 1))
+    # 97 = 3 * 32 + 1: the last block has one token, and hides as many as it can.
+    whole = [dequantized(at_once(*x)) for x in ((cache.key, key), (cache.value, value))]
+    expected = oracle(query, *whole, local_window_size=(WINDOW - 1, 0)).out[:, -T:]
+    assert relative_error(cache.attention(query[:, -T:]), expected) < 1e-5
