@@ -42,7 +42,7 @@ _KEYWORDS = tuple(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("key", "value", "key_tail", "value_tail", "length", "dropped"),
-    meta_fields=("window", "dtype"),
+    meta_fields=("query", "window", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedKVCache:
@@ -57,6 +57,7 @@ class QuantizedKVCache:
       unfinished block, where the format shares scales between tokens; else None.
     - `length`: int32 `[B]`, tokens stored; with a window, tokens seen.
     - `dropped`: int32 `[B]`, tokens that found no room.
+    - `query`: how `attention` quantizes float queries, or None.
     - `window`: None, or how many keys a query sees, its own included. The cache is then a ring:
       token p is in slot `p % capacity`, over the token `capacity` before it.
     - `dtype`: what the codes stand for.
@@ -76,6 +77,7 @@ class QuantizedKVCache:
     value_tail: jax.Array | None
     length: jax.Array
     dropped: jax.Array
+    query: QuantSpec | None
     window: int | None
     dtype: np.dtype[Any]
 
@@ -99,8 +101,10 @@ class QuantizedKVCache:
           The capacity must be a multiple of the token blocks of both formats, and with a window at
           least that plus the larger block (1 for row and group).
         - `value_dim`: V, default H.
-        - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization`, of which key and value
-          are read: both set, of granularity row, group, block or channel_block.
+        - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization` with key and value, both
+          of granularity row, group, block or channel_block. Where it has a query, as the presets
+          do, `attention` quantizes float queries so, and products are made of integers; else they
+          are made of floats, which is slower and as exact as the cache.
         - `dtype`: a float dtype, that of `key.dequantize()`; the codes do not depend on it.
         - `window`: keys that a query sees, its own included; None is all.
 
@@ -116,7 +120,7 @@ class QuantizedKVCache:
         capacity, head_dim = _size("capacity", capacity), _size("head_dim", head_dim)
         value_dim = head_dim if value_dim is None else _size("value_dim", value_dim)
         window = None if window is None else _size("window", window)
-        key_spec, value_spec = _specs(quantization, head_dim, value_dim)
+        query_spec, key_spec, value_spec = _specs(quantization, head_dim, value_dim)
         blocks = key_spec.token_block, value_spec.token_block
         whole = math.lcm(*blocks)
         if capacity % whole:
@@ -143,7 +147,7 @@ class QuantizedKVCache:
         return QuantizedKVCache(
             empty(key_spec, head_dim), empty(value_spec, value_dim),
             tail(key_spec, head_dim), tail(value_spec, value_dim),
-            length, dropped, window, stands_for,
+            length, dropped, query_spec, window, stands_for,
         )  # fmt: skip
 
     @property
@@ -208,11 +212,13 @@ class QuantizedKVCache:
 
         Row t belongs to the token T - t before the end, whatever `lengths` its append had: the last
         T real ones of each entry, so rows of ragged queries stand at the right. Rows before the
-        first token give 0. With a window, the ring must still have what the first of the T sees:
-        T may be up to `capacity - window - block + 2`, with the larger token block.
+        first token give 0. Float queries are quantized as the cache was told to. With a window, the
+        ring must still have what the first of the T sees: T may be up to
+        `capacity - window - block + 2`, with the larger token block.
 
         **Arguments:** `query`: `[B, T, N, H]`, appended before. The rest, `query_seq_lengths`,
-        `quantization` (of the query) and `kernel` included, as `jax_gluon.dot_product_attention`.
+        `quantization` (of the query, in place of the cache's) and `kernel` included, as
+        `jax_gluon.dot_product_attention`.
 
         **Returns:** `[B, T, N, V]` of query's dtype.
 
@@ -246,6 +252,8 @@ class QuantizedKVCache:
             if T == 1 and window is None
             else dict(mask=_visible(self, T))
         )
+        if self.query is not None:
+            keywords.setdefault("quantization", AttentionQuantization(query=self.query))
         return cast(Any, dot_product_attention)(
             q, self.key, self.value, scale=scale, logits_soft_cap=logits_soft_cap,
             implementation=implementation, **sees, **keywords,
@@ -398,7 +406,9 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
     return found
 
 
-def _specs(quantization: Any, head_dim: int, value_dim: int) -> tuple[QuantSpec, QuantSpec]:
+def _specs(
+    quantization: Any, head_dim: int, value_dim: int
+) -> tuple[QuantSpec | None, QuantSpec, QuantSpec]:
     names = ", ".join(f'"{name}"' for name in PRESETS)
     allowed = f"{names}, an AttentionQuantization with key and value"
     if not isinstance(quantization, str | AttentionQuantization):
@@ -406,7 +416,7 @@ def _specs(quantization: Any, head_dim: int, value_dim: int) -> tuple[QuantSpec,
         _fail(TypeError, "create", "quantization", found, allowed)
     if isinstance(quantization, str) and quantization not in PRESETS:
         _fail(ValueError, "create", "quantization", f'"{quantization}"', allowed)
-    both = preset(quantization)
+    both = preset(quantization) or AttentionQuantization()
 
     def spec_of(name: str, argument: str, width: int) -> QuantSpec:
         spec: QuantSpec | None = getattr(both, name)
@@ -423,7 +433,10 @@ def _specs(quantization: Any, head_dim: int, value_dim: int) -> tuple[QuantSpec,
             _fail(ValueError, "create", argument, f"{width}", "an even one, which 4 bits need")
         return spec
 
-    return spec_of("key", "head_dim", head_dim), spec_of("value", "value_dim", value_dim)
+    query: QuantSpec | None = both.query
+    if query is not None and query.bits == 4 and head_dim % 2:
+        _fail(ValueError, "create", "head_dim", f"{head_dim}", "an even one, which 4 bits need")
+    return query, spec_of("key", "head_dim", head_dim), spec_of("value", "value_dim", value_dim)
 
 
 def _tokens(name: str, x: Any, cached: QuantizedTensor) -> jax.Array:

@@ -11,11 +11,13 @@ import pytest
 
 import jax_gluon
 from jax_gluon import AttentionQuantization, QuantizedKVCache, QuantSpec
+from jax_gluon.formats import PRESETS
 
 MINIMUM = dict(symmetric=False, float_minimum=True)
+# Queries stay in float, so that every error is the cache's.
 FORMATS = {
-    "int8": "int8",
-    "int4": "int4",
+    "int8": dataclasses.replace(PRESETS["int8"], query=None),
+    "int4": dataclasses.replace(PRESETS["int4"], query=None),
     "mixed": AttentionQuantization(
         None,
         QuantSpec(granularity="block", block_size=4, symmetric=False),
@@ -24,7 +26,7 @@ FORMATS = {
 }
 # Rows, and blocks of both operands.
 two_formats = pytest.mark.parametrize(
-    "quantization", ["int8", FORMATS["mixed"]], ids=["int8", "mixed"]
+    "quantization", [FORMATS["int8"], FORMATS["mixed"]], ids=["int8", "mixed"]
 )
 ROTATED = AttentionQuantization(
     None, QuantSpec(center=True, rotate=True), QuantSpec(granularity="group", block_size=4)
@@ -34,7 +36,7 @@ every_format = pytest.mark.parametrize("quantization", FORMATS.values(), ids=FOR
 B, N, K, H, V, CAPACITY, WINDOW = 2, 4, 2, 16, 12, 64, 20
 
 
-def create(quantization="int8", **keywords):
+def create(quantization=FORMATS["int8"], **keywords):
     return QuantizedKVCache.create(
         B, CAPACITY, K, H, value_dim=V, quantization=quantization, **keywords
     )
@@ -162,6 +164,23 @@ def test_generation_in_a_scan(quantization, oracle, relative_error):
     assert copy.key.data.is_deleted()
     assert_equal(scanned, cache)
     np.testing.assert_allclose(jnp.swapaxes(outputs, 0, 1), np.concatenate(rows, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_quantize_float_queries(name):
+    """As the function does with `quantization`, unless another is asked for or they are codes."""
+    key, value, query = tokens(40)
+    cache = create(name).append(key, value)
+    codes = jax_gluon.quantize(query[:, -1:], PRESETS[name].query)
+    last = dict(key_value_seq_lengths=cache.length)
+    expected = jax_gluon.dot_product_attention(codes, cache.key, cache.value, **last)
+    as_float = jax_gluon.dot_product_attention(query[:, -1:], cache.key, cache.value, **last)
+    assert not np.array_equal(expected, as_float)
+    np.testing.assert_array_equal(cache.attention(codes), expected)
+    np.testing.assert_array_equal(cache.attention(query[:, -1:]), expected)
+    np.testing.assert_array_equal(cache.attention(query[:, -1:], quantization=None), as_float)
+    kept = create(FORMATS[name]).append(key, value)
+    np.testing.assert_array_equal(kept.attention(query[:, -1:]), as_float)
 
 
 @every_format

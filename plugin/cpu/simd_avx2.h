@@ -159,6 +159,73 @@ struct Avx2 {
   }
   static I dot_keys(I acc, I key, I query) { return dot(acc, key, query); }
   static I dot_values(I acc, I value, I probability) { return dot(acc, value, probability); }
+
+  // Bytes. A query's codes are within [-127, 127], and weights of
+  // 8-bit codes within kMostWeight: sums of two products, 2 * 127 * 128 and 2 * 255 * 15, then fit
+  // 16 bits, where vpmaddubsw would saturate.
+  static constexpr int kKeyBias = 0, kMostWeight = 127;
+  // acc += key . query, 4 products a lane; keys are larger by kKeyBias.
+  static I dot_key_bytes(I acc, I key, I query) {
+    return dot_weights(acc, _mm256_abs_epi8(key), _mm256_sign_epi8(query, key));
+  }
+  // The same of 4-bit codes, all larger by 8: low nibbles with `even`, high ones with `odd`.
+  static I dot_key_nibbles(I acc, I bytes, I even, I odd) {
+    I low, high;
+    split_nibbles(bytes, &low, &high);
+    const I pairs =
+        _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  // acc += weights . codes, unsigned and signed bytes, 4 products a lane.
+  static I dot_weights(I acc, I weights, I codes) {
+    const I pairs = _mm256_maddubs_epi16(weights, codes);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static void split_nibbles(I bytes, I* low, I* high) {
+    const I mask = _mm256_set1_epi8(15);
+    *low = _mm256_and_si256(bytes, mask);
+    *high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+  }
+  // Bytes of four rows side by side: dword e of 16-byte lane l of out[v] is byte 16 l + 4 v + e of
+  // each row.
+  static void interleave(const char* a, const char* b, const char* c, const char* d, I* out) {
+    const I x = load_i32(a), y = load_i32(b), z = load_i32(c), w = load_i32(d);
+    const I xy = _mm256_unpacklo_epi8(x, y), zw = _mm256_unpacklo_epi8(z, w);
+    const I xy_high = _mm256_unpackhi_epi8(x, y), zw_high = _mm256_unpackhi_epi8(z, w);
+    out[0] = _mm256_unpacklo_epi16(xy, zw);
+    out[1] = _mm256_unpackhi_epi16(xy, zw);
+    out[2] = _mm256_unpacklo_epi16(xy_high, zw_high);
+    out[3] = _mm256_unpackhi_epi16(xy_high, zw_high);
+  }
+  // Lane i of the result is the sum of the lanes of x[i].
+  static I sum_each(const I* x) {
+    const auto pairs = [](I a, I b) {
+      return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    };
+    const auto fours = [&](const I* y) {
+      const I ab = pairs(y[0], y[1]), cd = pairs(y[2], y[3]);
+      return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    };
+    const I low = fours(x), high = fours(x + 4);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                            _mm256_permute2x128_si256(low, high, 0x31));
+  }
+  // Lane i of the result is lane index[i] of the table.
+  static I permute(I table, I index) { return _mm256_permutevar8x32_epi32(table, index); }
+  static F permute(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
+  static I add_i32(I a, I b) { return _mm256_add_epi32(a, b); }
+  // Integers in [0, 255]: those of four vectors as the bytes of a lane, and those of one in a row.
+  static I pack_bytes(I a, I b, I c, I d) {
+    const I low = _mm256_or_si256(a, _mm256_slli_epi32(b, 8));
+    return _mm256_or_si256(low,
+                           _mm256_or_si256(_mm256_slli_epi32(c, 16), _mm256_slli_epi32(d, 24)));
+  }
+  static void store_u8(uint8_t* p, I x) {
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+
   // 2 * kLanes integers in [0, 255], rounded, as 16-bit numbers in key order.
   static void store_probabilities(void* p, const F* x) {
     const __m256i packed = _mm256_packus_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));

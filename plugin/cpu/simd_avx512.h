@@ -139,6 +139,56 @@ struct Avx512 {
   }
   static I dot_keys(I acc, I key, I query) { return dot(acc, key, query); }
   static I dot_values(I acc, I value, I probability) { return dot(acc, probability, value); }
+
+  static constexpr int kKeyBias = 128, kMostWeight = 255;
+  static I dot_key_bytes(I acc, I key, I query) {
+    return dot(acc, _mm512_xor_si512(key, _mm512_set1_epi32(static_cast<int>(0x80808080))), query);
+  }
+  static I dot_key_nibbles(I acc, I bytes, I even, I odd) {
+    I low, high;
+    split_nibbles(bytes, &low, &high);
+    return dot(dot(acc, low, even), high, odd);
+  }
+  static I dot_weights(I acc, I weights, I codes) { return dot(acc, weights, codes); }
+  static void split_nibbles(I bytes, I* low, I* high) {
+    const I mask = _mm512_set1_epi32(0x0f0f0f0f);
+    *low = _mm512_and_si512(bytes, mask);
+    *high = _mm512_and_si512(_mm512_srli_epi32(bytes, 4), mask);
+  }
+  static void interleave(const char* a, const char* b, const char* c, const char* d, I* out) {
+    const I x = load_i32(a), y = load_i32(b), z = load_i32(c), w = load_i32(d);
+    const I xy = _mm512_unpacklo_epi8(x, y), zw = _mm512_unpacklo_epi8(z, w);
+    const I xy_high = _mm512_unpackhi_epi8(x, y), zw_high = _mm512_unpackhi_epi8(z, w);
+    out[0] = _mm512_unpacklo_epi16(xy, zw);
+    out[1] = _mm512_unpackhi_epi16(xy, zw);
+    out[2] = _mm512_unpacklo_epi16(xy_high, zw_high);
+    out[3] = _mm512_unpackhi_epi16(xy_high, zw_high);
+  }
+  static I sum_each(const I* x) {
+    const auto pairs = [](I a, I b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const auto fours = [&](const I* y) {
+      const I ab = pairs(y[0], y[1]), cd = pairs(y[2], y[3]);
+      return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    };
+    const auto lanes = [](I a, I b) {
+      return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    };
+    return lanes(lanes(fours(x), fours(x + 4)), lanes(fours(x + 8), fours(x + 12)));
+  }
+  static I permute(I table, I index) { return _mm512_permutexvar_epi32(index, table); }
+  static F permute(F table, I index) { return _mm512_permutexvar_ps(index, table); }
+  static I add_i32(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I pack_bytes(I a, I b, I c, I d) {
+    const I low = _mm512_or_si512(a, _mm512_slli_epi32(b, 8));
+    return _mm512_or_si512(low,
+                           _mm512_or_si512(_mm512_slli_epi32(c, 16), _mm512_slli_epi32(d, 24)));
+  }
+  static void store_u8(uint8_t* p, I x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+  }
+
   // 4 * kLanes integers in [0, 255], rounded, as bytes in key order.
   static void store_probabilities(void* p, const F* x) {
     for (int i = 0; i < 4; ++i) {

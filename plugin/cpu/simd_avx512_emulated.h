@@ -185,6 +185,45 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return a.v[i] | b.v[i]; });
 }
+inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i x) {
+  return int_lanes([&](int i) { return x.v[index.v[i] & 15]; });
+}
+inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 x) {
+  return float_lanes([&](int i) { return x.v[index.v[i] & 15]; });
+}
+// The elements of the low or high halves of each 16-byte lane of a and b in turn.
+template <class T, bool kHigh>
+__m512i unpack(__m512i a, __m512i b) {
+  constexpr size_t kCount = 64 / sizeof(T), kLane = 16 / sizeof(T);
+  const auto x = reinterpret<std::array<T, kCount>>(a), y = reinterpret<std::array<T, kCount>>(b);
+  std::array<T, kCount> out;
+  for (size_t i = 0; i < kCount; ++i) {
+    const size_t from = i / kLane * kLane + (kHigh ? kLane / 2 : 0) + i % kLane / 2;
+    out[i] = i % 2 == 0 ? x[from] : y[from];
+  }
+  return reinterpret<__m512i>(out);
+}
+inline __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) { return unpack<uint8_t, false>(a, b); }
+inline __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) { return unpack<uint8_t, true>(a, b); }
+inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack<uint16_t, false>(a, b); }
+inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack<uint16_t, true>(a, b); }
+inline __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpack<uint32_t, false>(a, b); }
+inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpack<uint32_t, true>(a, b); }
+inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpack<uint64_t, false>(a, b); }
+inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpack<uint64_t, true>(a, b); }
+// 16-byte lanes of a, then of b, as the pairs of bits of `order` choose them.
+inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int order) {
+  return int_lanes([&](int i) {
+    const int lane = order >> i / 4 * 2 & 3;
+    return (i < 8 ? a : b).v[lane * 4 + i % 4];
+  });
+}
 inline __m512 _mm512_castsi512_ps(__m512i x) { return reinterpret<__m512>(x); }
 inline __m128i _mm512_cvtepi32_epi8(__m512i x) {
   __m128i y;

@@ -166,6 +166,71 @@ struct Portable {
   }
   static I dot_keys(I acc, I key, I query) { return dot(acc, key, query); }
   static I dot_values(I acc, I value, I probability) { return dot(acc, probability, value); }
+
+  static constexpr int kKeyBias = 0, kMostWeight = 255;
+  static I dot_key_bytes(I acc, I key, I query) {
+    int8_t a[4 * kLanes], b[4 * kLanes];
+    std::memcpy(a, &key, sizeof a);
+    std::memcpy(b, &query, sizeof b);
+    return map<I>([&](int i) {
+      return acc.v[i] + a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] +
+             a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
+    });
+  }
+  static I dot_key_nibbles(I acc, I bytes, I even, I odd) {
+    I low, high;
+    split_nibbles(bytes, &low, &high);
+    return dot(dot(acc, low, even), high, odd);
+  }
+  static I dot_weights(I acc, I weights, I codes) { return dot(acc, weights, codes); }
+  static void split_nibbles(I bytes, I* low, I* high) {
+    *low = map<I>([&](int i) { return bytes.v[i] & 0x0f0f0f0f; });
+    *high = map<I>([&](int i) { return bytes.v[i] >> 4 & 0x0f0f0f0f; });
+  }
+  static void interleave(const char* a, const char* b, const char* c, const char* d, I* out) {
+    for (int v = 0; v < 4; ++v) {
+      char bytes[4 * kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int from = i / 4 * 16 + 4 * v + i % 4;
+        bytes[4 * i] = a[from];
+        bytes[4 * i + 1] = b[from];
+        bytes[4 * i + 2] = c[from];
+        bytes[4 * i + 3] = d[from];
+      }
+      std::memcpy(&out[v], bytes, sizeof bytes);
+    }
+  }
+  static I sum_each(const I* x) {
+    return map<I>([&](int i) {
+      int32_t sum = 0;
+      for (int32_t lane : x[i].v) sum += lane;
+      return sum;
+    });
+  }
+  static I permute(I table, I index) {
+    return map<I>([&](int i) { return table.v[index.v[i]]; });
+  }
+  static F permute(F table, I index) {
+    return map<F>([&](int i) { return table.v[index.v[i]]; });
+  }
+  static I add_i32(I a, I b) {
+    return map<I>([&](int i) {
+      return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
+    });
+  }
+  static I pack_bytes(I a, I b, I c, I d) {
+    I out;
+    for (int i = 0; i < kLanes; ++i) {
+      const uint8_t bytes[] = {static_cast<uint8_t>(a.v[i]), static_cast<uint8_t>(b.v[i]),
+                               static_cast<uint8_t>(c.v[i]), static_cast<uint8_t>(d.v[i])};
+      std::memcpy(&out.v[i], bytes, sizeof bytes);
+    }
+    return out;
+  }
+  static void store_u8(uint8_t* p, I x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(x.v[i]);
+  }
+
   static void store_probabilities(void* p, const F* x) {
     for (int j = 0; j < 4; ++j) {
       const I codes = to_int(x[j]);

@@ -15,7 +15,7 @@ template <class Isa, bool kBf16Dot = false>
 struct Variant {
   static Status forward(const AttentionForwardCall& call, Parallel& parallel) {
     if (AttentionDecode<Isa>::takes(call)) {
-      AttentionDecode<Isa>(call, parallel).run();
+      AttentionDecode<Isa>::run(call, parallel);
       return {};
     }
     if (AttentionForward<Int8Core<Isa>>::takes(call)) {
