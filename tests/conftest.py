@@ -41,6 +41,14 @@ def configure():
     return scope
 
 
+@pytest.fixture
+def compiles_quickly():
+    """XLA leaves out most optimizations: for tests of many programs, each run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 STRICT_MODES = {
     "jax_numpy_rank_promotion": "raise",
     "jax_numpy_dtype_promotion": "strict",

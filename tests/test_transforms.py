@@ -13,6 +13,11 @@ B, T, S, N, K, H = 2, 5, 7, 4, 2, 8
 QUANTIZATIONS = pytest.mark.parametrize("quantization", [None, "int8"])
 
 
+@pytest.fixture(autouse=True)
+def _compiles_quickly(compiles_quickly):
+    pass
+
+
 @pytest.fixture
 def arguments():
     """One of each array argument."""
@@ -51,6 +56,16 @@ def loss(floats, others, **keywords):
     return jnp.vdot(out, jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
 
+@functools.cache
+def jitted(implementation, quantization):
+    """Attention and its gradient, each compiled once for all tests."""
+    keywords = {"implementation": implementation, "quantization": quantization}
+    return (
+        jax.jit(functools.partial(attend, **keywords)),
+        jax.jit(jax.grad(functools.partial(loss, **keywords))),
+    )
+
+
 def split(arguments):
     floats = {name: x for name, x in arguments.items() if name in FLOATS}
     return floats, {name: x for name, x in arguments.items() if name not in FLOATS}
@@ -78,11 +93,10 @@ def test_vmap_over_one_argument(mapped, quantization, implementation, arguments)
     batch = {**arguments, mapped: stack}
     rows = [{**arguments, mapped: x} for x in stack]
 
-    run = jax.jit(functools.partial(attend, **keywords))
+    run, gradient = jitted(implementation, quantization)
     expected = jnp.stack([run(row) for row in rows])
     assert_close(jax.jit(jax.vmap(run, axes))(batch), expected)
 
-    gradient = jax.jit(jax.grad(functools.partial(loss, **keywords)))
     expected = [gradient(*split(row)) for row in rows]
     split_axes = split(axes[0])
     each = jax.jit(jax.vmap(gradient, split_axes))(*split(batch))
