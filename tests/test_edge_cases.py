@@ -7,6 +7,8 @@ import pytest
 
 import jax_gluon
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 QUANTIZATIONS = pytest.mark.parametrize("quantization", [None, "int8"])
 
 

@@ -9,6 +9,8 @@ from flax import linen, nnx
 import jax_gluon.flax
 import jax_gluon.quantization
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 B, T, S, FEATURES, HEADS = 2, 11, 13, 24, 4
 RNG = np.random.default_rng(11)
 X = jnp.asarray(RNG.standard_normal((B, T, FEATURES)), jnp.float32)
