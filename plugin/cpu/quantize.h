@@ -63,6 +63,11 @@ class Quantize {
     const int64_t chunks = ceil_div(call_.S, step);
     parallel_.run(call_.B * chunks, [this, step, chunks](int64_t task) {
       const int64_t b = task / chunks, begin = task % chunks * step;
+      if (call_.bits == 8 && call_.symmetric && call_.token_block == 1 && call_.head_block == 0 &&
+          !call_.rotate && call_.H % W == 0) {
+        quantize_rows(b, {begin, std::min(call_.S, begin + step)});
+        return;
+      }
       Scratch s(*this);
       for (int64_t i = begin; i < std::min(call_.S, begin + step); i += call_.token_block) {
         const int64_t end = std::min(call_.S, i + call_.token_block);
@@ -102,21 +107,25 @@ class Quantize {
     load(b, i, k, row);
     if (!call_.center) return;
     const float* centre = mean(b, k);
-    constexpr float kLargest = std::numeric_limits<float>::max();
-    // A difference of two finite numbers is kept finite.
-    const F largest = Isa::set1(kLargest), least = Isa::set1(-kLargest);
-    const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
     int64_t h = 0;
     for (; h + W <= call_.H; h += W) {
-      const F x = Isa::load(row + h);
-      F centred = Isa::max(Isa::sub(x, Isa::load(centre + h)), least);
-      centred = Isa::where_less(centred, largest, centred, largest);
-      Isa::store(row + h, Isa::where_less(Isa::abs(x), infinity, centred, x));
+      Isa::store(row + h, centred(Isa::load(row + h), Isa::load(centre + h)));
     }
+    constexpr float kLargest = std::numeric_limits<float>::max();
     for (; h < call_.H; ++h) {
       const float x = std::min(std::max(row[h] - centre[h], -kLargest), kLargest);
       row[h] = std::fabs(row[h]) <= kLargest ? x : row[h];
     }
+  }
+
+  // x less the mean; a difference of two finite numbers is kept finite.
+  static F centred(F x, F centre) {
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    const F largest = Isa::set1(kLargest), least = Isa::set1(-kLargest);
+    const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
+    F difference = Isa::max(Isa::sub(x, centre), least);
+    difference = Isa::where_less(difference, largest, difference, largest);
+    return Isa::where_less(Isa::abs(x), infinity, difference, x);
   }
 
   // Signs, then a fast Walsh-Hadamard transform of each block of a power of two.
@@ -144,26 +153,13 @@ class Quantize {
       tokens = std::min(std::max<int64_t>(tokens, 0), call_.S);
     }
     Buffer<float> scratch(3 * width_);
-    float* row = scratch.get();
-    float* sum = row + width_;
-    float* count = sum + width_;
+    float *row = scratch.get(), *sum = row + width_, *count = sum + width_;
     Buffer<double> total(2 * H);
     std::fill(total.get(), total.get() + 2 * H, 0.0);
     for (int64_t begin = 0; begin < tokens; begin += kPartial) {
-      std::fill(sum, sum + width_, 0.0f);
-      std::fill(count, count + width_, 0.0f);
-      // Scaled, so that 64 of the largest floats have a finite sum.
-      const F share = Isa::set1(1.0f / kPartial), one = Isa::set1(1.0f), zero = Isa::zero();
-      const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
-      for (int64_t i = begin; i < std::min(tokens, begin + kPartial); ++i) {
-        load(b, i, k, row);
-        for (int64_t h = 0; h < width_; h += W) {
-          const F x = Isa::load(row + h), size = Isa::abs(x);
-          const F term = Isa::where_less(size, infinity, Isa::mul(x, share), zero);
-          Isa::store(sum + h, Isa::add(Isa::load(sum + h), term));
-          const F counted = Isa::where_less(size, infinity, one, zero);
-          Isa::store(count + h, Isa::add(Isa::load(count + h), counted));
-        }
+      const Range part{begin, std::min(tokens, begin + kPartial)};
+      if (!add_tokens<false>(b, k, part, row, sum, count)) {
+        add_tokens<true>(b, k, part, row, sum, count);
       }
       for (int64_t h = 0; h < H; ++h) {
         total[h] += static_cast<double>(sum[h]) * kPartial;
@@ -176,13 +172,105 @@ class Quantize {
     }
   }
 
+  // Symmetric 8-bit rows, straight from the operand.
+  void quantize_rows(int64_t b, Range tokens) const {
+    switch (call_.x.dtype) {
+      case DType::kF32:
+        return quantize_rows_of<float>(b, tokens, [](const float* p) { return Isa::load(p); });
+      case DType::kBF16:
+        return quantize_rows_of<uint16_t>(b, tokens,
+                                          [](const uint16_t* p) { return Isa::load_bf16(p); });
+      default:
+        return quantize_rows_of<uint16_t>(b, tokens,
+                                          [](const uint16_t* p) { return Isa::load_f16(p); });
+    }
+  }
+
+  template <class Stored, class Load>
+  void quantize_rows_of(int64_t b, Range tokens, Load load) const {
+    for (int64_t i = tokens.begin; i < tokens.end; ++i) {
+      const int64_t first = (b * call_.S + i) * call_.K;
+      for (int64_t k = 0; k < call_.K; ++k) {
+        const Stored* x = static_cast<const Stored*>(row_of(call_.x, b, i, k));
+        const float* centre = call_.center ? mean(b, k) : nullptr;
+        int8_t* codes = static_cast<int8_t*>(call_.data.data) + (first + k) * call_.H;
+        float* scale = static_cast<float*>(call_.scale.data) + first + k;
+        if (centre) {
+          round_row([&](int64_t h) { return centred(load(x + h), Isa::load(centre + h)); }, codes,
+                    scale);
+        } else {
+          round_row([&](int64_t h) { return load(x + h); }, codes, scale);
+        }
+      }
+    }
+  }
+
+  // element(h) is a vector of a row.
+  template <class Element>
+  void round_row(Element element, int8_t* codes, float* scale) const {
+    F most = Isa::zero(), probe = Isa::zero();
+    for (int64_t h = 0; h < call_.H; h += W) {
+      const F x = element(h);
+      most = Isa::max(Isa::abs(x), most);
+      probe = Isa::fma(x, Isa::zero(), probe);  // NaN once x is not finite
+    }
+    const float largest = Isa::reduce_max(most) + Isa::reduce_add(probe);
+    float step = largest / highest_;
+    if (step < kLeastScale) step = 0.0f;
+    *scale = step;
+    // Codes of a row without a usable scale are 0.
+    const F divisor = Isa::set1(step > 0.0f ? step : std::numeric_limits<float>::infinity());
+    for (int64_t h = 0; h < call_.H; h += W) {
+      const F code = Isa::div(element(h), divisor);
+      Isa::store_s8(codes + h, Isa::to_int(step > 0.0f ? code : Isa::zero()));
+    }
+  }
+
+  // Sums of tokens, scaled so that kPartial of the largest floats have a finite one, and their
+  // numbers. Without kCheck all have to be finite; false where they are not.
+  template <bool kCheck>
+  bool add_tokens(int64_t b, int64_t k, Range tokens, float* row, float* sum, float* count) const {
+    std::fill(sum, sum + width_, 0.0f);
+    std::fill(count, count + width_, kCheck ? 0.0f : static_cast<float>(tokens.end - tokens.begin));
+    const F share = Isa::set1(1.0f / kPartial), one = Isa::set1(1.0f), zero = Isa::zero();
+    const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
+    const bool plain = call_.x.dtype == DType::kF32 && call_.H % W == 0 && !call_.rotate;
+    for (int64_t i = tokens.begin; i < tokens.end; ++i) {
+      const float* x = row;
+      if (plain) {
+        x = static_cast<const float*>(row_of(call_.x, b, i, k));
+      } else {
+        load(b, i, k, row);
+      }
+      for (int64_t h = 0; h < width_; h += W) {
+        const F element = Isa::load(x + h), before = Isa::load(sum + h);
+        if constexpr (kCheck) {
+          const F size = Isa::abs(element);
+          const F term = Isa::where_less(size, infinity, Isa::mul(element, share), zero);
+          Isa::store(sum + h, Isa::add(before, term));
+          const F counted = Isa::where_less(size, infinity, one, zero);
+          Isa::store(count + h, Isa::add(Isa::load(count + h), counted));
+        } else {
+          Isa::store(sum + h, Isa::add(before, Isa::mul(element, share)));
+        }
+      }
+    }
+    if constexpr (kCheck) return true;
+    F probe = zero;
+    for (int64_t h = 0; h < width_; h += W) probe = Isa::fma(Isa::load(sum + h), zero, probe);
+    return Isa::reduce_add(probe) == 0.0f;
+  }
+
   // Tokens [begin, end) of one head, which share scales.
   void quantize_block(int64_t b, int64_t k, int64_t begin, int64_t end, Scratch& s) const {
-    if (call_.token_block == 1 && call_.head_block == 0) {
+    if (call_.token_block == 1) {
       load_centred(b, begin, k, s.row);
-      float low, high;
-      find_extremes(s.row, &low, &high);
-      store_parameters_of(scale_index(b, begin, k), low, high);
+      const int64_t index = scale_index(b, begin, k), size = head_block();
+      for (int64_t c = 0; c < scales_; ++c) {
+        float low, high;
+        find_extremes(s.row + c * size, std::min(size, call_.H - c * size), &low, &high);
+        store_parameters_of(index + c, low, high);
+      }
       load_parameters(b, begin, k, s);
       store_codes(b, begin, k, s);
       return;
@@ -272,12 +360,12 @@ class Quantize {
     }
   }
 
-  // Of one row; NaN where an element is not finite.
-  void find_extremes(const float* row, float* low, float* high) const {
+  // Of n elements; NaN where one is not finite.
+  static void find_extremes(const float* row, int64_t n, float* low, float* high) {
     const F zero = Isa::zero();
     F most = Isa::set1(row[0]), least = Isa::set1(-row[0]), probe = zero;
     int64_t h = 0;
-    for (; h + W <= call_.H; h += W) {
+    for (; h + W <= n; h += W) {
       const F x = Isa::load(row + h);
       most = Isa::max(most, x);
       least = Isa::max(least, Isa::sub(zero, x));
@@ -286,7 +374,7 @@ class Quantize {
     *high = Isa::reduce_max(most);
     *low = -Isa::reduce_max(least);
     float finite = Isa::reduce_add(probe);
-    for (; h < call_.H; ++h) {
+    for (; h < n; ++h) {
       *low = std::min(*low, row[h]);
       *high = std::max(*high, row[h]);
       finite += 0.0f * row[h];
@@ -374,43 +462,65 @@ class Quantize {
     }
   }
 
+  enum class Mode : uint8_t { kSymmetric, kZeroPoint, kMinimum };
+
   void store_codes(int64_t b, int64_t i, int64_t k, Scratch& s) const {
-    const F zero = Isa::zero(), lowest = Isa::set1(lowest_), highest = Isa::set1(highest_);
-    const F half = Isa::set1(0.5f), largest = Isa::set1(1e30f);
-    for (int64_t h = 0; h < width_; h += W) {
-      const F x = Isa::load(s.row + h), divisor = Isa::load(s.divisor + h);
-      const F offset = Isa::load(s.offset + h);
-      F code;
-      if (call_.float_minimum) {
-        // Halves: the difference of two floats may be more than the largest.
-        const F distance = Isa::sub(Isa::mul(x, half), Isa::mul(offset, half));
-        code = Isa::div(distance, Isa::mul(divisor, half));
-      } else {
-        code = Isa::div(x, divisor);
-      }
-      // What is not finite has no scale either.
-      code = Isa::where_less(Isa::abs(code), largest, code, zero);
-      code = Isa::to_float(Isa::to_int(code));
-      if (call_.float_minimum) {
-        code = Isa::add(code, lowest);
-      } else if (!call_.symmetric) {
-        code = Isa::add(code, offset);
-      }
-      code = Isa::max(code, lowest);
-      code = Isa::where_less(code, highest, code, highest);
-      Isa::store_s8(s.codes.get() + h, Isa::to_int(code));
-    }
+    if (call_.symmetric) return store_codes_of<Mode::kSymmetric>(b, i, k, s);
+    if (call_.float_minimum) return store_codes_of<Mode::kMinimum>(b, i, k, s);
+    store_codes_of<Mode::kZeroPoint>(b, i, k, s);
+  }
+
+  template <Mode kMode>
+  void store_codes_of(int64_t b, int64_t i, int64_t k, Scratch& s) const {
     const int64_t index = (b * call_.S + i) * call_.K + k, H = call_.H;
     if (call_.bits == 8) {
-      std::memcpy(static_cast<int8_t*>(call_.data.data) + index * H, s.codes.get(),
-                  static_cast<size_t>(H));
+      int8_t* out = static_cast<int8_t*>(call_.data.data) + index * H;
+      int64_t h = 0;
+      for (; h + W <= H; h += W) Isa::store_s8(out + h, Isa::to_int(code_of<kMode>(s, h)));
+      if (h == H) return;
+      Isa::store_s8(s.codes.get(), Isa::to_int(code_of<kMode>(s, h)));
+      std::memcpy(out + h, s.codes.get(), static_cast<size_t>(H - h));
       return;
     }
+    // Two codes, each larger by 8, in a byte: the even one is the low nibble.
     uint8_t* out = static_cast<uint8_t*>(call_.data.data) + index * (H / 2);
-    for (int64_t h = 0; h < H / 2; ++h) {
-      const int low = s.codes[2 * h] + 8, high = s.codes[2 * h + 1] + 8;
-      out[h] = static_cast<uint8_t>(low | high << 4);
+    const F sixteen = Isa::set1(16.0f), bias = Isa::set1(8.0f + 16.0f * 8.0f);
+    for (int64_t h = 0; h < H; h += 2 * W) {
+      F codes[2];
+      const F second = h + W < width_ ? code_of<kMode>(s, h + W) : Isa::zero();
+      Isa::deinterleave(code_of<kMode>(s, h), second, codes);
+      const auto bytes = Isa::to_int(Isa::add(Isa::fma(codes[1], sixteen, codes[0]), bias));
+      if (h + 2 * W <= H) {
+        Isa::store_u8(out + h / 2, bytes);
+      } else {
+        uint8_t last[W];
+        Isa::store_u8(last, bytes);
+        std::memcpy(out + h / 2, last, static_cast<size_t>((H - h) / 2));
+      }
     }
+  }
+
+  // Codes of elements h.. of the row at hand, as floats.
+  template <Mode kMode>
+  F code_of(const Scratch& s, int64_t h) const {
+    const F zero = Isa::zero(), lowest = Isa::set1(lowest_), highest = Isa::set1(highest_);
+    const F half = Isa::set1(0.5f), largest = Isa::set1(1e30f);
+    const F x = Isa::load(s.row + h), divisor = Isa::load(s.divisor + h);
+    F code;
+    if constexpr (kMode == Mode::kMinimum) {
+      // Halves: the difference of two floats may be more than the largest.
+      const F distance = Isa::sub(Isa::mul(x, half), Isa::mul(Isa::load(s.offset + h), half));
+      code = Isa::div(distance, Isa::mul(divisor, half));
+    } else {
+      code = Isa::div(x, divisor);
+    }
+    // What is not finite has no scale either.
+    code = Isa::where_less(Isa::abs(code), largest, code, zero);
+    code = Isa::to_float(Isa::to_int(code));
+    if constexpr (kMode == Mode::kMinimum) code = Isa::add(code, lowest);
+    if constexpr (kMode == Mode::kZeroPoint) code = Isa::add(code, Isa::load(s.offset + h));
+    code = Isa::max(code, lowest);
+    return Isa::where_less(code, highest, code, highest);
   }
 
   const QuantizeCall& call_;
