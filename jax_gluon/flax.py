@@ -39,17 +39,15 @@ def attention_fn(
     **Returns:** the function. It raises `NotImplementedError` for what a fused kernel does not
     give: dropout of the weights, weights for `sow_weights`, replaced einsums.
 
-    ```python
-    import jax, jax.numpy as jnp
-    from flax import nnx
-    import jax_gluon.flax
-
-    attention = nnx.MultiHeadAttention(
-        num_heads=4, in_features=64, decode=False, rngs=nnx.Rngs(0),
-        attention_fn=jax_gluon.flax.attention_fn(quantization="int8"),
-    )
-    attention(jnp.ones((2, 16, 64)), is_causal=True).shape  # (2, 16, 64)
-    ```
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import jax_gluon.flax
+    >>> attention = nnx.MultiHeadAttention(
+    ...     num_heads=4, in_features=64, decode=False, rngs=nnx.Rngs(0),
+    ...     attention_fn=jax_gluon.flax.attention_fn(quantization="int8"),
+    ... )
+    >>> attention(jnp.ones((2, 16, 64)), is_causal=True).shape
+    (2, 16, 64)
     """
     attend = functools.partial(
         dot_product_attention,

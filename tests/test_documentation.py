@@ -1,9 +1,14 @@
-"""The examples in the README and in the documentation run as they stand."""
+"""The examples in the README, in the documentation and in docstrings run as they stand."""
 
+import doctest
 import re
 from pathlib import Path
 
 import pytest
+
+import jax_gluon
+from jax_gluon import flax as gluon_flax
+from jax_gluon import formats, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,3 +33,31 @@ def test_links_to_files_lead_somewhere(page):
 
 def test_the_readme_has_examples():
     assert len(examples(ROOT / "README.md")) >= 3
+
+
+PUBLIC = {
+    f"{owner.__name__}.{name}": getattr(owner, name)
+    for owner, names in (
+        (jax_gluon, jax_gluon.__all__),
+        (gluon_flax, ("attention_fn",)),
+        (reference, ("dot_product_attention", "fake_quantize")),
+        (formats, ("QuantizedTensor",)),
+    )
+    for name in names
+    if not isinstance(getattr(owner, name), type(re))
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_of_a_docstring(name):
+    tests = doctest.DocTestFinder(exclude_empty=True).find(PUBLIC[name], name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in tests:
+        if test.examples:
+            assert runner.run(test).failed == 0
+
+
+def test_public_functions_have_examples():
+    for name, function in PUBLIC.items():
+        if callable(function) and not isinstance(function, type):
+            assert ">>>" in (function.__doc__ or ""), name
