@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
 CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/*/*.cc plugin/*/*.h)
+FORMATTED := $(CXX_FILES) $(wildcard tests/*/*.cc tests/*/*.h)
 PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools)
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
@@ -46,12 +47,12 @@ smoke: $(STAMPS)/package
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check $(PYTHON_PATHS)
 	$(BIN)/ruff format --check $(PYTHON_PATHS)
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix-only $(PYTHON_PATHS)
 	$(BIN)/ruff format $(PYTHON_PATHS)
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 typecheck: $(STAMPS)/dev
 	$(BIN)/pyright

@@ -101,7 +101,10 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
                     Shape* bias_shape) {
   call.scale = decoder.finite("scale");
   call.soft_cap = decoder.finite("soft_cap");
-  if (call.soft_cap < 0.0f) decoder.fail("attribute soft_cap is negative");
+  if (call.soft_cap < 0.0f) {
+    decoder.fail("attribute soft_cap is " + std::to_string(call.soft_cap) +
+                 ", expected 0 (none) or more");
+  }
   call.causal = decoder.flag("causal");
   call.window_left = decoder.integer("window_left", -1, kMost);
   call.window_right = decoder.integer("window_right", -1, kMost);

@@ -76,3 +76,22 @@ def test_instruction_set_files_share_no_code_with_the_baseline():
     assert defined(objects["module.cc.o"]), "nm shows the weak functions of pybind11 at least"
     for path in variants:
         assert defined(path) == set(), path.name
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_pool_under_a_sanitizer(sanitizer, tmp_path):
+    """Helpers that start late were once a use after scope, which only a sanitizer sees."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    stub = tmp_path / "xla" / "ffi" / "api"
+    stub.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "pool" / "ffi.h", stub)
+    program = tmp_path / "pool"
+    flags = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    paths = [f"-I{ROOT / 'plugin'}", f"-I{tmp_path}"]
+    source = ROOT / "tests" / "pool" / "main.cc"
+    subprocess.run([compiler, *flags, *paths, source, "-o", program, "-pthread"], check=True)
+    finished = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout == "0 failures\n"

@@ -334,7 +334,7 @@ ATTRIBUTES = {
     "scale_nan": ("scale", np.float32("nan"), "is nan, expected a finite number"),
     "scale_inf": ("scale", np.float32("inf"), "is inf, expected a finite number"),
     "soft_cap_nan": ("soft_cap", np.float32("nan"), "is nan, expected a finite number"),
-    "soft_cap_negative": ("soft_cap", np.float32(-1), "is negative"),
+    "soft_cap_negative": ("soft_cap", np.float32(-1), "is -1.000000, expected 0"),
     "causal": ("causal", np.int64(2), "is 2, expected 0 to 1"),
     "causal_negative": ("causal", np.int64(-1), "is -1, expected 0 to 1"),
     "window_left": ("window_left", np.int64(-2), "is -2, expected -1 to "),
