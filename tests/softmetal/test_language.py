@@ -1,7 +1,7 @@
 """The Metal language: one small kernel with a known answer per feature.
 
-Each row of the table names a feature, its kernel in `language/`, what goes in and what must come out
-of buffer 0 and the following ones. `python tests/softmetal/test_language.py` prints the table.
+Each row of the table names a feature, its kernel in `language/`, what goes in and what must come
+out of buffer 0 and the following ones. `python tests/softmetal/test_language.py` prints the table.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
 
 LANGUAGE = pathlib.Path(__file__).parent / "language"
+
 
 def to_bfloat(x):
     """The nearest bfloat of each number, ties to even, as bits."""
@@ -24,6 +26,7 @@ def to_bfloat(x):
 
 
 def from_bfloat(bits):
+    """The float of each bfloat, given as bits."""
     return (np.asarray(bits, np.uint32) << 16).view(np.float32)
 
 
@@ -46,18 +49,22 @@ class Feature:
 
 
 def rng():
+    """Random numbers, the same in every run."""
     return np.random.default_rng(7)
 
 
 def f32(*values):
+    """An array of floats."""
     return np.array(values, np.float32)
 
 
 def i32(*values):
+    """An array of ints."""
     return np.array(values, np.int32)
 
 
 def u32(*values):
+    """An array of uints."""
     return np.array(values, np.uint32)
 
 
@@ -71,9 +78,7 @@ def _types() -> list[Feature]:
     matrices = rng().integers(-3, 4, (2, 4, 4)).astype(np.float32)  # columns
     ma, mb = matrices[0].T.astype(np.float64), matrices[1].T.astype(np.float64)
     x = f32(1, 2, 3, 4)
-    particles = np.zeros(
-        2, np.dtype([("position", "3f4"), ("mass", "f4"), ("spin", "2f2")])
-    )
+    particles = np.zeros(2, np.dtype([("position", "3f4"), ("mass", "f4"), ("spin", "2f2")]))
     particles["position"] = [[1, 2, 3], [4, 5, 6]]
     particles["mass"] = [2, 3]
     particles["spin"] = [[1, 2], [0.5, 4]]
@@ -110,8 +115,18 @@ def _types() -> list[Feature]:
                     [a + b, a - b, a * b, a / b, -a, a * 2, 2 - a, (a + b) / 2, f32(2, -1, 8, 2.5)]
                 ),
                 np.concatenate(
-                    [i & j, i | j, i ^ 5, ~i, i << 2, j >> 1, i - 3 * np.fix(i / 3).astype(int)]
-                    + [a < b, a == a[[0, 0, 2, 2]], (a < b) & (a != b)]
+                    [
+                        i & j,
+                        i | j,
+                        i ^ 5,
+                        ~i,
+                        i << 2,
+                        j >> 1,
+                        i - 3 * np.fix(i / 3).astype(int),
+                        a < b,
+                        a == a[[0, 0, 2, 2]],
+                        (a < b) & (a != b),
+                    ]
                 ).astype(np.int32),
             ],
             [np.concatenate([a, b])],
@@ -269,9 +284,7 @@ def _types() -> list[Feature]:
                 ),
             ],
         ),
-        Feature(
-            "type traits", "types:traits", [i32(1, 1, 1, 1, 1, 1, 12, 42, 6, 1, 1, 1, 1)]
-        ),
+        Feature("type traits", "types:traits", [i32(1, 1, 1, 1, 1, 1, 12, 42, 6, 1, 1, 1, 1)]),
         Feature(
             "literals",
             "types:literals",
@@ -728,9 +741,24 @@ def _positions(threads: tuple[int, int, int], size: tuple[int, int, int]) -> np.
                 index = (local[2] * size[1] + local[1]) * size[0] + local[0]
                 total = size[0] * size[1] * size[2]
                 rows.append(
-                    [*grid, *local, *group, *size, *groups, *threads]
-                    + [index, index % 32, index // 32, -(-total // 32), 32, index % 4, index // 4]
-                    + [size[0], 0, threads[0]]
+                    [
+                        *grid,
+                        *local,
+                        *group,
+                        *size,
+                        *groups,
+                        *threads,
+                        index,
+                        index % 32,
+                        index // 32,
+                        -(-total // 32),
+                        32,
+                        index % 4,
+                        index // 4,
+                        size[0],
+                        0,
+                        threads[0],
+                    ]
                 )
     return np.array(rows, np.uint32)
 
@@ -738,9 +766,19 @@ def _positions(threads: tuple[int, int, int], size: tuple[int, int, int]) -> np.
 def _arguments() -> list[Feature]:
     x = f32(1, 2, 3)
     constants = {
-        **{0: True, 1: -7, 2: 3000000000, 3: 0.25, 4: np.float16(1.5), 5: np.int16(-300)},
-        **{6: np.uint16(60000), 7: np.uint8(200), 8: np.int8(-100), 9: f32(1, 2, 3, 4)},
-        **{10: np.int64(-(2**40)), 11: np.uint64(2**50), 12: to_bfloat([2.5])},
+        0: True,
+        1: -7,
+        2: 3000000000,
+        3: 0.25,
+        4: np.float16(1.5),
+        5: np.int16(-300),
+        6: np.uint16(60000),
+        7: np.uint8(200),
+        8: np.int8(-100),
+        9: f32(1, 2, 3, 4),
+        10: np.int64(-(2**40)),
+        11: np.uint64(2**50),
+        12: to_bfloat([2.5]),
     }
     lanes = np.arange(12) % 32
     y, xx = np.divmod(np.arange(12), 4)
@@ -852,7 +890,11 @@ def _shuffled(v: np.ndarray, n: int = 32) -> np.ndarray:
 def _simdgroup() -> list[Feature]:
     rows = []
     for name, kind in {
-        **{"char": "i1", "ushort": "u2", "int": "i4", "half": "f2", "float": "f4"}
+        "char": "i1",
+        "ushort": "u2",
+        "int": "i4",
+        "half": "f2",
+        "float": "f4",
     }.items():
         v = rng().integers(0, 50, 32).astype(kind)
         rows.append(
@@ -948,10 +990,7 @@ def _reduced(v: np.ndarray) -> np.ndarray:
     total = [w.sum(), w.prod(), w.min(), w.max()]
     sums, products = np.cumsum(w), np.cumprod(w)
     return np.stack(
-        [
-            [*total, sums[i], sums[i] - w[i], products[i], products[i] / w[i]]
-            for i in range(v.size)
-        ]
+        [[*total, sums[i], sums[i] - w[i], products[i], products[i] / w[i]] for i in range(v.size)]
     )
 
 
@@ -1118,20 +1157,22 @@ def run(feature: Feature) -> None:
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
 def test_feature(feature: Feature, device) -> None:
+    """Its answers are the known ones."""
     run(feature)
 
 
 def table() -> str:
+    """The conformance table, in Markdown."""
     lines = ["| feature | kernel | result |", "|---|---|---|"]
     for feature in FEATURES:
         try:
             run(feature)
             result = "pass"
-        except Exception as error:  # noqa: BLE001 - every failure is a row of the table
+        except Exception as error:
             result = f"FAIL: {str(error).strip().splitlines()[0]}"
         lines.append(f"| {feature.name} | `{feature.kernel}` | {result} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    sys.stdout.write(table() + "\n")

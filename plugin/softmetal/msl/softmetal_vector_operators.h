@@ -2,19 +2,19 @@
 // included by metal_types alone, inside namespace metal.
 #pragma once
 
-#define SOFTMETAL_BINARY(op)                                            \
-  template <typename A, typename B>                                     \
-    requires softmetal::VectorOperands<A, B>                            \
-  SOFTMETAL_FUNC softmetal::Common<A, B> operator op(const A& a, const B& b) {  \
-    using V = softmetal::Common<A, B>;                                  \
-    V result;                                                           \
-    result.data = V(a).data op V(b).data;                               \
-    return result;                                                      \
-  }                                                                     \
-  template <typename A, typename B>                                     \
-    requires(softmetal::Vector<A> && softmetal::VectorOperands<A, B>)   \
-  SOFTMETAL_FUNC A& operator op##=(A& a, const B& b) {                          \
-    return a = a op b;                                                  \
+#define SOFTMETAL_BINARY(op)                                                   \
+  template <typename A, typename B>                                            \
+    requires softmetal::VectorOperands<A, B>                                   \
+  SOFTMETAL_FUNC softmetal::Common<A, B> operator op(const A& a, const B& b) { \
+    using V = softmetal::Common<A, B>;                                         \
+    V result;                                                                  \
+    result.data = V(a).data op V(b).data;                                      \
+    return result;                                                             \
+  }                                                                            \
+  template <typename A, typename B>                                            \
+    requires(softmetal::Vector<A> && softmetal::VectorOperands<A, B>)          \
+  SOFTMETAL_FUNC A& operator op## = (A & a, const B& b) {                      \
+    return a = a op b;                                                         \
   }
 SOFTMETAL_BINARY(+)
 SOFTMETAL_BINARY(-)
@@ -32,8 +32,8 @@ SOFTMETAL_BINARY(>>)
 #define SOFTMETAL_COMPARISON(op)                                                                 \
   template <typename A, typename B>                                                              \
     requires softmetal::VectorOperands<A, B>                                                     \
-  SOFTMETAL_FUNC vec<bool, softmetal::kWidth<softmetal::Common<A, B>>> operator op(const A& a,           \
-                                                                           const B& b) {         \
+  SOFTMETAL_FUNC vec<bool, softmetal::kWidth<softmetal::Common<A, B>>> operator op(const A& a,   \
+                                                                                   const B& b) { \
     using V = softmetal::Common<A, B>;                                                           \
     using Mask = vec<bool, softmetal::kWidth<V>>;                                                \
     Mask result;                                                                                 \
@@ -57,14 +57,16 @@ SOFTMETAL_FUNC vec<bool, softmetal::kWidth<A>> operator!(const A& a) {
 // Both sides are evaluated, as for every operator on vectors.
 template <typename A, typename B>
   requires softmetal::VectorOperands<A, B>
-SOFTMETAL_FUNC vec<bool, softmetal::kWidth<softmetal::Common<A, B>>> operator&&(const A& a, const B& b) {
+SOFTMETAL_FUNC vec<bool, softmetal::kWidth<softmetal::Common<A, B>>> operator&&(const A& a,
+                                                                                const B& b) {
   using V = softmetal::Common<A, B>;
   using Mask = vec<bool, softmetal::kWidth<V>>;
   return Mask(V(a)) & Mask(V(b));
 }
 template <typename A, typename B>
   requires softmetal::VectorOperands<A, B>
-SOFTMETAL_FUNC vec<bool, softmetal::kWidth<softmetal::Common<A, B>>> operator||(const A& a, const B& b) {
+SOFTMETAL_FUNC vec<bool, softmetal::kWidth<softmetal::Common<A, B>>> operator||(const A& a,
+                                                                                const B& b) {
   using V = softmetal::Common<A, B>;
   using Mask = vec<bool, softmetal::kWidth<V>>;
   return Mask(V(a)) | Mask(V(b));

@@ -67,25 +67,21 @@ kernel void optional_argument(device float* out [[buffer(0)]],
 }
 
 // All attributes of a thread, in a grid of 3 dimensions.
-kernel void positions(device uint* out [[buffer(0)]], uint3 grid [[thread_position_in_grid]],
-                      uint3 local [[thread_position_in_threadgroup]],
-                      uint3 group [[threadgroup_position_in_grid]],
-                      uint3 size [[threads_per_threadgroup]],
-                      uint3 groups [[threadgroups_per_grid]], uint3 threads [[threads_per_grid]],
-                      uint index [[thread_index_in_threadgroup]],
-                      uint lane [[thread_index_in_simdgroup]],
-                      uint simdgroup [[simdgroup_index_in_threadgroup]],
-                      uint simdgroups [[simdgroups_per_threadgroup]],
-                      uint width [[threads_per_simdgroup]],
-                      uint quad_lane [[thread_index_in_quadgroup]],
-                      uint quad [[quadgroup_index_in_threadgroup]],
-                      uint3 dispatched [[dispatch_threads_per_threadgroup]],
-                      uint3 origin [[grid_origin]], uint3 extent [[grid_size]]) {
-  const uint values[] = {grid.x,    grid.y,    grid.z,    local.x, local.y,    local.z,
-                         group.x,   group.y,   group.z,   size.x,  size.y,     size.z,
-                         groups.x,  groups.y,  groups.z,  threads.x, threads.y, threads.z,
-                         index,     lane,      simdgroup, simdgroups, width,   quad_lane,
-                         quad,      dispatched.x, origin.x, extent.x};
+kernel void positions(
+    device uint* out [[buffer(0)]], uint3 grid [[thread_position_in_grid]],
+    uint3 local [[thread_position_in_threadgroup]], uint3 group [[threadgroup_position_in_grid]],
+    uint3 size [[threads_per_threadgroup]], uint3 groups [[threadgroups_per_grid]],
+    uint3 threads [[threads_per_grid]], uint index [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint width [[threads_per_simdgroup]],
+    uint quad_lane [[thread_index_in_quadgroup]], uint quad [[quadgroup_index_in_threadgroup]],
+    uint3 dispatched [[dispatch_threads_per_threadgroup]], uint3 origin [[grid_origin]],
+    uint3 extent [[grid_size]]) {
+  const uint values[] = {grid.x,   grid.y,       grid.z,    local.x,    local.y,   local.z,
+                         group.x,  group.y,      group.z,   size.x,     size.y,    size.z,
+                         groups.x, groups.y,     groups.z,  threads.x,  threads.y, threads.z,
+                         index,    lane,         simdgroup, simdgroups, width,     quad_lane,
+                         quad,     dispatched.x, origin.x,  extent.x};
   const uint at = (grid.z * threads.y + grid.y) * threads.x + grid.x;
   for (uint i = 0; i < 28; ++i) out[28 * at + i] = values[i];
 }
@@ -105,6 +101,4 @@ kernel void index_expressions(device int* out [[buffer(kSlotOut)]],
   out[0] = weights[0] + weights[1] * 10 + weights[2] * 100 + bias;
 }
 
-kernel void implicit_indices(device int* out, constant int& a, constant int& b) {
-  out[0] = a - b;
-}
+kernel void implicit_indices(device int* out, constant int& a, constant int& b) { out[0] = a - b; }

@@ -6,12 +6,12 @@ using namespace metal;
 kernel void math_1(device float* out [[buffer(0)]], device const float* x [[buffer(1)]],
                    constant uint& count [[buffer(2)]], uint i [[thread_position_in_grid]]) {
   const float v = x[i];
-  const float results[] = {acos(v),  acosh(v + 2), asin(v),  asinh(v), atan(v),  atanh(v),
-                           ceil(v),  cos(v),       cosh(v),  cospi(v), exp(v),   exp10(v),
-                           exp2(v),  fabs(v),      floor(v), fract(v), log(v + 2),
-                           log10(v + 2), log2(v + 2), rint(v), round(v), rsqrt(v + 2), sin(v),
-                           sinh(v),  sinpi(v),     sqrt(v + 2), tan(v), tanh(v), tanpi(v),
-                           trunc(v), abs(v),       saturate(v), sign(v)};
+  const float results[] = {
+      acos(v),      acosh(v + 2), asin(v),    asinh(v),     atan(v),     atanh(v), ceil(v),
+      cos(v),       cosh(v),      cospi(v),   exp(v),       exp10(v),    exp2(v),  fabs(v),
+      floor(v),     fract(v),     log(v + 2), log10(v + 2), log2(v + 2), rint(v),  round(v),
+      rsqrt(v + 2), sin(v),       sinh(v),    sinpi(v),     sqrt(v + 2), tan(v),   tanh(v),
+      tanpi(v),     trunc(v),     abs(v),     saturate(v),  sign(v)};
   for (uint f = 0; f < count; ++f) out[i * count + f] = results[f];
 }
 
@@ -44,19 +44,20 @@ kernel void math_bfloat(device float* out [[buffer(0)]], device const bfloat* x 
 kernel void math_2(device float* out [[buffer(0)]], device const float* x [[buffer(1)]],
                    device const float* y [[buffer(2)]], uint i [[thread_position_in_grid]]) {
   const float a = x[i], b = y[i];
-  const float results[] = {atan2(a, b), copysign(a, b), divide(a, b), fdim(a, b),
-                           fmax(a, b),  fmin(a, b),     fmod(a, b),   pow(abs(a), b),
-                           powr(abs(a), b), step(a, b), nextafter(a, b), max(a, b), min(a, b)};
+  const float results[] = {atan2(a, b),     copysign(a, b), divide(a, b),    fdim(a, b),
+                           fmax(a, b),      fmin(a, b),     fmod(a, b),      pow(abs(a), b),
+                           powr(abs(a), b), step(a, b),     nextafter(a, b), max(a, b),
+                           min(a, b)};
   for (uint f = 0; f < 13; ++f) out[i * 13 + f] = results[f];
 }
 
 kernel void math_3(device float* out [[buffer(0)]], device const float3* in [[buffer(1)]],
                    uint i [[thread_position_in_grid]]) {
   const float a = in[i].x, b = in[i].y, c = in[i].z;
-  const float results[] = {fma(a, b, c),       clamp(a, -1.0f, 1.0f), mix(a, b, c),
-                           smoothstep(-1.0f, 2.0f, a), min3(a, b, c), max3(a, b, c),
-                           median3(a, b, c),   fmin3(a, b, c),        fmax3(a, b, c),
-                           fmedian3(a, b, c)};
+  const float results[] = {
+      fma(a, b, c),   clamp(a, -1.0f, 1.0f), mix(a, b, c),     smoothstep(-1.0f, 2.0f, a),
+      min3(a, b, c),  max3(a, b, c),         median3(a, b, c), fmin3(a, b, c),
+      fmax3(a, b, c), fmedian3(a, b, c)};
   for (uint f = 0; f < 10; ++f) out[i * 10 + f] = results[f];
 }
 
@@ -125,10 +126,10 @@ static void integers(device T* out, T a, T b, T c) {
   out[17] = clamp(c, a < b ? a : b, a < b ? b : a);
   out[18] = median3(a, b, c);
 }
-#define INTEGERS(T)                                                                           \
-  kernel void integer_##T(device T* out [[buffer(0)]], device const T* in [[buffer(1)]],      \
-                          uint i [[thread_position_in_grid]]) {                               \
-    integers<T>(out + 19 * i, in[3 * i], in[3 * i + 1], in[3 * i + 2]);                       \
+#define INTEGERS(T)                                                                      \
+  kernel void integer_##T(device T* out [[buffer(0)]], device const T* in [[buffer(1)]], \
+                          uint i [[thread_position_in_grid]]) {                          \
+    integers<T>(out + 19 * i, in[3 * i], in[3 * i + 1], in[3 * i + 2]);                  \
   }
 INTEGERS(char)
 INTEGERS(uchar)

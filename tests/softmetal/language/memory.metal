@@ -61,7 +61,8 @@ kernel void threadgroup_static(device uint* out [[buffer(0)]], device const uint
   out[group * size + i] = total.x * 10 + total.y + pairs[1][0].x;
 }
 
-kernel void threadgroup_dynamic(device float* out [[buffer(0)]], device const float* in [[buffer(1)]],
+kernel void threadgroup_dynamic(device float* out [[buffer(0)]],
+                                device const float* in [[buffer(1)]],
                                 threadgroup float* first [[threadgroup(0)]],
                                 threadgroup float4* second [[threadgroup(1)]],
                                 uint i [[thread_index_in_threadgroup]],

@@ -20,11 +20,11 @@ static void shuffles(device T* out, T v, ushort lane) {
   };
   for (uint i = 0; i < 12; ++i) out[i] = results[i];
 }
-#define SHUFFLES(T)                                                                             \
-  kernel void shuffle_##T(device T* out [[buffer(0)]], device const T* in [[buffer(1)]],        \
-                          uint i [[thread_position_in_grid]],                                   \
-                          ushort lane [[thread_index_in_simdgroup]]) {                          \
-    shuffles<T>(out + 12 * i, in[i], lane);                                                     \
+#define SHUFFLES(T)                                                                      \
+  kernel void shuffle_##T(device T* out [[buffer(0)]], device const T* in [[buffer(1)]], \
+                          uint i [[thread_position_in_grid]],                            \
+                          ushort lane [[thread_index_in_simdgroup]]) {                   \
+    shuffles<T>(out + 12 * i, in[i], lane);                                              \
   }
 SHUFFLES(char)
 SHUFFLES(ushort)
@@ -49,10 +49,10 @@ static void reductions(device T* out, T v) {
   out[6] = simd_prefix_inclusive_product(v);
   out[7] = simd_prefix_exclusive_product(v);
 }
-#define REDUCTIONS(T)                                                                             \
-  kernel void reduce_##T(device T* out [[buffer(0)]], device const T* in [[buffer(1)]],           \
-                         uint i [[thread_position_in_grid]]) {                                    \
-    reductions<T>(out + 8 * i, in[i]);                                                            \
+#define REDUCTIONS(T)                                                                   \
+  kernel void reduce_##T(device T* out [[buffer(0)]], device const T* in [[buffer(1)]], \
+                         uint i [[thread_position_in_grid]]) {                          \
+    reductions<T>(out + 8 * i, in[i]);                                                  \
   }
 REDUCTIONS(int)
 REDUCTIONS(uint)
@@ -81,16 +81,26 @@ kernel void quads(device int* out [[buffer(0)]], device const int* in [[buffer(1
                   uint i [[thread_position_in_grid]]) {
   const int v = in[i];
   const int results[] = {
-      quad_shuffle(v, 2),           quad_shuffle_xor(v, 1),
-      quad_shuffle_up(v, 1),        quad_shuffle_down(v, 1),
-      quad_shuffle_rotate_up(v, 1), quad_shuffle_rotate_down(v, 1),
-      quad_broadcast(v, 3),         quad_broadcast_first(v),
-      quad_sum(v),                  quad_product(v),
-      quad_min(v),                  quad_max(v),
-      quad_and(v),                  quad_or(v),
-      quad_xor(v),                  quad_prefix_inclusive_sum(v),
-      quad_prefix_exclusive_sum(v), int((quad_vote::vote_t)quad_ballot(v % 2 == 0)),
-      quad_all(v < 100),            quad_any(v == 4),
+      quad_shuffle(v, 2),
+      quad_shuffle_xor(v, 1),
+      quad_shuffle_up(v, 1),
+      quad_shuffle_down(v, 1),
+      quad_shuffle_rotate_up(v, 1),
+      quad_shuffle_rotate_down(v, 1),
+      quad_broadcast(v, 3),
+      quad_broadcast_first(v),
+      quad_sum(v),
+      quad_product(v),
+      quad_min(v),
+      quad_max(v),
+      quad_and(v),
+      quad_or(v),
+      quad_xor(v),
+      quad_prefix_inclusive_sum(v),
+      quad_prefix_exclusive_sum(v),
+      int((quad_vote::vote_t)quad_ballot(v % 2 == 0)),
+      quad_all(v < 100),
+      quad_any(v == 4),
   };
   for (uint k = 0; k < 20; ++k) out[20 * i + k] = results[k];
 }

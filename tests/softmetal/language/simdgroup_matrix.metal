@@ -1,6 +1,6 @@
 // 8x8 matrices over one simdgroup.
-#include <metal_stdlib>
 #include <metal_simdgroup_matrix>
+#include <metal_stdlib>
 using namespace metal;
 
 template <typename T>
@@ -49,7 +49,8 @@ kernel void multiply(device float* out [[buffer(0)]], device const float* in [[b
 }
 
 template <typename Factor, typename Sum>
-[[kernel]] void multiply_mixed(device Sum* out [[buffer(0)]], device const Factor* in [[buffer(1)]]) {
+[[kernel]] void multiply_mixed(device Sum* out [[buffer(0)]],
+                               device const Factor* in [[buffer(1)]]) {
   simdgroup_matrix<Factor, 8, 8> a, b;
   simdgroup_matrix<Sum, 8, 8> sum(0);
   for (int k = 0; k < 2; ++k) {

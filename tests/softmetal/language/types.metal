@@ -4,14 +4,16 @@ using namespace metal;
 
 kernel void sizes(device uint* out [[buffer(0)]]) {
   const uint sizes[] = {
-      sizeof(bool),    sizeof(char),          sizeof(uchar),   sizeof(short),   sizeof(ushort),
-      sizeof(int),     sizeof(uint),          sizeof(long),    sizeof(ulong),   sizeof(size_t),
-      sizeof(half),    sizeof(bfloat),        sizeof(float),   sizeof(float2),  sizeof(float3),
-      sizeof(float4),  sizeof(half2),         sizeof(half3),   sizeof(half4),   sizeof(char3),
-      sizeof(bool2),   sizeof(bool4),         sizeof(ulong4),  sizeof(bfloat4), sizeof(packed_float2),
-      sizeof(packed_float3), sizeof(packed_half3), sizeof(packed_char3), sizeof(float2x2),
-      sizeof(float3x3), sizeof(float4x4),     sizeof(half2x3), alignof(float3), alignof(float4),
-      alignof(half4),  alignof(packed_float3), alignof(char2), alignof(half3x2)};
+      sizeof(bool),          sizeof(char),          sizeof(uchar),        sizeof(short),
+      sizeof(ushort),        sizeof(int),           sizeof(uint),         sizeof(long),
+      sizeof(ulong),         sizeof(size_t),        sizeof(half),         sizeof(bfloat),
+      sizeof(float),         sizeof(float2),        sizeof(float3),       sizeof(float4),
+      sizeof(half2),         sizeof(half3),         sizeof(half4),        sizeof(char3),
+      sizeof(bool2),         sizeof(bool4),         sizeof(ulong4),       sizeof(bfloat4),
+      sizeof(packed_float2), sizeof(packed_float3), sizeof(packed_half3), sizeof(packed_char3),
+      sizeof(float2x2),      sizeof(float3x3),      sizeof(float4x4),     sizeof(half2x3),
+      alignof(float3),       alignof(float4),       alignof(half4),       alignof(packed_float3),
+      alignof(char2),        alignof(half3x2)};
   for (uint i = 0; i < sizeof(sizes) / sizeof(uint); ++i) out[i] = sizes[i];
 }
 
@@ -105,7 +107,8 @@ static T sum_of(vec<T, N> v) {
   return sum;
 }
 
-kernel void vector_templates(device float* out [[buffer(0)]], device const float4* in [[buffer(1)]]) {
+kernel void vector_templates(device float* out [[buffer(0)]],
+                             device const float4* in [[buffer(1)]]) {
   out[0] = sum_of(in[0]);
   out[1] = sum_of(in[0].xy);
   out[2] = sum_of(in[0].zyx);
@@ -180,8 +183,7 @@ kernel void half_arithmetic(device half* out [[buffer(0)]], device const half* i
   out[10] = v.z;
 }
 
-kernel void bfloat_arithmetic(device bfloat* out [[buffer(0)]],
-                              device float* wide [[buffer(1)]],
+kernel void bfloat_arithmetic(device bfloat* out [[buffer(0)]], device float* wide [[buffer(1)]],
                               device const bfloat* in [[buffer(2)]]) {
   const bfloat a = in[0], b = in[1], c = in[2];
   out[0] = a + b;
@@ -275,7 +277,8 @@ kernel void traits(device int* out [[buffer(0)]]) {
   out[0] = is_same<float, float>::value && !is_same_v<float, half>;
   out[1] = is_floating_point_v<half> && is_floating_point_v<bfloat> && !is_floating_point_v<int>;
   out[2] = is_same_v<conditional_t<true, int, float>, int>;
-  out[3] = is_same_v<remove_cv_t<const volatile int>, int> && is_same_v<decay_t<const float&>, float>;
+  out[3] =
+      is_same_v<remove_cv_t<const volatile int>, int> && is_same_v<decay_t<const float&>, float>;
   out[4] = is_same_v<make_unsigned_t<int>, uint> && is_unsigned_v<ushort> && is_signed_v<half>;
   out[5] = is_convertible_v<int, float> && is_pointer_v<device int*>;
   out[6] = kind_of(1u) * 10 + kind_of(1.0h);
