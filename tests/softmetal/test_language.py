@@ -1,7 +1,8 @@
 """The Metal language: one small kernel with a known answer per feature.
 
 Each row of the table names a feature, its kernel in `language/`, what goes in and what must come
-out of buffer 0 and the following ones. `python tests/softmetal/test_language.py` prints the table.
+out of buffer 0 and the following ones. `python tests/softmetal/test_language.py`, with
+`plugin/softmetal/python` on PYTHONPATH, prints the table.
 """
 
 from __future__ import annotations
