@@ -14,6 +14,8 @@ namespace {
 
 using Index = size_t;
 constexpr Index kNone = static_cast<Index>(-1);
+// What a kernel's name gets for the function that gives its thread limit.
+constexpr const char* kLimit = "_softmetal_thread_limit";
 
 bool one_of(const Token& token, std::initializer_list<std::string_view> names) {
   return std::find(names.begin(), names.end(), token.text) != names.end();
@@ -66,12 +68,13 @@ struct Parameter {
 
 struct Kernel {
   std::vector<Parameter> parameters;
-  std::string thread_limit = "0";
+  bool has_thread_limit = false;
 };
 
 struct Registration {
   std::string host_name, function;  // function: with template arguments
   std::string definition;           // qualified name, key of the kernels
+  std::string limit_function;       // gives the thread limit, where there is one
 };
 
 class Rewriter {
@@ -459,6 +462,8 @@ class Rewriter {
     }
     const std::string function = scope + text(first, last);
     const std::string definition = scope + tokens_[first].text;
+    const std::string limit_function =
+        definition + kLimit + text(first, last).substr(tokens_[first].text.size());
     const Attribute* host = find(all, "host_name");
     std::string host_name = tokens_[first].text;
     if (host) {
@@ -469,18 +474,25 @@ class Rewriter {
     }
     if (!is_function) {
       if (at(begin, "template")) {
-        registrations_.push_back({host_name, function, definition});
+        registrations_.push_back({host_name, function, definition, limit_function});
         erase(begin, end);
       }
       return;  // else a declaration
     }
     Kernel kernel;
+    const bool is_template = at(begin, "template");
     if (const Attribute* limit = find(all, "max_total_threads_per_threadgroup")) {
-      kernel.thread_limit = limit->argument;
+      kernel.has_thread_limit = true;
+      // Beside the kernel, where its template parameters mean what they mean to the kernel.
+      std::string head;
+      if (is_template) head = text(begin, closing_angle(next(begin), end) + 1) + " ";
+      tokens_[begin].text = head + "constexpr unsigned " + tokens_[first].text + kLimit +
+                            "() { return " + limit->argument + "; } " + tokens_[begin].text;
     }
     read_parameters(open, &kernel);
     kernels_[definition] = kernel;
-    if (!at(begin, "template")) registrations_.push_back({host_name, function, definition});
+    if (is_template) return;  // its instantiations are registered
+    registrations_.push_back({host_name, function, definition, limit_function});
   }
 
   void read_parameters(Index open, Kernel* kernel) {
@@ -603,8 +615,8 @@ class Rewriter {
       out += "{}};\n";  // a last one, so that there is an array without parameters too
       out += "const softmetal::Registration " + id + "{{" + quoted(each.host_name) +
              ", &softmetal::entry<&" + each.function + ", " + id + "_arguments>, " + id +
-             "_arguments, " + std::to_string(kernel.parameters.size()) + ", (" +
-             kernel.thread_limit + ")}}; }\n";
+             "_arguments, " + std::to_string(kernel.parameters.size()) + ", " +
+             (kernel.has_thread_limit ? each.limit_function + "()" : "0") + "}}; }\n";
     }
     return out;
   }
