@@ -19,8 +19,8 @@ struct CompileOptions {
   Instrumentation instrumentation = Instrumentation::kNone;
   // Where SOFTMETAL_INSTRUMENT=counters|address|thread|undefined is set, it decides for libraries
   // that the host program compiles.
-  std::string output;     // empty: the cache, keyed by a hash of everything above and the compiler
-  std::string target;     // empty: this machine; "aarch64-linux-gnu" for ahead-of-time arm64
+  std::string output;  // empty: the cache, keyed by a hash of everything above and the compiler
+  std::string target;  // empty: this machine; "aarch64-linux-gnu" for ahead-of-time arm64
 };
 
 struct CompileResult {
@@ -32,7 +32,8 @@ struct CompileResult {
 
 CompileResult compile(const std::string& source, const CompileOptions& options);
 
-// Address spaces as Apple's compiler enforces them; nothing is generated. `ok` where nothing was found.
+// Address spaces as Apple's compiler enforces them; nothing is generated. `ok` where nothing was
+// found.
 CompileResult check_strict(const std::string& source, const CompileOptions& options);
 
 }  // namespace softmetal

@@ -1,5 +1,5 @@
-// Runs kernels of an image. Any number of host threads may dispatch at the same time; a failed check
-// abandons its dispatch and comes back as a message.
+// Runs kernels of an image. Any number of host threads may dispatch at the same time; a failed
+// check abandons its dispatch and comes back as a message.
 #pragma once
 
 #include <atomic>
@@ -50,12 +50,13 @@ struct Dispatch {
   BufferBinding buffers[kBufferSlots];
   uint32_t threadgroup_bytes[kThreadgroupSlots] = {};  // 0: no length given
   uint32_t threads_per_threadgroup[3] = {1, 1, 1};
-  // Exactly one of the two kinds of grid; dispatchThreads may leave threadgroups at the edge smaller.
+  // Exactly one of the two kinds of grid; dispatchThreads may leave threadgroups at the edge
+  // smaller.
   bool grid_in_threads = false;
   uint32_t grid[3] = {1, 1, 1};
-  uint64_t seed = 0;        // 0: lanes in order; else a fixed pseudo-random order of fibers
-  uint32_t workers = 0;     // threads that share the threadgroups; 0: one per core
-  double time_limit = 0;    // seconds; 0: none. Past it the dispatch is abandoned
+  uint64_t seed = 0;      // 0: lanes in order; else a fixed pseudo-random order of fibers
+  uint32_t workers = 0;   // threads that share the threadgroups; 0: one per core
+  double time_limit = 0;  // seconds; 0: none. Past it the dispatch is abandoned
   const std::atomic<bool>* cancelled = nullptr;
 };
 

@@ -49,12 +49,13 @@ struct Argument {
   const char* type_name;  // of the pointee where there is one, as the source spells it
   ArgumentKind kind;
   AddressSpace address_space;
-  uint8_t index;               // of [[buffer(i)]] or [[threadgroup(i)]]
-  bool is_reference;           // T&: at least element_size bytes must be bound
-  bool is_writable;            // device T*, without const
-  uint32_t element_size;       // sizeof the pointee; 0 where it is incomplete or void
+  uint8_t index;          // of [[buffer(i)]] or [[threadgroup(i)]]
+  bool is_reference;      // T&: at least element_size bytes must be bound
+  bool is_writable;       // device T*, without const
+  uint32_t element_size;  // sizeof the pointee; 0 where it is incomplete or void
   uint32_t element_alignment;
-  // False where [[function_constant(c)]] removes the argument; null where there is no such attribute.
+  // False where [[function_constant(c)]] removes the argument; null where there is no such
+  // attribute.
   bool (*is_enabled)();
 };
 
@@ -68,7 +69,7 @@ struct Launch {
 
 struct Thread {
   const Launch* launch;
-  void* const* threadgroup_memory;          // [kThreadgroupSlots], of this threadgroup
+  void* const* threadgroup_memory;  // [kThreadgroupSlots], of this threadgroup
   uint32_t threadgroup_position_in_grid[3];
   uint32_t actual_threads_per_threadgroup[3];  // of this threadgroup
   uint32_t thread_position_in_threadgroup[3];
@@ -76,7 +77,7 @@ struct Thread {
   uint32_t thread_index_in_threadgroup;
   uint32_t thread_index_in_simdgroup;
   uint32_t simdgroup_index_in_threadgroup;
-  uint32_t threads_in_simdgroup;       // below kSimdgroupWidth in the last simdgroup of a threadgroup
+  uint32_t threads_in_simdgroup;  // below kSimdgroupWidth in the last simdgroup of a threadgroup
   uint32_t simdgroups_per_threadgroup;
 };
 
@@ -104,8 +105,8 @@ extern "C" {
 
 void softmetal_register_kernel(const softmetal::Kernel*);
 
-// Copies the value given for function constant `index` to `value` and returns true; returns false and
-// leaves `value` alone where the pipeline gives none. Also records the constant for reflection.
+// Copies the value given for function constant `index` to `value` and returns true; returns false
+// and leaves `value` alone where the pipeline gives none. Also records the constant for reflection.
 // `type` is the MSL spelling ("bool", "uint", "float4", ...). Constants are read while the image is
 // opened, so that constants derived from them are ordinary static initialisers.
 bool softmetal_function_constant(uint32_t index, const char* name, const char* type, uint32_t size,
@@ -116,22 +117,22 @@ bool softmetal_function_constant(uint32_t index, const char* name, const char* t
 const softmetal::Thread* softmetal_thread(void);
 
 // A rendezvous of the simdgroup. Posts `size` <= 64 bytes and returns the slots of all 32 lanes, 64
-// bytes apart, once every lane has posted; they stay valid until this lane's next rendezvous but one.
-// `operation` names the caller ("simd_sum"; compared as text): lanes that meet in different operations,
-// a lane that has returned, or one that waits at a barrier are errors, and the dispatch is abandoned.
-// Gives no ordering of memory.
+// bytes apart, once every lane has posted; they stay valid until this lane's next rendezvous but
+// one. `operation` names the caller ("simd_sum"; compared as text): lanes that meet in different
+// operations, a lane that has returned, or one that waits at a barrier are errors, and the dispatch
+// is abandoned. Gives no ordering of memory.
 const unsigned char* softmetal_simd_exchange(const void* value, uint32_t size,
                                              const char* operation);
 void softmetal_simdgroup_barrier(uint32_t mem_flags);
 void softmetal_threadgroup_barrier(uint32_t mem_flags);
 
-// Storage of a `threadgroup` variable declared in a kernel: the same for all threads of a threadgroup.
-// `id` is the address of a static object of the image that identifies the variable.
+// Storage of a `threadgroup` variable declared in a kernel: the same for all threads of a
+// threadgroup. `id` is the address of a static object of the image that identifies the variable.
 void* softmetal_threadgroup_variable(const void* id, const char* name, uint32_t size,
                                      uint32_t alignment);
 
-// A simdgroup operation that every lane evaluates for itself, without a rendezvous (matrix loads and
-// products): folds `operation` into this lane's history, which the next rendezvous compares.
+// A simdgroup operation that every lane evaluates for itself, without a rendezvous (matrix loads
+// and products): folds `operation` into this lane's history, which the next rendezvous compares.
 void softmetal_simd_uniform(const char* operation);
 
 // Abandons the dispatch with a message; never returns.

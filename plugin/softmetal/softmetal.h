@@ -1,5 +1,5 @@
-// What the software device offers beyond Metal's own interface: work counters, faults, settings. Plain
-// C, so that host programs, the jax_gluon plugin and Python (ctypes) can use it.
+// What the software device offers beyond Metal's own interface: work counters, faults, settings.
+// Plain C, so that host programs, the jax_gluon plugin and Python (ctypes) can use it.
 #pragma once
 
 #include <stddef.h>
@@ -9,9 +9,9 @@
 extern "C" {
 #endif
 
-// Work of each dispatch since the last reset, oldest first, as a JSON array of objects with the fields
-// of softmetal::Counters and "kernel". Returns the length needed, with the terminator; writes at most
-// `capacity` bytes.
+// Work of each dispatch since the last reset, oldest first, as a JSON array of objects with the
+// fields of softmetal::Counters and "kernel". Returns the length needed, with the terminator;
+// writes at most `capacity` bytes.
 size_t softmetal_counters_json(char* text, size_t capacity);
 void softmetal_counters_reset(void);
 

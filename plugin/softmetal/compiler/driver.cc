@@ -75,8 +75,9 @@ struct Finished {
   std::string errors;
 };
 
-// Runs a program; what it writes to standard error comes back.
-Finished run_program(const std::vector<std::string>& words, const fs::path& error_file) {
+// Runs a program with a file as its standard input; what it writes to standard error comes back.
+Finished run_program(const std::vector<std::string>& words, const fs::path& input,
+                     const fs::path& error_file) {
   std::vector<char*> arguments;
   for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
   arguments.push_back(nullptr);
@@ -88,7 +89,7 @@ Finished run_program(const std::vector<std::string>& words, const fs::path& erro
   variables.push_back(nullptr);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
+  posix_spawn_file_actions_addopen(&actions, 0, input.c_str(), O_RDONLY, 0);
   posix_spawn_file_actions_addopen(&actions, 2, error_file.c_str(), O_WRONLY | O_CREAT | O_TRUNC,
                                    0600);
   Finished out;
@@ -143,6 +144,15 @@ const std::string& fingerprint() {
     return hash.text();
   }();
   return text;
+}
+
+// What -march=native stands for.
+std::string processor() {
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("flags", 0) == 0 || line.rfind("Features", 0) == 0) return line;
+  }
+  return "";
 }
 
 // The compiler's identity: its file's size and date.
@@ -277,8 +287,9 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
   if (!write_file(text, "#line 1 \"" + name + "\"\n" + source)) {
     return failure("error: cannot write " + text.string() + "\n");
   }
-  preprocess.insert(preprocess.end(), {"-o", expanded.string(), text.string()});
-  Finished finished = run_program(preprocess, errors);
+  // From standard input: the text has no path, which would be part of what names the image.
+  preprocess.insert(preprocess.end(), {"-o", expanded.string(), "-"});
+  Finished finished = run_program(preprocess, text, errors);
   if (finished.status != 0) return failure(finished.errors);
   const std::string preprocessed = read_file(expanded);
 
@@ -289,6 +300,7 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
   hash.add(name_of(options.instrumentation));
   hash.add(fingerprint());
   hash.add(compiler_identity());
+  if (options.target.empty()) hash.add(processor());
   CompileResult out;
   out.image_path = options.output;
   if (options.output.empty()) {
@@ -315,7 +327,7 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
   const std::string partial = out.image_path + "." + std::to_string(getpid()) + "-" +
                               work.path().filename().string().substr(18);
   command.insert(command.end(), {rewritten.string(), "-o", partial, "-lm"});
-  finished = run_program(command, errors);
+  finished = run_program(command, "/dev/null", errors);
   if (finished.status == 0 && std::rename(partial.c_str(), out.image_path.c_str()) != 0) {
     finished.status = 1;
     finished.errors += "error: cannot write " + out.image_path + "\n";
