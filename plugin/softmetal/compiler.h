@@ -1,0 +1,39 @@
+// From MSL text to an image on disk.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace softmetal {
+
+enum class Instrumentation { kNone, kCounters, kAddress, kThread, kUndefined };
+
+struct CompileOptions {
+  std::string source_name = "program_source";  // what diagnostics call the text
+  std::vector<std::pair<std::string, std::string>> macros;
+  std::vector<std::string> include_directories;
+  bool fast_math = true;
+  uint32_t language_version = 0;  // 0x30001 is MSL 3.1; 0: the newest
+  Instrumentation instrumentation = Instrumentation::kNone;
+  // Where SOFTMETAL_INSTRUMENT=counters|address|thread|undefined is set, it decides for libraries
+  // that the host program compiles.
+  std::string output;  // empty: the cache, keyed by a hash of everything above and the compiler
+  std::string target;  // empty: this machine; "aarch64-linux-gnu" for ahead-of-time arm64
+};
+
+struct CompileResult {
+  bool ok = false;
+  std::string image_path;
+  std::string diagnostics;  // errors and warnings in clang's form, at lines of the MSL text
+  bool from_cache = false;
+};
+
+CompileResult compile(const std::string& source, const CompileOptions& options);
+
+// Address spaces as Apple's compiler enforces them; nothing is generated. `ok` where nothing was
+// found.
+CompileResult check_strict(const std::string& source, const CompileOptions& options);
+
+}  // namespace softmetal

@@ -1,0 +1,18 @@
+// Metal as C++: what makes a translation unit of Metal one that clang compiles with the headers of
+// msl/, and registers its kernels.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace softmetal {
+
+struct Rewritten {
+  std::string text;
+  std::vector<std::string> errors;  // in clang's form, at lines of the Metal text
+};
+
+// `preprocessed` is the output of clang -E, with its line markers.
+Rewritten rewrite(const std::string& preprocessed, const std::string& source_name);
+
+}  // namespace softmetal

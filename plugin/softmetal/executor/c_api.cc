@@ -1,0 +1,177 @@
+// The compiler and the executor for callers that load this library at run time: Python's ctypes.
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "softmetal/compiler.h"
+#include "softmetal/executor.h"
+
+#define SOFTMETAL_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+void put(char* to, size_t capacity, const std::string& text) {
+  if (capacity == 0) return;
+  const size_t count = std::min(text.size(), capacity - 1);
+  std::memcpy(to, text.data(), count);
+  to[count] = '\0';
+}
+
+std::vector<std::string> lines(const char* text) {
+  std::vector<std::string> out;
+  std::istringstream in(text ? text : "");
+  for (std::string line; std::getline(in, line);) {
+    if (!line.empty()) out.push_back(line);
+  }
+  return out;
+}
+
+}  // namespace
+
+// `macros`: lines NAME=VALUE; `folders`: one a line. Returns 0 and the image's path, or 1 and the
+// diagnostics, in `text`.
+SOFTMETAL_EXPORT int softmetal_compile(const char* source, const char* name, const char* macros,
+                                       const char* folders, int instrumentation, char* text,
+                                       size_t capacity) {
+  softmetal::CompileOptions options;
+  options.source_name = name;
+  options.instrumentation = static_cast<softmetal::Instrumentation>(instrumentation);
+  for (const std::string& line : lines(macros)) {
+    const size_t equals = line.find('=');
+    const std::string value = equals == std::string::npos ? "1" : line.substr(equals + 1);
+    options.macros.emplace_back(line.substr(0, equals), value);
+  }
+  options.include_directories = lines(folders);
+  const softmetal::CompileResult result = softmetal::compile(source, options);
+  put(text, capacity, result.ok ? result.image_path : result.diagnostics);
+  return result.ok ? 0 : 1;
+}
+
+// One function constant: by name where it has one.
+struct softmetal_constant {
+  const char* name;
+  uint32_t index;
+  uint32_t size;
+  const void* value;
+};
+
+// Null and a message in `text` where it fails.
+SOFTMETAL_EXPORT void* softmetal_image_open(const char* path, const softmetal_constant* constants,
+                                            uint32_t count, char* text, size_t capacity) {
+  std::vector<softmetal::FunctionConstantValue> values;
+  for (uint32_t i = 0; i < count; ++i) {
+    softmetal::FunctionConstantValue value;
+    value.index = constants[i].index;
+    value.by_name = constants[i].name != nullptr;
+    if (value.by_name) value.name = constants[i].name;
+    const auto* bytes = static_cast<const unsigned char*>(constants[i].value);
+    value.bytes.assign(bytes, bytes + constants[i].size);
+    values.push_back(std::move(value));
+  }
+  std::string error;
+  auto image = softmetal::Image::open(path, values, &error);
+  if (!image) {
+    put(text, capacity, error);
+    return nullptr;
+  }
+  return new std::shared_ptr<softmetal::Image>(std::move(image));
+}
+
+SOFTMETAL_EXPORT void softmetal_image_close(void* image) {
+  delete static_cast<std::shared_ptr<softmetal::Image>*>(image);
+}
+
+// What the image declares, as JSON: kernels with their arguments, function constants. Returns the
+// length needed, with the terminator.
+SOFTMETAL_EXPORT size_t softmetal_image_json(void* image, char* text, size_t capacity) {
+  const softmetal::Image& from = **static_cast<std::shared_ptr<softmetal::Image>*>(image);
+  const auto quoted = [](const char* x) {
+    std::string out = "\"";
+    for (; *x; ++x) {
+      if (*x == '"' || *x == '\\') out += '\\';
+      out += *x;
+    }
+    return out + "\"";
+  };
+  static constexpr const char* kSpaces[] = {"thread", "threadgroup", "device", "constant"};
+  std::string out = "{\"kernels\": [";
+  for (const softmetal::Kernel* kernel : from.kernels()) {
+    if (out.back() != '[') out += ", ";
+    out += "{\"name\": " + quoted(kernel->name) + ", \"max_total_threads_per_threadgroup\": " +
+           std::to_string(kernel->max_total_threads_per_threadgroup) + ", \"arguments\": [";
+    for (uint32_t i = 0; i < kernel->argument_count; ++i) {
+      const softmetal::Argument& a = kernel->arguments[i];
+      const bool enabled = !a.is_enabled || a.is_enabled();
+      if (i != 0) out += ", ";
+      out += "{\"name\": " + quoted(a.name) + ", \"type\": " + quoted(a.type_name) +
+             ", \"kind\": " + std::to_string(static_cast<int>(a.kind)) + ", \"address_space\": \"" +
+             kSpaces[static_cast<int>(a.address_space)] +
+             "\", \"index\": " + std::to_string(a.index) +
+             ", \"reference\": " + (a.is_reference ? "true" : "false") +
+             ", \"writable\": " + (a.is_writable ? "true" : "false") +
+             ", \"size\": " + std::to_string(a.element_size) +
+             ", \"alignment\": " + std::to_string(a.element_alignment) +
+             ", \"enabled\": " + (enabled ? "true" : "false") + "}";
+    }
+    out += "]}";
+  }
+  out += "], \"function_constants\": [";
+  for (const softmetal::FunctionConstant& constant : from.function_constants()) {
+    if (out.back() != '[') out += ", ";
+    out += "{\"name\": " + quoted(constant.name.c_str()) +
+           ", \"index\": " + std::to_string(constant.index) +
+           ", \"type\": " + quoted(constant.type.c_str()) +
+           ", \"size\": " + std::to_string(constant.size) +
+           ", \"defined\": " + (constant.is_defined ? "true" : "false") + "}";
+  }
+  out += "]}";
+  put(text, capacity, out);
+  return out.size() + 1;
+}
+
+struct softmetal_dispatch_request {
+  const char* kernel;
+  void* const* buffers;         // [31], null: not bound
+  const uint64_t* lengths;      // [31]
+  const uint32_t* threadgroup;  // [31], bytes
+  uint32_t grid[3];
+  uint32_t threads_per_threadgroup[3];
+  uint32_t grid_in_threads;
+  uint32_t workers;
+  uint64_t seed;
+  double time_limit;
+};
+
+// 0, or 1 and a message in `text`, 2 where the time limit was passed. `counters` has the fields of
+// softmetal::Counters.
+SOFTMETAL_EXPORT int softmetal_dispatch(void* image, const softmetal_dispatch_request* request,
+                                        softmetal::Counters* counters, char* text,
+                                        size_t capacity) {
+  const softmetal::Image& from = **static_cast<std::shared_ptr<softmetal::Image>*>(image);
+  softmetal::Dispatch dispatch;
+  dispatch.kernel = from.find(request->kernel);
+  if (!dispatch.kernel) {
+    put(text, capacity, std::string("no kernel ") + request->kernel);
+    return 1;
+  }
+  for (uint32_t i = 0; i < softmetal::kBufferSlots; ++i) {
+    dispatch.buffers[i] = {request->buffers[i], request->lengths[i]};
+  }
+  for (uint32_t i = 0; i < softmetal::kThreadgroupSlots; ++i) {
+    dispatch.threadgroup_bytes[i] = request->threadgroup[i];
+  }
+  for (int d = 0; d < 3; ++d) {
+    dispatch.grid[d] = request->grid[d];
+    dispatch.threads_per_threadgroup[d] = request->threads_per_threadgroup[d];
+  }
+  dispatch.grid_in_threads = request->grid_in_threads != 0;
+  dispatch.workers = request->workers;
+  dispatch.seed = request->seed;
+  dispatch.time_limit = request->time_limit;
+  const softmetal::DispatchResult result = softmetal::run(dispatch);
+  *counters = result.counters;
+  put(text, capacity, result.message);
+  return result.ok ? 0 : result.timed_out ? 2 : 1;
+}

@@ -1,0 +1,125 @@
+// Images: a private copy of the file for each opening, so that every pipeline has constants of its
+// own.
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+#include "softmetal/executor.h"
+
+namespace softmetal {
+namespace {
+
+class LoadedImage : public Image {
+ public:
+  ~LoadedImage() override {
+    if (handle) dlclose(handle);
+  }
+  const std::vector<const Kernel*>& kernels() const override { return kernels_; }
+  const std::vector<FunctionConstant>& function_constants() const override { return constants_; }
+
+  void* handle = nullptr;
+  const std::vector<FunctionConstantValue>* values = nullptr;
+  std::vector<const Kernel*> kernels_;
+  std::vector<FunctionConstant> constants_;
+};
+
+// Static initialisers of the image that is being opened register themselves here.
+std::mutex opening_mutex;
+LoadedImage* opening = nullptr;
+
+// The copies lie on disk until the process ends: reports of sanitizers and debuggers read them.
+class Folder {
+ public:
+  Folder() {
+    const char* base = getenv("TMPDIR");
+    path_ = std::string(base && *base ? base : "/tmp") + "/softmetal-XXXXXX";
+    if (!mkdtemp(path_.data())) path_.clear();
+    owner_ = getpid();
+  }
+  ~Folder() {
+    if (path_.empty() || owner_ != getpid()) return;  // a forked child leaves them to its parent
+    for (int i = 0; i < count_; ++i) unlink(name(i).c_str());
+    rmdir(path_.c_str());
+  }
+  std::string next() { return path_.empty() ? "" : name(count_++); }
+
+ private:
+  std::string name(int i) const { return path_ + "/image-" + std::to_string(i) + ".so"; }
+  std::string path_;
+  pid_t owner_ = 0;
+  std::atomic<int> count_{0};
+};
+
+bool copy_file(const std::string& from, const std::string& to) {
+  FILE* in = fopen(from.c_str(), "rb");
+  FILE* out = in ? fopen(to.c_str(), "wb") : nullptr;
+  char block[1 << 16];
+  bool ok = out != nullptr;
+  for (size_t n; ok && (n = fread(block, 1, sizeof block, in)) > 0;) {
+    ok = fwrite(block, 1, n, out) == n;
+  }
+  ok = ok && !ferror(in);
+  if (in) fclose(in);
+  if (out && fclose(out) != 0) ok = false;
+  return ok;
+}
+
+}  // namespace
+
+const Kernel* Image::find(const std::string& name) const {
+  for (const Kernel* kernel : kernels()) {
+    if (name == kernel->name) return kernel;
+  }
+  return nullptr;
+}
+
+std::shared_ptr<Image> Image::open(const std::string& path,
+                                   const std::vector<FunctionConstantValue>& constants,
+                                   std::string* error) {
+  static Folder folder;
+  const std::string own = folder.next();
+  if (own.empty() || !copy_file(path, own)) {
+    *error = "cannot copy " + path + " to " + (own.empty() ? "a temporary folder" : own);
+    return nullptr;
+  }
+  auto image = std::make_shared<LoadedImage>();
+  image->values = &constants;
+  {
+    const std::lock_guard<std::mutex> lock(opening_mutex);
+    opening = image.get();
+    image->handle = dlopen(own.c_str(), RTLD_NOW | RTLD_LOCAL);
+    opening = nullptr;
+    if (!image->handle) *error = dlerror();
+  }
+  image->values = nullptr;
+  if (!image->handle) return nullptr;
+  return image;
+}
+
+}  // namespace softmetal
+
+#define SOFTMETAL_EXPORT extern "C" __attribute__((visibility("default")))
+
+SOFTMETAL_EXPORT void softmetal_register_kernel(const softmetal::Kernel* kernel) {
+  if (softmetal::opening) softmetal::opening->kernels_.push_back(kernel);
+}
+
+SOFTMETAL_EXPORT bool softmetal_function_constant(uint32_t index, const char* name,
+                                                  const char* type, uint32_t size, void* value) {
+  softmetal::LoadedImage* image = softmetal::opening;
+  if (!image) return false;
+  bool is_defined = false;
+  for (const softmetal::FunctionConstantValue& each : *image->values) {
+    if (each.by_name ? each.name != name : each.index != index) continue;
+    if (each.bytes.size() < size) continue;  // of another type
+    std::memcpy(value, each.bytes.data(), size);
+    is_defined = true;
+  }
+  image->constants_.push_back({index, name, type, size, is_defined});
+  return is_defined;
+}

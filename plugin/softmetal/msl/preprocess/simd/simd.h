@@ -1,0 +1,1 @@
+// The prelude has what this header declares.
