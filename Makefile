@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
 CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/*/*.cc plugin/*/*.h)
-FORMATTED := $(CXX_FILES) $(wildcard tests/*/*.cc tests/*/*.h)
-PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools)
+FORMATTED := $(CXX_FILES) $(wildcard plugin/softmetal/*/*.cc plugin/softmetal/*/*.h tests/*/*.cc tests/*/*.h)
+PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/softmetal/python)
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
   --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON
@@ -36,6 +36,7 @@ demo: $(STAMPS)/package
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(STAMPS)/package
+	@sh tools/install_softmetal_toolchain.sh
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
 
 bench: $(STAMPS)/dev

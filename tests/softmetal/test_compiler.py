@@ -1,4 +1,4 @@
-"""Metal text to images: what the rewriter has to understand, and errors at the lines of the text."""
+"""Metal text to images: what the rewriter has to understand, and errors at the text's lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def arguments(library, kernel):
 def test_forms_of_a_kernel():
     import softmetal
 
-    library = softmetal.Library(HEAD + """
+    library = softmetal.Library(
+        HEAD
+        + """
     kernel void plain(device float* x) {}
     [[kernel]] void attribute(device float* x) {}
     [[kernel, max_total_threads_per_threadgroup(2 * 64)]] void limited(device float* x) {}
@@ -30,12 +32,15 @@ def test_forms_of_a_kernel():
     typedef decltype(many<half, 4>) many_t;
     template [[host_name("by_typedef")]] kernel many_t many<half, 4>;
     template [[host_name("by_" "signature")]] kernel void many<int, 5>(device int* x [[buffer(0)]]);
-    """)
+    """
+    )
     assert names(library) == [
         "plain", "attribute", "limited", "in_a_namespace", "by_decltype", "by_typedef",
         "by_signature",
     ]  # fmt: skip
-    limits = {k["name"]: k["max_total_threads_per_threadgroup"] for k in library.declared["kernels"]}
+    limits = {
+        k["name"]: k["max_total_threads_per_threadgroup"] for k in library.declared["kernels"]
+    }
     assert limits["limited"] == 128
     x = np.zeros(1, np.float16)
     library.kernel("by_typedef")(grid=1, threads=1, buffers=[x])
@@ -45,7 +50,9 @@ def test_forms_of_a_kernel():
 def test_arguments_are_reflected():
     import softmetal
 
-    library = softmetal.Library(HEAD + """
+    library = softmetal.Library(
+        HEAD
+        + """
     struct Params { float4 a; int n; };
     enum { kSlot = 7 };
     constant bool has_mask [[function_constant(0)]];
@@ -53,7 +60,8 @@ def test_arguments_are_reflected():
                   device atomic_uint* after, threadgroup float4* memory [[threadgroup(2)]],
                   device char* mask [[buffer(20), function_constant(has_mask)]],
                   uint i [[thread_position_in_grid]]) { out[i] = p.n; }
-    """)
+    """
+    )
     found = arguments(library, "f")
     assert {name: a["index"] for name, a in found.items() if a["kind"] < 2} == {
         "in": 0, "out": 1, "p": 7, "after": 8, "memory": 2, "mask": 20,
@@ -67,7 +75,9 @@ def test_arguments_are_reflected():
 def test_function_constants():
     import softmetal
 
-    library = softmetal.Library(HEAD + """
+    library = softmetal.Library(
+        HEAD
+        + """
     constant int n [[function_constant(0)]];
     constant float4 v [[function_constant(5)]];
     constant bool given = is_function_constant_defined(v);
@@ -75,7 +85,8 @@ def test_function_constants():
     static constant constexpr int derived = n + twice;
     kernel void f(device float* out [[buffer(0)]]) {
       out[0] = derived; out[1] = given ? v.z : -1;
-    }""")
+    }"""
+    )
     out = np.zeros(2, np.float32)
     library.kernel("f", {0: 5})(grid=1, threads=1, buffers=[out])
     assert out.tolist() == [21, -1]
@@ -86,7 +97,9 @@ def test_function_constants():
 def test_threadgroup_variables():
     import softmetal
 
-    library = softmetal.Library(HEAD + """
+    library = softmetal.Library(
+        HEAD
+        + """
     template <typename T> struct Pair { T a, b; };
     template <typename T, int N> void g(device float* out, uint t) {
       threadgroup Pair<T> pairs[N], last;
@@ -100,7 +113,8 @@ def test_threadgroup_variables():
     kernel void f(device float* out [[buffer(0)]], uint t [[thread_index_in_threadgroup]]) {
       g<float, 32>(out, t);
       for (int i = 0; i < 2; ++i) { threadgroup int n; n = i; out[32 + t] += n; }
-    }""")
+    }"""
+    )
     out = np.zeros(64, np.float32)
     counters = library.kernel("f")(grid=1, threads=32, buffers=[out])
     np.testing.assert_array_equal(out[:32], 31 - np.arange(32) + 1 + 2 + 3 + 4)
@@ -110,7 +124,9 @@ def test_threadgroup_variables():
 def test_declarations_that_differ_in_address_spaces_alone():
     import softmetal
 
-    library = softmetal.Library(HEAD + """
+    library = softmetal.Library(
+        HEAD
+        + """
     template <typename T> struct element {};
     template <typename T> struct element<device T*> { using type = T; };
     template <typename T> struct element<threadgroup T*> { using type = T; };
@@ -128,7 +144,8 @@ def test_declarations_that_differ_in_address_spaces_alone():
       threadgroup_barrier(mem_flags::mem_threadgroup);
       Number n{3}; element<device float*>::type e = 4;
       out[0] = read(out) + read(&local) + n.get() + e;
-    }""")
+    }"""
+    )
     out = np.ones(1, np.float32)
     library.kernel("f")(grid=1, threads=1, buffers=[out])
     assert out[0] == 10
@@ -167,7 +184,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
     import softmetal
 
     monkeypatch.setenv("SOFTMETAL_CLANG", "no-such-clang")
-    with pytest.raises(softmetal.Error, match="cannot run no-such-clang.*clang-19"):
+    with pytest.raises(softmetal.Error, match=r"cannot run no-such-clang.*clang-19"):
         softmetal.Library("kernel void f() {}")
 
 

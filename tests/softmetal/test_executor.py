@@ -32,7 +32,9 @@ def run(body: str, *, threads=64, grid=1, before="", size=4096, library_keywords
 def test_every_thread_has_its_place():
     import softmetal
 
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void f(device uint* out [[buffer(0)]], uint3 grid [[thread_position_in_grid]],
                   uint3 group [[threadgroup_position_in_grid]],
                   ushort3 thread [[thread_position_in_threadgroup]],
@@ -41,6 +43,7 @@ def test_every_thread_has_its_place():
       uint at = (grid.z * all.y + grid.y) * all.x + grid.x;
       out[at] = group.x + 10 * group.y + 100 * group.z + 1000 * index + 1000000 * size.x;
     }"""
+    )
     source = source.replace("ushort3 thread ", "ushort3 in ")
     kernel = softmetal.Library(source).kernel("f")
     out = np.zeros((3, 5, 7), np.uint32)
@@ -154,7 +157,9 @@ def test_planted_bug_is_told(bug):
 def test_refused_dispatch(keywords, message):
     import softmetal
 
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     struct Params { float4 a; };
     kernel void plain(device float* out [[buffer(0)]]) { out[0] = 1; }
     kernel void forever(device float* out [[buffer(0)]]) { while (simd_sum(1.0f) > 0) out[0] += 1; }
@@ -164,6 +169,7 @@ def test_refused_dispatch(keywords, message):
     kernel void memory(threadgroup float* m [[threadgroup(0)]]) { m[0] = 1; }
     [[kernel, max_total_threads_per_threadgroup(32)]] void few(device float* out [[buffer(0)]]) {}
     """
+    )
     arguments = dict(grid=1, threads=64, buffers=[np.zeros(4, np.float32), bytes(8)]) | keywords
     kernel = softmetal.Library(source).kernel(arguments.pop("which", "plain"))
     with pytest.raises(softmetal.Error, match=message):
