@@ -17,8 +17,6 @@ struct CompileOptions {
   bool fast_math = true;
   uint32_t language_version = 0;  // 0x30001 is MSL 3.1; 0: the newest
   Instrumentation instrumentation = Instrumentation::kNone;
-  // Where SOFTMETAL_INSTRUMENT=counters|address|thread|undefined is set, it decides for libraries
-  // that the host program compiles.
   std::string output;  // empty: the cache, keyed by a hash of everything above and the compiler
   std::string target;  // empty: this machine; "aarch64-linux-gnu" for ahead-of-time arm64
 };
@@ -31,9 +29,5 @@ struct CompileResult {
 };
 
 CompileResult compile(const std::string& source, const CompileOptions& options);
-
-// Address spaces as Apple's compiler enforces them; nothing is generated. `ok` where nothing was
-// found.
-CompileResult check_strict(const std::string& source, const CompileOptions& options);
 
 }  // namespace softmetal

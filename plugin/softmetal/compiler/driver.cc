@@ -226,7 +226,10 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
       out.emplace_back("-g0");
       break;
     case Instrumentation::kCounters:
-      out.insert(out.end(), {"-g0", "-DSOFTMETAL_COUNT=1"});
+      // Loads and stores call the executor; see executor/access_callbacks.cc.
+      out.insert(out.end(),
+                 {"-g0", "-DSOFTMETAL_COUNT=1", "-Xclang", "-fsanitize=thread", "-mllvm",
+                  "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0"});
       break;
     case Instrumentation::kAddress:
       out.insert(out.end(), {"-g1", "-fsanitize=address", "-shared-libsan"});

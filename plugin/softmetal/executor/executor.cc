@@ -104,10 +104,11 @@ DispatchResult run(const Dispatch& dispatch) {
     launch.buffers[i] = address ? address : nothing;
   }
 
+  AccessMap accesses(dispatch);
   std::atomic<uint64_t> next{0}, first_failure{UINT64_MAX};
   std::mutex mutex;
   const auto work = [&] {
-    Worker worker(dispatch, launch);
+    Worker worker(dispatch, launch, accesses);
     for (uint64_t i; (i = next.fetch_add(1)) < total && i < first_failure.load();) {
       const uint32_t* groups = launch.threadgroups_per_grid;
       const uint32_t position[3] = {static_cast<uint32_t>(i % groups[0]),
@@ -132,6 +133,7 @@ DispatchResult run(const Dispatch& dispatch) {
   for (uint64_t i = 1; i < workers; ++i) helpers.emplace_back(work);
   if (total != 0) work();
   for (std::thread& helper : helpers) helper.join();
+  accesses.count(&result.counters);
   result.ok = first_failure.load() == UINT64_MAX;
   return result;
 }

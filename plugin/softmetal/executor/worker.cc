@@ -45,8 +45,8 @@ const char* shown(const char* operation) { return operation[0] == '.' ? operatio
 
 Worker* Worker::current() { return current_worker; }
 
-Worker::Worker(const Dispatch& dispatch, const Launch& launch)
-    : dispatch_(dispatch), launch_(launch) {
+Worker::Worker(const Dispatch& dispatch, const Launch& launch, AccessMap& accesses)
+    : dispatch_(dispatch), launch_(launch), accesses_(accesses) {
   const uint32_t* size = dispatch.threads_per_threadgroup;
   const uint32_t most = size[0] * size[1] * size[2];
   lanes_.resize(most);
@@ -417,6 +417,16 @@ void Worker::uniform(const char* operation) {
 
 void Worker::count(Work work, uint64_t amount) {
   (work == Work::kExp2 ? counters_.exp2 : counters_.multiply_accumulates) += amount;
+}
+
+void Worker::access(const void* address, uint64_t size, bool is_write) {
+  if (!lane_) return;
+  const auto* byte = static_cast<const char*>(address);
+  if (byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes) {
+    (is_write ? counters_.threadgroup_bytes_written : counters_.threadgroup_bytes_read) += size;
+  } else if (accesses_.mark(address, size, is_write)) {
+    (is_write ? counters_.device_bytes_written : counters_.device_bytes_read) += size;
+  }
 }
 
 }  // namespace softmetal

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "executor/access_map.h"
 #include "executor/fiber.h"
 #include "softmetal/executor.h"
 
@@ -14,7 +15,7 @@ namespace softmetal {
 
 class Worker {
  public:
-  Worker(const Dispatch& dispatch, const Launch& launch);
+  Worker(const Dispatch& dispatch, const Launch& launch, AccessMap& accesses);
   ~Worker();
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
@@ -38,6 +39,7 @@ class Worker {
   void uniform(const char* operation);
   [[noreturn]] void fail(const std::string& what);
   void count(Work work, uint64_t amount);
+  void access(const void* address, uint64_t size, bool is_write);
 
  private:
   enum class State : uint8_t { kReady, kInSimdgroup, kAtBarrier, kDone };
@@ -82,6 +84,7 @@ class Worker {
 
   const Dispatch& dispatch_;
   const Launch& launch_;
+  AccessMap& accesses_;
   StackPool stacks_;
   std::vector<Lane> lanes_;
   std::vector<Simdgroup> simdgroups_;
