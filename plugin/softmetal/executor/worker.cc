@@ -58,7 +58,12 @@ Worker::Worker(const Dispatch& dispatch, const Launch& launch, AccessMap& access
   }
 }
 
-Worker::~Worker() { drop_arenas(); }
+// What threadgroups did is seen by the host when all have ended, not by those that come later: the
+// order of threadgroups is no one's to rely on.
+Worker::~Worker() {
+  sanitizer::acquire(&end_ordering_);
+  drop_arenas();
+}
 
 void Worker::new_arena() {
   void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
@@ -166,7 +171,6 @@ bool Worker::run(const uint32_t position[3]) {
     sanitizer::release(&start_ordering_);
     switch_to(next());
     lane_ = nullptr;
-    sanitizer::acquire(&end_ordering_);
     for (uint32_t i = 0; i < threads_; ++i) {
       if (lanes_[i].sanitizer_fiber) __tsan_destroy_fiber(lanes_[i].sanitizer_fiber);
     }

@@ -15,11 +15,14 @@ array([0., 2., 4., 6.], dtype=float32)
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import dataclasses
 import json
 import os
 import pathlib
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -298,3 +301,52 @@ class Kernel:
         if status != 0:
             raise Error(text.value.decode(errors="replace"))
         return Counters(**dict(zip(_COUNTERS, counters, strict=True)))
+
+
+SANITIZERS = {
+    # Python allocates once and for all; what a kernel leaks is not the device's to say.
+    "address": ("asan", {"ASAN_OPTIONS": "detect_leaks=0"}),
+    # The host's own threads are not instrumented.
+    "thread": ("tsan", {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1"}),
+    "undefined": ("ubsan_standalone", {"UBSAN_OPTIONS": "print_stacktrace=1"}),
+}
+
+
+def sanitizer_environment(name: str) -> dict[str, str]:
+    """Environment variables with which a program's kernels run under a sanitizer of clang.
+
+    **Arguments:** `name`: one of `SANITIZERS`. Options that the environment has already, in
+    ASAN_OPTIONS and its like, come after the ones set here.
+
+    **Raises:** `Error` where the sanitizer's runtime is not installed.
+    """
+    if name not in SANITIZERS:
+        raise Error(f'softmetal: sanitizer is "{name}"; allowed: {", ".join(SANITIZERS)}.')
+    runtime, options = SANITIZERS[name]
+    clang = os.environ.get("SOFTMETAL_CLANG") or "clang++-19"
+    library = f"libclang_rt.{runtime}-{platform.machine()}.so"
+    found = subprocess.run(
+        [clang, f"-print-file-name={library}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not pathlib.Path(found).is_file():
+        raise Error(f"softmetal: {clang} has no {library}; on Debian: libclang-rt-19-dev")
+    environment = {**os.environ, "SOFTMETAL_INSTRUMENT": name, "LD_PRELOAD": found}
+    for variable, value in options.items():
+        environment[variable] = ":".join(filter(None, (value, os.environ.get(variable))))
+    return environment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m softmetal run --sanitize thread -- program ...`."""
+    parser = argparse.ArgumentParser(prog="python -m softmetal", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run a program with its kernels under a sanitizer")
+    run.add_argument("--sanitize", choices=SANITIZERS, required=True)
+    run.add_argument("program", nargs="+", help="after --")
+    options = parser.parse_args(arguments)
+    environment = sanitizer_environment(options.sanitize)
+    return subprocess.run(options.program, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
