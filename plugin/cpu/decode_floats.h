@@ -409,7 +409,7 @@ class DecodeFloats {
     for (int64_t r = 0; r < rows_; ++r) {
       float* scores = s.scores.get() + r * kSubtile;
       std::fill(scores + count, scores + padded, 0.0f);
-      if (call_.soft_cap != 0.0f && head.centre[r] != 0.0f) {
+      if (needs_whole_logits(call_) && head.centre[r] != 0.0f) {
         for (int64_t j = 0; j < padded; ++j) scores[j] += head.centre[r];
       }
       const Rules rules(call_, b, chunks_.head_of(head.k, r));
@@ -574,7 +574,7 @@ class DecodeFloats {
       }
       *to.maximum = head.maximum[r];
       *to.sum = head.sum[r];
-      if (head.sum[r] != 0.0f && call_.soft_cap == 0.0f && head.maximum[r] != kHidden) {
+      if (head.sum[r] != 0.0f && !needs_whole_logits(call_) && head.maximum[r] != kHidden) {
         *to.maximum += head.centre[r];
       }
     }
