@@ -263,7 +263,8 @@ def test_rows_whose_logits_are_all_large_and_negative(
     actual = (*results, *pullback((d_out, jnp.zeros_like(results[1]))))
     expected = (*exact[:5], exact[5].sum(1, keepdims=True))
     forward, backward = (1.3e-2, 2e-2) if dtype == "int4" else BARS[dtype]
-    np.testing.assert_allclose(actual[1], exact[1], atol=1e-3, rtol=2e-6)
+    log_sum_exp_error = 2e-2 if dtype == "int4" else 1e-3
+    np.testing.assert_allclose(actual[1], exact[1], atol=log_sum_exp_error, rtol=2e-6)
     for label, x, y in zip(
         ("out", "lse", "dq", "dk", "dv", "dbias"), actual, expected, strict=True
     ):

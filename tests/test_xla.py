@@ -493,6 +493,6 @@ def test_extent_0(extent):
 def test_gradient_of_a_bias_that_is_not_there_is_an_error():
     q, k, v, d_out, d_log_sum_exp = draw(dtype=np.float32)
     backward_bias = functools.partial(xla.backward_bias, AttentionProblem(0.4))
+    row = d_log_sum_exp
     with pytest.raises(ValueError, match=r"backward_bias: operands.bias is None"):
-        row = d_log_sum_exp
         backward_bias(AttentionOperands(q, k, v), d_out, row, row, d_out, None)
