@@ -553,11 +553,8 @@ class DecodeFloats {
         JAX_GLUON_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           F& a = acc[i * kVectors + v];
-          if constexpr (kGuard) {
-            a = Isa::add(a, Isa::where_nonzero(weight, Isa::mul(weight, x[v])));
-          } else {
-            a = Isa::fma(x[v], weight, a);
-          }
+          // The same bits with and without the guard.
+          a = Isa::fma(kGuard ? Isa::where_nonzero(weight, x[v]) : x[v], weight, a);
         }
       }
     }
