@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, cast, overload
@@ -84,7 +83,8 @@ def dot_product_attention(
       key and value.
     - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's rank and dtype. K divides N, and
       query head n reads kv head `n // (N // K)`.
-    - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf hides a key.
+    - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
+      hides a key.
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
     - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
@@ -306,11 +306,8 @@ def _attend_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], lowering.Residuals]:
     del differentiates_log_sum_exp
     kept = lowering.quantize_operands(problem, operands)
-    out, log_sum_exp = lowering.forward(problem, operands.query.dtype, kept)
-    natural = log_sum_exp * jnp.asarray(math.log(2.0), log_sum_exp.dtype)
-    empty = jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum_exp.dtype)
-    natural = jnp.where(log_sum_exp == empty, empty, natural)
-    return (out, natural), lowering.Residuals(kept, out, log_sum_exp)
+    out, log_sum_exp, *parts = lowering.forward(problem, operands.query.dtype, kept)
+    return (out, log_sum_exp), lowering.Residuals(kept, out, *parts)
 
 
 def _attend_backward(

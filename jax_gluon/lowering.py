@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -21,15 +22,16 @@ from jax.typing import DTypeLike
 
 from jax_gluon import xla, xla_quantize
 from jax_gluon.formats import QuantizedTensor, QuantSpec, rotation
-from jax_gluon.problem import AttentionProblem, FloatOperands, Operands
+from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionProblem, FloatOperands, Operands
 
 
 class Residuals(NamedTuple):
-    """What forward leaves for backward; `log_sum_exp` is the base-2 form that `forward` returns."""
+    """What forward leaves for backward; the last two are the parts that `forward` returns."""
 
     operands: Operands
     out: jax.Array
-    log_sum_exp: jax.Array
+    row_maximum: jax.Array
+    log_sum: jax.Array
 
 
 _Result = TypeVar("_Result")
@@ -122,8 +124,14 @@ def quantize_operands(problem: AttentionProblem, operands: Operands) -> Operands
 @jit(0, 1)
 def forward(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
-) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, N, V]` of `dtype`, and the base-2 log-sum-exp `[B, T, N]` of each row."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Output `[B, T, N, V]` of `dtype`, the natural log-sum-exp `[B, T, N]`, and its two parts.
+
+    Those are what backward takes: a maximum of each row's logits, and the logarithm of the sum of
+    their exponentials relative to it; one number could not hold the second beside a maximum of
+    -1e9. They are in the base in which the implementation has its logits, since a change of base
+    rounds: 2 in the plugin, e in XLA.
+    """
     return _on_platform(
         problem.implementation,
         functools.partial(_forward_cpu, problem, dtype),
@@ -248,19 +256,27 @@ def _unrotated(operands: Operands) -> Operands:
     return operands._replace(query=query, key=key, value=plain(value))
 
 
+def _log_sum_exp(row_maximum: jax.Array, log_sum: jax.Array, unit: float) -> jax.Array:
+    """The natural log-sum-exp of parts in multiples of `unit`; finite where a row sees no key."""
+    empty = jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum.dtype)
+    natural = (row_maximum + log_sum) * jnp.asarray(unit, log_sum.dtype)
+    return jnp.where(log_sum == empty, empty, natural)
+
+
 def _forward_cpu(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     operands = _unrotated(operands)
     rows = operands.query.shape[:-1]
     results = (
         jax.ShapeDtypeStruct((*rows, operands.value.shape[-1]), dtype),
         jax.ShapeDtypeStruct(rows, jnp.float32),
+        jax.ShapeDtypeStruct(rows, jnp.float32),
     )
-    out, log_sum_exp = _ffi_call(_ATTENTION_FORWARD, results)(
+    out, row_maximum, log2_sum = _ffi_call(_ATTENTION_FORWARD, results)(
         *_arguments(operands), **_attributes(problem, operands)
     )
-    return out, log_sum_exp
+    return out, _log_sum_exp(row_maximum, log2_sum, math.log(2.0)), row_maximum, log2_sum
 
 
 def _backward_call(
@@ -271,13 +287,13 @@ def _backward_call(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
-    out, log_sum_exp = residuals.out, residuals.log_sum_exp
     operands = _unrotated(residuals.operands)
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
     return _ffi_call(target, results)(
         *_arguments(operands),
-        out,
-        log_sum_exp,
+        residuals.out,
+        residuals.row_maximum,
+        residuals.log_sum,
         *cotangents,
         **_attributes(problem, operands),
         has_d_log_sum_exp=np.int64(d_log_sum_exp is not None),
@@ -370,9 +386,9 @@ def _quantize_xla(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> Q
 
 def _forward_xla(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
-) -> tuple[jax.Array, jax.Array]:
-    out, log_sum_exp = xla.forward(problem, _float_operands(operands, dtype))
-    return out.astype(dtype), log_sum_exp
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    out, row_maximum, log_sum = xla.forward(problem, _float_operands(operands, dtype))
+    return out.astype(dtype), _log_sum_exp(row_maximum, log_sum, 1.0), row_maximum, log_sum
 
 
 def _backward_xla(
@@ -408,7 +424,8 @@ def _apply_xla(
         problem,
         operands,
         residuals.out.astype(dtype),
-        residuals.log_sum_exp,
+        residuals.row_maximum,
+        residuals.log_sum,
         d_out.astype(dtype),
         d_log_sum_exp,
     )

@@ -13,8 +13,8 @@ import jax
 
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor
 
-#: What a row that sees no key stores as its internal base-2 log-sum-exp. An infinity would trip
-#: `jax_debug_infs`; only the public value is -inf.
+#: What a row that sees no key has as its log-sum-exp, and stores as the logarithm of its sum beside
+#: a maximum of 0. An infinity would trip `jax_debug_infs`; only the public value is -inf.
 EMPTY_ROW_LOG_SUM_EXP = -3.0e38
 
 
@@ -33,6 +33,11 @@ class AttentionProblem:
     soft_cap: float | None = None
     quantization: AttentionQuantization | None = None
     implementation: str | None = None
+
+
+#: A bias below this hides its key like -inf, unless there is a soft cap. It is about the least
+#: logit that stays finite in float32 as a multiple of log 2, the unit of the CPU kernels.
+LEAST_LOGIT = -2.35e38
 
 
 _Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor, covariant=True)

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jax_gluon.arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
 from jax_gluon.formats import QuantizedTensor, QuantSpec
-from jax_gluon.problem import AttentionProblem, Operands
+from jax_gluon.problem import LEAST_LOGIT, AttentionProblem, Operands
 from jax_gluon.xla_quantize import quantize
 
 __all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize"]
@@ -163,11 +163,18 @@ def _attend(
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     visible = _grouped(_visible(problem, operands), K)
 
-    products = _over_visible(_SCORES, query, key, visible)
-    scores = scale * jnp.where(visible, products, 0.0)
-    if operands.bias is not None:
-        bias = _grouped(_to_scores(operands, operands.bias), K).astype(dtype)
-        scores += jnp.where(visible, bias, 0.0)
+    def logits(query: jax.Array, key: jax.Array, visible: jax.Array) -> jax.Array:
+        products = _over_visible(_SCORES, query, key, visible)
+        scores = scale * jnp.where(visible, products, 0.0)
+        if operands.bias is not None:
+            bias = _grouped(_to_scores(operands, operands.bias), K).astype(dtype)
+            scores += jnp.where(visible, bias, 0.0)
+        return scores
+
+    if problem.soft_cap is None:
+        # What a logit of -inf hides is taken out before the product, for its gradient to be 0.
+        visible &= ~(jax.lax.stop_gradient(logits(query, key, visible)) < LEAST_LOGIT)
+    scores = logits(query, key, visible)
     if problem.soft_cap is not None:
         scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
 
@@ -211,7 +218,8 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
     if operands.mask is not None:
         visible &= operands.mask
     if operands.bias is not None and problem.soft_cap is None:
-        visible &= operands.bias != -jnp.inf
+        bias = operands.bias.astype(np.promote_types(operands.bias.dtype, np.float32))
+        visible &= ~(bias < LEAST_LOGIT)  # NaN is visible
     if problem.is_causal:
         visible &= key <= row
     if problem.local_window is not None:

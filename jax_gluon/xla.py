@@ -10,7 +10,6 @@ operands pay one more pass over each of them, which is O(T), to find out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -18,10 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionProblem, FloatOperands
+from jax_gluon.problem import (
+    EMPTY_ROW_LOG_SUM_EXP,
+    LEAST_LOGIT,
+    AttentionProblem,
+    FloatOperands,
+)
 from jax_gluon.xla_tiles import (
     KEYS_FIRST,
-    LEAST_LOGIT,
     QUERIES_FIRST,
     Tiles,
     add_slice,
@@ -35,26 +38,28 @@ from jax_gluon.xla_tiles import (
 
 _State = TypeVar("_State")
 
-_LOG2_E = math.log2(math.e)
 
+def forward(
+    problem: AttentionProblem, operands: FloatOperands
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output `[B, T, N, V]` in query's dtype, and the two parts of each row's log-sum-exp.
 
-def forward(problem: AttentionProblem, operands: FloatOperands) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, N, V]` in query's dtype, and the base-2 log-sum-exp `[B, T, N]` of each row.
-
-    The log-sum-exp is float32 (float64 for float64 operands) and finite: a row that sees no key
-    stores `EMPTY_ROW_LOG_SUM_EXP`, and its output is 0. The online softmax is that of
+    Those are the maximum of its logits and the natural logarithm of the sum of their exponentials
+    relative to it, `[B, T, N]`, float32 (float64 for float64 operands) and finite: a row that sees
+    no key stores 0 and `EMPTY_ROW_LOG_SUM_EXP`, and its output is 0. The online softmax is that of
     FlashAttention-2 (https://arxiv.org/abs/2307.08691).
     """
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     tiles = Tiles(problem, operands)
     out = jnp.zeros((B, T, N, V), operands.query.dtype)
-    log_sum_exp = jnp.full((B, T, N, 1), EMPTY_ROW_LOG_SUM_EXP, tiles.dtype)
+    row_maximum = jnp.zeros((B, T, N, 1), tiles.dtype)
+    log_sum = jnp.full((B, T, N, 1), EMPTY_ROW_LOG_SUM_EXP, tiles.dtype)
     if 0 in (B, T, S):
-        return out, log_sum_exp[..., 0]
+        return out, row_maximum[..., 0], log_sum[..., 0]
     value_is_finite = all_finite(operands.value)
 
-    def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array]):
+    def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array]):
         query = tiles.rows(operands.query, i)
 
         def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
@@ -74,21 +79,24 @@ def forward(problem: AttentionProblem, operands: FloatOperands) -> tuple[jax.Arr
         weighted, maximum, total = _loop(*tiles.chunk_range(i), key_chunk, state)
         is_empty = total == 0
         total = jnp.where(is_empty, 1.0, total)
-        row = (maximum + jnp.log(total)) * _LOG2_E
+        log_total = jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, jnp.log(total))
         return (
             tiles.write_rows(results[0], i, (weighted / total).astype(operands.query.dtype)),
-            tiles.write_rows(results[1], i, jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, row)),
+            tiles.write_rows(results[1], i, jnp.where(is_empty, 0.0, maximum)),
+            tiles.write_rows(results[2], i, log_total),
         )
 
-    out, log_sum_exp = _loop(0, tiles.queries.count, query_block, (to_bits(out), log_sum_exp))
-    return from_bits(out, operands.query.dtype), log_sum_exp[..., 0]
+    results = (to_bits(out), row_maximum, log_sum)
+    out, row_maximum, log_sum = _loop(0, tiles.queries.count, query_block, results)
+    return from_bits(out, operands.query.dtype), row_maximum[..., 0], log_sum[..., 0]
 
 
 def backward(
     problem: AttentionProblem,
     operands: FloatOperands,
     out: jax.Array,
-    log_sum_exp: jax.Array,
+    row_maximum: jax.Array,
+    log_sum: jax.Array,
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -101,7 +109,7 @@ def backward(
     if 0 in (*query.shape, *key.shape):
         return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
     tiles = Tiles(problem, operands)
-    cotangent = _Cotangent(out, log_sum_exp, d_out, d_log_sum_exp)
+    cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
     query_is_finite, key_is_finite, d_out_is_finite = map(all_finite, (query, key, d_out))
 
     def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array]):
@@ -149,7 +157,8 @@ def backward_bias(
     problem: AttentionProblem,
     operands: FloatOperands,
     out: jax.Array,
-    log_sum_exp: jax.Array,
+    row_maximum: jax.Array,
+    log_sum: jax.Array,
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> jax.Array:
@@ -160,7 +169,7 @@ def backward_bias(
     if 0 in (*operands.query.shape, *operands.key.shape):
         return jnp.zeros_like(bias)
     tiles = Tiles(problem, operands)
-    cotangent = _Cotangent(out, log_sum_exp, d_out, d_log_sum_exp)
+    cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
     summed = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
     # Each element of a bias that is broadcast along neither T nor S belongs to one tile: it is
     # rounded once, and needs no wider copy of the largest array here.
@@ -188,17 +197,19 @@ class _Cotangent(NamedTuple):
     """What backward reads beside the operands; see `backward`."""
 
     out: jax.Array
-    log_sum_exp: jax.Array
+    row_maximum: jax.Array
+    log_sum: jax.Array
     d_out: jax.Array
     d_log_sum_exp: jax.Array | None
 
 
 class _BackwardRows(NamedTuple):
-    """One query block, `[B, K, G, t, X]`; X is 1 for the natural log-sum-exp and for `delta`."""
+    """One query block, `[B, K, G, t, X]`; X is 1 but for `query` and `d_out`."""
 
     query: jax.Array
     d_out: jax.Array
-    log_sum_exp: jax.Array
+    maximum: jax.Array
+    log_sum: jax.Array
     delta: jax.Array
 
 
@@ -207,12 +218,11 @@ def _backward_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _Backwa
     delta = jnp.sum(d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
     if cotangent.d_log_sum_exp is not None:
         delta -= tiles.rows(cotangent.d_log_sum_exp[..., None], i)
-    log_sum_exp = tiles.rows(cotangent.log_sum_exp[..., None], i)
-    # Nothing is visible to an empty row; 0 keeps its unused exponentials finite. No visible logit
-    # is less than the least one, whichever way the division rounds.
-    is_empty = log_sum_exp == EMPTY_ROW_LOG_SUM_EXP
-    natural = jnp.where(is_empty, 0.0, jnp.maximum(log_sum_exp / _LOG2_E, LEAST_LOGIT))
-    return _BackwardRows(tiles.rows(tiles.query, i), d_out, natural, delta)
+    maximum = tiles.rows(cotangent.row_maximum[..., None], i)
+    log_sum = tiles.rows(cotangent.log_sum[..., None], i)
+    # Nothing is visible to an empty row; 0 keeps its unused exponentials finite.
+    log_sum = jnp.where(log_sum == EMPTY_ROW_LOG_SUM_EXP, 0.0, log_sum)
+    return _BackwardRows(tiles.rows(tiles.query, i), d_out, maximum, log_sum, delta)
 
 
 def _backward_tile(
@@ -220,7 +230,9 @@ def _backward_tile(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """P, the gradient of the biased scores, and which of them are visible (None: all)."""
     logits, visible, slope = tiles.scores(rows.query, i, c, order)
-    p = _hide(jnp.exp(logits - arrange(rows.log_sum_exp, order)), visible)
+    # In this order: the logarithm of the sum would vanish in a large maximum.
+    below_maximum = logits - arrange(rows.maximum, order)
+    p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
     d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
     d_scores = p * (d_p - arrange(rows.delta, order))
     if slope is not None:

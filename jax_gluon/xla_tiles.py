@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon.problem import AttentionProblem, FloatOperands
+from jax_gluon.problem import LEAST_LOGIT, AttentionProblem, FloatOperands
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
 # operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache
@@ -24,11 +24,6 @@ _TILE_SCORES = 2**24
 _LEAST_QUERY_BLOCK = 32
 # Blocks are multiples of the longest SIMD register, in float32.
 _ALIGNMENT = 16
-
-# About the least logit that stays finite in float32 as a multiple of log 2, which the log-sum-exp
-# is kept in. It stands for hidden keys. A bias below it, as finfo.min is, hides its key like -inf:
-# the CPU kernels, whose logits are in base 2, can't tell the two apart.
-LEAST_LOGIT = -2.35e38
 
 
 @dataclass(frozen=True)
@@ -87,6 +82,7 @@ def keys_first(x: jax.Array) -> jax.Array:
 class Scores(NamedTuple):
     """Logits of one tile, the least one where hidden; `visible` None: all are.
 
+    A logit of -inf hides its key, which a soft cap prevents.
     `slope` is d logit / d (uncapped logit), where there is a soft cap.
     """
 
@@ -176,14 +172,17 @@ class Tiles:
         if bias is not None:
             bias = bias.astype(self.dtype)
             logits += arrange(bias, order)
+        visible = self._visible(i, c, bias)
+        if visible is not None:
+            visible = arrange(visible, order)
         slope = None
         if (cap := self.problem.soft_cap) is not None:
             tanh = jnp.tanh(logits / cap)
             logits, slope = cap * tanh, 1.0 - tanh * tanh
-        logits = jnp.maximum(logits, LEAST_LOGIT)
-        visible = self._visible(i, c, bias)
+        else:
+            is_finite = ~(logits < LEAST_LOGIT)  # NaN is visible
+            visible = is_finite if visible is None else visible & is_finite
         if visible is not None:
-            visible = arrange(visible, order)
             logits = jnp.where(visible, logits, LEAST_LOGIT)
         return Scores(logits, visible, slope)
 

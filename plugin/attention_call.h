@@ -88,19 +88,21 @@ struct AttentionCall {
   std::vector<int64_t> key_value_seq_lengths_offset;
 };
 
-// A row's log-sum-exp is kept in base 2 as float32. A row that sees no key stores this finite value
-// (infinity would trip jax_debug_infs); the Python side turns it into -inf.
-constexpr float kEmptyRowLogSumExp = -3.0e38f;
+// A row's log-sum-exp is kept in base 2, in two parts: a maximum of its logits, and log2 of the sum
+// of exp2(logit - maximum). One float32 could not hold the second beside a maximum of -1e9. A row
+// that sees no key stores 0 and this finite value (infinity would trip jax_debug_infs); the Python
+// side turns it into -inf.
+constexpr float kEmptyRowLog2Sum = -3.0e38f;
 
 struct AttentionForwardCall : AttentionCall {
-  Result out;          // [B, T, N, V], float
-  Result log_sum_exp;  // [B, T, N], float32, base 2
+  Result out;                    // [B, T, N, V], float
+  Result row_maximum, log2_sum;  // [B, T, N], float32
 };
 
 struct AttentionBackwardCall : AttentionCall {
-  Operand out;            // [B, T, N, V], strides T, N, V
-  Operand log_sum_exp;    // [B, T, N], strides T, N: as the forward call wrote it
-  Operand d_out;          // [B, T, N, V]
+  Operand out;                    // [B, T, N, V], strides T, N, V
+  Operand row_maximum, log2_sum;  // [B, T, N], strides T, N: as the forward call wrote them
+  Operand d_out;                  // [B, T, N, V]
   Operand d_log_sum_exp;  // optional, float32, [B, T, N]: cotangent of the natural-log value
 
   Result d_query;  // [B, T, N, H], float
@@ -110,7 +112,7 @@ struct AttentionBackwardCall : AttentionCall {
 
 // The gradient of the bias alone: a call of its own, so that XLA drops it when nobody asks.
 struct AttentionBackwardBiasCall : AttentionCall {
-  Operand out, log_sum_exp, d_out, d_log_sum_exp;  // as in AttentionBackwardCall
+  Operand out, row_maximum, log2_sum, d_out, d_log_sum_exp;  // as in AttentionBackwardCall
   // Shape [L, b, n, t, s], float: L is the product of the vmap axes, b is 1 or the real batch, n is
   // 1 or N, t is 1 or T, s is 1 or S; an axis of extent 1 is summed over.
   Result d_bias;

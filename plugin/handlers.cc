@@ -175,7 +175,8 @@ void decode_cotangents(Decoder& decoder, Call& call, int64_t batch, bool has_d_l
   const Shape rows = {batch, call.T, call.N};
   const Shape out = {batch, call.T, call.N, call.V};
   call.out = decoder.float_operand("out", out);
-  call.log_sum_exp = decoder.operand_of("log_sum_exp", rows, {ffi::DataType::F32});
+  call.row_maximum = decoder.operand_of("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = decoder.operand_of("log2_sum", rows, {ffi::DataType::F32});
   call.d_out = decoder.float_operand("d_out", out);
   if (has_d_log_sum_exp) {
     call.d_log_sum_exp = decoder.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
@@ -218,7 +219,9 @@ ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
     AttentionForwardCall call;
     const int64_t batch = decode_call(decoder, call, nullptr, nullptr);
     call.out = decoder.result("out", {batch, call.T, call.N, call.V}, kFloats);
-    call.log_sum_exp = decoder.result("log_sum_exp", {batch, call.T, call.N}, {ffi::DataType::F32});
+    const Shape rows = {batch, call.T, call.N};
+    call.row_maximum = decoder.result("row_maximum", rows, {ffi::DataType::F32});
+    call.log2_sum = decoder.result("log2_sum", rows, {ffi::DataType::F32});
     return finish(decoder, target, [&]() -> Status {
       if (call.B * call.T * call.N == 0) return {};
       XlaParallel parallel(pool);

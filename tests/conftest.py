@@ -92,7 +92,7 @@ def visible_keys(
     if key_lengths is not None:
         visible &= (j < np.asarray(key_lengths)[:, None, None])[:, None]
     if bias is not None and soft_cap is None:
-        visible &= np.asarray(bias, np.float64) != -np.inf
+        visible &= ~(np.asarray(bias, np.float64) < -2.35e38)  # NaN is visible
     return visible
 
 

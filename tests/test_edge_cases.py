@@ -1,11 +1,14 @@
 """Extents of 0 and 1, rows that see nothing, and NaN and infinity, seen and hidden."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_gluon
+from jax_gluon import reference
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -276,3 +279,115 @@ def test_large_logits_do_not_overflow(implementation, oracle, relative_error, ra
     assert relative_error(out, expected.out) <= 1e-2
     assert relative_error(log_sum_exp, expected.log_sum_exp) <= 2e-6
     assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("least", [-1e9, -1e30])
+@pytest.mark.parametrize("T", [40, 2])
+def test_rows_whose_logits_are_all_large_and_negative(
+    T, least, dtype, implementation, oracle, relative_error, random_operands
+):
+    """A mask of finite numbers, on whole rows and as left padding under causal."""
+    q, k, v, d_out = random_operands(T=T, S=40, dtype=dtype)
+    bias = np.zeros((2, 1, T, 40), np.float32)
+    bias[0, :, 0] = bias[0, :, 20:30] = least
+    bias[1, :, :, :15] = least
+    # What is left of the products is nothing here, and all of them in float64.
+    q = q.at[0, 0].set(0).at[0, 20:30].set(0).at[1, :15].set(0)
+    (out, log_sum_exp), gradients = attention_and_gradients(
+        (q, k, v), d_out, bias, is_causal=True, implementation=implementation
+    )
+    expected = oracle(
+        q, k, v, bias, is_causal=True, d_out=d_out, d_log_sum_exp=np.ones(out.shape[:-1])
+    )
+    forward, backward = (2e-6, 3e-6) if dtype == "float32" else (7e-3, 1e-2)
+    assert relative_error(out, expected.out) <= forward
+    np.testing.assert_allclose(log_sum_exp, expected.log_sum_exp, rtol=2e-6, atol=2e-3)
+    for gradient, exact in zip(gradients, expected[2:], strict=True):
+        assert relative_error(gradient, exact) <= backward
+
+
+ATTENTIONS = pytest.mark.parametrize("attention", ["cpu", "xla", "reference"])
+
+
+def run_attention(attention, d_out, *operands):
+    """Output, log-sum-exp and gradients, of an implementation or of the oracle."""
+    if attention == "reference":
+        function = reference.attention_with_log_sum_exp
+    else:
+        function = functools.partial(jax_gluon.attention_with_log_sum_exp, implementation=attention)
+    outputs, pullback = jax.vjp(function, *operands)
+    seen = jnp.isfinite(outputs[1]).astype(jnp.float32)
+    return *outputs, *pullback((d_out, seen))
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("T", [8, 2])
+@pytest.mark.parametrize("operand", ["query", "key", "value_of_hidden"])
+def test_a_logit_of_minus_infinity_hides_its_key(
+    operand, T, attention, oracle, relative_error, random_operands
+):
+    q, k, v, d_out = random_operands(T=T, S=9)
+    q, k = (jnp.abs(x) + 0.1 for x in (q, k))
+    bias = np.zeros((2, 4, T, 9), np.float32)
+    if operand == "query":
+        infinite = (q.at[0, 1, 2, 3].set(-np.inf), k, v)
+        bias[0, 2, 1] = -np.inf
+    else:
+        infinite = (q, k.at[1, 4, 0, 3].set(-np.inf), v)
+        bias[1, :2, :, 4] = -np.inf
+    if operand == "value_of_hidden":
+        infinite = (q, infinite[1], v.at[1, 4, 0].set(np.nan))
+    actual = run_attention(attention, d_out, *infinite)
+    seen = np.isfinite(np.asarray(actual[1]))
+    expected = oracle(q, k, v, bias, d_out=d_out, d_log_sum_exp=seen)
+    np.testing.assert_array_equal(seen, np.isfinite(expected.log_sum_exp))
+    assert relative_error(np.asarray(actual[1])[seen], expected.log_sum_exp[seen]) <= 2e-6
+    for x, y in zip((actual[0], *actual[2:]), (expected.out, *expected[2:5]), strict=True):
+        assert relative_error(x, y) <= 3e-6
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("logit", [np.nan, np.inf])
+@pytest.mark.parametrize("T", [8, 2])
+def test_a_logit_of_nan_or_infinity_makes_its_row_nan(T, logit, dtype, attention, random_operands):
+    q, k, v, d_out = random_operands(T=T, S=9, dtype=dtype)
+    bias = jnp.zeros((2, 4, T, 9)).at[0, 1, 1, 5].set(logit)
+    out, log_sum_exp, d_query, *_ = run_attention(attention, d_out, q, k, v, bias)
+    touched = np.zeros(out.shape[:3], bool)
+    touched[0, 1, 1] = True
+    np.testing.assert_array_equal(np.isnan(log_sum_exp), touched)
+    for x in (out, d_query):
+        np.testing.assert_array_equal(np.isnan(x), np.broadcast_to(touched[..., None], x.shape))
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("T", [8, 2])
+@pytest.mark.parametrize("least", [np.finfo(np.float32).min, -2.36e38, -np.inf])
+def test_the_least_bias_hides_its_key(least, T, attention, oracle, relative_error, random_operands):
+    q, k, v, d_out = random_operands(T=T, S=9)
+    bias = np.zeros((1, 4, T, 9), np.float32)
+    bias[:, :2, 1] = bias[:, 3, :, 4] = least
+    actual = run_attention(attention, d_out, q, k, v, jnp.asarray(bias))
+    hides = np.where(bias < 0, -np.inf, bias)
+    seen = np.isfinite(np.asarray(actual[1]))
+    expected = oracle(q, k, v, hides, d_out=d_out, d_log_sum_exp=seen)
+    np.testing.assert_array_equal(seen, np.isfinite(expected.log_sum_exp))
+    assert not seen.all()
+    for x, y in zip((actual[0], *actual[2:]), (expected.out, *expected[2:]), strict=True):
+        assert relative_error(x, y) <= 3e-6
+
+
+@ATTENTIONS
+def test_the_least_bias_under_a_soft_cap_is_the_cap(attention, random_operands):
+    q, k, v, _ = random_operands(T=3, S=4)
+    bias = jnp.full((1, 1, 3, 4), np.finfo(np.float32).min)
+    if attention == "reference":
+        function = reference.attention_with_log_sum_exp
+    else:
+        function = functools.partial(jax_gluon.attention_with_log_sum_exp, implementation=attention)
+    out, log_sum_exp = function(q, k, v, bias, logits_soft_cap=4.0)
+    mean = np.repeat(np.asarray(v).mean(1, keepdims=True), 2, axis=2)
+    np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=1e-6)
+    np.testing.assert_allclose(log_sum_exp, np.log(4) - 4, atol=1e-5)

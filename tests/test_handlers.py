@@ -131,11 +131,13 @@ def attention(target, formats="float", *, full=True):
         "has_query_seq_lengths": np.int64(full),
         "has_key_value_seq_lengths": np.int64(full),
     }
-    results = {"out": result(B, T, N, V), "log_sum_exp": result(B, T, N)}
+    row = result(B, T, N)
+    results = {"out": result(B, T, N, V), "row_maximum": row, "log2_sum": row}
     if target != FORWARD:
         operands |= {
             "out": draw(B, T, N, V),
-            "log_sum_exp": draw(B, T, N),
+            "row_maximum": draw(B, T, N),
+            "log2_sum": draw(B, T, N),
             "d_out": draw(B, T, N, V),
         }
         if full:
@@ -200,14 +202,16 @@ def _handlers_still_work():
     """After each test the process lives and a good call still gives the right numbers."""
     yield
     call = attention(FORWARD, full=False)
-    out, log_sum_exp = call.run()
+    out, row_maximum, log2_sum = call.run()
     query, key, value = call.operands.values()
     key, value = (np.repeat(x, N // K, axis=2) for x in (key, value))
     logits = np.einsum("btnh,bsnh->btns", query, key) * 0.5
-    p = np.exp(logits)
+    largest = logits.max(-1)
+    p = np.exp(logits - largest[..., None])
     expected = np.einsum("btns,bsnv->btnv", p / p.sum(-1, keepdims=True), value)
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_allclose(log_sum_exp, np.log2(p.sum(-1)), atol=1e-5)
+    np.testing.assert_allclose(row_maximum, largest * np.log2(np.e), atol=1e-5)
+    np.testing.assert_allclose(log2_sum, np.log2(p.sum(-1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -469,7 +473,8 @@ def test_operands_of_different_float_types():
 def test_heads_that_do_not_divide(heads):
     call = attention(FORWARD, full=False)
     call.operands["query"] = draw(B, T, heads, H)
-    call.results = {"out": result(B, T, heads, V), "log_sum_exp": result(B, T, heads)}
+    row = result(B, T, heads)
+    call.results = {"out": result(B, T, heads, V), "row_maximum": row, "log2_sum": row}
     assert f"query has {heads} heads, expected a multiple of key's 2" in call.error()
 
 
@@ -501,9 +506,10 @@ def test_64_bit_operands(configure, dtype):
 def test_no_keys_is_not_an_error():
     call = attention(FORWARD, full=False)
     call.operands |= {"key": draw(B, 0, K, H), "value": draw(B, 0, K, V)}
-    out, log_sum_exp = call.run()
+    out, row_maximum, log2_sum = call.run()
     assert not out.any()
-    assert (log_sum_exp == np.float32(-3.0e38)).all()
+    assert not row_maximum.any()
+    assert (log2_sum == np.float32(-3.0e38)).all()
 
 
 # The mapped leading axes of each operand in turn, out of (2, 3); the results always have both.

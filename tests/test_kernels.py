@@ -218,6 +218,94 @@ def test_kernels_match_float64(monkeypatch, relative_error, isa, dtype, name):
             assert relative_error(x, y) <= (forward if label == "out" else backward), label
 
 
+# A bias that leaves nothing of the logits it is added to, on whole rows and in parts of others.
+ISAS = sorted({*plugin.cpu_isas_supported(), "emulated_avx512"})
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("least", [-1e9, -1e30])
+@pytest.mark.parametrize("T", [70, 3], ids=["blocks", "decode"])
+def test_rows_whose_logits_are_all_large_and_negative(
+    monkeypatch, relative_error, isa, dtype, least, T
+):
+    """A mask of finite numbers, and left padding: each such row is uniform over what it sees."""
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    quantization = dtype if dtype.startswith("int") else None
+    causal = T > 3
+    S = 70 if causal else 330
+    case = dict(T=T, S=S, N=2, K=1, H=16, V=16, is_causal=causal)
+    operands, keywords, d_out, _ = _operands(case, "float32" if quantization else dtype)
+    query, key, value, _ = operands
+    bias = np.zeros((2, 1, T, S), np.float32)
+    bias[0, :, T // 3 : 2 * T // 3] = least
+    bias[1, :, :, : 30 if causal else S] = least
+    bias[1, :, -1, S // 2 :] = 0
+    # What is left of the products is nothing here, and all of them in float64.
+    query = query.at[0, T // 3 : 2 * T // 3].set(0).at[1, : 30 if causal else T - 1].set(0)
+    # Scales that vary from row to row, which 8-bit probabilities take in.
+    value = value * jnp.exp2(jnp.arange(S) % 5 - 2).astype(value.dtype)[:, None, None]
+    point = (query, key, value)
+    if quantization:
+        specs = PRESETS[quantization]
+        point = tuple(
+            jax_gluon.quantize(x, spec, implementation="cpu").dequantize(jnp.float32)
+            for x, spec in zip(point, (specs.query, specs.key, specs.value), strict=True)
+        )
+    exact = _exact((*point, bias), keywords, d_out, np.zeros(d_out.shape[:-1]))
+
+    def attention(*x):
+        return jax_gluon.attention_with_log_sum_exp(
+            *x, **keywords, implementation="cpu", quantization=quantization
+        )
+
+    results, pullback = jax.vjp(attention, query, key, value, jnp.asarray(bias))
+    actual = (*results, *pullback((d_out, jnp.zeros_like(results[1]))))
+    expected = (*exact[:5], exact[5].sum(1, keepdims=True))
+    forward, backward = (1.3e-2, 2e-2) if dtype == "int4" else BARS[dtype]
+    log_sum_exp_error = 2e-2 if dtype == "int4" else 1e-3
+    np.testing.assert_allclose(actual[1], exact[1], atol=log_sum_exp_error, rtol=2e-6)
+    for label, x, y in zip(
+        ("out", "lse", "dq", "dk", "dv", "dbias"), actual, expected, strict=True
+    ):
+        if label != "lse":
+            assert relative_error(x, y) <= (forward if label == "out" else backward), label
+    # Row by row: where a row is wrong alone the norm of all may hide it.
+    rows = np.linalg.norm(np.asarray(actual[0], np.float64) - exact[0], axis=-1)
+    assert (rows <= 10 * forward * np.linalg.norm(exact[0], axis=-1).max()).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("T", [20, 2], ids=["blocks", "decode"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, isa, T, dtype):
+    """The same bits as a bias of -inf gives, in results and gradients."""
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    operands, _, d_out, _ = _operands(dict(T=T, S=100, N=2, K=1), dtype)
+    query, key, value = (jnp.abs(x) + jnp.asarray(0.1, dtype) for x in operands[:3])
+
+    def run(key, query, bias):
+        def attention(*x):
+            return jax_gluon.dot_product_attention(*x, implementation="cpu")
+
+        out, pullback = jax.vjp(attention, query, key, value, bias)
+        return out, *pullback(d_out)
+
+    bias = np.zeros((1, 1, T, 100), np.float32)
+    hides = bias.copy()
+    hides[..., 7:10] = -np.inf
+    hides[:, :, 1] = -np.inf
+    expected = run(key, query, hides)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in expected)
+    least = np.maximum(hides, np.finfo(np.float32).min)
+    actual = run(key, query, least)
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    infinite = run(key.at[:, 7:10, :, 3].set(-np.inf), query.at[:, 1, :, 5].set(-np.inf), bias)
+    for x, y in zip(infinite, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("isa", plugin.cpu_isas_supported())
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_what_is_hidden_never_leaks(monkeypatch, isa, quantization):

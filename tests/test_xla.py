@@ -48,23 +48,23 @@ def lengths(*values):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_with(blocks, problem, operands, d_out, d_log_sum_exp):
     del blocks  # part of what jit looks up
-    out, log_sum_exp = xla.forward(problem, operands)
-    cotangents = (out, log_sum_exp, d_out, d_log_sum_exp)
+    out, row_maximum, log_sum = xla.forward(problem, operands)
+    cotangents = (out, row_maximum, log_sum, d_out, d_log_sum_exp)
     gradients = xla.backward(problem, operands, *cotangents)
     if operands.bias is not None:
         gradients += (xla.backward_bias(problem, operands, *cotangents),)
-    return (out, log_sum_exp), gradients
+    return (out, row_maximum, log_sum), gradients
 
 
 def run(problem, operands, d_out, d_log_sum_exp=None):
-    """(out, log_sum_exp), then the gradients of query, key, value and, where it is given, bias."""
+    """(out, row_maximum, log_sum), then the gradients of query, key, value and any bias."""
     blocks = (xla_tiles._QUERY_BLOCK, xla_tiles._KEY_CHUNK)
     return run_with(blocks, problem, operands, d_out, d_log_sum_exp)
 
 
-def natural(log_sum_exp):
-    is_empty = log_sum_exp == EMPTY_ROW_LOG_SUM_EXP
-    return np.where(is_empty, -np.inf, np.asarray(log_sum_exp) * np.log(2))
+def log_sum_exp_of(row_maximum, log_sum):
+    is_empty = log_sum == EMPTY_ROW_LOG_SUM_EXP
+    return np.where(is_empty, -np.inf, np.asarray(row_maximum) + np.asarray(log_sum))
 
 
 def keywords(problem, operands):
@@ -138,11 +138,12 @@ def assert_close(actual, expected, tolerance):
 
 
 def assert_right(problem, operands, cotangents, expected_outputs, expected_gradients):
-    (out, log_sum_exp), gradients = run(problem, operands, *cotangents)
-    assert log_sum_exp.dtype == jnp.float64
-    assert np.isfinite(log_sum_exp).all()
+    (out, *parts), gradients = run(problem, operands, *cotangents)
+    for part in parts:
+        assert part.dtype == jnp.float64
+        assert np.isfinite(part).all()
     assert_close(out, expected_outputs[0], 1e-13)
-    assert_close(natural(log_sum_exp), expected_outputs[1], 1e-13)
+    assert_close(log_sum_exp_of(*parts), expected_outputs[1], 1e-13)
     for gradient, exact in zip(gradients, expected_gradients, strict=True):
         assert gradient.dtype == jnp.float64
         assert_close(gradient, exact, 1e-13)
@@ -190,7 +191,7 @@ def test_equals_what_jax_derives_from_the_oracle(
 def test_blocks_of_the_size_that_users_run(oracle, relative_error):
     q, k, v, d_out, _ = draw(B=1, T=300, S=530, N=2, K=1, H=8, V=8, dtype=np.float32)
     problem = AttentionProblem(0.35, local_window=(200, 100))
-    (out, _), gradients = run(problem, AttentionOperands(q, k, v), d_out)
+    (out, *_), gradients = run(problem, AttentionOperands(q, k, v), d_out)
     expected = oracle(q, k, v, scale=0.35, local_window_size=(200, 100), d_out=d_out)
     assert relative_error(out, expected.out) <= 2e-6
     for gradient, exact in zip(gradients, expected[2:5], strict=True):
@@ -234,10 +235,10 @@ def test_narrow_bias_is_summed_in_float32(shape, oracle, relative_error, small_b
 def test_strict_modes(case, x64, strict_modes, configure, small_blocks, oracle):
     with configure(jax_enable_x64=x64):
         problem, operands, d_out, d_log_sum_exp = build(case, np.float32)
-        (out, log_sum_exp), gradients = run(problem, operands, d_out, d_log_sum_exp)
+        (out, *parts), gradients = run(problem, operands, d_out, d_log_sum_exp)
     cotangents = {"d_out": d_out, "d_log_sum_exp": d_log_sum_exp}
     expected = oracle(*operands[:5], **keywords(problem, operands), **cotangents)
-    assert {x.dtype for x in (out, log_sum_exp, *gradients)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in (out, *parts, *gradients)} == {jnp.dtype("float32")}
     assert_close(out, expected.out, 2e-6)
     for gradient, exact in zip(gradients, expected[2:], strict=False):
         assert_close(gradient, exact, 2e-6)
@@ -301,10 +302,10 @@ def test_poison_hidden_from_all_rows_reaches_no_result(poison, is_mapped, float6
 def test_poison_reaches_the_rows_that_see_it_alone(poisoned, small_blocks):
     q, k, v, d_out, _ = draw(dtype=np.float32)
     problem = AttentionProblem(0.4, is_causal=True)
-    (out, _), (d_query, *_) = run(problem, AttentionOperands(q, k, v), d_out)
+    (out, *_), (d_query, *_) = run(problem, AttentionOperands(q, k, v), d_out)
     k = k.at[:, 20].set(np.nan) if poisoned == "key" else k
     v = v.at[:, 20].set(np.nan) if poisoned == "value" else v
-    (actual, _), (d_query_actual, *_) = run(problem, AttentionOperands(q, k, v), d_out)
+    (actual, *_), (d_query_actual, *_) = run(problem, AttentionOperands(q, k, v), d_out)
     np.testing.assert_array_equal(actual[:, :20], out[:, :20])
     np.testing.assert_allclose(d_query_actual[:, :20], d_query[:, :20], atol=1e-6)
     assert np.isnan(actual[:, 20:]).all()
@@ -314,7 +315,7 @@ def test_poison_reaches_the_rows_that_see_it_alone(poisoned, small_blocks):
 def test_infinite_values_add_up_as_in_ieee_arithmetic(small_blocks):
     q, k, v, _, _ = draw(dtype=np.float32)
     v = v.at[:, 3, :, 0].set(np.inf).at[:, 3, :, 1].set(-np.inf).at[:, 4, :, 0].set(-np.inf)
-    out, _ = xla.forward(AttentionProblem(0.4, is_causal=True), AttentionOperands(q, k, v))
+    out, *_ = xla.forward(AttentionProblem(0.4, is_causal=True), AttentionOperands(q, k, v))
     assert np.isfinite(out[:, :3]).all()
     assert np.isfinite(out[..., 2:]).all()
     assert np.isposinf(out[:, 3, :, 0]).all()
@@ -380,7 +381,7 @@ def shapes(T, dtype, logits=None):
     x = jax.ShapeDtypeStruct((1, T, 2, 64), dtype)
     row = jax.ShapeDtypeStruct((1, T, 2), jnp.float32)
     bias, mask = (logits and jax.ShapeDtypeStruct(logits, t) for t in (dtype, jnp.bool_))
-    return AttentionOperands(x, x, x, bias, mask), (x, row, x)
+    return AttentionOperands(x, x, x, bias, mask), (x, row, row, x)
 
 
 def forward_bytes(problem, T, dtype, logits=None):
@@ -479,10 +480,13 @@ def test_extent_0(extent):
     q, k, v, d_out, d_log_sum_exp = draw(**{extent: 0}, dtype=np.float32)
     bias = jnp.ones((q.shape[0], 1, 1, k.shape[1]))
     operands = AttentionOperands(q, k, v, bias)
-    (out, log_sum_exp), gradients = run(AttentionProblem(0.4), operands, d_out, d_log_sum_exp)
+    (out, row_maximum, log_sum), gradients = run(
+        AttentionProblem(0.4), operands, d_out, d_log_sum_exp
+    )
     assert out.shape == d_out.shape
     assert not out.any()
-    assert (np.asarray(log_sum_exp) == np.float32(EMPTY_ROW_LOG_SUM_EXP)).all()
+    assert not np.asarray(row_maximum).any()
+    assert (np.asarray(log_sum) == np.float32(EMPTY_ROW_LOG_SUM_EXP)).all()
     for gradient, x in zip(gradients, operands[:4], strict=True):
         assert gradient.shape == x.shape
         assert not gradient.any()
@@ -491,5 +495,6 @@ def test_extent_0(extent):
 def test_gradient_of_a_bias_that_is_not_there_is_an_error():
     q, k, v, d_out, d_log_sum_exp = draw(dtype=np.float32)
     backward_bias = functools.partial(xla.backward_bias, AttentionProblem(0.4))
+    row = d_log_sum_exp
     with pytest.raises(ValueError, match=r"backward_bias: operands.bias is None"):
-        backward_bias(AttentionOperands(q, k, v), d_out, d_log_sum_exp, d_out, None)
+        backward_bias(AttentionOperands(q, k, v), d_out, row, row, d_out, None)

@@ -335,7 +335,9 @@ class AttentionForward {
 
   // Per row of a block, base 2: the largest logit so far, the sum of probabilities relative to it,
   // the factor of its integer or unscaled products, and what key centring takes from each logit.
+  // INT8 under a bias: the maximum is relative to `origin`, the largest logit so far.
   struct RowState {
+    alignas(kAlignment) float origin[kBlockRows + 16];
     alignas(kAlignment) float maximum[kBlockRows + 16];
     alignas(kAlignment) float sum[kBlockRows + 16];
     alignas(kAlignment) float factor[kBlockRows + 16];
@@ -352,6 +354,7 @@ class AttentionForward {
                     RowState& state) const {
     const float scale = call_.scale * kLog2E;
     for (int r = 0; r < kBlockRows; ++r) {
+      state.origin[r] = call_.bias ? kHidden : 0.0f;
       state.maximum[r] = kHidden;
       state.sum[r] = 0.0f;
       state.factor[r] = scale;
@@ -477,20 +480,20 @@ class AttentionForward {
     add_nonfinite_values(b, k, head, key0, seen, rows, s, out, state, g);
   }
 
-  // What centring took from the logits of a row, if a soft cap will look at them.
+  // What centring took from the logits of a row, if bias or soft cap need it.
   void add_centre(int64_t begin, int64_t end, float* scores, float centre) const {
-    if (call_.soft_cap == 0.0f || centre == 0.0f) return;
+    if (!needs_whole_logits(call_) || centre == 0.0f) return;
     for (int64_t j = begin; j < end; j += W) {
       Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(centre)));
     }
   }
 
   // Integer scores to logits, in place: (score - bias) * key scale * row factor, plus what offsets
-  // add, and what centring took away if a soft cap will look at them.
+  // add, and what centring took away if bias or soft cap need it.
   void to_logits(int64_t head, int64_t key0, int64_t begin, int64_t end, float* scores, int64_t row,
                  const RowState& state) const {
     const float* key_scale = key_scales(head) + key0;
-    const F centre = Isa::set1(call_.soft_cap != 0.0f ? state.centre[row] : 0.0f);
+    const F centre = Isa::set1(needs_whole_logits(call_) ? state.centre[row] : 0.0f);
     for (int64_t j = begin; j < end; j += W) {
       const F factor = Isa::mul(Isa::load(key_scale + j), Isa::set1(state.factor[row]));
       Isa::store(scores + j, Isa::fma(unbiased(scores + j, row, state), factor, centre));
@@ -581,7 +584,8 @@ class AttentionForward {
     const float* key_scale = key_scales(head) + key0;
     const F row_factor = Isa::set1(state.factor[row]);
     float subtile_max[kBlockKeys / kSubtileKeys];
-    const float before = state.maximum[row];
+    float before = state.maximum[row];
+    if (call_.bias) move_origin(begin, end, scores, row, state, before);
     float now = before;
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       F m = Isa::set1(kFloor);
@@ -635,6 +639,21 @@ class AttentionForward {
     state.sum[row] = sum;
   }
 
+  // Makes logits relative to the largest so far: log2(value scale) would vanish in a logit of -1e9.
+  void move_origin(int64_t begin, int64_t end, float* scores, int64_t row, RowState& state,
+                   float& maximum) const {
+    F m = Isa::set1(kHidden);
+    for (int64_t j = begin; j < end; j += W) m = Isa::max(m, Isa::load(scores + j));
+    const float before = state.origin[row], now = std::max(before, Isa::reduce_max(m));
+    if (now == kHidden) return;
+    state.origin[row] = now;
+    if (maximum != kHidden) maximum += before - now;
+    const F origin = Isa::set1(now);
+    for (int64_t j = begin; j < end; j += W) {
+      Isa::store(scores + j, Isa::sub(Isa::load(scores + j), origin));
+    }
+  }
+
   // Adds probability * value for the marked keys that a row sees.
   void add_nonfinite_values(int64_t b, int64_t k, int64_t head, int64_t key0, Range seen,
                             int64_t rows, Scratch& s, float* out, const RowState& state,
@@ -685,13 +704,18 @@ class AttentionForward {
       factor = 1.0f;
     }
     store_row<Isa>(call_.out, index * call_.V, out, call_.V, factor);
-    float log_sum_exp = kEmptyRowLogSumExp;
+    float maximum = 0.0f, log2_sum = kEmptyRowLog2Sum;
     if (!empty) {
-      const float maximum = state.maximum[r] == kHidden ? 0.0f : state.maximum[r];
-      log_sum_exp = maximum + std::log2(sum);
-      if (!kBf16 && call_.soft_cap == 0.0f) log_sum_exp += state.centre[r];
+      log2_sum = std::log2(sum);
+      if (state.maximum[r] != kHidden) maximum = state.maximum[r];
+      if (kInt8 && call_.bias) {
+        log2_sum += maximum;
+        maximum = state.origin[r] == kHidden ? 0.0f : state.origin[r];
+      }
+      if (!kBf16 && !needs_whole_logits(call_)) maximum += state.centre[r];
     }
-    static_cast<float*>(call_.log_sum_exp.data)[index] = log_sum_exp;
+    static_cast<float*>(call_.row_maximum.data)[index] = maximum;
+    static_cast<float*>(call_.log2_sum.data)[index] = log2_sum;
   }
 
   const AttentionForwardCall& call_;

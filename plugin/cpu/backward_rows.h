@@ -11,7 +11,7 @@ namespace {
 
 // The operands of a backward call as float32 rows. Quantized keys come without their mean, values
 // without the one that the quantizer took away: what it adds to a row's logits is one number, kept
-// beside the log-sum-exp, and what it adds to dP and to delta cancels.
+// beside the row's maximum, and what it adds to dP and to delta cancels.
 template <class Isa, class Call>
 class BackwardRows {
  public:
@@ -33,17 +33,18 @@ class BackwardRows {
 
   struct Statistics {
     bool empty = true;
-    float log_sum_exp = 0.0f;  // base 2, of the logits that the kernels recompute
-    float delta = 0.0f;        // dS = P * (dP - delta)
-    float centre = 0.0f;       // added to every logit before the soft cap
+    float maximum = 0.0f, log2_sum = 0.0f;  // of the logits that the kernels recompute
+    float delta = 0.0f;                     // dS = P * (dP - delta)
+    float centre = 0.0f;                    // added to every logit before bias and soft cap
   };
 
   // `query` and `d_out` hold row (b, i, n); `row` is scratch of V floats.
   Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query, const float* d_out,
                         float* row) const {
     Statistics s;
-    s.log_sum_exp = scalar_of(call_.log_sum_exp, b, i, n);
-    s.empty = s.log_sum_exp == kEmptyRowLogSumExp;
+    s.maximum = scalar_of(call_.row_maximum, b, i, n);
+    s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
+    s.empty = s.log2_sum == kEmptyRowLog2Sum;
     if (s.empty) return s;
     load_row<Isa>(row_of(call_.out, b, i, n), call_.out.dtype, call_.V, row);
     const int64_t k = n / (call_.N / call_.K);
@@ -54,10 +55,10 @@ class BackwardRows {
     if (call_.d_log_sum_exp) s.delta -= scalar_of(call_.d_log_sum_exp, b, i, n);
     if (const float* mean = key_mean(b, k)) {
       const float centre = call_.scale * kLog2E * dot<Isa>(query, mean, call_.H);
-      if (call_.soft_cap != 0.0f) {
+      if (needs_whole_logits(call_)) {
         s.centre = centre;
       } else {
-        s.log_sum_exp -= centre;
+        s.maximum -= centre;
       }
     }
     return s;
@@ -83,11 +84,14 @@ float softmax_backward_row(const Rules& rules, const Statistics& statistics, int
   if (rules.any() || visible.begin > key0 + begin || visible.end < key0 + end) {
     rules.apply(scores, i, key0, begin, end, visible, cap_slope);
   }
-  const auto log_sum_exp = Isa::set1(statistics.log_sum_exp);
+  const auto maximum = Isa::set1(statistics.maximum);
+  const auto log2_sum = Isa::set1(statistics.log2_sum);
   const auto delta = Isa::set1(statistics.delta);
   auto sum = Isa::zero();
   for (int64_t j = begin; j < end; j += W) {
-    const auto p = Isa::template exp2<5>(Isa::sub(Isa::load(scores + j), log_sum_exp));
+    // In this order: log2_sum would vanish in a large maximum.
+    const auto below_maximum = Isa::sub(Isa::load(scores + j), maximum);
+    const auto p = Isa::template exp2<5>(Isa::sub(below_maximum, log2_sum));
     // Hidden keys have P = 0 exactly; their dP may be NaN.
     auto ds = Isa::where_nonzero(p, Isa::mul(p, Isa::sub(Isa::load(d_probability + j), delta)));
     if (soft_cap != 0.0f) ds = Isa::mul(ds, Isa::load(cap_slope + j));

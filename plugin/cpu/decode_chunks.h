@@ -86,8 +86,8 @@ class DecodeChunks {
       }
       const int64_t index = (b * call_.T + query_of(r)) * call_.N + head_of(k, r);
       store_row<Isa>(call_.out, index * call_.V, out.get(), call_.V, factor);
-      static_cast<float*>(call_.log_sum_exp.data)[index] =
-          empty ? kEmptyRowLogSumExp : reference + std::log2(sum);
+      static_cast<float*>(call_.row_maximum.data)[index] = empty ? 0.0f : reference;
+      static_cast<float*>(call_.log2_sum.data)[index] = empty ? kEmptyRowLog2Sum : std::log2(sum);
     }
   }
 

@@ -414,7 +414,7 @@ class DecodeCodes {
       const int64_t k = i / rows_, r = i % rows_, query = chunks_.query_of(r);
       const Range visible = visibility.of_row(query);
       if (!all_have && visible.begin <= keys.begin && keys.end <= visible.end) continue;
-      const float centre = call_.soft_cap != 0.0f ? s.centre[i] : 0.0f;
+      const float centre = needs_whole_logits(call_) ? s.centre[i] : 0.0f;
       std::fill(row, row + whole, 0.0f);
       for (int64_t j = 0; j < count; ++j) row[j] = s.scores[j * lanes_ + i] + centre;
       Rules(call_, b, chunks_.head_of(k, r))
@@ -647,7 +647,7 @@ class DecodeCodes {
       }
       *to.maximum = s.maximum[i];
       *to.sum = s.sum[i];
-      if (s.sum[i] != 0.0f && call_.soft_cap == 0.0f && s.maximum[i] != kHidden) {
+      if (s.sum[i] != 0.0f && !needs_whole_logits(call_) && s.maximum[i] != kHidden) {
         *to.maximum += s.centre[i];
       }
     }

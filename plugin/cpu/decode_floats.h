@@ -171,8 +171,9 @@ class DecodeFloats {
       for (int64_t k = 0; k < call_.K; ++k) {
         const Head head = head_state(s, k);
         find_scores<Key>(b, head, subtile, s);
-        if (find_weights(visibility, b, head, subtile, s)) {
-          add_values<Value>(visibility, b, head, subtile, s);
+        bool finite = true;
+        if (find_weights(visibility, b, head, subtile, s, finite)) {
+          add_values<Value>(visibility, b, head, subtile, finite, s);
         }
       }
     }
@@ -401,15 +402,17 @@ class DecodeFloats {
   }
 
   // Scores to probabilities relative to each row's running maximum, then to weights of the stored
-  // values. False where no row sees any of the keys.
+  // values. False where no row sees any of the keys; `finite` becomes false where a product is not,
+  // which may hide a key.
   bool find_weights(const Visibility& visibility, int64_t b, const Head& head, Range keys,
-                    Scratch& s) const {
+                    Scratch& s, bool& finite) const {
     const int64_t count = keys.end - keys.begin, padded = round_up(count, W);
     bool any = false;
     for (int64_t r = 0; r < rows_; ++r) {
       float* scores = s.scores.get() + r * kSubtile;
+      finite &= all_finite<Isa>(scores, count);
       std::fill(scores + count, scores + padded, 0.0f);
-      if (call_.soft_cap != 0.0f && head.centre[r] != 0.0f) {
+      if (needs_whole_logits(call_) && head.centre[r] != 0.0f) {
         for (int64_t j = 0; j < padded; ++j) scores[j] += head.centre[r];
       }
       const Rules rules(call_, b, chunks_.head_of(head.k, r));
@@ -490,7 +493,7 @@ class DecodeFloats {
 
   template <class Value>
   void add_values(const Visibility& visibility, int64_t b, const Head& head, Range keys,
-                  Scratch& s) const {
+                  bool finite, Scratch& s) const {
     const Quantization& q = call_.value.quantization;
     const Scaling scaling = value_scaling(q);
     int64_t stride = 0;
@@ -498,7 +501,8 @@ class DecodeFloats {
                                           scaling == Scaling::kLoose, &stride, s);
     // Floats of a hidden key may be NaN, which a weight of 0 does not take away.
     const bool floats = scaling == Scaling::kNone || scaling == Scaling::kLoose;
-    const bool guard = floats && (call_.mask || call_.bias || (call_.T > 1 && !same(visibility)));
+    const bool guard =
+        floats && (!finite || call_.mask || call_.bias || (call_.T > 1 && !same(visibility)));
     const int64_t whole = round_up(call_.V, Value::kStep), count = keys.end - keys.begin;
     constexpr int64_t kMany = 4 / Value::kVectors;
     const int64_t groups = value_groups();
@@ -549,11 +553,8 @@ class DecodeFloats {
         JAX_GLUON_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           F& a = acc[i * kVectors + v];
-          if constexpr (kGuard) {
-            a = Isa::add(a, Isa::where_nonzero(weight, Isa::mul(weight, x[v])));
-          } else {
-            a = Isa::fma(x[v], weight, a);
-          }
+          // The same bits with and without the guard.
+          a = Isa::fma(kGuard ? Isa::where_nonzero(weight, x[v]) : x[v], weight, a);
         }
       }
     }
@@ -574,7 +575,7 @@ class DecodeFloats {
       }
       *to.maximum = head.maximum[r];
       *to.sum = head.sum[r];
-      if (head.sum[r] != 0.0f && call_.soft_cap == 0.0f && head.maximum[r] != kHidden) {
+      if (head.sum[r] != 0.0f && !needs_whole_logits(call_) && head.maximum[r] != kHidden) {
         *to.maximum += head.centre[r];
       }
     }

@@ -13,6 +13,8 @@ namespace {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
+// A bias below this hides its key like -inf: its logit may not be finite in base 2.
+constexpr float kLeastBias = -2.35e38f;
 
 struct Range {
   int64_t begin = 0, end = 0;
@@ -70,6 +72,13 @@ class Visibility {
   bool causal_;
   int64_t left_, right_, rows_, keys_;
 };
+
+// Whether logits get back what centring took from their keys before bias and soft cap. A cap looks
+// at all of a logit, and a large bias rounds: of two numbers that differ by the centre not
+// necessarily to two that do. Else the row's maximum gets it back.
+inline bool needs_whole_logits(const AttentionCall& call) {
+  return call.bias || call.soft_cap != 0.0f;
+}
 
 // tanh: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel; 1e-7 relative.
 template <class Isa>
@@ -139,11 +148,11 @@ class LogitRules {
       alignas(kAlignment) float bias[kBlock];
       read_bias(row, inside, key0 + begin, key0 + end, bias);
       const F log2e = Isa::set1(kLog2E), hidden = Isa::set1(kHidden);
-      const F lowest = Isa::set1(cap_ == 0.0f ? std::numeric_limits<float>::lowest() : kHidden);
+      const F lowest = Isa::set1(cap_ == 0.0f ? kLeastBias : kHidden);
       for (int64_t j = begin; j < end; j += W) {
         const F b = Isa::load(bias + j - begin);
         const F sum = Isa::fma(b, log2e, Isa::load(s + j));
-        // A bias of -inf hides its key even if the product is NaN, unless a cap makes it finite.
+        // Such a bias hides its key even if the product is NaN, unless a cap makes it finite.
         Isa::store(s + j, Isa::where_less(b, lowest, hidden, sum));
       }
     }
