@@ -75,20 +75,22 @@
 #define SOFTMETAL_PUTS_2(a, b) SOFTMETAL_PUT_2(a, b) SOFTMETAL_PUT_2(b, a)
 #define SOFTMETAL_PUTS_3(a, b, c) \
   SOFTMETAL_PUT_2(a, b) SOFTMETAL_PUT_2(a, c) SOFTMETAL_PUT_3(a, b, c) SOFTMETAL_PUT_3(a, c, b)
-#define SOFTMETAL_PUTS_4(a, b, c, d)                                                               \
-  SOFTMETAL_PUTS_3(a, b, c)                                                                        \
-  SOFTMETAL_PUT_2(a, d) SOFTMETAL_PUT_3(a, b, d) SOFTMETAL_PUT_3(a, d, b) SOFTMETAL_PUT_3(a, c, d) \
-      SOFTMETAL_PUT_3(a, d, c) SOFTMETAL_PUT_4(a, b, c, d) SOFTMETAL_PUT_4(a, b, d, c)             \
-          SOFTMETAL_PUT_4(a, c, b, d) SOFTMETAL_PUT_4(a, c, d, b) SOFTMETAL_PUT_4(a, d, b, c)      \
+#define SOFTMETAL_PUTS_4(a, b, c, d)                                                          \
+  SOFTMETAL_PUTS_3(a, b, c)                                                                   \
+  SOFTMETAL_PUT_2(a, d)                                                                       \
+  SOFTMETAL_PUT_3(a, b, d) SOFTMETAL_PUT_3(a, d, b) SOFTMETAL_PUT_3(a, c, d)                  \
+      SOFTMETAL_PUT_3(a, d, c) SOFTMETAL_PUT_4(a, b, c, d) SOFTMETAL_PUT_4(a, b, d, c)        \
+          SOFTMETAL_PUT_4(a, c, b, d) SOFTMETAL_PUT_4(a, c, d, b) SOFTMETAL_PUT_4(a, d, b, c) \
               SOFTMETAL_PUT_4(a, d, c, b)
 
 #define SOFTMETAL_SWIZZLES_OF_2 SOFTMETAL_1_OF_2(x, r) SOFTMETAL_1_OF_2(y, g) SOFTMETAL_PUTS_2(x, y)
-#define SOFTMETAL_SWIZZLES_OF_3                                           \
-  SOFTMETAL_1_OF_3(x, r)                                                  \
-  SOFTMETAL_1_OF_3(y, g) SOFTMETAL_1_OF_3(z, b) SOFTMETAL_PUTS_3(x, y, z) \
-      SOFTMETAL_PUTS_3(y, x, z) SOFTMETAL_PUTS_3(z, x, y)
-#define SOFTMETAL_SWIZZLES_OF_4                                                              \
-  SOFTMETAL_1_OF_4(x, r)                                                                     \
-  SOFTMETAL_1_OF_4(y, g) SOFTMETAL_1_OF_4(z, b) SOFTMETAL_1_OF_4(w, a)                       \
-      SOFTMETAL_PUTS_4(x, y, z, w) SOFTMETAL_PUTS_4(y, x, z, w) SOFTMETAL_PUTS_4(z, x, y, w) \
-          SOFTMETAL_PUTS_4(w, x, y, z)
+#define SOFTMETAL_SWIZZLES_OF_3                                              \
+  SOFTMETAL_1_OF_3(x, r)                                                     \
+  SOFTMETAL_1_OF_3(y, g)                                                     \
+  SOFTMETAL_1_OF_3(z, b) SOFTMETAL_PUTS_3(x, y, z) SOFTMETAL_PUTS_3(y, x, z) \
+      SOFTMETAL_PUTS_3(z, x, y)
+#define SOFTMETAL_SWIZZLES_OF_4                                              \
+  SOFTMETAL_1_OF_4(x, r)                                                     \
+  SOFTMETAL_1_OF_4(y, g)                                                     \
+  SOFTMETAL_1_OF_4(z, b) SOFTMETAL_1_OF_4(w, a) SOFTMETAL_PUTS_4(x, y, z, w) \
+      SOFTMETAL_PUTS_4(y, x, z, w) SOFTMETAL_PUTS_4(z, x, y, w) SOFTMETAL_PUTS_4(w, x, y, z)
