@@ -4,6 +4,7 @@
 // Each macro takes a swizzle's letters followed by the same letters as colours.
 #pragma once
 
+// clang-format off: tables
 #define SOFTMETAL_GET_2(a, b, A, B)                                                 \
   SOFTMETAL_FUNC constexpr vec<T, 2> get_##a##b() const { return vec<T, 2>(a, b); } \
   __declspec(property(get = get_##a##b, put = put_##a##b)) vec<T, 2> a##b;          \
@@ -94,3 +95,4 @@
   SOFTMETAL_1_OF_4(y, g)                                                     \
   SOFTMETAL_1_OF_4(z, b) SOFTMETAL_1_OF_4(w, a) SOFTMETAL_PUTS_4(x, y, z, w) \
       SOFTMETAL_PUTS_4(y, x, z, w) SOFTMETAL_PUTS_4(z, x, y, w) SOFTMETAL_PUTS_4(w, x, y, z)
+// clang-format on
