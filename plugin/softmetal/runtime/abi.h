@@ -85,8 +85,8 @@ struct ClassData {
   const void* properties;
 };
 
-// Open addressing with linear probing. Read without a lock, by assembly too (message_send.cc); entries
-// only ever appear, and a table that is full is replaced. Ends with an empty entry.
+// Open addressing with linear probing. Read without a lock, by assembly too (message_send.cc);
+// entries only ever appear, and a table that is full is replaced. Ends with an empty entry.
 struct MethodCache {
   struct Entry {
     std::atomic<SEL> selector;
@@ -98,14 +98,14 @@ struct MethodCache {
 };
 
 struct ClassState {
-  Class class_object;  // of a metaclass: its class
+  Class class_object;                      // of a metaclass: its class
   std::vector<const MethodList*> methods;  // categories first, the newest in front
   std::vector<const ProtocolList*> protocols;
   std::vector<Class> subclasses;
   uint32_t instance_size;
   bool custom_reference_counting;  // overrides -retain or -release, or is a metaclass
   IMP cxx_construct, cxx_destruct;
-  std::atomic<bool> initialized;   // of a metaclass unused
+  std::atomic<bool> initialized;  // of a metaclass unused
 };
 
 }  // namespace softmetal::objc
@@ -137,6 +137,6 @@ Result send(id receiver, SEL selector, Arguments... arguments) {
                                                                            arguments...);
 }
 
-inline bool is_class(id object) { return object->isa->is_metaclass(); }
+inline bool is_class(id object) { return object_getClass(object)->is_metaclass(); }
 
 }  // namespace softmetal::objc

@@ -20,7 +20,6 @@ enum FieldFlags : int {
   kFieldIsObject = 3,
   kFieldIsBlock = 7,
   kFieldIsByref = 8,
-  kFieldIsWeak = 16,
   kByrefCaller = 128,
 };
 
@@ -128,31 +127,32 @@ void _Block_release(const void* pointer) {
   free(block);
 }
 
+// A __block variable (kByrefCaller) does not own the object that it holds.
 void _Block_object_assign(void* target, const void* object, const int flags) {
   void* value = const_cast<void*>(object);
-  if (flags & kByrefCaller || flags & kFieldIsWeak)
-    ;  // a __block variable of an object does not retain it
-  else if ((flags & kFieldIsBlock) == kFieldIsBlock)
-    value = _Block_copy(object);
-  else if (flags & kFieldIsByref)
+  if (flags & kByrefCaller) {
+    // as it is
+  } else if (flags & kFieldIsByref) {
     value = copy_byref(static_cast<Byref*>(value));
-  else if (flags & kFieldIsObject)
+  } else if ((flags & kFieldIsBlock) == kFieldIsBlock) {
+    value = _Block_copy(object);
+  } else if ((flags & kFieldIsObject) == kFieldIsObject) {
     objc_retain(static_cast<id>(value));
-  if ((flags & kFieldIsByref) && (flags & kFieldIsWeak))
-    value = copy_byref(static_cast<Byref*>(const_cast<void*>(object)));
+  }
   *static_cast<void**>(target) = value;
 }
 
 void _Block_object_dispose(const void* object, const int flags) {
   void* value = const_cast<void*>(object);
-  if (flags & kByrefCaller)
-    ;
-  else if ((flags & kFieldIsBlock) == kFieldIsBlock)
-    _Block_release(object);
-  else if (flags & kFieldIsByref)
+  if (flags & kByrefCaller) {
+    return;
+  } else if (flags & kFieldIsByref) {
     release_byref(static_cast<Byref*>(value));
-  else if (!(flags & kFieldIsWeak) && (flags & kFieldIsObject))
+  } else if ((flags & kFieldIsBlock) == kFieldIsBlock) {
+    _Block_release(object);
+  } else if ((flags & kFieldIsObject) == kFieldIsObject) {
     objc_release(static_cast<id>(value));
+  }
 }
 
 id objc_retainBlock(id block) { return static_cast<id>(_Block_copy(block)); }

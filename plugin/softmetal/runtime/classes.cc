@@ -322,8 +322,7 @@ Class objc_getRequiredClass(const char* name) {
 Protocol* objc_getProtocol(const char* name) {
   std::lock_guard lock(registry_mutex());
   auto found = registry().protocols.find(name);
-  return found == registry().protocols.end() ? nullptr
-                                             : reinterpret_cast<Protocol*>(found->second);
+  return found == registry().protocols.end() ? nullptr : reinterpret_cast<Protocol*>(found->second);
 }
 const char* protocol_getName(Protocol* protocol) {
   return reinterpret_cast<ProtocolData*>(protocol)->name;

@@ -42,8 +42,9 @@ asm(R"(
 using softmetal::objc::ClassTypeInfo;
 
 extern "C" {
+#pragma GCC visibility push(default)
 
-[[gnu::visibility("default")]] ClassTypeInfo OBJC_EHTYPE_id("id", nullptr);
+ClassTypeInfo OBJC_EHTYPE_id("id", nullptr);
 
 // The tables are those of C++ exceptions.
 asm(R"(
@@ -80,4 +81,5 @@ void* objc_begin_catch(void* exception) { return abi::__cxa_begin_catch(exceptio
 void objc_end_catch() { abi::__cxa_end_catch(); }
 [[noreturn]] void objc_terminate() { std::terminate(); }
 
+#pragma GCC visibility pop
 }  // extern "C"

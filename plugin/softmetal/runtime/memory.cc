@@ -1,5 +1,5 @@
-// Objects: allocation, reference counts, weak references, autorelease pools, and the entry points that
-// automatic reference counting calls.
+// Objects: allocation, reference counts, weak references, autorelease pools, and the entry points
+// that automatic reference counting calls.
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -127,11 +127,12 @@ void construct(id object, Class cls) {
 using namespace softmetal::objc;  // NOLINT: the rest of this file is the runtime's C interface
 
 extern "C" {
+#pragma GCC visibility push(default)
 
 id class_createInstance(Class cls, size_t extra_bytes) {
   if (!cls) return nullptr;
-  auto* memory = static_cast<Header*>(
-      calloc(1, sizeof(Header) + cls->state->instance_size + extra_bytes));
+  auto* memory =
+      static_cast<Header*>(calloc(1, sizeof(Header) + cls->state->instance_size + extra_bytes));
   if (!memory) return nullptr;
   id object = reinterpret_cast<id>(memory + 1);
   header(object).references.store(1, std::memory_order_relaxed);
@@ -222,9 +223,7 @@ void objc_storeStrong(id* location, id object) {
   objc_release(before);
 }
 
-void* objc_autoreleasePoolPush(void) {
-  return reinterpret_cast<void*>(pool.objects.size() + 1);
-}
+void* objc_autoreleasePoolPush(void) { return reinterpret_cast<void*>(pool.objects.size() + 1); }
 void objc_autoreleasePoolPop(void* token) { pool.drain(reinterpret_cast<size_t>(token) - 1); }
 
 // --- Shorthands for common messages ---
@@ -300,8 +299,7 @@ void objc_moveWeak(id* to, id* from) {
 
 // --- Associated objects ---
 
-void objc_setAssociatedObject(id object, const void* key, id value,
-                              objc_AssociationPolicy policy) {
+void objc_setAssociatedObject(id object, const void* key, id value, objc_AssociationPolicy policy) {
   if (!object) return;
   if ((policy & 3) == OBJC_ASSOCIATION_COPY_NONATOMIC)
     value = send(value, selectors().copy);
@@ -352,4 +350,5 @@ void objc_removeAssociatedObjects(id object) {
     if (association.policy != OBJC_ASSOCIATION_ASSIGN) objc_release(association.value);
 }
 
+#pragma GCC visibility pop
 }  // extern "C"

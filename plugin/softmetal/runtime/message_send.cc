@@ -1,5 +1,6 @@
-// objc_msgSend and its relatives: find the method in the cache of the receiver's class and jump there
-// with all argument registers as they came. Offsets are those of objc_class and MethodCache in abi.h.
+// objc_msgSend and its relatives: find the method in the cache of the receiver's class and jump
+// there with all argument registers as they came. Offsets are those of objc_class and MethodCache
+// in abi.h.
 #include "softmetal/runtime/abi.h"
 
 namespace softmetal::objc {

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include "softmetal/runtime/abi.h"
 
@@ -49,6 +50,7 @@ Monitors& monitors() {
 }  // namespace
 
 extern "C" {
+#pragma GCC visibility push(default)
 
 id objc_getProperty(id object, SEL, ptrdiff_t offset, bool atomic) {
   id* location = reinterpret_cast<id*>(reinterpret_cast<char*>(object) + offset);
@@ -131,4 +133,5 @@ void objc_enumerationMutation(id collection) {
   send<void>(collection, sel_registerName("softmetal_mutatedWhileEnumerated"));
 }
 
+#pragma GCC visibility pop
 }  // extern "C"

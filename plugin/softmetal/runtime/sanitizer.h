@@ -1,4 +1,5 @@
-// Tells ThreadSanitizer about orderings made by code that it does not see. Null without a sanitizer.
+// Tells ThreadSanitizer about orderings made by code that it does not see. Null without a
+// sanitizer.
 #pragma once
 
 extern "C" {

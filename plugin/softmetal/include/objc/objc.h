@@ -69,7 +69,9 @@ typedef void (*IMP)(void);
 #define OBJC_EXPORT OBJC_EXTERN __attribute__((visibility("default")))
 #define OBJC_INLINE static __inline
 #define OBJC_ROOT_CLASS __attribute__((objc_root_class))
-#define OBJC_ENUM(type, name) enum name : type name; enum name : type
+#define OBJC_ENUM(type, name) \
+  enum name : type name;      \
+  enum name : type
 
 OBJC_EXPORT const char* sel_getName(SEL);
 OBJC_EXPORT SEL sel_registerName(const char*);

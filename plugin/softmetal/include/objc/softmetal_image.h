@@ -20,8 +20,8 @@ extern "C" {
 __attribute__((visibility("default"))) void softmetal_objc_register_image(
     const struct softmetal_objc_image*);
 
-#define SOFTMETAL_OBJC_SECTION(name)                                                      \
-  extern __attribute__((weak, visibility("hidden"))) void* __start_##name[];              \
+#define SOFTMETAL_OBJC_SECTION(name)                                         \
+  extern __attribute__((weak, visibility("hidden"))) void* __start_##name[]; \
   extern __attribute__((weak, visibility("hidden"))) void* __stop_##name[];
 SOFTMETAL_OBJC_SECTION(objc_classlist)
 SOFTMETAL_OBJC_SECTION(objc_nlclslist)
