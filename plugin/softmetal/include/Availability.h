@@ -1,0 +1,14 @@
+#pragma once
+
+#include <os/availability.h>
+
+#define __MAC_OS_X_VERSION_MIN_REQUIRED 150000
+#define __MAC_OS_X_VERSION_MAX_ALLOWED 150000
+#define __MAC_10_13 101300
+#define __MAC_11_0 110000
+#define __MAC_12_0 120000
+#define __MAC_13_0 130000
+#define __MAC_14_0 140000
+#define __MAC_15_0 150000
+#define MAC_OS_X_VERSION_MIN_REQUIRED __MAC_OS_X_VERSION_MIN_REQUIRED
+#define MAC_OS_X_VERSION_MAX_ALLOWED __MAC_OS_X_VERSION_MAX_ALLOWED

@@ -1,0 +1,29 @@
+// The compute part of Metal.
+#pragma once
+
+#import <Foundation/Foundation.h>
+#import <Metal/MTLAllocation.h>
+#import <Metal/MTLArgument.h>
+#import <Metal/MTLBinaryArchive.h>
+#import <Metal/MTLBlitCommandEncoder.h>
+#import <Metal/MTLBuffer.h>
+#import <Metal/MTLCaptureManager.h>
+#import <Metal/MTLCaptureScope.h>
+#import <Metal/MTLCommandBuffer.h>
+#import <Metal/MTLCommandEncoder.h>
+#import <Metal/MTLCommandQueue.h>
+#import <Metal/MTLComputeCommandEncoder.h>
+#import <Metal/MTLComputePass.h>
+#import <Metal/MTLComputePipeline.h>
+#import <Metal/MTLDataType.h>
+#import <Metal/MTLDefines.h>
+#import <Metal/MTLDevice.h>
+#import <Metal/MTLEvent.h>
+#import <Metal/MTLFence.h>
+#import <Metal/MTLFunctionConstantValues.h>
+#import <Metal/MTLHeap.h>
+#import <Metal/MTLLibrary.h>
+#import <Metal/MTLPipeline.h>
+#import <Metal/MTLResidencySet.h>
+#import <Metal/MTLResource.h>
+#import <Metal/MTLTypes.h>
