@@ -41,6 +41,20 @@ typedef NS_OPTIONS(NSUInteger, MTLCommandBufferErrorOption) {
   MTLCommandBufferErrorOptionEncoderExecutionStatus = 1,
 };
 
+typedef NS_ENUM(NSInteger, MTLCommandEncoderErrorState) {
+  MTLCommandEncoderErrorStateUnknown = 0,
+  MTLCommandEncoderErrorStateCompleted = 1,
+  MTLCommandEncoderErrorStateAffected = 2,
+  MTLCommandEncoderErrorStatePending = 3,
+  MTLCommandEncoderErrorStateFaulted = 4,
+};
+
+@protocol MTLCommandBufferEncoderInfo <NSObject>
+@property(readonly, nonatomic) NSString* label;
+@property(readonly, nonatomic) NSArray<NSString*>* debugSignposts;
+@property(readonly, nonatomic) MTLCommandEncoderErrorState errorState;
+@end
+
 typedef NS_ENUM(NSUInteger, MTLDispatchType) {
   MTLDispatchTypeSerial = 0,
   MTLDispatchTypeConcurrent = 1,
