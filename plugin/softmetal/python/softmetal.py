@@ -72,6 +72,19 @@ class _Constant(ctypes.Structure):
     )
 
 
+class _CompileRequest(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("macros", ctypes.c_char_p),
+        ("include_directories", ctypes.c_char_p),
+        ("output", ctypes.c_char_p),
+        ("target", ctypes.c_char_p),
+        ("instrumentation", ctypes.c_int),
+        ("safe_math", ctypes.c_int),
+    )
+
+
 class _Request(ctypes.Structure):
     _fields_ = (
         ("kernel", ctypes.c_char_p),
@@ -166,11 +179,14 @@ class Library:
                 f"{', '.join(INSTRUMENTATIONS)}."
             )
         text = ctypes.create_string_buffer(1 << 20)
-        status = _device().softmetal_compile(
-            source.encode(), name.encode(),
-            "\n".join(f"{key}={value}" for key, value in (macros or {}).items()).encode(),
-            "\n".join(folders).encode(), INSTRUMENTATIONS.index(chosen), text, len(text),
-        )  # fmt: skip
+        request = _CompileRequest(
+            source=source.encode(),
+            name=name.encode(),
+            macros="\n".join(f"{key}={value}" for key, value in (macros or {}).items()).encode(),
+            include_directories="\n".join(folders).encode(),
+            instrumentation=INSTRUMENTATIONS.index(chosen),
+        )
+        status = _device().softmetal_compile(ctypes.byref(request), text, len(text))
         if status != 0:
             raise Error(text.value.decode(errors="replace"))
         self.image_path = text.value.decode()
