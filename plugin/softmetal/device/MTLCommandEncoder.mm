@@ -61,7 +61,9 @@ NSError* Reference::used_after_release() const {
   return self;
 }
 - (void)dealloc {
-  if (_pass) misuse("-[MTLCommandEncoder dealloc]", "Command encoder released without endEncoding");
+  // An exception may have passed its endEncoding by: that one is the misuse to hear of.
+  if (!_pass || softmetal::misuse_was_raised()) return;
+  misuse("-[MTLCommandEncoder dealloc]", "Command encoder released without endEncoding");
 }
 - (SoftmetalCommandBuffer*)softmetal_commandBuffer {
   return _commandBuffer;

@@ -22,6 +22,7 @@ namespace softmetal {
 // A misuse of the interface: ends the program with the message, as Metal does under its debug
 // layer. With SOFTMETAL_VALIDATION=error it raises an NSException instead.
 [[noreturn]] void misuse(const char* method, const std::string& what);
+bool misuse_was_raised();
 
 // Raw memory of buffers, in whole pages; exact in length, so that AddressSanitizer sees a step past
 // the end.

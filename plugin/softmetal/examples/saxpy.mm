@@ -1,38 +1,12 @@
-// y = a x + y on the GPU. Usage: saxpy [path of saxpy.metal]
-#import <Foundation/Foundation.h>
-#import <Metal/Metal.h>
-
-#include <cstdio>
-#include <cstdlib>
-
-static id<MTLComputePipelineState> make_pipeline(id<MTLDevice> device, NSString* path,
-                                                 NSString* name) {
-  NSError* error = nil;
-  NSString* source = [NSString stringWithContentsOfFile:path
-                                               encoding:NSUTF8StringEncoding
-                                                  error:&error];
-  id<MTLLibrary> library =
-      source ? [device newLibraryWithSource:source options:nil error:&error] : nil;
-  id<MTLFunction> function = [library newFunctionWithName:name];
-  id<MTLComputePipelineState> pipeline =
-      function ? [device newComputePipelineStateWithFunction:function error:&error] : nil;
-  if (!pipeline) {
-    fprintf(stderr, "%s: %s\n", path.UTF8String,
-            error ? error.localizedDescription.UTF8String : "no such function");
-    exit(1);
-  }
-  return pipeline;
-}
+// y = a x + y on the GPU.
+// Usage: saxpy [path of saxpy.metal]; without one, the default library is used.
+#include "support.h"
 
 int main(int argc, const char** argv) {
   @autoreleasepool {
-    id<MTLDevice> device = MTLCreateSystemDefaultDevice();
-    if (!device) {
-      fprintf(stderr, "no Metal device\n");
-      return 1;
-    }
-    NSString* path = argc > 1 ? @(argv[1]) : @"saxpy.metal";
-    id<MTLComputePipelineState> pipeline = make_pipeline(device, path, @"saxpy");
+    id<MTLDevice> device = default_device();
+    id<MTLComputePipelineState> pipeline =
+        make_pipeline(device, argc > 1 ? argv[1] : nullptr, @"saxpy");
 
     const NSUInteger count = 1000003;
     const float a = 2.5f;
@@ -56,12 +30,7 @@ int main(int argc, const char** argv) {
     [encoder dispatchThreads:MTLSizeMake(count, 1, 1)
         threadsPerThreadgroup:MTLSizeMake(pipeline.maxTotalThreadsPerThreadgroup, 1, 1)];
     [encoder endEncoding];
-    [commands commit];
-    [commands waitUntilCompleted];
-    if (commands.status != MTLCommandBufferStatusCompleted) {
-      fprintf(stderr, "%s\n", commands.error.localizedDescription.UTF8String);
-      return 1;
-    }
+    run(commands);
 
     for (NSUInteger i = 0; i < count; ++i) {
       const float expected = a * static_cast<float>(i % 1000) + static_cast<float>(i % 77);
