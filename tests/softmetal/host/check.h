@@ -112,7 +112,7 @@ kernel void not_all_reach(device float* x [[buffer(0)]],
   x[i] = 1;
 }
 kernel void forever(device atomic_uint* stop [[buffer(0)]]) {
-  while (atomic_load_explicit(stop, memory_order_relaxed) == 0) simd_sum(1.0f);
+  while (simd_max(atomic_load_explicit(stop, memory_order_relaxed)) == 0) {}
 }
 kernel void position(device uint* out [[buffer(0)]], uint i [[thread_position_in_grid]],
                      uint group [[threadgroup_position_in_grid]],

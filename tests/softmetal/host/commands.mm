@@ -130,6 +130,7 @@ TEST(queues_run_side_by_side) {
   CHECK(contents(x)[0] == 8 && blocked.status < MTLCommandBufferStatusCompleted);
   set(stop);
   [blocked waitUntilCompleted];
+  CHECK(blocked.status == MTLCommandBufferStatusCompleted);
 }
 
 TEST(as_many_command_buffers_as_the_queue_may_have) {
