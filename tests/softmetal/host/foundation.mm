@@ -162,6 +162,7 @@ TEST(strings) {
   CHECK([[@"abcabc" stringByReplacingOccurrencesOfString:@"bc" withString:@"X"]
       isEqualToString:@"aXaX"]);
   CHECK([@"/a/b.metal".lastPathComponent.stringByDeletingPathExtension isEqualToString:@"b"]);
+  CHECK(([[NSString pathWithComponents:@[ @"/", @"a", @"b/", @"c" ]] isEqualToString:@"/a/b/c"]));
   CHECK([@"abc" hasPrefix:@"ab"] && [@"abc" hasSuffix:@"bc"] && [@"42x" intValue] == 42);
   CHECK([@"b" compare:@"a"] == NSOrderedDescending);
   CHECK([@"abc" rangeOfString:@"c"].location == 2);
