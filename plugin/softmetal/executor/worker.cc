@@ -437,10 +437,14 @@ void Worker::count(Work work, uint64_t amount) {
   (work == Work::kExp2 ? counters_.exp2 : counters_.multiply_accumulates) += amount;
 }
 
+bool Worker::is_threadgroup_memory(const void* address) const {
+  const auto* byte = static_cast<const char*>(address);
+  return byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes;
+}
+
 void Worker::access(const void* address, uint64_t size, bool is_write) {
   if (!lane_) return;
-  const auto* byte = static_cast<const char*>(address);
-  if (byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes) {
+  if (is_threadgroup_memory(address)) {
     (is_write ? counters_.threadgroup_bytes_written : counters_.threadgroup_bytes_read) += size;
   } else if (accesses_.mark(address, size, is_write)) {
     (is_write ? counters_.device_bytes_written : counters_.device_bytes_read) += size;
@@ -470,6 +474,9 @@ SOFTMETAL_EXPORT void* softmetal_threadgroup_variable(const void* id, const char
 }
 SOFTMETAL_EXPORT void softmetal_simd_uniform(const char* operation) {
   softmetal::current_worker->uniform(operation);
+}
+SOFTMETAL_EXPORT bool softmetal_is_threadgroup_memory(const void* address) {
+  return softmetal::current_worker->is_threadgroup_memory(address);
 }
 SOFTMETAL_EXPORT void softmetal_fail(const char* message) {
   softmetal::current_worker->note(message);

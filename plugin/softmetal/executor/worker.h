@@ -37,6 +37,7 @@ class Worker {
   void threadgroup_barrier(uint32_t flags);
   void* variable(const void* id, const char* name, uint32_t size, uint32_t alignment);
   void uniform(const char* operation);
+  bool is_threadgroup_memory(const void* address) const;
   // A failed check, in two steps: the stack of a fiber is left as it is, without destructors, so
   // nothing may be alive on it that owns memory when the dispatch is abandoned.
   void note(const std::string& what);
