@@ -183,13 +183,6 @@ NSError* run(const Work& work, double deadline) {
   const std::string function =
       "Compute Function(" + std::string(_work.pipeline.softmetal_kernel->name) + "): ";
   const std::string index = std::to_string(argument.index);
-  if (argument.kind == ArgumentKind::kThreadgroup) {
-    if (_work.threadgroup_bytes[argument.index] == 0) {
-      misuse(method, function + "missing threadgroup memory binding at index " + index + " for " +
-                         argument.name + "[0].");
-    }
-    return;
-  }
   const Reference& bound = _work.buffers[argument.index];
   if (!bound) {
     misuse(method, function + "missing buffer binding at index " + index + " for " + argument.name +
@@ -237,9 +230,12 @@ NSError* run(const Work& work, double deadline) {
       continue;
     }
     if (argument.is_enabled && !argument.is_enabled()) continue;
-    [self softmetal_checkArgument:argument method:method];
+    // Threadgroup memory without a length is not a misuse: public kernels declare such arguments
+    // and do not use them, which Apple's compiler sees. One that is used is an error when it runs.
     if (argument.kind == ArgumentKind::kThreadgroup) {
       threadgroup_bytes += _work.threadgroup_bytes[argument.index];
+    } else {
+      [self softmetal_checkArgument:argument method:method];
     }
   }
   if (threadgroup_bytes > softmetal::kThreadgroupMemoryLimit) {

@@ -348,3 +348,11 @@ NSArray<id<MTLDevice>>* MTLCopyAllDevices(void) {
   id<MTLDevice> device = MTLCreateSystemDefaultDevice();
   return device ? @[ device ] : @[];
 }
+
+NSArray<id<MTLDevice>>* MTLCopyAllDevicesWithObserver(id<NSObject> __strong* observer,
+                                                      MTLDeviceNotificationHandler) {
+  *observer = [[NSObject alloc] init];
+  return MTLCopyAllDevices();
+}
+
+void MTLRemoveDeviceObserver(id<NSObject>) {}

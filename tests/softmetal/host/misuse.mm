@@ -136,13 +136,6 @@ MISUSE(buffer_taken_away, "missing buffer binding at index 0 for x[0].") {
   [e.encoder setBuffer:nil offset:0 atIndex:0];
   dispatch(e);
 }
-MISUSE(missing_threadgroup_memory, "missing threadgroup memory binding at index 0") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"sum")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
-  [e.encoder setBuffer:e.x offset:0 atIndex:1];
-  dispatch(e);
-}
 MISUSE(buffer_too_small,
        "argument y[0] from buffer(1) with offset(56) and length(64) has space for 8 bytes, but "
        "argument has a length(16).") {

@@ -180,4 +180,12 @@ typedef void (^MTLNewComputePipelineStateWithReflectionCompletionHandler)(
 MTL_EXTERN id<MTLDevice> _Nullable MTLCreateSystemDefaultDevice(void) NS_RETURNS_RETAINED;
 MTL_EXTERN NSArray<id<MTLDevice>>* MTLCopyAllDevices(void) NS_RETURNS_RETAINED;
 
+typedef NSString* MTLDeviceNotificationName;
+typedef void (^MTLDeviceNotificationHandler)(id<MTLDevice> device, MTLDeviceNotificationName name);
+// Devices neither come nor go here: the handler is never called.
+MTL_EXTERN NSArray<id<MTLDevice>>* MTLCopyAllDevicesWithObserver(
+    id<NSObject> _Nullable __strong* _Nonnull observer,
+    MTLDeviceNotificationHandler handler) NS_RETURNS_RETAINED;
+MTL_EXTERN void MTLRemoveDeviceObserver(id<NSObject> observer);
+
 NS_ASSUME_NONNULL_END
