@@ -28,6 +28,18 @@ std::vector<std::string> lines(const char* text) {
   return out;
 }
 
+softmetal::CompileOptions options_of(const char* name, const char* macros, const char* folders) {
+  softmetal::CompileOptions options;
+  options.source_name = name;
+  for (const std::string& line : lines(macros)) {
+    const size_t equals = line.find('=');
+    const std::string value = equals == std::string::npos ? "1" : line.substr(equals + 1);
+    options.macros.emplace_back(line.substr(0, equals), value);
+  }
+  options.include_directories = lines(folders);
+  return options;
+}
+
 }  // namespace
 
 // `macros`: lines NAME=VALUE; `folders`: one a line. Returns 0 and the image's path, or 1 and the
@@ -35,17 +47,19 @@ std::vector<std::string> lines(const char* text) {
 SOFTMETAL_EXPORT int softmetal_compile(const char* source, const char* name, const char* macros,
                                        const char* folders, int instrumentation, char* text,
                                        size_t capacity) {
-  softmetal::CompileOptions options;
-  options.source_name = name;
+  softmetal::CompileOptions options = options_of(name, macros, folders);
   options.instrumentation = static_cast<softmetal::Instrumentation>(instrumentation);
-  for (const std::string& line : lines(macros)) {
-    const size_t equals = line.find('=');
-    const std::string value = equals == std::string::npos ? "1" : line.substr(equals + 1);
-    options.macros.emplace_back(line.substr(0, equals), value);
-  }
-  options.include_directories = lines(folders);
   const softmetal::CompileResult result = softmetal::compile(source, options);
   put(text, capacity, result.ok ? result.image_path : result.diagnostics);
+  return result.ok ? 0 : 1;
+}
+
+// Returns 0, or 1 and the diagnostics.
+SOFTMETAL_EXPORT int softmetal_check(const char* source, const char* name, const char* macros,
+                                     const char* folders, char* text, size_t capacity) {
+  const softmetal::CheckResult result =
+      softmetal::strict_check(source, options_of(name, macros, folders));
+  put(text, capacity, result.diagnostics);
   return result.ok ? 0 : 1;
 }
 

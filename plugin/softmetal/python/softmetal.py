@@ -23,6 +23,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,40 @@ def _bytes_of(value: Any, type_name: str) -> bytes:
     return raw + bytes(array.itemsize) if array.size == 3 else raw
 
 
+def _encoded(
+    source: str | pathlib.Path,
+    macros: Mapping[str, Any] | None,
+    include: Sequence[str | pathlib.Path],
+) -> tuple[bytes, bytes, bytes, bytes]:
+    """The text, its name, macros and folders, as the library takes them."""
+    name, folders = "program_source", [str(x) for x in include]
+    if isinstance(source, str) and source.endswith(".metal") and "\n" not in source:
+        source = pathlib.Path(source)
+    if isinstance(source, pathlib.Path):
+        folders.insert(0, str(source.parent))
+        name, source = str(source), source.read_text(encoding="utf-8")
+    definitions = "\n".join(f"{key}={value}" for key, value in (macros or {}).items())
+    return source.encode(), name.encode(), definitions.encode(), "\n".join(folders).encode()
+
+
+def check(
+    source: str | pathlib.Path,
+    *,
+    macros: Mapping[str, Any] | None = None,
+    include: Sequence[str | pathlib.Path] = (),
+) -> None:
+    """Compiles Metal text strictly: its address spaces are checked too.
+
+    Takes what `Library` takes. No image is made.
+
+    **Raises:** `Error` with the diagnostics, at lines of the Metal text.
+    """
+    text = ctypes.create_string_buffer(1 << 20)
+    given = _encoded(source, macros, include)
+    if _device().softmetal_check(*given, text, ctypes.c_size_t(len(text))) != 0:
+        raise Error(text.value.decode(errors="replace"))
+
+
 class Library:
     """Metal text, compiled.
 
@@ -153,12 +188,7 @@ class Library:
         include: Sequence[str | pathlib.Path] = (),
         instrumentation: str | None = None,
     ) -> None:
-        name, folders = "program_source", [str(x) for x in include]
-        if isinstance(source, str) and source.endswith(".metal") and "\n" not in source:
-            source = pathlib.Path(source)
-        if isinstance(source, pathlib.Path):
-            folders.insert(0, str(source.parent))
-            name, source = str(source), source.read_text(encoding="utf-8")
+        given = _encoded(source, macros, include)
         chosen = instrumentation or os.environ.get("SOFTMETAL_INSTRUMENT") or "none"
         if chosen not in INSTRUMENTATIONS:
             raise Error(
@@ -167,10 +197,8 @@ class Library:
             )
         text = ctypes.create_string_buffer(1 << 20)
         status = _device().softmetal_compile(
-            source.encode(), name.encode(),
-            "\n".join(f"{key}={value}" for key, value in (macros or {}).items()).encode(),
-            "\n".join(folders).encode(), INSTRUMENTATIONS.index(chosen), text, len(text),
-        )  # fmt: skip
+            *given, INSTRUMENTATIONS.index(chosen), text, ctypes.c_size_t(len(text))
+        )
         if status != 0:
             raise Error(text.value.decode(errors="replace"))
         self.image_path = text.value.decode()
@@ -337,13 +365,25 @@ def sanitizer_environment(name: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m softmetal run --sanitize thread -- program ...`."""
+    """`python -m softmetal check FILE.metal`, `... run --sanitize thread -- program ...`."""
     parser = argparse.ArgumentParser(prog="python -m softmetal", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a program with its kernels under a sanitizer")
     run.add_argument("--sanitize", choices=SANITIZERS, required=True)
     run.add_argument("program", nargs="+", help="after --")
+    checked = commands.add_parser("check", help="compile a file strictly")
+    checked.add_argument("file", type=pathlib.Path)
+    checked.add_argument("-I", dest="include", action="append", default=[], metavar="FOLDER")
+    checked.add_argument("-D", dest="macros", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args(arguments)
+    if options.command == "check":
+        macros = dict((*macro.split("=", 1), "1")[:2] for macro in options.macros)
+        try:
+            check(options.file, macros=macros, include=options.include)
+        except Error as error:
+            print(error, end="", file=sys.stderr)
+            return 1
+        return 0
     environment = sanitizer_environment(options.sanitize)
     return subprocess.run(options.program, env=environment, check=False).returncode
 
