@@ -78,14 +78,17 @@ bool is_word_in(std::string_view text, std::string_view word) {
 
 std::vector<GenericPointer> find_generic_pointers(std::istream& tree, const std::string& library) {
   static constexpr std::string_view kGeneric = "__generic";
+  static constexpr std::string_view kFunction = "(__generic *";  // of a pointer to a function
   std::vector<GenericPointer> out;
   std::set<std::tuple<std::string, unsigned, unsigned>> seen;
   Place place;
+  size_t implicit = std::string::npos;  // the depth of a function that the compiler has made
   for (std::string whole; std::getline(tree, whole);) {
     // |-ParmVarDecl 0x55 <file.metal:4:8, col:15> col:15 used x '__generic float *'
     std::string_view line = whole;
     const size_t node = line.find_first_not_of(" |`-");
     if (node == std::string_view::npos) continue;
+    if (node <= implicit) implicit = std::string::npos;
     line.remove_prefix(node);
     const std::string_view kind = line.substr(0, line.find(' '));
     const size_t open = line.find(" <");
@@ -99,20 +102,24 @@ std::vector<GenericPointer> find_generic_pointers(std::istream& tree, const std:
     if (kind.size() < 4 || kind.substr(kind.size() - 4) != "Decl") continue;
     if (line.rfind("> ", 0) == 0) line.remove_prefix(2);
     if (!place.read(&line)) continue;
+    const std::string_view before = line.substr(0, line.find('\''));
+    if (is_word_in(before, "implicit")) implicit = std::min(implicit, node);
+    if (implicit != std::string::npos) continue;
 
     const bool is_function = kind == "FunctionDecl" || kind == "CXXMethodDecl";
     const bool is_variable = kind == "VarDecl" || kind == "ParmVarDecl" || kind == "FieldDecl" ||
                              kind == "TypedefDecl" || kind == "TypeAliasDecl";
     if (!is_function && !is_variable) continue;
-    std::string_view type = type_of(line);
-    if (is_function) type = type.substr(0, type.find(" ("));  // parameters come by themselves
-    if (type.find(kGeneric) == std::string_view::npos) continue;
-    const std::string_view before = line.substr(0, line.find('\''));
-    if (is_word_in(before, "implicit")) continue;
+    std::string type(type_of(line));
+    if (is_function) type.resize(std::min(type.size(), type.find(" (")));  // not the parameters
+    for (size_t at = 0; (at = type.find(kFunction)) != std::string::npos;) {
+      type.erase(at, kFunction.size());
+    }
+    if (type.find(kGeneric) == std::string::npos) continue;
     if (place.file().rfind(library, 0) == 0 || place.file().rfind('<', 0) == 0) continue;
     if (!seen.insert({place.file(), place.line(), place.column()}).second) continue;
     std::string message = "a ";
-    message += type.find('&') != std::string_view::npos ? "reference" : "pointer";
+    message += type.find('&') != std::string::npos ? "reference" : "pointer";
     message += is_function ? " that is returned" : "";
     message += " has no address space: device, constant, threadgroup or thread";
     out.push_back({place.file(), place.line(), place.column(), message});

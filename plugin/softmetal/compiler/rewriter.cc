@@ -94,6 +94,7 @@ class Rewriter {
       declarations(0, tokens_.size(), "", "");
       if (strict_) {
         qualify_methods();
+        refer_to_functions();
       } else {
         erase_qualifiers();
       }
@@ -806,7 +807,7 @@ class Rewriter {
   }
 
   // A method that names no address space works on objects of the thread: `this` gets a qualifier
-  // after the parameters. Not for constructors, which make objects of every space.
+  // after the parameters. Constructors of the thread's objects make values that have no space yet.
   void find_method(Index begin, Index end, const std::string& in_class) {
     Index name = kNone;
     for (Index i = begin; i < end; i = next(i)) {
@@ -856,15 +857,32 @@ class Rewriter {
       class_of = tokens_[i].text;
     }
     classes_.insert(class_of);
-    if (tokens_[name].text == class_of) return;
-    for (Index i = next(partner_[open]); i < end && !at(i, "->"); i = next(i)) {
+    const bool constructs = tokens_[name].text == class_of;
+    for (Index i = next(partner_[open]); i < end && !at(i, "->") && !at(i, ":"); i = next(i)) {
+      if (constructs && at(i, "thread")) erase(i, i + 1);
       if (is_address_space(tokens_[i])) return;
     }
+    if (constructs) return;
     methods_.push_back(partner_[open]);
   }
 
   void qualify_methods() {
     for (const Index close : methods_) tokens_[close].text += " __private";
+  }
+
+  // Template parameters that are pointers to functions become references: OpenCL gives pointers to
+  // functions an address space, which no function's address has.
+  void refer_to_functions() {
+    for (Index i = 0; i < tokens_.size(); ++i) {
+      if (!at(i, "template") || !at(next(i), "<")) continue;
+      const Index close = closing_angle(next(i), tokens_.size());
+      if (close == kNone) continue;
+      for (; i < close; i = next(i)) {
+        const Index star = next(i);
+        if (!at(i, "(") || !at(star, "*") || !at(next(partner_[i]), "(")) continue;
+        if (next(star) == partner_[i] || next(next(star)) == partner_[i]) tokens_[star].text = "&";
+      }
+    }
   }
 
   // --- Everywhere ---

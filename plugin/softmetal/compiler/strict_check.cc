@@ -82,9 +82,19 @@ bool is_right_in_metal(const Diagnostic& diagnostic) {
       std::regex_match(text, unnamed)) {
     return true;
   }
-  // An operator of numbers or pointers applied to a class that converts to a number.
-  return diagnostic.size() == 1 && (text.rfind("invalid operands to binary expression", 0) == 0 ||
-                                    text.rfind("invalid argument type", 0) == 0);
+  // A choice between values in memory of two spaces.
+  if (text.rfind("incompatible operand types", 0) == 0 && !contains(text, "*")) return true;
+  // A template that was in error before.
+  if (std::any_of(diagnostic.begin() + 1, diagnostic.end(), [](const Message& note) {
+        return contains(note.text, "substitution failure") && note.text.back() == ']';
+      })) {
+    return true;
+  }
+  // An operator of numbers or pointers applied to a class that converts to a number; it is no
+  // operator of the program's own whose operands are in the wrong space.
+  return (text.rfind("invalid operands to binary expression", 0) == 0 ||
+          text.rfind("invalid argument type", 0) == 0) &&
+         !any_note(diagnostic, "in address space") && !any_note(diagnostic, "known conversion");
 }
 
 // The names of OpenCL, and those of the prelude, as Metal's.

@@ -10,6 +10,7 @@
 #define SOFTMETAL_STRICT 1
 #define SOFTMETAL_FUNC inline
 #define SOFTMETAL_CONSTANT __constant
+#define SOFTMETAL_THREAD __private
 
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
@@ -46,6 +47,7 @@
 #include "msl/metal_limits"
 #include "msl/metal_constants"
 #include "strict/functions.h"
+#include "msl/metal_variants"
 #include "strict/memory.h"
 #include "strict/simdgroups.h"
 #include "msl/metal_internals"
