@@ -36,9 +36,9 @@ struct CheckResult {
   std::string diagnostics;  // as those of a compilation
 };
 
-// Compiles the text and then checks what a compilation for this machine leaves out: that no pointer,
-// reference, object or method is of one address space where Metal wants it of another one, and that
-// every pointer and reference says of which it is.
+// Compiles the text and then checks what a compilation for this machine leaves out: that no
+// pointer, reference, object or method is of one address space where Metal wants it of another one,
+// and that every pointer and reference says of which it is.
 CheckResult strict_check(const std::string& source, const CompileOptions& options);
 
 }  // namespace softmetal

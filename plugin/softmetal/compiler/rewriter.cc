@@ -306,7 +306,8 @@ class Rewriter {
         i = next(i);
         continue;
       }
-      if (!in_class.empty() && one_of(tokens_[i], {"public", "private", "protected"}) && at(next(i), ":")) {
+      if (!in_class.empty() && one_of(tokens_[i], {"public", "private", "protected"}) &&
+          at(next(i), ":")) {
         i = next(next(i));
         continue;
       }
@@ -666,7 +667,7 @@ class Rewriter {
     const std::string n = tokens_[name].text;
     erase(begin, end);
     if (strict_) {
-      tokens_[begin].text = "extern __constant bool " + n + "_softmetal_defined; extern __constant " +
+      tokens_[begin].text = "extern constant bool " + n + "_softmetal_defined; extern constant " +
                             type + " " + n + ";";
       return;
     }
@@ -763,8 +764,8 @@ class Rewriter {
       }
       const std::string t = name + "_softmetal_type";
       if (strict_) {
-        out += "using " + t + " = " + type + " " + text(extents, after) + "; __local " + t + "& " +
-               name + " = softmetal::threadgroup_variable<" + t + ">(); ";
+        out += "using " + t + " = " + type + " " + text(extents, after) + "; threadgroup " + t +
+               "& " + name + " = softmetal::threadgroup_variable<" + t + ">(); ";
         i = next(after);
         if (!at(after, ";")) continue;
         erase(first, after + 1);
@@ -819,7 +820,8 @@ class Rewriter {
         i = partner_[i];
       } else if (at(i, "alignas") || at(i, "decltype") || at(i, "__attribute__")) {
         i = partner_[next(i)];
-      } else if (one_of(tokens_[i], {"static", "friend", "using", "typedef", "=", "static_assert"})) {
+      } else if (one_of(tokens_[i],
+                        {"static", "friend", "using", "typedef", "=", "static_assert"})) {
         return;
       } else if (at(i, "operator")) {
         name = i;
@@ -860,14 +862,15 @@ class Rewriter {
     const bool constructs = tokens_[name].text == class_of;
     for (Index i = next(partner_[open]); i < end && !at(i, "->") && !at(i, ":"); i = next(i)) {
       if (constructs && at(i, "thread")) erase(i, i + 1);
-      if (is_address_space(tokens_[i])) return;
+      if (at(i, "constant")) tokens_[i].text = "__constant";  // elsewhere it is const, too
+      if (is_address_space(tokens_[i]) || at(i, "__constant")) return;
     }
     if (constructs) return;
     methods_.push_back(partner_[open]);
   }
 
   void qualify_methods() {
-    for (const Index close : methods_) tokens_[close].text += " __private";
+    for (const Index close : methods_) tokens_[close].text += " thread";
   }
 
   // Template parameters that are pointers to functions become references: OpenCL gives pointers to
@@ -910,7 +913,8 @@ class Rewriter {
         // To a pointer or reference it is itself: its address spaces are to be checked.
         const Index open = next(static_cast<Index>(&token - tokens_.data()));
         const Index close = strict_ ? closing_angle(open, tokens_.size()) : kNone;
-        const bool to_value = close == kNone || (!at(previous(close), "*") && !at(previous(close), "&"));
+        const bool to_value =
+            close == kNone || (!at(previous(close), "*") && !at(previous(close), "&"));
         if (to_value) token.text = "softmetal::cast";
       }
       if (token.kind != TokenKind::kNumber) continue;

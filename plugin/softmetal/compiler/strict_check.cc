@@ -10,7 +10,7 @@
 #include <set>
 #include <sstream>
 
-#include "compiler/generic_pointers.h"
+#include "compiler/generic_addresses.h"
 #include "compiler/rewriter.h"
 #include "compiler/toolchain.h"
 
@@ -52,13 +52,14 @@ bool any_note(const Diagnostic& diagnostic, const char* what) {
                      [&](const Message& note) { return contains(note.text, what); });
 }
 
+bool mentions(const Diagnostic& diagnostic, const char* what) {
+  return contains(diagnostic.front().text, what) || any_note(diagnostic, what);
+}
 bool speaks_of_address_spaces(const Diagnostic& diagnostic) {
-  static constexpr const char* kWords[] = {"__global", "__constant", "__local",
-                                           "__private", "__generic", "address space"};
-  return std::any_of(diagnostic.begin(), diagnostic.end(), [](const Message& message) {
-    return std::any_of(std::begin(kWords), std::end(kWords),
-                       [&](const char* word) { return contains(message.text, word); });
-  });
+  static constexpr const char* kWords[] = {"__global",  "__constant", "__local",
+                                           "__private", "__generic",  "address space"};
+  return std::any_of(std::begin(kWords), std::end(kWords),
+                     [&](const char* word) { return mentions(diagnostic, word); });
 }
 
 // Programs that Metal accepts and C++ for OpenCL does not.
@@ -82,6 +83,20 @@ bool is_right_in_metal(const Diagnostic& diagnostic) {
       std::regex_match(text, unnamed)) {
     return true;
   }
+  // What is generic is memory of the thread: objects that a constructor makes, and what references
+  // without an address space refer to.
+  if (mentions(diagnostic, "__generic") && mentions(diagnostic, "__private") &&
+      !mentions(diagnostic, "__global") && !mentions(diagnostic, "__local") &&
+      !mentions(diagnostic, "__constant")) {
+    return true;
+  }
+  // A value that is no variable is bound to a reference to memory of the thread.
+  if (contains(text, "cannot bind to a temporary object because of address space mismatch") &&
+      contains(text, "__private")) {
+    return true;
+  }
+  // A template of a variable's type, which does not include the variable's own address space.
+  if (contains(text, "__private>") || contains(text, "__private,")) return true;
   // A choice between values in memory of two spaces.
   if (text.rfind("incompatible operand types", 0) == 0 && !contains(text, "*")) return true;
   // A template that was in error before.
@@ -100,8 +115,8 @@ bool is_right_in_metal(const Diagnostic& diagnostic) {
 // The names of OpenCL, and those of the prelude, as Metal's.
 std::string in_metal(std::string text) {
   static constexpr std::pair<const char*, const char*> kNames[] = {
-      {"__global", "device"},     {"__constant", "constant"},    {"__local", "threadgroup"},
-      {"__private", "thread"},    {"softmetal_name_", ""},       {"*thread'", "*'"},
+      {"__global", "device"},        {"__constant", "constant"}, {"__local", "threadgroup"},
+      {"__private", "thread"},       {"softmetal_name_", ""},    {"*thread'", "*'"},
       {"const constant", "constant"}};
   for (const auto& [from, to] : kNames) {
     for (size_t at = 0; (at = text.find(from, at)) != std::string::npos;) {
@@ -190,7 +205,7 @@ CheckResult strict_check(const std::string& source, const CompileOptions& option
     }
     return found;
   };
-  for (const GenericPointer& each : find_generic_pointers(dump, prelude)) {
+  for (const GenericAddress& each : find_generic_addresses(dump, prelude)) {
     // What is deduced is of the space of what it is deduced from.
     if (contains(line_of(each.file, each.line), "auto")) continue;
     out.diagnostics += each.file + ":" + std::to_string(each.line) + ":" +

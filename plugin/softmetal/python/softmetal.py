@@ -381,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             check(options.file, macros=macros, include=options.include)
         except Error as error:
-            print(error, end="", file=sys.stderr)
+            sys.stderr.write(str(error))
             return 1
         return 0
     environment = sanitizer_environment(options.sanitize)

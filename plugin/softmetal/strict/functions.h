@@ -2,8 +2,8 @@
 // there is here.
 #pragma once
 
-#define SOFTMETAL_VECTOR_1(name)                            \
-  template <typename A, typename V = softmetal::Common<A>>  \
+#define SOFTMETAL_VECTOR_1(name)                           \
+  template <typename A, typename V = softmetal::Common<A>> \
   V name(A);
 #define SOFTMETAL_VECTOR_2(name)                                          \
   template <typename A, typename B, typename V = softmetal::Common<A, B>> \
@@ -20,22 +20,22 @@
   half name(half, half);        \
   SOFTMETAL_VECTOR_2(name)
 // Templates, so that a program may have overloads of its own for bfloat.
-#define SOFTMETAL_FLOAT_3(name)                                             \
-  float name(float, float, float);                                          \
-  half name(half, half, half);                                              \
+#define SOFTMETAL_FLOAT_3(name)                                              \
+  float name(float, float, float);                                           \
+  half name(half, half, half);                                               \
   template <typename T, typename = softmetal::Require<__is_same(T, bfloat)>> \
-  T name(T, T, T);                                                          \
+  T name(T, T, T);                                                           \
   SOFTMETAL_VECTOR_3(name)
 
 namespace metal {
 
 // Of every arithmetic scalar; min and max may make a constant.
-#define SOFTMETAL_ORDER(T)                                   \
-  constexpr T min(T x, T y) { return y < x ? y : x; }        \
-  constexpr T max(T x, T y) { return x < y ? y : x; }        \
+#define SOFTMETAL_ORDER(T)                                                              \
+  constexpr T min(T x, T y) { return y < x ? y : x; }                                   \
+  constexpr T max(T x, T y) { return x < y ? y : x; }                                   \
   constexpr T clamp(T x, T low, T high) { return x < low ? low : high < x ? high : x; } \
-  T min3(T, T, T);                                           \
-  T max3(T, T, T);                                           \
+  T min3(T, T, T);                                                                      \
+  T max3(T, T, T);                                                                      \
   T median3(T, T, T);
 SOFTMETAL_ORDER(char)
 SOFTMETAL_ORDER(signed char)
@@ -118,11 +118,11 @@ SOFTMETAL_FLOAT_3(mix)
 SOFTMETAL_FLOAT_3(smoothstep)
 
 // What comes back through an argument comes to the thread's own memory.
-#define SOFTMETAL_WITH_EXPONENT(T)   \
-  T ldexp(T, int);                   \
-  int ilogb(T);                      \
-  T frexp(T, __private int&);        \
-  T modf(T, __private T&);           \
+#define SOFTMETAL_WITH_EXPONENT(T) \
+  T ldexp(T, int);                 \
+  int ilogb(T);                    \
+  T frexp(T, __private int&);      \
+  T modf(T, __private T&);         \
   T sincos(T, __private T&);
 SOFTMETAL_WITH_EXPONENT(float)
 SOFTMETAL_WITH_EXPONENT(half)
@@ -179,7 +179,7 @@ constexpr auto select(A a, B b, bool condition) {
 template <typename A, typename B, typename C, typename V = softmetal::Common<A, B>>
 V select(A, B, C);
 
-#define SOFTMETAL_INTEGER(...)                                                            \
+#define SOFTMETAL_INTEGER(...)                                                                  \
   template <typename T, typename = softmetal::Require<__is_integral(T) && !__is_same(T, bool)>> \
   __VA_ARGS__;
 SOFTMETAL_INTEGER(constexpr T abs(T x) { return x < T(0) ? -x : x; })

@@ -1,4 +1,5 @@
-// Atomics, barriers, what the rewriter puts for threadgroup variables and function constants, logging.
+// Atomics, barriers, what the rewriter puts for threadgroup variables and function constants,
+// logging.
 #pragma once
 
 namespace metal {
@@ -30,26 +31,26 @@ using atomic_float = atomic<float>;
 using atomic_long = atomic<long>;
 using atomic_ulong = atomic<ulong>;
 
-#define SOFTMETAL_ATOMICS_IN(space)                                                               \
-  template <typename T, typename U>                                                               \
-  void atomic_store_explicit(volatile space atomic<T>*, U, memory_order);                         \
-  template <typename T>                                                                           \
-  T atomic_load_explicit(const volatile space atomic<T>*, memory_order);                          \
-  template <typename T, typename U>                                                               \
-  T atomic_exchange_explicit(volatile space atomic<T>*, U, memory_order);                         \
-  template <typename T, typename U>                                                               \
-  bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>*, __private T*, U,          \
-                                             memory_order, memory_order);                         \
-  SOFTMETAL_FETCH(space, add)                                                                     \
-  SOFTMETAL_FETCH(space, sub)                                                                     \
-  SOFTMETAL_FETCH(space, min)                                                                     \
-  SOFTMETAL_FETCH(space, max)                                                                     \
-  SOFTMETAL_FETCH(space, and)                                                                     \
-  SOFTMETAL_FETCH(space, or)                                                                      \
-  SOFTMETAL_FETCH(space, xor)                                                                     \
-  template <typename U>                                                                           \
-  void atomic_min_explicit(volatile space atomic<ulong>*, U, memory_order);                       \
-  template <typename U>                                                                           \
+#define SOFTMETAL_ATOMICS_IN(space)                                                      \
+  template <typename T, typename U>                                                      \
+  void atomic_store_explicit(volatile space atomic<T>*, U, memory_order);                \
+  template <typename T>                                                                  \
+  T atomic_load_explicit(const volatile space atomic<T>*, memory_order);                 \
+  template <typename T, typename U>                                                      \
+  T atomic_exchange_explicit(volatile space atomic<T>*, U, memory_order);                \
+  template <typename T, typename U>                                                      \
+  bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>*, __private T*, U, \
+                                             memory_order, memory_order);                \
+  SOFTMETAL_FETCH(space, add)                                                            \
+  SOFTMETAL_FETCH(space, sub)                                                            \
+  SOFTMETAL_FETCH(space, min)                                                            \
+  SOFTMETAL_FETCH(space, max)                                                            \
+  SOFTMETAL_FETCH(space, and)                                                            \
+  SOFTMETAL_FETCH(space, or)                                                             \
+  SOFTMETAL_FETCH(space, xor)                                                            \
+  template <typename U>                                                                  \
+  void atomic_min_explicit(volatile space atomic<ulong>*, U, memory_order);              \
+  template <typename U>                                                                  \
   void atomic_max_explicit(volatile space atomic<ulong>*, U, memory_order);
 #define SOFTMETAL_FETCH(space, name) \
   template <typename T, typename U>  \
@@ -90,10 +91,10 @@ class os_log {
   constexpr os_log() = default;
   constexpr os_log(const __constant char*, const __constant char*) {}
   constexpr os_log(const __constant char*, const __constant char*) __constant {}
-#define SOFTMETAL_LOG(name, ...)                                            \
-  template <typename... Args>                                               \
-  void name(__VA_ARGS__ const __constant char*, Args...) const;             \
-  template <typename... Args>                                               \
+#define SOFTMETAL_LOG(name, ...)                                \
+  template <typename... Args>                                   \
+  void name(__VA_ARGS__ const __constant char*, Args...) const; \
+  template <typename... Args>                                   \
   void name(__VA_ARGS__ const __constant char*, Args...) const __constant;
   SOFTMETAL_LOG(log)
   SOFTMETAL_LOG(log_debug)

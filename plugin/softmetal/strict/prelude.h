@@ -4,7 +4,7 @@
 // expression may call them, and values only where a template argument may be one.
 //
 // What takes a plain pointer, reference or `this` here takes one of any space but constant: the
-// compiler's generic address space. Programs have no such thing, see strict/generic_pointers.cc.
+// compiler's generic address space. Programs have no such thing, see compiler/generic_addresses.cc.
 #pragma once
 
 #define SOFTMETAL_STRICT 1
@@ -56,6 +56,6 @@
 // clang-format on
 
 #define device __global
-#define constant __constant
+#define constant const __constant
 #define threadgroup __local
 #define thread __private

@@ -31,47 +31,47 @@ class quad_vote {
   vote_t votes_;
 };
 
-#define SOFTMETAL_GROUP(group)                                                  \
-  template <typename T>                                                         \
-  T group##_shuffle(T, ushort);                                                 \
-  template <typename T>                                                         \
-  T group##_broadcast(T, ushort);                                               \
-  template <typename T>                                                         \
-  T group##_broadcast_first(T);                                                 \
-  template <typename T>                                                         \
-  T group##_shuffle_xor(T, ushort);                                             \
-  template <typename T>                                                         \
-  T group##_shuffle_up(T, ushort);                                              \
-  template <typename T>                                                         \
-  T group##_shuffle_down(T, ushort);                                            \
-  template <typename T>                                                         \
-  T group##_shuffle_rotate_up(T, ushort);                                       \
-  template <typename T>                                                         \
-  T group##_shuffle_rotate_down(T, ushort);                                     \
-  template <typename T>                                                         \
-  T group##_shuffle_and_fill_up(T, T, ushort, ushort = 32);                     \
-  template <typename T>                                                         \
-  T group##_shuffle_and_fill_down(T, T, ushort, ushort = 32);                   \
-  SOFTMETAL_REDUCTION(group##_sum)                                              \
-  SOFTMETAL_REDUCTION(group##_product)                                          \
-  SOFTMETAL_REDUCTION(group##_min)                                              \
-  SOFTMETAL_REDUCTION(group##_max)                                              \
-  SOFTMETAL_REDUCTION(group##_and)                                              \
-  SOFTMETAL_REDUCTION(group##_or)                                               \
-  SOFTMETAL_REDUCTION(group##_xor)                                              \
-  template <typename T>                                                         \
-  T group##_prefix_inclusive_sum(T);                                            \
-  template <typename T>                                                         \
-  T group##_prefix_exclusive_sum(T);                                            \
-  template <typename T>                                                         \
-  T group##_prefix_inclusive_product(T);                                        \
-  template <typename T>                                                         \
-  T group##_prefix_exclusive_product(T);                                        \
-  group##_vote group##_ballot(bool);                                            \
-  group##_vote group##_active_threads_mask();                                   \
-  bool group##_all(bool);                                                       \
-  bool group##_any(bool);                                                       \
-  bool group##_is_first();                                                      \
+#define SOFTMETAL_GROUP(group)                                \
+  template <typename T>                                       \
+  T group##_shuffle(T, ushort);                               \
+  template <typename T>                                       \
+  T group##_broadcast(T, ushort);                             \
+  template <typename T>                                       \
+  T group##_broadcast_first(T);                               \
+  template <typename T>                                       \
+  T group##_shuffle_xor(T, ushort);                           \
+  template <typename T>                                       \
+  T group##_shuffle_up(T, ushort);                            \
+  template <typename T>                                       \
+  T group##_shuffle_down(T, ushort);                          \
+  template <typename T>                                       \
+  T group##_shuffle_rotate_up(T, ushort);                     \
+  template <typename T>                                       \
+  T group##_shuffle_rotate_down(T, ushort);                   \
+  template <typename T>                                       \
+  T group##_shuffle_and_fill_up(T, T, ushort, ushort = 32);   \
+  template <typename T>                                       \
+  T group##_shuffle_and_fill_down(T, T, ushort, ushort = 32); \
+  SOFTMETAL_REDUCTION(group##_sum)                            \
+  SOFTMETAL_REDUCTION(group##_product)                        \
+  SOFTMETAL_REDUCTION(group##_min)                            \
+  SOFTMETAL_REDUCTION(group##_max)                            \
+  SOFTMETAL_REDUCTION(group##_and)                            \
+  SOFTMETAL_REDUCTION(group##_or)                             \
+  SOFTMETAL_REDUCTION(group##_xor)                            \
+  template <typename T>                                       \
+  T group##_prefix_inclusive_sum(T);                          \
+  template <typename T>                                       \
+  T group##_prefix_exclusive_sum(T);                          \
+  template <typename T>                                       \
+  T group##_prefix_inclusive_product(T);                      \
+  template <typename T>                                       \
+  T group##_prefix_exclusive_product(T);                      \
+  group##_vote group##_ballot(bool);                          \
+  group##_vote group##_active_threads_mask();                 \
+  bool group##_all(bool);                                     \
+  bool group##_any(bool);                                     \
+  bool group##_is_first();                                    \
   bool group##_is_helper_thread();
 // The plain functions are preferred to a program's own templates of the same name.
 #define SOFTMETAL_REDUCTION(name) \
@@ -111,12 +111,12 @@ using simdgroup_bfloat8x8 = simdgroup_matrix<bfloat, 8, 8>;
 template <typename T, int Cols, int Rows = Cols>
 simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T value);
 
-#define SOFTMETAL_MATRIX_IN(space)                                                             \
-  template <typename T>                                                                        \
-  void simdgroup_load(__private simdgroup_matrix<T, 8, 8>&, const space T*, ulong = 8,         \
-                      ulong2 = ulong2(0), bool = false);                                       \
-  template <typename T>                                                                        \
-  void simdgroup_store(simdgroup_matrix<T, 8, 8>, space T*, ulong = 8, ulong2 = ulong2(0),     \
+#define SOFTMETAL_MATRIX_IN(space)                                                         \
+  template <typename T>                                                                    \
+  void simdgroup_load(__private simdgroup_matrix<T, 8, 8>&, const space T*, ulong = 8,     \
+                      ulong2 = ulong2(0), bool = false);                                   \
+  template <typename T>                                                                    \
+  void simdgroup_store(simdgroup_matrix<T, 8, 8>, space T*, ulong = 8, ulong2 = ulong2(0), \
                        bool = false);
 SOFTMETAL_MATRIX_IN(__global)
 SOFTMETAL_MATRIX_IN(__local)

@@ -72,8 +72,8 @@ using Element = typename VectorShape<Bare<T>>::Element;
 template <typename T>
 __constant constexpr int kParts = kWidth<T> == 0 ? 1 : kWidth<T>;
 
-// The vector type that an operation on operands of these types computes in; none where they disagree
-// in width or element type. Scalars convert to the element type of the vector.
+// The vector type that an operation on operands of these types computes in; none where they
+// disagree in width or element type. Scalars convert to the element type of the vector.
 template <bool Found, typename A, typename... Rest>
 struct FirstVector {
   using type = A;
@@ -84,10 +84,9 @@ template <typename A, typename B, typename... Rest>
 struct FirstVector<false, A, B, Rest...> : FirstVector<(kWidth<B> != 0), B, Rest...> {};
 
 template <typename V, typename T>
-__constant constexpr bool kFits = kWidth<T> == 0
-                                      ? __is_convertible(T, Element<V>)
-                                      : kWidth<T> == kWidth<V> &&
-                                            __is_same(Element<T>, Element<V>);
+__constant constexpr bool kFits =
+    kWidth<T> == 0 ? __is_convertible(T, Element<V>)
+                   : kWidth<T> == kWidth<V> && __is_same(Element<T>, Element<V>);
 
 template <typename V, typename... Operands>
 using CommonWith =
@@ -98,7 +97,7 @@ template <typename V>
 using MaskOf = metal::vec<bool, kWidth<V>>;
 
 template <typename... Args>
-__constant constexpr int kTotalWidth = ((kWidth<Args> == 0 ? 1 : kWidth<Args>) + ...);
+__constant constexpr int kTotalWidth = ((kWidth<Args> == 0 ? 1 : kWidth<Args>)+...);
 
 // static_cast, which the compiler refuses between half and bfloat.
 template <typename To, typename From>
@@ -114,25 +113,25 @@ constexpr To cast(From value) {
 
 }  // namespace softmetal
 
-#define SOFTMETAL_GETTER(N, name, ...)                                  \
-  constexpr vec<T, N> name() const { return vec<T, N>(__VA_ARGS__); }   \
+#define SOFTMETAL_GETTER(N, name, ...)                                \
+  constexpr vec<T, N> name() const { return vec<T, N>(__VA_ARGS__); } \
   constexpr vec<T, N> name() const __constant { return vec<T, N>(__VA_ARGS__); }
 #include "msl/softmetal_swizzles.h"
 
 // An element has its vector's address space. The last one is of a vector that is no variable.
-#define SOFTMETAL_SUBSCRIPTS(Part)                      \
-  __global Part& operator[](ptrdiff_t) __global;        \
-  const __global Part& operator[](ptrdiff_t) const __global; \
-  __local Part& operator[](ptrdiff_t) __local;          \
-  const __local Part& operator[](ptrdiff_t) const __local; \
-  __private Part& operator[](ptrdiff_t) __private;      \
-  const __private Part& operator[](ptrdiff_t) const __private; \
+#define SOFTMETAL_SUBSCRIPTS(Part)                               \
+  __global Part& operator[](ptrdiff_t) __global;                 \
+  const __global Part& operator[](ptrdiff_t) const __global;     \
+  __local Part& operator[](ptrdiff_t) __local;                   \
+  const __local Part& operator[](ptrdiff_t) const __local;       \
+  __private Part& operator[](ptrdiff_t) __private;               \
+  const __private Part& operator[](ptrdiff_t) const __private;   \
   const __constant Part& operator[](ptrdiff_t) const __constant; \
   Part operator[](ptrdiff_t) const;
 
-#define SOFTMETAL_COMPOUND(Self, op)                                   \
-  template <typename B, typename = softmetal::Common<Self, B>>         \
-  Self operator op##=(B);
+#define SOFTMETAL_COMPOUND(Self, op)                           \
+  template <typename B, typename = softmetal::Common<Self, B>> \
+  Self operator op## = (B);
 #define SOFTMETAL_COMPOUNDS(Self) \
   SOFTMETAL_COMPOUND(Self, +)     \
   SOFTMETAL_COMPOUND(Self, -)     \
@@ -151,29 +150,29 @@ constexpr To cast(From value) {
 
 // Constructors, of objects in any address space and of constants. A copy from constant memory is a
 // template: so the type stays trivial.
-#define SOFTMETAL_CONSTRUCTORS(Self, N, space)                                                   \
-  template <typename S, typename = softmetal::Require<softmetal::kWidth<S> == 0 &&               \
-                                                      __is_convertible(S, T)>>                   \
-  constexpr Self(S) space : SOFTMETAL_ZEROS_##N {}                                               \
-  template <typename A, typename B, typename... Rest,                                            \
-            typename = softmetal::Require<softmetal::kTotalWidth<A, B, Rest...> == N>>           \
-  constexpr Self(A, B, Rest...) space : SOFTMETAL_ZEROS_##N {}                                   \
-  template <typename U, typename = softmetal::Require<__is_same(U, T)>>                          \
-  constexpr Self(const __constant Self<U, N>&) space : SOFTMETAL_ZEROS_##N {}                    \
-  template <typename U, typename = softmetal::Require<!__is_same(U, T)>>                         \
-  explicit constexpr Self(const vec<U, N>&) space : SOFTMETAL_ZEROS_##N {}                       \
-  template <typename U, typename = softmetal::Require<!__is_same(U, T)>, int = 0>                \
+#define SOFTMETAL_CONSTRUCTORS(Self, N, space)                                                  \
+  template <typename S,                                                                         \
+            typename = softmetal::Require<softmetal::kWidth<S> == 0 && __is_convertible(S, T)>> \
+  constexpr Self(S) space : SOFTMETAL_ZEROS_##N {}                                              \
+  template <typename A, typename B, typename... Rest,                                           \
+            typename = softmetal::Require<softmetal::kTotalWidth<A, B, Rest...> == N>>          \
+  constexpr Self(A, B, Rest...) space : SOFTMETAL_ZEROS_##N {}                                  \
+  template <typename U, typename = softmetal::Require<__is_same(U, T)>>                         \
+  constexpr Self(const __constant Self<U, N>&) space : SOFTMETAL_ZEROS_##N {}                   \
+  template <typename U, typename = softmetal::Require<!__is_same(U, T)>>                        \
+  explicit constexpr Self(const vec<U, N>&) space : SOFTMETAL_ZEROS_##N {}                      \
+  template <typename U, typename = softmetal::Require<!__is_same(U, T)>, int = 0>               \
   explicit constexpr Self(const __constant vec<U, N>&) space : SOFTMETAL_ZEROS_##N {}
 #define SOFTMETAL_ZEROS_2 x(), y()
 #define SOFTMETAL_ZEROS_3 x(), y(), z()
 #define SOFTMETAL_ZEROS_4 x(), y(), z(), w()
 
-#define SOFTMETAL_VECTOR_MEMBERS(Self, N)    \
-  constexpr Self() = default;                \
-  SOFTMETAL_CONSTRUCTORS(Self, N, )          \
+#define SOFTMETAL_VECTOR_MEMBERS(Self, N)     \
+  constexpr Self() = default;                 \
+  SOFTMETAL_CONSTRUCTORS(Self, N, )           \
   SOFTMETAL_CONSTRUCTORS(Self, N, __constant) \
-  SOFTMETAL_SUBSCRIPTS(T)                    \
-  SOFTMETAL_COMPOUNDS(Self)                  \
+  SOFTMETAL_SUBSCRIPTS(T)                     \
+  SOFTMETAL_COMPOUNDS(Self)                   \
   SOFTMETAL_SWIZZLES_OF_##N
 
 #define SOFTMETAL_COMPONENTS_2 \
@@ -206,27 +205,26 @@ constexpr To cast(From value) {
 
 namespace metal {
 
-#define SOFTMETAL_VECTOR(N, Slots)                                  \
-  template <typename T>                                             \
-  struct alignas(Slots * sizeof(T)) vec<T, N> {                     \
-    SOFTMETAL_COMPONENTS_##N                                        \
-    SOFTMETAL_VECTOR_MEMBERS(vec, N)                                \
-  };                                                                \
-  template <typename T>                                             \
-  struct packed_vec<T, N> {                                         \
-    SOFTMETAL_COMPONENTS_##N                                        \
-    SOFTMETAL_VECTOR_MEMBERS(packed_vec, N)                         \
-    constexpr packed_vec(vec<T, N>) : SOFTMETAL_ZEROS_##N {}                       \
-    constexpr operator vec<T, N>() const { return vec<T, N>(x); }   \
-    constexpr operator vec<T, N>() const __constant { return vec<T, N>(x); } \
-    template <typename U, typename = softmetal::Require<!__is_same(U, T)>> \
-    explicit operator vec<U, N>() const;                            \
+#define SOFTMETAL_VECTOR(N, Slots)                                                       \
+  template <typename T>                                                                  \
+  struct alignas(Slots * sizeof(T)) vec<T, N> {                                          \
+    SOFTMETAL_COMPONENTS_##N SOFTMETAL_VECTOR_MEMBERS(vec, N)                            \
+  };                                                                                     \
+  template <typename T>                                                                  \
+  struct packed_vec<T, N> {                                                              \
+    SOFTMETAL_COMPONENTS_##N SOFTMETAL_VECTOR_MEMBERS(packed_vec,                        \
+                                                      N) constexpr packed_vec(vec<T, N>) \
+        : SOFTMETAL_ZEROS_##N {}                                                         \
+    constexpr operator vec<T, N>() const { return vec<T, N>(x); }                        \
+    constexpr operator vec<T, N>() const __constant { return vec<T, N>(x); }             \
+    template <typename U, typename = softmetal::Require<!__is_same(U, T)>>               \
+    explicit operator vec<U, N>() const;                                                 \
   };
 SOFTMETAL_VECTOR(2, 2)
 SOFTMETAL_VECTOR(3, 4)
 SOFTMETAL_VECTOR(4, 4)
 
-#define SOFTMETAL_BINARY(op)                                             \
+#define SOFTMETAL_BINARY(op)                                              \
   template <typename A, typename B, typename V = softmetal::Common<A, B>> \
   V operator op(A, B);
 SOFTMETAL_BINARY(+)
@@ -308,18 +306,18 @@ struct array {
   constexpr size_t size() const { return N; }
   constexpr size_t max_size() const { return N; }
   SOFTMETAL_SUBSCRIPTS(T)
-#define SOFTMETAL_ACCESS(space)             \
-  space T* data() space;                    \
-  const space T* data() const space;        \
-  space T* begin() space;                   \
-  const space T* begin() const space;       \
-  space T* end() space;                     \
-  const space T* end() const space;         \
-  space T& at(size_t) space;                \
-  const space T& at(size_t) const space;    \
-  space T& front() space;                   \
-  const space T& front() const space;       \
-  space T& back() space;                    \
+#define SOFTMETAL_ACCESS(space)          \
+  space T* data() space;                 \
+  const space T* data() const space;     \
+  space T* begin() space;                \
+  const space T* begin() const space;    \
+  space T* end() space;                  \
+  const space T* end() const space;      \
+  space T& at(size_t) space;             \
+  const space T& at(size_t) const space; \
+  space T& front() space;                \
+  const space T& front() const space;    \
+  space T& back() space;                 \
   const space T& back() const space;
   SOFTMETAL_ACCESS(__global)
   SOFTMETAL_ACCESS(__local)
