@@ -114,6 +114,7 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
                                   "-fsigned-char",
                                   "-O2",
                                   "-fPIC",
+                                  "-fstack-clash-protection",
                                   "-shared",
                                   "-ffp-contract=on",
                                   "-fno-exceptions",

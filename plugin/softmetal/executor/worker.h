@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "executor/access_map.h"
+#include "executor/faults.h"
 #include "executor/fiber.h"
 #include "softmetal/executor.h"
 
@@ -38,6 +39,13 @@ class Worker {
   void* variable(const void* id, const char* name, uint32_t size, uint32_t alignment);
   void uniform(const char* operation);
   [[noreturn]] void fail(const std::string& what);
+
+  // Called by a signal handler on the worker's thread, see executor/faults.h.
+  bool runs_fiber() const { return lane_ != nullptr; }
+  [[noreturn]] void fault(int signal, const void* address);
+  // Fails if the dispatch is over and the fiber is in the kernel's own code, which holds no lock.
+  void interrupt(uintptr_t program_counter);
+
   void count(Work work, uint64_t amount);
   void access(const void* address, uint64_t size, bool is_write);
 
@@ -85,6 +93,8 @@ class Worker {
   const Dispatch& dispatch_;
   const Launch& launch_;
   AccessMap& accesses_;
+  const SignalStack signal_stack_;
+  const CodeRange code_;  // the kernel's
   StackPool stacks_;
   std::vector<Lane> lanes_;
   std::vector<Simdgroup> simdgroups_;
