@@ -355,6 +355,7 @@ class Rewriter {
       find_method(begin, is_function ? body : end, in_class);
     }
     if (is_function) threadgroup_variables(body, partner_[body]);
+    kernel_.clear();
     if (!is_function && in_class.empty()) derived_constant(begin, end);
   }
 
@@ -502,8 +503,40 @@ class Rewriter {
     }
     read_parameters(open, &kernel);
     kernels_[definition] = kernel;
+    kernel_ = "&" + tokens_[first].text + (is_template ? template_arguments(next(begin)) : "");
     if (is_template) return;  // its instantiations are registered
     registrations_.push_back({host_name, function, definition, limit_function});
+  }
+
+  // "<T, N>" of the parameters between the angles at `open`.
+  std::string template_arguments(Index open) const {
+    const Index close = closing_angle(open, tokens_.size());
+    std::string out, name;
+    bool is_pack = false, has_default = false;
+    for (Index i = next(open); i <= close; i = next(i)) {
+      if (i == close || at(i, ",")) {
+        out += (out.empty() ? "" : ", ") + name + (is_pack ? "..." : "");
+        is_pack = has_default = false;
+        continue;
+      }
+      if (at(i, "=")) has_default = true;
+      if (has_default) {
+      } else if (at(i, "...")) {
+        is_pack = true;
+      } else if (at(i, "(") && at(next(i), "*")) {  // a pointer to a function
+        name = tokens_[previous(partner_[i])].text;
+        i = partner_[next(partner_[i])];
+        continue;
+      } else if (identifier(i)) {
+        name = tokens_[i].text;
+      }
+      if (at(i, "<") && closing_angle(i, close) != kNone) {
+        i = closing_angle(i, close);
+      } else if (partner_[i] != kNone && partner_[i] > i) {
+        i = partner_[i];
+      }
+    }
+    return "<" + out + ">";
   }
 
   void read_parameters(Index open, Kernel* kernel) {
@@ -627,7 +660,8 @@ class Rewriter {
       out += "const softmetal::Registration " + id + "{{" + quoted(each.host_name) +
              ", &softmetal::entry<&" + each.function + ", " + id + "_arguments>, " + id +
              "_arguments, " + std::to_string(kernel.parameters.size()) + ", " +
-             (kernel.has_thread_limit ? each.limit_function + "()" : "0") + "}}; }\n";
+             (kernel.has_thread_limit ? each.limit_function + "()" : "0") +
+             ", &softmetal::static_threadgroup_bytes<&" + each.function + ">}}; }\n";
     }
     return out;
   }
@@ -776,6 +810,10 @@ class Rewriter {
              "_softmetal_id; " + t + "& " + name + " = softmetal::threadgroup_variable<" + t +
              ">(&" + name + "_softmetal_id, \"" + name + "\"" +
              (alignment.empty() ? "" : ", (" + alignment + ")") + "); ";
+      if (!kernel_.empty()) {
+        out += "static_cast<void>(&softmetal::StaticVariable<" + kernel_ + ", &" + name +
+               "_softmetal_id, sizeof(" + t + ")>::is_declared); ";
+      }
       i = next(after);
       if (at(after, ";")) {
         erase(first, after + 1);
@@ -984,6 +1022,7 @@ class Rewriter {
   std::set<std::string> classes_;  // those with methods
   std::vector<Index> methods_;     // the ends of their parameters
   std::map<std::string, Kernel> kernels_;
+  std::string kernel_;  // the one whose body is next, as a template argument
   std::vector<Registration> registrations_;
 };
 

@@ -114,7 +114,9 @@ SOFTMETAL_EXPORT size_t softmetal_image_json(void* image, char* text, size_t cap
   for (const softmetal::Kernel* kernel : from.kernels()) {
     if (out.back() != '[') out += ", ";
     out += "{\"name\": " + quoted(kernel->name) + ", \"max_total_threads_per_threadgroup\": " +
-           std::to_string(kernel->max_total_threads_per_threadgroup) + ", \"arguments\": [";
+           std::to_string(kernel->max_total_threads_per_threadgroup) +
+           ", \"static_threadgroup_memory\": " + std::to_string(*kernel->static_threadgroup_bytes) +
+           ", \"arguments\": [";
     for (uint32_t i = 0; i < kernel->argument_count; ++i) {
       const softmetal::Argument& a = kernel->arguments[i];
       const bool enabled = !a.is_enabled || a.is_enabled();
