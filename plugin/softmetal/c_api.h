@@ -1,5 +1,6 @@
-// The compiler and the executor as plain C, for callers that load this library at run time (Python's
-// ctypes) and for the command-line program. What host programs use is Metal's own interface.
+// The compiler and the executor as plain C, for callers that load this library at run time
+// (Python's ctypes) and for the command-line program. What host programs use is Metal's own
+// interface.
 #pragma once
 
 #include <stddef.h>
@@ -23,6 +24,9 @@ struct softmetal_compile_request {
 
 // Returns 0 and the image's path, or 1 and the diagnostics, in `text`.
 int softmetal_compile(const softmetal_compile_request* request, char* text, size_t capacity);
+
+// The same of the strict check of address spaces: 0, or 1 and the diagnostics.
+int softmetal_check(const softmetal_compile_request* request, char* text, size_t capacity);
 
 // One function constant: by name where it has one.
 struct softmetal_constant {

@@ -87,6 +87,9 @@ struct Kernel {
   const Argument* arguments;
   uint32_t argument_count;
   uint32_t max_total_threads_per_threadgroup;  // attribute of the same name; 0 where absent
+  // Bytes of the threadgroup variables in the kernel's body; those of functions that it calls are
+  // not among them. Complete once the image is open.
+  const uint32_t* static_threadgroup_bytes;
 };
 
 // Events an image reports when it was compiled with work counters (SOFTMETAL_COUNT defined).

@@ -37,9 +37,8 @@ void check_range(const char* method, id<MTLBuffer> buffer, const char* name, NSU
               toBuffer:(id<MTLBuffer>)destinationBuffer
      destinationOffset:(NSUInteger)destinationOffset
                   size:(NSUInteger)size {
-  const char* method =
-      "-[MTLDebugBlitCommandEncoder "
-      "copyFromBuffer:sourceOffset:toBuffer:destinationOffset:size:]";
+  const char* method = "-[MTLDebugBlitCommandEncoder "
+                       "copyFromBuffer:sourceOffset:toBuffer:destinationOffset:size:]";
   [self softmetal_check:method];
   check_range(method, sourceBuffer, "sourceBuffer", sourceOffset, size);
   check_range(method, destinationBuffer, "destinationBuffer", destinationOffset, size);

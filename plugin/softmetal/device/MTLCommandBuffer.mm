@@ -85,16 +85,14 @@ NSError* injected_error() {
 @end
 
 @interface SoftmetalEncoderInfo : NSObject <MTLCommandBufferEncoderInfo>
-- (instancetype)initWithPass:(const softmetal::Pass&)pass
-                       state:(MTLCommandEncoderErrorState)state;
+- (instancetype)initWithPass:(const softmetal::Pass&)pass state:(MTLCommandEncoderErrorState)state;
 @end
 
 @implementation SoftmetalEncoderInfo
 
 @synthesize label = _label, debugSignposts = _debugSignposts, errorState = _errorState;
 
-- (instancetype)initWithPass:(const softmetal::Pass&)pass
-                       state:(MTLCommandEncoderErrorState)state {
+- (instancetype)initWithPass:(const softmetal::Pass&)pass state:(MTLCommandEncoderErrorState)state {
   self = [super init];
   _label = pass.label ? pass.label : @"";
   _debugSignposts = [pass.signposts copy];
@@ -220,8 +218,7 @@ NSError* injected_error() {
 - (id<MTLBlitCommandEncoder>)blitCommandEncoderWithDescriptor:(MTLBlitPassDescriptor*)descriptor {
   return [self blitCommandEncoder];
 }
-- (void)softmetal_appendEvent:(std::function<NSError*(double)>)command
-                       method:(const char*)method {
+- (void)softmetal_appendEvent:(std::function<NSError*(double)>)command method:(const char*)method {
   [self softmetal_beginEncoding:method]->commands.push_back(std::move(command));
   [self softmetal_endEncoding];
 }
@@ -244,8 +241,8 @@ NSError* injected_error() {
     const uint64_t limit = deadline == 0 ? UINT64_MAX : left > 0 ? uint64_t(left * 1000) : 0;
     if ([own waitUntilSignaledValue:value timeoutMS:limit]) return nil;
     return softmetal::command_buffer_error(
-        MTLCommandBufferErrorTimeout,
-        "Caused GPU Timeout Error: value " + std::to_string(value) + " of an event was not signaled");
+        MTLCommandBufferErrorTimeout, "Caused GPU Timeout Error: value " + std::to_string(value) +
+                                          " of an event was not signaled");
   }
                        method:method];
 }
@@ -269,10 +266,9 @@ NSError* injected_error() {
 - (void)enqueue {
   const std::lock_guard lock(_mutex);
   if (_status != MTLCommandBufferStatusNotEnqueued) {
-    misuse("-[MTLDebugCommandBuffer enqueue]",
-           _status == MTLCommandBufferStatusEnqueued
-               ? "enqueue an already enqueued command buffer"
-               : "enqueue a committed command buffer");
+    misuse("-[MTLDebugCommandBuffer enqueue]", _status == MTLCommandBufferStatusEnqueued
+                                                   ? "enqueue an already enqueued command buffer"
+                                                   : "enqueue a committed command buffer");
   }
   _place = _queue.softmetal_timeline->enqueue();
   _status = MTLCommandBufferStatusEnqueued;

@@ -40,8 +40,9 @@ NSError* Reference::used_after_release() const {
   return command_buffer_error(
       MTLCommandBufferErrorInvalidResource,
       "Invalid Resource (00000009:kIOGPUCommandBufferCallbackErrorInvalidResource): buffer \"" +
-          to_string(label_) + "\" was released before the command buffer, which does not retain "
-                              "what it uses, had completed");
+          to_string(label_) +
+          "\" was released before the command buffer, which does not retain "
+          "what it uses, had completed");
 }
 
 }  // namespace softmetal

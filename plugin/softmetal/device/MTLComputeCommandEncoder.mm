@@ -122,8 +122,8 @@ NSError* run(const Work& work, double deadline) {
     return;
   }
   if (offset >= buffer.length) {
-    misuse(method, "offset" + text(offset) + " must be < [buffer length]" + text(buffer.length) +
-                       ".");
+    misuse(method,
+           "offset" + text(offset) + " must be < [buffer length]" + text(buffer.length) + ".");
   }
   _work.buffers[index] = Reference(static_cast<SoftmetalBuffer*>(buffer), offset,
                                    self.softmetal_commandBuffer.retainedReferences);
@@ -175,8 +175,8 @@ NSError* run(const Work& work, double deadline) {
   }
   if (product(size) == 0) misuse(method, sizes + " must be > 0.");
   if (product(size) > limit) {
-    misuse(method, sizes + " must be <= " + std::to_string(limit) +
-                       ". (kernel threadgroup size limit)");
+    misuse(method,
+           sizes + " must be <= " + std::to_string(limit) + ". (kernel threadgroup size limit)");
   }
 }
 - (void)softmetal_checkArgument:(const Argument&)argument method:(const char*)method {
@@ -209,10 +209,10 @@ NSError* run(const Work& work, double deadline) {
 }
 // All that Metal's debug layer says of a dispatch before it runs.
 - (void)softmetal_dispatch:(const char*)method
-       threadsPerThreadgroup:(MTLSize)threadsPerThreadgroup
-                        grid:(MTLSize)grid
-               gridInThreads:(bool)gridInThreads
-                    indirect:(Reference)indirect {
+     threadsPerThreadgroup:(MTLSize)threadsPerThreadgroup
+                      grid:(MTLSize)grid
+             gridInThreads:(bool)gridInThreads
+                  indirect:(Reference)indirect {
   [self softmetal_check:method];
   if (!_work.pipeline) {
     misuse(method, "No compute pipeline state is set: call setComputePipelineState: before.");

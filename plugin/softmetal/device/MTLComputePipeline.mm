@@ -302,7 +302,7 @@ constexpr NSInteger kCompilerFailure = 2;
   return softmetal::kSimdgroupWidth;
 }
 - (NSUInteger)staticThreadgroupMemoryLength {
-  return 0;
+  return *_kernel->static_threadgroup_bytes;
 }
 - (BOOL)supportIndirectCommandBuffers {
   return _supportIndirectCommandBuffers;

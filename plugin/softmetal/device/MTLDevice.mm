@@ -291,11 +291,10 @@ using softmetal::misuse;
     misuse("-[MTLDebugDevice newComputePipelineStateWithDescriptor:options:reflection:error:]",
            "computeFunction must not be nil.");
   }
-  SoftmetalComputePipelineState* state =
-      [SoftmetalComputePipelineState stateWithDevice:self
-                                          descriptor:descriptor
-                                             options:options
-                                               error:error];
+  SoftmetalComputePipelineState* state = [SoftmetalComputePipelineState stateWithDevice:self
+                                                                             descriptor:descriptor
+                                                                                options:options
+                                                                                  error:error];
   if (reflection) *reflection = state.reflection;
   return state;
 }

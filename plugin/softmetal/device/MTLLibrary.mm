@@ -148,7 +148,8 @@ SoftmetalLibrary* library_from_data(SoftmetalDevice* device, dispatch_data_t dat
     [names addObject:to_nsstring(kernel->name)];
   }
   _functionNames = names;
-  NSMutableDictionary<NSString*, MTLFunctionConstant*>* constants = [NSMutableDictionary dictionary];
+  NSMutableDictionary<NSString*, MTLFunctionConstant*>* constants =
+      [NSMutableDictionary dictionary];
   for (const softmetal::FunctionConstant& each : _image->function_constants()) {
     MTLFunctionConstant* constant = [[MTLFunctionConstant alloc] initWithConstant:each];
     constants[constant.name] = constant;

@@ -13,22 +13,24 @@ struct Scalar {
 };
 
 constexpr Scalar kScalars[] = {
-    {"bool", MTLDataTypeBool, 1},       {"char", MTLDataTypeChar, 1},
-    {"uchar", MTLDataTypeUChar, 1},     {"short", MTLDataTypeShort, 2},
-    {"ushort", MTLDataTypeUShort, 2},   {"int", MTLDataTypeInt, 4},
-    {"uint", MTLDataTypeUInt, 4},       {"long", MTLDataTypeLong, 8},
-    {"ulong", MTLDataTypeULong, 8},     {"half", MTLDataTypeHalf, 2},
-    {"float", MTLDataTypeFloat, 4},     {"bfloat", MTLDataTypeBFloat, 2},
+    {"bool", MTLDataTypeBool, 1},     {"char", MTLDataTypeChar, 1},
+    {"uchar", MTLDataTypeUChar, 1},   {"short", MTLDataTypeShort, 2},
+    {"ushort", MTLDataTypeUShort, 2}, {"int", MTLDataTypeInt, 4},
+    {"uint", MTLDataTypeUInt, 4},     {"long", MTLDataTypeLong, 8},
+    {"ulong", MTLDataTypeULong, 8},   {"half", MTLDataTypeHalf, 2},
+    {"float", MTLDataTypeFloat, 4},   {"bfloat", MTLDataTypeBFloat, 2},
 };
 
 constexpr struct {
   const char* name;
   MTLDataType type;
 } kAliases[] = {
-    {"int8_t", MTLDataTypeChar},     {"uint8_t", MTLDataTypeUChar},  {"int16_t", MTLDataTypeShort},
-    {"uint16_t", MTLDataTypeUShort}, {"int32_t", MTLDataTypeInt},    {"uint32_t", MTLDataTypeUInt},
-    {"int64_t", MTLDataTypeLong},    {"uint64_t", MTLDataTypeULong}, {"size_t", MTLDataTypeULong},
-    {"bfloat16_t", MTLDataTypeBFloat}, {"float16_t", MTLDataTypeHalf},
+    {"int8_t", MTLDataTypeChar},    {"uint8_t", MTLDataTypeUChar},
+    {"int16_t", MTLDataTypeShort},  {"uint16_t", MTLDataTypeUShort},
+    {"int32_t", MTLDataTypeInt},    {"uint32_t", MTLDataTypeUInt},
+    {"int64_t", MTLDataTypeLong},   {"uint64_t", MTLDataTypeULong},
+    {"size_t", MTLDataTypeULong},   {"bfloat16_t", MTLDataTypeBFloat},
+    {"float16_t", MTLDataTypeHalf},
 };
 
 }  // namespace

@@ -77,9 +77,7 @@ double now();  // seconds, of a clock that never steps back
 
 @interface SoftmetalLibrary : NSObject <MTLLibrary>
 // Nil and an error where `path` is no image.
-- (instancetype)initWithDevice:(SoftmetalDevice*)device
-                                   path:(NSString*)path
-                                  error:(NSError**)error;
+- (instancetype)initWithDevice:(SoftmetalDevice*)device path:(NSString*)path error:(NSError**)error;
 @property(readonly) NSString* softmetal_path;
 // Opened without constants; kernels that take none run from it.
 @property(readonly) std::shared_ptr<softmetal::Image> softmetal_image;
@@ -118,16 +116,16 @@ SoftmetalLibrary* library_from_data(SoftmetalDevice* device, dispatch_data_t dat
 
 @interface SoftmetalComputePipelineState : NSObject <MTLComputePipelineState>
 + (instancetype)stateWithDevice:(SoftmetalDevice*)device
-                              descriptor:(MTLComputePipelineDescriptor*)descriptor
-                                 options:(MTLPipelineOption)options
-                                   error:(NSError**)error;
+                     descriptor:(MTLComputePipelineDescriptor*)descriptor
+                        options:(MTLPipelineOption)options
+                          error:(NSError**)error;
 @property(readonly) const softmetal::Kernel* softmetal_kernel;
 @end
 
 @interface SoftmetalBinaryArchive : NSObject <MTLBinaryArchive>
 - (instancetype)initWithDevice:(SoftmetalDevice*)device
-                             descriptor:(MTLBinaryArchiveDescriptor*)descriptor
-                                  error:(NSError**)error;
+                    descriptor:(MTLBinaryArchiveDescriptor*)descriptor
+                         error:(NSError**)error;
 - (BOOL)softmetal_contains:(NSString*)key;
 @end
 

@@ -13,9 +13,15 @@ namespace softmetal {
 namespace {
 
 constexpr const char* kNames[] = {
-    "nil_device",     "old_family",           "compile_failure",
-    "pipeline_failure", "out_of_memory",      "command_buffer_error",
-    "command_buffer_out_of_memory", "watchdog", "slow_completion",
+    "nil_device",
+    "old_family",
+    "compile_failure",
+    "pipeline_failure",
+    "out_of_memory",
+    "command_buffer_error",
+    "command_buffer_out_of_memory",
+    "watchdog",
+    "slow_completion",
 };
 static_assert(std::size(kNames) == static_cast<size_t>(Fault::kCount));
 
@@ -65,8 +71,10 @@ bool fault(Fault which) {
   Faults& all = faults();
   const std::lock_guard lock(all.mutex);
   int& left = all.left[static_cast<size_t>(which)];
-  if (left > 0) --left;
-  else if (left == 0) return false;
+  if (left > 0)
+    --left;
+  else if (left == 0)
+    return false;
   return true;
 }
 

@@ -44,8 +44,10 @@ std::atomic<int>& instrumentation_setting() {
     const char* given = variable("SOFTMETAL_INSTRUMENT");
     const int found = given ? find_instrumentation(given) : 0;
     if (found < 0) {
-      std::fprintf(stderr, "softmetal: SOFTMETAL_INSTRUMENT is \"%s\"; allowed: none, counters, "
-                           "address, thread, undefined\n", given);
+      std::fprintf(stderr,
+                   "softmetal: SOFTMETAL_INSTRUMENT is \"%s\"; allowed: none, counters, "
+                   "address, thread, undefined\n",
+                   given);
       std::abort();
     }
     return found;

@@ -22,7 +22,8 @@ static id<MTLBuffer> random_matrix(id<MTLDevice> device, std::mt19937& random, s
 int main(int argc, const char** argv) {
   @autoreleasepool {
     id<MTLDevice> device = default_device();
-    id<MTLComputePipelineState> pipeline = make_pipeline(device, argc > 1 ? argv[1] : nullptr, @"matmul");
+    id<MTLComputePipelineState> pipeline =
+        make_pipeline(device, argc > 1 ? argv[1] : nullptr, @"matmul");
 
     const Shape shape = {100, 70, 45};
     std::mt19937 random(0);

@@ -29,24 +29,37 @@ std::vector<std::string> lines(const char* text) {
   return out;
 }
 
-}  // namespace
-
-SOFTMETAL_EXPORT int softmetal_compile(const softmetal_compile_request* request, char* text,
-                                       size_t capacity) {
+softmetal::CompileOptions options_of(const softmetal_compile_request& request) {
   softmetal::CompileOptions options;
-  if (request->name) options.source_name = request->name;
-  if (request->output) options.output = request->output;
-  if (request->target) options.target = request->target;
-  options.instrumentation = static_cast<softmetal::Instrumentation>(request->instrumentation);
-  options.fast_math = request->safe_math == 0;
-  for (const std::string& line : lines(request->macros)) {
+  if (request.name) options.source_name = request.name;
+  if (request.output) options.output = request.output;
+  if (request.target) options.target = request.target;
+  options.fast_math = request.safe_math == 0;
+  for (const std::string& line : lines(request.macros)) {
     const size_t equals = line.find('=');
     const std::string value = equals == std::string::npos ? "1" : line.substr(equals + 1);
     options.macros.emplace_back(line.substr(0, equals), value);
   }
-  options.include_directories = lines(request->include_directories);
+  options.include_directories = lines(request.include_directories);
+  return options;
+}
+
+}  // namespace
+
+SOFTMETAL_EXPORT int softmetal_compile(const softmetal_compile_request* request, char* text,
+                                       size_t capacity) {
+  softmetal::CompileOptions options = options_of(*request);
+  options.instrumentation = static_cast<softmetal::Instrumentation>(request->instrumentation);
   const softmetal::CompileResult result = softmetal::compile(request->source, options);
   put(text, capacity, result.ok ? result.image_path : result.diagnostics);
+  return result.ok ? 0 : 1;
+}
+
+SOFTMETAL_EXPORT int softmetal_check(const softmetal_compile_request* request, char* text,
+                                     size_t capacity) {
+  const softmetal::CheckResult result =
+      softmetal::strict_check(request->source, options_of(*request));
+  put(text, capacity, result.diagnostics);
   return result.ok ? 0 : 1;
 }
 
@@ -90,7 +103,9 @@ SOFTMETAL_EXPORT size_t softmetal_image_json(void* image, char* text, size_t cap
   for (const softmetal::Kernel* kernel : from.kernels()) {
     if (out.back() != '[') out += ", ";
     out += "{\"name\": " + quoted(kernel->name) + ", \"max_total_threads_per_threadgroup\": " +
-           std::to_string(kernel->max_total_threads_per_threadgroup) + ", \"arguments\": [";
+           std::to_string(kernel->max_total_threads_per_threadgroup) +
+           ", \"static_threadgroup_memory\": " + std::to_string(*kernel->static_threadgroup_bytes) +
+           ", \"arguments\": [";
     for (uint32_t i = 0; i < kernel->argument_count; ++i) {
       const softmetal::Argument& a = kernel->arguments[i];
       const bool enabled = !a.is_enabled || a.is_enabled();

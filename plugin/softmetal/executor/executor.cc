@@ -5,6 +5,7 @@
 #include <mutex>
 #include <thread>
 
+#include "executor/faults.h"
 #include "executor/worker.h"
 
 namespace softmetal {
@@ -105,8 +106,10 @@ DispatchResult run(const Dispatch& dispatch) {
   AccessMap accesses(dispatch);
   std::atomic<uint64_t> next{0}, first_failure{UINT64_MAX};
   std::mutex mutex;
+  Watchdog watchdog(dispatch);
   const auto work = [&] {
     Worker worker(dispatch, launch, accesses);
+    watchdog.enter();
     for (uint64_t i; (i = next.fetch_add(1)) < total && i < first_failure.load();) {
       const uint32_t* groups = launch.threadgroups_per_grid;
       const uint32_t position[3] = {static_cast<uint32_t>(i % groups[0]),
@@ -121,6 +124,7 @@ DispatchResult run(const Dispatch& dispatch) {
       }
       break;
     }
+    watchdog.leave();
     const std::lock_guard<std::mutex> lock(mutex);
     add(result.counters, worker.counters());
   };

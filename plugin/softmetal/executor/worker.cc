@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cfenv>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,7 +19,8 @@ constexpr uint32_t kGap = 64;
 // Switches between two looks at the clock.
 constexpr uint64_t kSwitchesOfALook = 1024;
 
-thread_local Worker* current_worker = nullptr;
+// Read by signal handlers: a model of storage that allocates nothing when it is first read.
+__attribute__((tls_model("initial-exec"))) thread_local Worker* current_worker = nullptr;
 
 // Sanitizers intercept memcpy and memset, and would take these for accesses of the kernel.
 void copy(void* to, const void* from, uint32_t size) {
@@ -46,7 +49,10 @@ const char* shown(const char* operation) { return operation[0] == '.' ? operatio
 Worker* Worker::current() { return current_worker; }
 
 Worker::Worker(const Dispatch& dispatch, const Launch& launch, AccessMap& accesses)
-    : dispatch_(dispatch), launch_(launch), accesses_(accesses) {
+    : dispatch_(dispatch),
+      launch_(launch),
+      accesses_(accesses),
+      code_(code_around(reinterpret_cast<const void*>(dispatch.kernel->entry))) {
   const uint32_t* size = dispatch.threads_per_threadgroup;
   const uint32_t most = size[0] * size[1] * size[2];
   lanes_.resize(most);
@@ -151,6 +157,9 @@ void Worker::place(const uint32_t position[3]) {
 
 bool Worker::run(const uint32_t position[3]) {
   Worker* const outer = current_worker;
+  // A handler that is left takes the modes of floating-point arithmetic with it.
+  std::fenv_t modes;
+  std::fegetenv(&modes);
   current_worker = this;
   lane_ = nullptr;
   threadgroup_bytes_ = 0;
@@ -179,6 +188,7 @@ bool Worker::run(const uint32_t position[3]) {
         std::max<uint64_t>(counters_.threadgroup_memory_peak, threadgroup_bytes_);
   }
   current_worker = outer;
+  if (failed_) std::fesetenv(&modes);
   return !failed_;
 }
 
@@ -327,6 +337,45 @@ void Worker::abandon() {
   lane_->state = State::kDone;
   switch_to(nullptr);
   std::abort();
+}
+
+void Worker::fault(int signal, const void* address) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx",
+                static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(address)));
+  const auto* byte = static_cast<const char*>(address);
+  if (signal == SIGSEGV && byte < lane_->stack && byte >= lane_->stack - kGuardBytes) {
+    note("stack overflow: a thread has " + std::to_string(kStackBytes) + " bytes");
+  } else if (signal == SIGFPE) {
+    note("integer division by zero, or of the smallest integer by -1");
+  } else if (signal == SIGILL) {
+    note("what the kernel does is undefined, at " + std::string(text));
+  } else if (const Argument* argument = argument_without_length();
+             argument && reinterpret_cast<uintptr_t>(address) < kThreadgroupMemoryLimit) {
+    note("argument " + std::string(argument->name) + " [[threadgroup(" +
+         std::to_string(argument->index) + ")]] has no length");
+  } else {
+    note("invalid access of memory at " + std::string(text));
+  }
+  abandon();
+}
+
+// Threadgroup memory that was given no length, which the kernel sees as null.
+const Argument* Worker::argument_without_length() const {
+  const Kernel& kernel = *dispatch_.kernel;
+  for (uint32_t i = 0; i < kernel.argument_count; ++i) {
+    const Argument& argument = kernel.arguments[i];
+    const bool is_enabled = !argument.is_enabled || argument.is_enabled();
+    if (is_enabled && argument.kind == ArgumentKind::kThreadgroup &&
+        dispatch_.threadgroup_bytes[argument.index] == 0) {
+      return &argument;
+    }
+  }
+  return nullptr;
+}
+
+void Worker::interrupt(uintptr_t program_counter) {
+  if (code_.contains(program_counter)) check_limits();
 }
 
 const unsigned char* Worker::exchange(const void* value, uint32_t size, const char* operation) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "executor/access_map.h"
+#include "executor/faults.h"
 #include "executor/fiber.h"
 #include "softmetal/executor.h"
 
@@ -42,6 +43,13 @@ class Worker {
   // nothing may be alive on it that owns memory when the dispatch is abandoned.
   void note(const std::string& what);
   [[noreturn]] void abandon();
+
+  // Called by a signal handler on the worker's thread, see executor/faults.h.
+  bool runs_fiber() const { return lane_ != nullptr; }
+  [[noreturn]] void fault(int signal, const void* address);
+  // Fails if the dispatch is over and the fiber is in the kernel's own code, which holds no lock.
+  void interrupt(uintptr_t program_counter);
+
   void count(Work work, uint64_t amount);
   void access(const void* address, uint64_t size, bool is_write);
 
@@ -85,10 +93,13 @@ class Worker {
   static void start();
 
   std::string where() const;
+  const Argument* argument_without_length() const;
 
   const Dispatch& dispatch_;
   const Launch& launch_;
   AccessMap& accesses_;
+  const SignalStack signal_stack_;
+  const CodeRange code_;  // the kernel's
   StackPool stacks_;
   std::vector<Lane> lanes_;
   std::vector<Simdgroup> simdgroups_;

@@ -1,5 +1,7 @@
 // The command-line program: compiles Metal libraries ahead of time, shows what they declare, and
 // builds host programs with this device's Metal.framework in place of Apple's.
+#include "softmetal/softmetal.h"
+
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -13,15 +15,16 @@
 #include <vector>
 
 #include "softmetal/c_api.h"
-#include "softmetal/softmetal.h"
 
 namespace {
 
 constexpr char kUsage[] =
-    "usage: softmetal compile FILE.metal -o FILE.metallib [options]\n"
+    "usage: softmetal check FILE.metal [options]\n"
+    "       softmetal compile FILE.metal -o FILE.metallib [options]\n"
     "       softmetal reflect FILE.metal|FILE.metallib [options]\n"
     "       softmetal clang++ ARGUMENTS\n"
     "\n"
+    "check     compiles strictly: address spaces as Apple's compiler wants them\n"
     "compile   makes a library that newLibraryWithURL: and newDefaultLibrary open\n"
     "reflect   prints kernels, their arguments and function constants as JSON\n"
     "clang++   compiles and links Objective-C++ against this device; -framework is accepted\n"
@@ -91,8 +94,8 @@ std::string read(const std::string& path) {
   return text.str();
 }
 
-// The path of the image; diagnostics end the program.
-std::string compile(const Options& options) {
+// What `step`, softmetal_compile or softmetal_check, says of the file; diagnostics end the program.
+std::string compile(const Options& options, decltype(&softmetal_compile) step = softmetal_compile) {
   const std::string source = read(options.file);
   const size_t slash = options.file.rfind('/');
   const std::string folders =
@@ -107,7 +110,7 @@ std::string compile(const Options& options) {
   request.instrumentation = options.instrumentation;
   request.safe_math = options.safe_math;
   std::vector<char> text(kTextBytes);
-  if (softmetal_compile(&request, text.data(), text.size()) != 0) {
+  if (step(&request, text.data(), text.size()) != 0) {
     std::fprintf(stderr, "%s", text.data());
     std::exit(1);
   }
@@ -130,7 +133,8 @@ int reflect(const Options& options) {
 // Becomes clang++ with the flags of Objective-C as Apple's compiler makes it.
 int run_clang(int argc, char** argv) {
   Dl_info library;
-  if (!dladdr(reinterpret_cast<void*>(&softmetal_compile), &library)) fail("libsoftmetal not found");
+  if (!dladdr(reinterpret_cast<void*>(&softmetal_compile), &library))
+    fail("libsoftmetal not found");
   const std::string path = library.dli_fname;
   const size_t slash = path.rfind('/');
   const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash);
@@ -179,6 +183,10 @@ int main(int argc, char** argv) {
     const Options options = parse(argc - 2, argv + 2);
     if (options.output.empty()) fail("compile needs -o FILE.metallib");
     compile(options);
+    return 0;
+  }
+  if (command == "check") {
+    compile(parse(argc - 2, argv + 2), softmetal_check);
     return 0;
   }
   if (command == "reflect") return reflect(parse(argc - 2, argv + 2));

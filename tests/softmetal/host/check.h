@@ -24,17 +24,17 @@ struct Registration {
   Registration(const char* name, void (*body)()) { tests().push_back({name, body}); }
 };
 
-#define TEST(name)                                        \
-  static void test_##name();                              \
+#define TEST(name)                                               \
+  static void test_##name();                                     \
   static const Registration register_##name(#name, test_##name); \
   static void test_##name()
 
-#define CHECK(condition)                                                         \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
       std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                              \
-    }                                                                            \
+      std::exit(1);                                                                \
+    }                                                                              \
   } while (false)
 
 inline void check_contains(const char* file, int line, NSString* text, const char* part) {
@@ -144,7 +144,8 @@ inline id<MTLBuffer> floats(std::vector<float> values) {
 inline float* contents(id<MTLBuffer> buffer) { return static_cast<float*>(buffer.contents); }
 
 // One dispatch of one threadgroup.
-inline void encode(id<MTLCommandBuffer> commands, NSString* name, id<MTLBuffer> x, NSUInteger threads) {
+inline void encode(id<MTLCommandBuffer> commands, NSString* name, id<MTLBuffer> x,
+                   NSUInteger threads) {
   id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoder];
   [encoder setComputePipelineState:pipeline(name)];
   [encoder setBuffer:x offset:0 atIndex:0];

@@ -15,9 +15,7 @@ id<MTLCommandBuffer> endless(id<MTLCommandQueue> on, id<MTLBuffer> stop) {
   encode(commands, @"forever", stop, 2);
   return commands;
 }
-void set(id<MTLBuffer> stop) {
-  reinterpret_cast<std::atomic<uint32_t>*>(stop.contents)->store(1);
-}
+void set(id<MTLBuffer> stop) { reinterpret_cast<std::atomic<uint32_t>*>(stop.contents)->store(1); }
 
 }  // namespace
 
@@ -322,8 +320,7 @@ TEST(failed_check_of_a_kernel) {
     [encoder insertDebugSignpost:@"here"];
     [encoder setComputePipelineState:pipeline(name)];
     [encoder setBuffer:x offset:0 atIndex:0];
-    [encoder dispatchThreadgroups:MTLSizeMake(1, 1, 1)
-            threadsPerThreadgroup:MTLSizeMake(64, 1, 1)];
+    [encoder dispatchThreadgroups:MTLSizeMake(1, 1, 1) threadsPerThreadgroup:MTLSizeMake(64, 1, 1)];
     [encoder endEncoding];
   }
   [commands commit];

@@ -123,8 +123,8 @@ TEST(heap) {
     CHECK([heap maxAvailableSizeWithAlignment:256] == 256);
   }
   CHECK(heap.usedSize == 0);
-  const MTLSizeAndAlign size = [device() heapBufferSizeAndAlignWithLength:600
-                                                                  options:MTLResourceStorageModeShared];
+  const MTLSizeAndAlign size =
+      [device() heapBufferSizeAndAlignWithLength:600 options:MTLResourceStorageModeShared];
   CHECK(size.size == 768 && size.align == 256);
 }
 

@@ -119,14 +119,14 @@ TEST(exceptions) {
     path += 1;
   } @finally {
     path += 10;
-  }
-  @try {
+  } @
+  try {
     [static_cast<id>(@"text") performSelector:@selector(large)];
   } @catch (NSException* exception) {
     CHECK_CONTAINS(exception.reason, "unrecognized selector");
     path += 100;
-  }
-  @try {
+  } @
+  try {
     @throw @"a string";
   } @catch (NSException*) {
     CHECK(false);
@@ -159,8 +159,8 @@ TEST(strings) {
   CHECK(([[NSString stringWithFormat:@"%@ %d %s %.2f %lu %c", text, -5, "x", 2.5, 7ul, 'c']
       isEqualToString:@"hé😀 -5 x 2.50 7 c"]));
   CHECK([@"a,b,,c" componentsSeparatedByString:@","].count == 4);
-  CHECK([[@"abcabc" stringByReplacingOccurrencesOfString:@"bc" withString:@"X"]
-      isEqualToString:@"aXaX"]);
+  CHECK([[@"abcabc" stringByReplacingOccurrencesOfString:@"bc"
+                                              withString:@"X"] isEqualToString:@"aXaX"]);
   CHECK([@"/a/b.metal".lastPathComponent.stringByDeletingPathExtension isEqualToString:@"b"]);
   CHECK(([[NSString pathWithComponents:@[ @"/", @"a", @"b/", @"c" ]] isEqualToString:@"/a/b/c"]));
   CHECK([@"abc" hasPrefix:@"ab"] && [@"abc" hasSuffix:@"bc"] && [@"42x" intValue] == 42);

@@ -196,13 +196,13 @@ TEST(asynchronous_compilation) {
                }];
   dispatch_semaphore_wait(done, DISPATCH_TIME_FOREVER);
   __block id<MTLComputePipelineState> state = nil;
-  [device() newComputePipelineStateWithFunction:[made newFunctionWithName:@"k"]
-                              completionHandler:^(id<MTLComputePipelineState> compiled,
-                                                  NSError* error) {
-                                CHECK(!error);
-                                state = compiled;
-                                dispatch_semaphore_signal(done);
-                              }];
+  [device()
+      newComputePipelineStateWithFunction:[made newFunctionWithName:@"k"]
+                        completionHandler:^(id<MTLComputePipelineState> compiled, NSError* error) {
+                          CHECK(!error);
+                          state = compiled;
+                          dispatch_semaphore_signal(done);
+                        }];
   dispatch_semaphore_wait(done, DISPATCH_TIME_FOREVER);
   CHECK(state);
 }
@@ -214,8 +214,8 @@ TEST(library_from_file) {
   id<MTLLibrary> made = [device() newLibraryWithURL:[NSURL fileURLWithPath:path] error:&error];
   CHECK(made && !error && [made.functionNames containsObject:@"saxpy"]);
   NSData* bytes = [NSData dataWithContentsOfFile:path];
-  dispatch_data_t data = dispatch_data_create(bytes.bytes, bytes.length, nil,
-                                              DISPATCH_DATA_DESTRUCTOR_DEFAULT);
+  dispatch_data_t data =
+      dispatch_data_create(bytes.bytes, bytes.length, nil, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
   id<MTLLibrary> again = [device() newLibraryWithData:data error:&error];
   CHECK(again && !error && [again.functionNames containsObject:@"saxpy"]);
   pipeline(again, @"saxpy");
@@ -229,8 +229,7 @@ TEST(library_of_no_file) {
 
 TEST(library_of_other_bytes) {
   NSError* error = nil;
-  dispatch_data_t data =
-      dispatch_data_create("MTLB", 4, nil, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
+  dispatch_data_t data = dispatch_data_create("MTLB", 4, nil, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
   CHECK(![device() newLibraryWithData:data error:&error]);
   CHECK_CONTAINS(error.localizedDescription, "Invalid library file");
 }

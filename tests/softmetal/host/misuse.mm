@@ -16,9 +16,7 @@ struct Encoding {
 
 const MTLSize kOne = {1, 1, 1};
 
-void dispatch(Encoding& e) {
-  [e.encoder dispatchThreadgroups:kOne threadsPerThreadgroup:kOne];
-}
+void dispatch(Encoding& e) { [e.encoder dispatchThreadgroups:kOne threadsPerThreadgroup:kOne]; }
 
 id<MTLBlitCommandEncoder> blit(Encoding& e) {
   [e.encoder endEncoding];
@@ -250,7 +248,7 @@ MISUSE(handler_after_commit, "Completed handler provided after commit call") {
   Encoding e;
   [e.encoder endEncoding];
   [e.commands commit];
-  [e.commands addCompletedHandler:^(id<MTLCommandBuffer>) {
+  [e.commands addCompletedHandler:^(id<MTLCommandBuffer>){
   }];
 }
 MISUSE(debug_group_that_was_not_pushed, "popDebugGroup without pushDebugGroup") {

@@ -5,8 +5,10 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLBlitCommandEncoder, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
-@protocol MTLDevice, MTLEvent;
+@protocol MTLBlitCommandEncoder
+, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
+@protocol MTLDevice
+, MTLEvent;
 @class MTLBlitPassDescriptor, MTLComputePassDescriptor;
 
 typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {

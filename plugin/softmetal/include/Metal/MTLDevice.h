@@ -114,17 +114,16 @@ typedef void (^MTLNewComputePipelineStateWithReflectionCompletionHandler)(
 - (nullable id<MTLBuffer>)newBufferWithBytes:(const void*)pointer
                                       length:(NSUInteger)length
                                      options:(MTLResourceOptions)options;
-- (nullable id<MTLBuffer>)newBufferWithBytesNoCopy:(void*)pointer
-                                            length:(NSUInteger)length
-                                           options:(MTLResourceOptions)options
-                                       deallocator:(void (^_Nullable)(void* pointer,
-                                                                      NSUInteger length))deallocator;
+- (nullable id<MTLBuffer>)
+    newBufferWithBytesNoCopy:(void*)pointer
+                      length:(NSUInteger)length
+                     options:(MTLResourceOptions)options
+                 deallocator:(void (^_Nullable)(void* pointer, NSUInteger length))deallocator;
 
 - (nullable id<MTLLibrary>)newDefaultLibrary;
 - (nullable id<MTLLibrary>)newDefaultLibraryWithBundle:(NSBundle*)bundle
                                                  error:(NSError* _Nullable*)error;
-- (nullable id<MTLLibrary>)newLibraryWithFile:(NSString*)filepath
-                                        error:(NSError* _Nullable*)error;
+- (nullable id<MTLLibrary>)newLibraryWithFile:(NSString*)filepath error:(NSError* _Nullable*)error;
 - (nullable id<MTLLibrary>)newLibraryWithURL:(NSURL*)url error:(NSError* _Nullable*)error;
 - (nullable id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data
                                         error:(NSError* _Nullable*)error;
