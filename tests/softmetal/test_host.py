@@ -1,4 +1,4 @@
-"""Host programs in Objective-C++ against the device: features, errors, misuses, faults, examples."""
+"""Host programs in Objective-C++: features, errors, misuses, faults, examples."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <sstream>
 
+#include "compiler/count_products.h"
 #include "compiler/rewriter.h"
 #include "compiler/toolchain.h"
 #include "softmetal/compiler.h"
@@ -201,6 +202,17 @@ CompileResult check_syntax(const std::string& preprocessed, const CompileOptions
   return out;
 }
 
+// The C++ as LLVM text in which products are counted; what went wrong comes back.
+std::string write_counted(std::vector<std::string> command, const fs::path& source,
+                          const fs::path& path, const WorkFolder& work) {
+  command.insert(command.end(), {"-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes",
+                                 "-fno-discard-value-names", source.string(), "-o", path.string()});
+  const Finished finished = run_program(command, "/dev/null", "", work.path() / "errors");
+  if (finished.status != 0) return finished.errors;
+  if (write_file(path, count_products(read_file(path)))) return "";
+  return "error: cannot write " + path.string() + "\n";
+}
+
 }  // namespace
 
 CompileResult compile(const std::string& source, const CompileOptions& options) {
@@ -238,7 +250,14 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
   // Another process may be making the same image: it appears whole or not at all.
   const std::string partial = out.image_path + "." + std::to_string(getpid()) + "-" +
                               work.path().filename().string().substr(18);
-  command.insert(command.end(), {rewritten.string(), "-o", partial, "-lm"});
+  fs::path input = rewritten;
+  if (options.instrumentation == Instrumentation::kCounters) {
+    input = work.path() / "source.ll";
+    const std::string errors = write_counted(command, rewritten, input, work);
+    if (!errors.empty()) return failure(errors);
+    command.insert(command.end(), {"-x", "ir"});
+  }
+  command.insert(command.end(), {input.string(), "-o", partial, "-lm"});
   Finished finished = run_program(command, "/dev/null", "", work.path() / "errors");
   if (finished.status == 0 && std::rename(partial.c_str(), out.image_path.c_str()) != 0) {
     finished.status = 1;
