@@ -20,23 +20,24 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
   constant AttentionParameters& p = parameters;
   const int n = group.y, b = group.z, k = n / (p.N / p.K);
   const Rows keys = operands.key_rows(b, k), values = operands.value_rows(b, k);
-  const Visibility visibility(operands, b);
+  const HeadRules head_rules(operands, b, n);
+  const Visibility visibility = head_rules.visibility;
   const Place place(lane);
 
   const int block_row = group.x * kBlockRows, first_row = block_row + 8 * simdgroup;
   const int row = first_row + place.row;
   OnlineSoftmax<M, D> softmax;
   softmax.start(operands, operands.query_rows(b, n), keys, row, p.T, lane);
-  const RowRules rules(operands, visibility, b, n, row);
+  const RowRules rules = head_rules.row(p, row);
   const Range block_keys = visibility.of_rows({block_row, min(block_row + kBlockRows, p.T)});
   const Range seen = visibility.of_rows({first_row, min(first_row + 8, p.T)});
 
   for (int key0 = block_keys.begin / 8 * 8; key0 < block_keys.end; key0 += Sizes::kTileRows) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     load_tile<M, D, Sizes::kTileRows, kThreads>(keys, key0, block_keys.end, key_tile, key_scales,
-                                                thread_index);
+                                                false, thread_index);
     load_tile<M, D, Sizes::kTileRows, kThreads>(values, key0, block_keys.end, value_tile,
-                                                value_scales, thread_index);
+                                                value_scales, false, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     softmax.attend(p, rules, seen, key0, key_tile, value_tile, key_scales, value_scales,
                    has_exact_codes<M>(values.type), has_exact_codes<M>(keys.type), lane);

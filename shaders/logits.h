@@ -13,22 +13,6 @@ struct RowRules {
   device const uchar* mask;
   Range visible;  // keys
 
-  RowRules(thread const Operands& operands, thread const Visibility& visibility, int b, int n,
-           int i) thread {
-    constant AttentionParameters& p = *operands.parameters;
-    visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
-    bias = operands.bias;
-    mask = operands.mask;
-    if (has_bias) {
-      const Int64 first =
-          operands.batch_offset(kBiasBatch, b) + n * p.bias.head + i * p.bias.row;
-      bias += first * (p.bias_type == kF32 ? 4 : 2);
-    }
-    if (has_mask) {
-      mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head + i * p.mask.row;
-    }
-  }
-
   bool sees(constant AttentionParameters& p, int key) const thread {
     if (key < visible.begin || key >= visible.end) return false;
     return !has_mask || mask[key * p.mask.key] != 0;
@@ -53,6 +37,34 @@ struct RowRules {
     }
     return is_hidden ? -INFINITY : x;
   }
+};
+
+// Bias, mask and visible keys of the rows of one head.
+struct HeadRules {
+  device const uchar* bias;
+  device const uchar* mask;
+  Visibility visibility;
+
+  HeadRules(thread const Operands& operands, int b, int n) thread : visibility(operands, b) {
+    constant AttentionParameters& p = *operands.parameters;
+    bias = operands.bias;
+    mask = operands.mask;
+    if (has_bias) {
+      bias += (operands.batch_offset(kBiasBatch, b) + n * p.bias.head) * bias_size(p);
+    }
+    if (has_mask) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
+  }
+
+  RowRules row(constant AttentionParameters& p, int i) const thread {
+    RowRules rules;
+    rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
+    rules.bias = has_bias ? bias + i * p.bias.row * bias_size(p) : bias;
+    rules.mask = has_mask ? mask + i * p.mask.row : mask;
+    return rules;
+  }
+
+ private:
+  static int bias_size(constant AttentionParameters& p) { return p.bias_type == kF32 ? 4 : 2; }
 };
 
 // Whether logits get back what centring took from their keys before bias and soft cap; else the

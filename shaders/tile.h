@@ -48,11 +48,11 @@ constexpr bool has_exact_codes(int type) {
 }
 
 // Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and past
-// the columns; without the mean. Of exact codes, `scales` takes those of the rows, or 1 where they
+// the columns; the mean is added where asked for. Of exact codes, `scales` takes those of the rows, or 1 where they
 // differ along a row.
 template <typename M, int D, int kRows, int kGroupThreads>
 inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
-                      threadgroup float* scales, ushort thread_index) {
+                      threadgroup float* scales, bool adds_mean, ushort thread_index) {
   constexpr int kChunks = D / 8, kStep = kGroupThreads / kChunks;
   static_assert(kRows % kStep == 0, "all threads take part in each step");
   const ushort chunk = thread_index % kChunks;
@@ -101,6 +101,9 @@ inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M
           }
         }
       }
+    }
+    if (adds_mean && is_code(rows.type) && is_inside) {
+      for (int i = 0; i < 8; ++i) x[i] += rows.mean_at(column + i);
     }
     threadgroup M* out = tile + r * BlockSizes<M, D>::kStride + column;
     for (int i = 0; i < 8; ++i) out[i] = M(x[i]);

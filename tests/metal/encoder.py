@@ -103,11 +103,14 @@ class Problem:
     def operands(self) -> tuple[Any, Any, Any]:
         return self.query, self.key, self.value
 
+    def is_quantized(self) -> bool:
+        return any(isinstance(x, QuantizedTensor) for x in self.operands())
+
 
 def matrix_type(problem: Problem) -> str:
     """The element type of the matrices that a forward kernel multiplies."""
     query, key, value = problem.operands()
-    if not any(isinstance(x, QuantizedTensor) for x in (query, key, value)):
+    if not problem.is_quantized():
         names = {str(x.dtype) for x in (query, key, value)}
         if names == {"float16"}:
             return "half"
@@ -257,3 +260,65 @@ def forward(
         **options,
     )
     return Forward(out, row_maximum, log2_sum, counters)
+
+
+@dataclasses.dataclass
+class Backward:
+    """What the backward kernels wrote, and their counters."""
+
+    d_query: np.ndarray[Any, Any]
+    d_key: np.ndarray[Any, Any]
+    d_value: np.ndarray[Any, Any]
+    query_counters: Any
+    key_value_counters: Any
+
+
+def backward_matrix_type(problem: Problem) -> str:
+    """The element type of the matrices that a backward kernel multiplies."""
+    return "half" if matrix_type(problem) == "half" and not problem.is_quantized() else "float"
+
+
+def _bind_cotangents(encoder: Encoder, found: Forward, d_out: Any, d_log_sum_exp: Any) -> None:
+    encoder.parameters["out_gradient_type"] = type_code(d_out)
+    for slot, x in (
+        ("kOut", found.out),
+        ("kRowMaximum", found.row_maximum),
+        ("kLog2Sum", found.log2_sum),
+        ("kOutGradient", d_out),
+        ("kLogSumExpGradient", d_log_sum_exp),
+    ):
+        if x is not None:
+            encoder.bind(slot, x)
+    encoder.parameters["has_log_sum_exp_gradient"] = d_log_sum_exp is not None
+
+
+def backward(
+    problem: Problem,
+    found: Forward,
+    d_out: Any,
+    d_log_sum_exp: Any = None,
+    *,
+    matrix: str | None = None,
+    instrumentation: str | None = None,
+    **options: Any,
+) -> Backward:
+    encoder = Encoder(problem)
+    _bind_cotangents(encoder, found, d_out, d_log_sum_exp)
+    B, T, S, N, K, H, V = (getattr(problem, x) for x in "BTSNKHV")
+    encoder.bind("kRowStatistics", nan((B, N, T, 4)))
+    gradients = [
+        nan(shape, problem.out_dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V))
+    ]
+    for slot, x in zip(("Query", "Key", "Value"), gradients, strict=True):
+        encoder.bind(f"k{slot}Gradient", x)
+    suffix = f"{matrix or backward_matrix_type(problem)}_{head_dim_class(problem)}"
+    counters = [
+        encoder.dispatch(
+            stem, f"{stem}_{suffix}", grid, instrumentation=instrumentation, **options
+        )
+        for stem, grid in (
+            ("attention_backward_query", (blocks(T, BLOCK_ROWS), N, B)),
+            ("attention_backward_key_value", (blocks(S, BLOCK_ROWS), K, B)),
+        )
+    ]
+    return Backward(*gradients, *counters)

@@ -49,3 +49,70 @@ def test_bfloat16_without_the_type(oracle, relative_error):
 def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
     q, k, v, _ = draw(T=T, S=S, B=3, N=3, K=1)
     check(oracle, relative_error, Problem(q, k, v), 2e-6)
+
+
+INT8 = QuantSpec()
+ZERO_POINT = QuantSpec(symmetric=False)
+QUANTIZED = {
+    # name: specs, matrices, bound
+    "int8": ((INT8, QuantSpec(center=True), INT8), "half", 8e-3),
+    "int8_zero_point": ((ZERO_POINT,) * 3, "half", 8e-3),
+    "int8_tensor_head_block": (
+        (
+            QuantSpec(granularity="tensor"),
+            QuantSpec(granularity="head", symmetric=False),
+            QuantSpec(granularity="block", block_size=12, center=True),
+        ),
+        "half",
+        8e-3,
+    ),
+    "int8_value_channel": (
+        (INT8, INT8, QuantSpec(granularity="channel", symmetric=False)),
+        "half",
+        8e-3,
+    ),
+    "int8_value_group": ((INT8, INT8, QuantSpec(granularity="group", block_size=8)), "float", 1e-5),
+    "int8_channel": (
+        (
+            QuantSpec(granularity="channel", symmetric=False),
+            QuantSpec(granularity="channel_block", block_size=10),
+            QuantSpec(symmetric=False, float_minimum=True),
+        ),
+        "float",
+        1e-5,
+    ),
+    "int8_centred_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 1e-5),
+    "int4": (
+        (
+            INT8,
+            QuantSpec(4, False, "channel_block", float_minimum=True),
+            QuantSpec(4, False, "group", 16, float_minimum=True),
+        ),
+        "float",
+        1e-5,
+    ),
+    "int4_row": ((QuantSpec(4),) * 3, "half", 8e-3),
+    "int4_zero_point": ((QuantSpec(4, symmetric=False),) * 3, "half", 8e-3),
+    "int4_group": ((None, QuantSpec(4, granularity="group", block_size=5), None), "float", 1e-5),
+    "float_query": ((None, INT8, QuantSpec(4)), "float", 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", ("plain", "everything"))
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_format(oracle, relative_error, format, name):
+    specs, matrix, bound = QUANTIZED[format]
+    q, k, v, _ = draw("float32", specs)
+    problem = Problem(q, k, v, **feature(name))
+    assert matrix_type(problem) == matrix
+    check(oracle, relative_error, problem, bound)
+
+
+@pytest.mark.parametrize("format", ("int8", "int4", "int4_zero_point"))
+@pytest.mark.parametrize("H, V", [(72, 40), (128, 128), (256, 192)])
+def test_format_and_head_dim(oracle, relative_error, format, H, V):
+    specs, _, bound = QUANTIZED[format]
+    q, k, v, _ = draw("float32", specs, H=H, V=V, T=40)
+    problem = Problem(q, k, v, is_causal=True, out_dtype=np.float16)
+    assert head_dim_class(problem) >= max(H, V)
+    check(oracle, relative_error, problem, max(bound, 1e-3))
