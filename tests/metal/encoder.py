@@ -322,3 +322,36 @@ def backward(
         )
     ]
     return Backward(*gradients, *counters)
+
+
+def backward_bias(
+    problem: Problem,
+    found: Forward,
+    d_out: Any,
+    d_log_sum_exp: Any = None,
+    *,
+    maps: int = 1,
+    instrumentation: str | None = None,
+    **options: Any,
+) -> np.ndarray[Any, Any]:
+    """The gradient of `problem.bias`; with `maps`, of each of as many parts of the batch."""
+    encoder = Encoder(problem)
+    _bind_cotangents(encoder, found, d_out, d_log_sum_exp)
+    b, n, t, s = problem.bias.shape
+    batch = problem.B // maps
+    b = b if b == 1 else batch
+    d_bias = nan((maps, b, n, t, s), problem.bias.dtype)
+    encoder.bind("kBiasGradient", d_bias)
+    p = encoder.parameters
+    p["bias_batches"], p["bias_heads"], p["bias_rows"], p["bias_keys"] = b, n, t, s
+    p["batch_per_map"], p["bias_gradient_type"] = batch, type_code(d_bias)
+    head_dim = head_dim_class(problem)
+    key_block = 8192 // (4 * head_dim)
+    encoder.dispatch(
+        "attention_backward_bias",
+        f"attention_backward_bias_float_{head_dim}",
+        (blocks(t, BLOCK_ROWS), blocks(s, key_block), maps * b * n),
+        instrumentation=instrumentation,
+        **options,
+    )
+    return d_bias
