@@ -6,8 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "plugin" / "softmetal" / "python"), str(Path(__file__).parent)]
 
@@ -19,9 +17,3 @@ _softmetal = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_softmetal)
 device = _softmetal.device
 
-
-@pytest.fixture(autouse=True)
-def _wide(configure):
-    """float64 in JAX, for what codes stand for."""
-    with configure(jax_enable_x64=True):
-        yield

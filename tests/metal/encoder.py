@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jax_gluon.formats import QuantizedTensor
+from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 SHADERS = Path(__file__).resolve().parents[2] / "shaders"
 BLOCK_ROWS, THREADS = 32, 128
@@ -355,3 +355,56 @@ def backward_bias(
         **options,
     )
     return d_bias
+
+
+def quantize(
+    x: Any, spec: QuantSpec, *, lengths: Any = None, maps: int = 1, instrumentation: str | None = None
+) -> QuantizedTensor:
+    """The codes of `x` `[B, S, K, H]`; with `maps`, of each of as many parts of the batch."""
+    B, S, K, H = x.shape
+    p = np.zeros((), struct("QuantizeParameters"))
+    strides = _strides(x.shape)
+    p["x"]["token"], p["x"]["head"] = strides[1:3]
+    for name, value in dict(
+        B=B, S=S, K=K, H=H, batch_per_map=B // maps, x_type=type_code(x), bits=spec.bits,
+        is_symmetric=spec.symmetric, has_minimum=spec.float_minimum, token_block=spec.token_block,
+        head_block=spec.head_block, is_per_tensor=spec.granularity == "tensor",
+        has_mean=spec.center, has_lengths=lengths is not None, is_rotated=spec.rotate,
+        is_bfloat16=spec.scale_dtype == ml_dtypes.bfloat16, chunks=blocks(S, 32),
+    ).items():  # fmt: skip
+        p[name] = value
+    scale_dtype = np.dtype(spec.scale_dtype)
+    scale = nan(spec.scale_shape(x.shape), scale_dtype)
+    minimum = nan(scale.shape, scale_dtype) if spec.float_minimum else None
+    zero_point = None if spec.symmetric or spec.float_minimum else np.full(scale.shape, 99, np.int8)
+    mean = nan((B, 1, K, H)) if spec.center else None
+    width, code = (H // 2, np.uint8) if spec.bits == 4 else (H, np.int8)
+    data = np.full((B, S, K, width), 99, code)
+    slots = enum("QuantizeBuffer")
+    offset = minimum if spec.float_minimum else zero_point
+    given = {
+        "kQuantizeParameters": p.reshape(1),
+        "kQuantizeBatchOffsets": np.stack([np.arange(B) * strides[0], np.arange(B)]),
+        "kQuantizeInput": raw(x),
+        "kQuantizeLengths": None if lengths is None else np.asarray(lengths, np.int32),
+        "kQuantizeData": data,
+        "kQuantizeScale": raw(scale),
+        "kQuantizeOffset": None if offset is None else raw(offset),
+        "kQuantizeMean": mean,
+        "kQuantizeExtremes": nan((B, K, int(p["chunks"]), 2, H)),
+    }
+    buffers = [np.zeros(4, np.uint32) if (y := given[slot]) is None else y for slot in slots]
+
+    def run(name: str, grid: tuple[int, int, int]) -> None:
+        kernel = pipeline("quantize", name, (), instrumentation)
+        kernel(grid=grid, threads=THREADS, buffers=buffers)
+
+    if spec.center:
+        run("quantize_mean", (K, B, 1))
+    if spec.token_block != 0:
+        run("quantize_blocks", (blocks(blocks(S, spec.token_block), 4), K, B))
+    else:
+        run("quantize_extremes", (blocks(int(p["chunks"]), 4), K, B))
+        run("quantize_parameters", (1 if spec.granularity == "tensor" else K, B, 1))
+        run("quantize_codes", (blocks(S, 4), K, B))
+    return QuantizedTensor(data, scale, zero_point, minimum, mean, spec, np.dtype(x.dtype), H)

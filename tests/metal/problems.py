@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-import jax_gluon
+import formats
 import ml_dtypes
 import numpy as np
 from encoder import Problem
@@ -28,7 +27,7 @@ def draw(
     key += rng.standard_normal((1, 1, K, H)).astype(key.dtype)
     value += rng.standard_normal((1, 1, K, V)).astype(value.dtype)
     codes = (
-        x if spec is None else jax_gluon.quantize(jnp.asarray(x), spec, implementation="xla")
+        x if spec is None else formats.quantize(x, spec)
         for x, spec in zip((query, key, value), specs, strict=True)
     )
     return (*codes, d_out)
@@ -37,7 +36,7 @@ def draw(
 def wide(x: Any) -> np.ndarray[Any, Any]:
     """In float64."""
     if isinstance(x, QuantizedTensor):
-        return np.asarray(x.dequantize(jnp.float64))
+        return formats.dequantize(x)
     return np.asarray(x).astype(np.float64)
 
 
