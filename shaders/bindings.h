@@ -50,8 +50,9 @@ enum AttentionBuffer : int {
   kKeyGradient = 25,        // [B, S, K, H]
   kValueGradient = 26,      // [B, S, K, V]
   kBiasGradient = 27,       // [L, b, n, t, s]
-  kPartialOut = 28,         // float32 [B, K, splits, rows, V]: scratch of decode
-  kPartialStatistics = 29,  // PartialStatistics [B, K, splits, rows]: scratch of decode
+  kPartialOut = 28,         // float32 [B, K, parts, rows, V]: scratch of decode, where parts are
+                            // kSimdgroups for each split, and rows T * N / K
+  kPartialStatistics = 29,  // PartialStatistics [B, K, parts, rows]
 };
 
 // Rows of the table at kBatchOffsets.

@@ -408,3 +408,35 @@ def quantize(
         run("quantize_parameters", (1 if spec.granularity == "tensor" else K, B, 1))
         run("quantize_codes", (blocks(S, 4), K, B))
     return QuantizedTensor(data, scale, zero_point, minimum, mean, spec, np.dtype(x.dtype), H)
+
+
+def decode(
+    problem: Problem, splits: int, *, instrumentation: str | None = None, **options: Any
+) -> Forward:
+    """Attention with the keys in `splits` parts."""
+    encoder = Encoder(problem)
+    B, T, N, K, V = (getattr(problem, x) for x in "BTNKV")
+    p = encoder.parameters
+    p["splits"], p["split_keys"] = splits, blocks(blocks(problem.S, splits), 8) * 8
+    heads = T * N // K
+    parts = splits * THREADS // 32
+    out = nan((B, T, N, V), problem.out_dtype)
+    row_maximum, log2_sum = nan((B, T, N)), nan((B, T, N))
+    for slot, x in (
+        ("kOut", out),
+        ("kRowMaximum", row_maximum),
+        ("kLog2Sum", log2_sum),
+        ("kPartialOut", nan((B, K, parts, heads, V))),
+        ("kPartialStatistics", nan((B, K, parts, heads, 2))),
+    ):
+        encoder.bind(slot, x)
+    name = f"attention_decode_{matrix_type(problem)}_{head_dim_class(problem)}"
+    counters = encoder.dispatch(
+        "attention_decode", name, (splits * blocks(heads, 8), K, B),
+        instrumentation=instrumentation, **options,
+    )  # fmt: skip
+    encoder.dispatch(
+        "attention_decode", "attention_decode_combine", (heads, K, B),
+        instrumentation=instrumentation, **options,
+    )  # fmt: skip
+    return Forward(out, row_maximum, log2_sum, counters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from encoder import Problem, backward, forward
-from problems import DTYPES, FEATURES, draw, expected, feature
+from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
 
 BOUNDS = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.2e-2}
 
@@ -41,3 +41,13 @@ def test_head_dim(oracle, relative_error, dtype, H, V):
 def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
     q, k, v, d_out = draw(T=T, S=S, B=3, N=3, K=1)
     check(oracle, relative_error, Problem(q, k, v), d_out, 3e-6, True)
+
+
+@pytest.mark.parametrize("name", ("plain", "soft_cap", "everything"))
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_format(oracle, relative_error, format, name):
+    specs, matrix, _ = QUANTIZED[format]
+    q, k, v, d_out = draw("float32", specs)
+    problem = Problem(q, k, v, **feature(name))
+    bound = 1e-4 if matrix == "float" else 1e-2
+    check(oracle, relative_error, problem, d_out, bound, name == "soft_cap")

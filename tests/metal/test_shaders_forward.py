@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from encoder import EMPTY_ROW_LOG2_SUM, Problem, forward, head_dim_class, matrix_type
-from jax_gluon.formats import QuantSpec
-from problems import DTYPES, FEATURES, draw, expected, feature
+from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
 
 BOUNDS = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
@@ -49,53 +48,6 @@ def test_bfloat16_without_the_type(oracle, relative_error):
 def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
     q, k, v, _ = draw(T=T, S=S, B=3, N=3, K=1)
     check(oracle, relative_error, Problem(q, k, v), 2e-6)
-
-
-INT8 = QuantSpec()
-ZERO_POINT = QuantSpec(symmetric=False)
-QUANTIZED = {
-    # name: specs, matrices, bound
-    "int8": ((INT8, QuantSpec(center=True), INT8), "half", 8e-3),
-    "int8_zero_point": ((ZERO_POINT,) * 3, "half", 8e-3),
-    "int8_tensor_head_block": (
-        (
-            QuantSpec(granularity="tensor"),
-            QuantSpec(granularity="head", symmetric=False),
-            QuantSpec(granularity="block", block_size=12, center=True),
-        ),
-        "half",
-        8e-3,
-    ),
-    "int8_value_channel": (
-        (INT8, INT8, QuantSpec(granularity="channel", symmetric=False)),
-        "half",
-        8e-3,
-    ),
-    "int8_value_group": ((INT8, INT8, QuantSpec(granularity="group", block_size=8)), "float", 1e-5),
-    "int8_channel": (
-        (
-            QuantSpec(granularity="channel", symmetric=False),
-            QuantSpec(granularity="channel_block", block_size=10),
-            QuantSpec(symmetric=False, float_minimum=True),
-        ),
-        "float",
-        1e-5,
-    ),
-    "int8_centred_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 1e-5),
-    "int4": (
-        (
-            INT8,
-            QuantSpec(4, False, "channel_block", float_minimum=True),
-            QuantSpec(4, False, "group", 16, float_minimum=True),
-        ),
-        "float",
-        1e-5,
-    ),
-    "int4_row": ((QuantSpec(4),) * 3, "half", 8e-3),
-    "int4_zero_point": ((QuantSpec(4, symmetric=False),) * 3, "half", 8e-3),
-    "int4_group": ((None, QuantSpec(4, granularity="group", block_size=5), None), "float", 1e-5),
-    "float_query": ((None, INT8, QuantSpec(4)), "float", 1e-5),
-}
 
 
 @pytest.mark.parametrize("name", ("plain", "everything"))
