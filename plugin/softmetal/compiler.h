@@ -19,6 +19,7 @@ struct CompileOptions {
   Instrumentation instrumentation = Instrumentation::kNone;
   std::string output;  // empty: the cache, keyed by a hash of everything above and the compiler
   std::string target;  // empty: this machine; "aarch64-linux-gnu" for ahead-of-time arm64
+  bool syntax_only = false;  // no image is made
 };
 
 struct CompileResult {
@@ -29,5 +30,15 @@ struct CompileResult {
 };
 
 CompileResult compile(const std::string& source, const CompileOptions& options);
+
+struct CheckResult {
+  bool ok = false;
+  std::string diagnostics;  // as those of a compilation
+};
+
+// Compiles the text and then checks what a compilation for this machine leaves out: that no
+// pointer, reference, object or method is of one address space where Metal wants it of another one,
+// and that every pointer and reference says of which it is.
+CheckResult strict_check(const std::string& source, const CompileOptions& options);
 
 }  // namespace softmetal

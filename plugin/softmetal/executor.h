@@ -63,7 +63,8 @@ struct Dispatch {
 // Work done by a dispatch. Bytes, products and exponentials are zero unless the image was compiled
 // with Instrumentation::kCounters; the rest is always counted. Bytes are those of the loads and
 // stores that clang -O2 leaves (a value that a thread loads twice may be loaded once); atomic
-// operations are not among them.
+// operations are not among them. Multiply-accumulates are fma, dot, products of matrices, and
+// floating-point products that are added or subtracted in the same expression.
 struct Counters {
   uint64_t device_bytes_read = 0;
   uint64_t device_bytes_written = 0;

@@ -87,6 +87,9 @@ struct Kernel {
   const Argument* arguments;
   uint32_t argument_count;
   uint32_t max_total_threads_per_threadgroup;  // attribute of the same name; 0 where absent
+  // Bytes of the threadgroup variables in the kernel's body; those of functions that it calls are
+  // not among them. Complete once the image is open.
+  const uint32_t* static_threadgroup_bytes;
 };
 
 // Events an image reports when it was compiled with work counters (SOFTMETAL_COUNT defined).
@@ -134,6 +137,9 @@ void* softmetal_threadgroup_variable(const void* id, const char* name, uint32_t 
 // A simdgroup operation that every lane evaluates for itself, without a rendezvous (matrix loads
 // and products): folds `operation` into this lane's history, which the next rendezvous compares.
 void softmetal_simd_uniform(const char* operation);
+
+// Whether this is memory of the running threadgroup.
+bool softmetal_is_threadgroup_memory(const void* address);
 
 // Abandons the dispatch with a message; never returns.
 [[noreturn]] void softmetal_fail(const char* message);

@@ -121,6 +121,50 @@ def test_threadgroup_variables():
     assert counters.threadgroup_memory_peak == 32 * 8 + 8 + 2 * 33 * 4 + 3 + 4
 
 
+def test_static_threadgroup_memory_is_reflected():
+    import softmetal
+
+    library = softmetal.Library(
+        HEAD
+        + """
+    void twice(thread float& x) { x *= 2; }
+    template <typename T, int N = 4, void (*op)(thread float&) = twice, typename... More>
+    [[kernel]] void f(device T* out [[buffer(0)]], uint t [[thread_index_in_threadgroup]]) {
+      constexpr int kRows = 2 * N;
+      threadgroup T rows[kRows][3], last;
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if constexpr (sizeof(T) == 2) {
+        threadgroup float wide[N];
+        wide[t % N] = t;
+        last = wide[0];
+      } else if (t > 100) {
+        threadgroup uchar rare[5];
+        rare[t % 5] = 1;
+        last = rare[0];
+      }
+      rows[t % kRows][0] = 1;
+      float x = rows[0][0] + last;
+      op(x);
+      out[t] = x;
+    }
+    template [[host_name("f_float")]] [[kernel]] decltype(f<float, 8>) f<float, 8>;
+    template [[host_name("f_half")]] [[kernel]] decltype(f<half, 8, twice, int, uint>)
+        f<half, 8, twice, int, uint>;
+    kernel void none(device float* out [[buffer(0)]], threadgroup float* more [[threadgroup(0)]]) {}
+    namespace inner {
+    kernel void one(device float* out [[buffer(0)]]) { threadgroup float4 x; x = 1; out[0] = x.y; }
+    }
+    """
+    )
+    found = {k["name"]: k["static_threadgroup_memory"] for k in library.declared["kernels"]}
+    assert found == {
+        "f_float": (16 * 3 + 1) * 4 + 5,
+        "f_half": (16 * 3 + 1) * 2 + 8 * 4,
+        "none": 0,
+        "one": 16,
+    }
+
+
 def test_declarations_that_differ_in_address_spaces_alone():
     import softmetal
 

@@ -39,6 +39,10 @@ kernel void simdgroups(device const float* a [[buffer(0)]], device const float* 
   simdgroup_store(sum, c + tile.y * 8 * width + tile.x * 8, width);
 }
 
+kernel void twice(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  x[i] *= 2;
+}
+
 kernel void exponentials(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
   x[i] = exp(x[i]) + exp2(x[i]) + fast::exp2(x[i]);
 }
@@ -109,3 +113,77 @@ def test_nothing_is_counted_without_instrumentation():
     x = np.zeros(32, np.float32)
     counters = softmetal.Library(SOURCE).kernel("exponentials")(grid=1, threads=32, buffers=[x])
     assert (counters.exp2, counters.device_bytes_read, counters.threads) == (0, 0, 32)
+
+
+def test_read_before_a_write_of_the_same_place(library):
+    counters = library.kernel("twice")(grid=2, threads=3, buffers=[np.ones(6, np.float32)])
+    assert counters.device_bytes_read == counters.device_bytes_written == 6 * 4
+
+
+# Of one thread: expressions, and multiply-accumulates by hand.
+PRODUCTS = [
+    ("s += x * y;", 1),
+    ("s = x * y + z;", 1),
+    ("s = z - x * y;", 1),
+    ("s -= x * y;", 1),
+    ("s = x * y + z * s;", 1),  # to the other product
+    ("s = x * y * z + s;", 1),
+    ("s = fma(x, y, z) + x * y;", 2),
+    ("for (int k = 0; k < n; ++k) s += x * y;", 5),
+    ("if (x < 0) s += x * y;", 0),
+    ("s = x < 0 ? x * y + z : z;", 0),
+    ("half h = half(x); h = h * h + h; s = h;", 1),
+    ("float p = x * y; s += p;", 0),  # two statements
+    ("s = x * y;", 0),
+    ("n = n * 3 + 4; s = n;", 0),
+    ("bfloat b = bfloat(x); b = b * b + b; s = float(b);", 1),
+    ("s = mix(x, y, z) + saturate(x);", 0),
+    ("v += v * w;", 4),
+    ("v = v * 2.0f + w;", 4),
+    ("v = w - x * v;", 4),
+    ("v -= v * w;", 4),
+    ("v.xyz = v.xyz * w.zyx + 1;", 3),
+    ("v.xy += v.zw * x;", 2),
+    ("half2 h = half2(v.xy); h += h * h; s = h.x;", 2),
+    ("packed_float3 p = packed_float3(v.xyz); p += w.xyz * x; s = p.x;", 3),
+    ("v = v * w; v = v + w;", 0),
+    ("int4 i = int4(v); i = i * i + i; s = i.x;", 0),
+    ("s += dot(v, w);", 4),
+    ("s = twice(v, w).x;", 4),
+    ("float4x4 m(x); v = m * v + w;", 16),
+    ("float2x4 m(1); s = (w * m).x;", 8),
+]
+
+
+@pytest.fixture(scope="module")
+def products():
+    import softmetal
+
+    source = """#include <metal_stdlib>
+    using namespace metal;
+    template <typename T> T twice(T a, T b) { return a * b + a * b + b; }
+    """
+    for i, (expression, _) in enumerate(PRODUCTS):
+        source += f"""
+    kernel void f{i}(device float4* out [[buffer(0)]], device const float4* in [[buffer(1)]]) {{
+      float4 v = in[0], w = in[1];
+      float x = v.x, y = v.y, z = v.z, s = w.x;
+      int n = int(v.w);
+      {expression}
+      out[0] = v + w + s + n;
+    }}"""
+    return [softmetal.Library(source, instrumentation=kind) for kind in ("counters", "none")]
+
+
+@pytest.mark.parametrize("index", range(len(PRODUCTS)), ids=lambda i: PRODUCTS[i][0])
+def test_products_that_are_added(products, index):
+    values = np.array([[0.5, 2, 3, 5], [1, -1, 4, 0.25]], np.float32)
+    results = []
+    for library in products:
+        out = np.full((1, 4), np.nan, np.float32)
+        counters = library.kernel(f"f{index}")(grid=1, threads=3, buffers=[out, values])
+        results.append((counters, out))
+    (counters, out), (_, plain) = results
+    assert counters.multiply_accumulates == 3 * PRODUCTS[index][1]
+    assert counters.device_bytes_written == 3 * 16
+    np.testing.assert_array_equal(out, plain)  # counting changes nothing

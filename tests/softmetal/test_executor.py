@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -174,3 +179,83 @@ def test_refused_dispatch(keywords, message):
     kernel = softmetal.Library(source).kernel(arguments.pop("which", "plain"))
     with pytest.raises(softmetal.Error, match=message):
         kernel(**arguments)
+
+
+FAULTS = {
+    "wild_pointer": (
+        "device float* p = (device float*)(ulong(out[4000]) + 16); out[i] = t == 37 ? *p : 1;",
+        r"invalid access of memory at 0x10 \(threadgroup \(0, 0, 0\), thread \(37, 0, 0\)\)",
+    ),
+    "far_out_of_range": (
+        "out[t == 3 ? 1ul << 40 : i] = 1;",
+        r"invalid access of memory at 0x[0-9a-f]+ \(threadgroup \(0, 0, 0\), thread \(3, 0, 0\)\)",
+    ),
+    "division_by_zero": ("out[i] = 7 / int(out[t]);", "integer division by zero"),
+    "endless_recursion": ("out[i] = deep(out, 1 << 30);", "stack overflow: a thread has 262144"),
+    "large_frame": (
+        "volatile float big[100000]; big[int(out[0]) + t] = 3; out[i] = big[t];",
+        "stack overflow: a thread has 262144",
+    ),
+}
+DEEP = """
+float deep(device float* p, int n) {
+  float x[64];
+  for (int k = 0; k < 64; ++k) x[k] = p[k] + n;
+  if (n > 0) x[n % 64] += deep(p, n - 1);
+  return x[n % 64] + x[n % 63];
+}"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_an_error_of_the_dispatch(fault, workers):
+    import softmetal
+
+    body, message = FAULTS[fault]
+    for _ in range(3):
+        with pytest.raises(softmetal.Error, match=f"^f: {message}"):
+            run(body, before=DEEP, grid=4, workers=workers)
+        out, _ = run("out[i] = i;", grid=4)  # the device goes on
+        np.testing.assert_array_equal(out[:256], np.arange(256))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while (atomic_load_explicit((device atomic_uint*)out, memory_order_relaxed) == 0) {}",
+        "for (ulong k = 0; k < 1ul << 60; ++k) out[i] = sin(out[i]) + pow(out[i], 1.5f);",
+    ],
+    ids=["spin", "work"],
+)
+def test_a_loop_without_operations_meets_the_time_limit(body):
+    import softmetal
+
+    # The second compilation has its work counted, by functions in which no thread is stopped.
+    for instrumentation in ("none", "counters"):
+        keywords = {"instrumentation": instrumentation}
+        begin = time.monotonic()
+        with pytest.raises(softmetal.Error, match=r"f: time limit of 0.1\d* s exceeded"):
+            run(body, grid=3, time_limit=0.1, library_keywords=keywords)
+        assert 0.1 <= time.monotonic() - begin < 10
+        run("out[i] = 1;", grid=3, time_limit=10)
+
+
+@pytest.mark.parametrize("handler", ["", "import faulthandler; faulthandler.enable();"])
+def test_other_faults_stay_what_they_are(handler):
+    program = f"""if True:
+    import ctypes, numpy, softmetal
+    {handler}
+    text = "kernel void f(device float* out [[buffer(0)]]) {{ out[0] = 1; }}"
+    softmetal.Library(text).kernel("f")(grid=1, threads=1, buffers=[numpy.zeros(1, "f4")])
+    ctypes.string_at(0)
+    """
+    import softmetal
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(softmetal.__file__)},
+    )
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    assert ("Fatal Python error: Segmentation fault" in done.stderr) == bool(handler)

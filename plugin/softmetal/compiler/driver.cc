@@ -1,9 +1,6 @@
 // From Metal text to an image: preprocess, rewrite, compile, each in clang; results are kept on
 // disk.
-#include <fcntl.h>
-#include <spawn.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,38 +12,15 @@
 #include <mutex>
 #include <sstream>
 
+#include "compiler/count_products.h"
 #include "compiler/rewriter.h"
+#include "compiler/toolchain.h"
 #include "softmetal/compiler.h"
-
-extern char** environ;
 
 namespace softmetal {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string environment(const char* name, const std::string& otherwise) {
-  const char* value = std::getenv(name);
-  return value && *value ? value : otherwise;
-}
-
-// Where msl/ is: what the library was built from, unless told otherwise.
-std::string home() { return environment("SOFTMETAL_HOME", SOFTMETAL_SOURCE_DIR); }
-
-std::string clang() { return environment("SOFTMETAL_CLANG", "clang++-19"); }
-
-std::string read_file(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream out;
-  out << in.rdbuf();
-  return out.str();
-}
-
-bool write_file(const fs::path& path, const std::string& text) {
-  std::ofstream out(path, std::ios::binary);
-  out << text;
-  return static_cast<bool>(out.flush());
-}
 
 // FNV-1a, twice, from different starts.
 class Hash {
@@ -69,46 +43,6 @@ class Hash {
  private:
   uint64_t a_ = 0xcbf29ce484222325ull, b_ = 0x84222325cbf29ce4ull;
 };
-
-struct Finished {
-  int status = -1;  // of the process; -1: it did not start
-  std::string errors;
-};
-
-// Runs a program with a file as its standard input; what it writes to standard error comes back.
-Finished run_program(const std::vector<std::string>& words, const fs::path& input,
-                     const fs::path& error_file) {
-  std::vector<char*> arguments;
-  for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
-  arguments.push_back(nullptr);
-  // A sanitizer preloaded into this process is not for the compiler.
-  std::vector<char*> variables;
-  for (char** each = environ; *each; ++each) {
-    if (std::strncmp(*each, "LD_PRELOAD=", 11) != 0) variables.push_back(*each);
-  }
-  variables.push_back(nullptr);
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, 0, input.c_str(), O_RDONLY, 0);
-  posix_spawn_file_actions_addopen(&actions, 2, error_file.c_str(), O_WRONLY | O_CREAT | O_TRUNC,
-                                   0600);
-  Finished out;
-  pid_t child = 0;
-  const int failed =
-      posix_spawnp(&child, arguments[0], &actions, nullptr, arguments.data(), variables.data());
-  posix_spawn_file_actions_destroy(&actions);
-  if (failed != 0) {
-    out.errors = "cannot run " + words[0] + ": " + std::strerror(failed) +
-                 "; it is in Debian's package clang-19, or named by SOFTMETAL_CLANG\n";
-    return out;
-  }
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128;
-  out.errors = read_file(error_file);
-  return out;
-}
 
 const char* name_of(Instrumentation x) {
   switch (x) {
@@ -172,22 +106,6 @@ std::string compiler_identity() {
   return found + ":" + std::to_string(about.st_size) + ":" + std::to_string(about.st_mtime);
 }
 
-std::vector<std::string> preprocess_command(const CompileOptions& options) {
-  std::vector<std::string> out = {
-      clang(),  "-E",        "-x",          "c++",      "-std=c++20",
-      "-undef", "-nostdinc", "-nostdinc++", "-isystem", home() + "/msl/preprocess"};
-  const uint32_t version = options.language_version == 0 ? 0x30002 : options.language_version;
-  out.push_back("-D__METAL_VERSION__=" +
-                std::to_string((version >> 16) * 100 + (version & 0xffff) * 10));
-  for (const char* each : {"-D__METAL__=1", "-D__METAL_MACOS__=1", "-D__HAVE_BFLOAT__=1"}) {
-    out.emplace_back(each);
-  }
-  if (options.fast_math) out.emplace_back("-D__FAST_MATH__=1");
-  for (const auto& [name, value] : options.macros) out.push_back("-D" + name + "=" + value);
-  for (const std::string& folder : options.include_directories) out.push_back("-I" + folder);
-  return out;
-}
-
 std::vector<std::string> compile_command(const CompileOptions& options) {
   std::vector<std::string> out = {clang(),
                                   "-x",
@@ -197,6 +115,7 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
                                   "-fsigned-char",
                                   "-O2",
                                   "-fPIC",
+                                  "-fstack-clash-protection",
                                   "-shared",
                                   "-ffp-contract=on",
                                   "-fno-exceptions",
@@ -229,7 +148,9 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
       // Loads and stores call the executor; see executor/access_callbacks.cc.
       out.insert(out.end(),
                  {"-g0", "-DSOFTMETAL_COUNT=1", "-Xclang", "-fsanitize=thread", "-mllvm",
-                  "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0"});
+                  "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
+                  // Else a read is left out where a write of the same place follows.
+                  "-mllvm", "-tsan-instrument-read-before-write=1"});
       break;
     case Instrumentation::kAddress:
       out.insert(out.end(), {"-g1", "-fsanitize=address", "-shared-libsan"});
@@ -251,54 +172,60 @@ std::string cache_folder() {
   return (xdg.empty() ? environment("HOME", "/tmp") + "/.cache" : xdg) + "/softmetal";
 }
 
-// A folder of its own for each compilation, removed with it.
-class WorkFolder {
- public:
-  WorkFolder() {
-    std::string path = (fs::temp_directory_path() / "softmetal-compile-XXXXXX").string();
-    if (mkdtemp(path.data())) path_ = path;
-  }
-  WorkFolder(const WorkFolder&) = delete;
-  WorkFolder& operator=(const WorkFolder&) = delete;
-  ~WorkFolder() {
-    std::error_code ignored;
-    if (!path_.empty()) fs::remove_all(path_, ignored);
-  }
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
 CompileResult failure(const std::string& diagnostics) {
   CompileResult out;
   out.diagnostics = diagnostics;
   return out;
 }
 
+// The text as C++ in a file; what went wrong comes back.
+std::string write_rewritten(const std::string& preprocessed, const CompileOptions& options,
+                            const fs::path& path) {
+  const Rewritten result = rewrite(preprocessed, options.source_name);
+  std::string errors;
+  for (const std::string& each : result.errors) errors += each + "\n";
+  if (!errors.empty() || write_file(path, result.text)) return errors;
+  return "error: cannot write " + path.string() + "\n";
+}
+
+CompileResult check_syntax(const std::string& preprocessed, const CompileOptions& options,
+                           const WorkFolder& work) {
+  const fs::path rewritten = work.path() / "source.cc";
+  const std::string problems = write_rewritten(preprocessed, options, rewritten);
+  if (!problems.empty()) return failure(problems);
+  std::vector<std::string> command = compile_command(options);
+  command.insert(command.end(), {"-fsyntax-only", rewritten.string()});
+  const Finished finished = run_program(command, "/dev/null", "", work.path() / "errors");
+  CompileResult out;
+  out.ok = finished.status == 0;
+  out.diagnostics = finished.errors;
+  return out;
+}
+
+// The C++ as LLVM text in which products are counted; what went wrong comes back.
+std::string write_counted(std::vector<std::string> command, const fs::path& source,
+                          const fs::path& path, const WorkFolder& work) {
+  command.insert(command.end(), {"-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes",
+                                 "-fno-discard-value-names", source.string(), "-o", path.string()});
+  const Finished finished = run_program(command, "/dev/null", "", work.path() / "errors");
+  if (finished.status != 0) return finished.errors;
+  if (write_file(path, count_products(read_file(path)))) return "";
+  return "error: cannot write " + path.string() + "\n";
+}
+
 }  // namespace
 
 CompileResult compile(const std::string& source, const CompileOptions& options) {
-  std::vector<std::string> preprocess = preprocess_command(options);
   std::vector<std::string> command = compile_command(options);
-
   const WorkFolder work;
-  if (work.path().empty()) return failure("error: cannot make a temporary folder\n");
-  const fs::path text = work.path() / "source.metal", expanded = work.path() / "source.ii";
-  const fs::path rewritten = work.path() / "source.cc", errors = work.path() / "errors";
-  const std::string name = options.source_name;
-  if (!write_file(text, "#line 1 \"" + name + "\"\n" + source)) {
-    return failure("error: cannot write " + text.string() + "\n");
-  }
-  // From standard input: the text has no path, which would be part of what names the image.
-  preprocess.insert(preprocess.end(), {"-o", expanded.string(), "-"});
-  Finished finished = run_program(preprocess, text, errors);
-  if (finished.status != 0) return failure(finished.errors);
-  const std::string preprocessed = read_file(expanded);
+  const Preprocessed preprocessed = preprocess(source, options, work);
+  if (!preprocessed.errors.empty()) return failure(preprocessed.errors);
+
+  if (options.syntax_only) return check_syntax(preprocessed.text, options, work);
 
   // What was included is part of the text by now.
   Hash hash;
-  hash.add(preprocessed);
+  hash.add(preprocessed.text);
   for (const std::string& word : command) hash.add(word);
   hash.add(name_of(options.instrumentation));
   hash.add(fingerprint());
@@ -317,20 +244,21 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
     }
   }
 
-  const Rewritten result = rewrite(preprocessed, name);
-  if (!result.errors.empty()) {
-    std::string all;
-    for (const std::string& each : result.errors) all += each + "\n";
-    return failure(all);
-  }
-  if (!write_file(rewritten, result.text)) {
-    return failure("error: cannot write " + rewritten.string() + "\n");
-  }
+  const fs::path rewritten = work.path() / "source.cc";
+  const std::string problems = write_rewritten(preprocessed.text, options, rewritten);
+  if (!problems.empty()) return failure(problems);
   // Another process may be making the same image: it appears whole or not at all.
   const std::string partial = out.image_path + "." + std::to_string(getpid()) + "-" +
                               work.path().filename().string().substr(18);
-  command.insert(command.end(), {rewritten.string(), "-o", partial, "-lm"});
-  finished = run_program(command, "/dev/null", errors);
+  fs::path input = rewritten;
+  if (options.instrumentation == Instrumentation::kCounters) {
+    input = work.path() / "source.ll";
+    const std::string errors = write_counted(command, rewritten, input, work);
+    if (!errors.empty()) return failure(errors);
+    command.insert(command.end(), {"-x", "ir"});
+  }
+  command.insert(command.end(), {input.string(), "-o", partial, "-lm"});
+  Finished finished = run_program(command, "/dev/null", "", work.path() / "errors");
   if (finished.status == 0 && std::rename(partial.c_str(), out.image_path.c_str()) != 0) {
     finished.status = 1;
     finished.errors += "error: cannot write " + out.image_path + "\n";

@@ -79,7 +79,8 @@ struct Registration {
 
 class Rewriter {
  public:
-  Rewriter(const std::string& text, const std::string& name) {
+  Rewriter(const std::string& text, const std::string& name, Purpose purpose)
+      : strict_(purpose == Purpose::kAddressSpaces) {
     TokenizedText tokenized = tokenize(text, name);
     tokens_ = std::move(tokenized.tokens);
     files_ = std::move(tokenized.files);
@@ -90,15 +91,20 @@ class Rewriter {
     match_brackets();
     if (errors_.empty()) {
       find_function_constants();
-      declarations(0, tokens_.size(), "", false);
-      erase_qualifiers();
+      declarations(0, tokens_.size(), "", "");
+      if (strict_) {
+        qualify_methods();
+        refer_to_functions();
+      } else {
+        erase_qualifiers();
+      }
       drop_attributes();
       literals();
       forbidden();
     }
     Rewritten out;
     for (const Token& token : tokens_) out.text += token.text;
-    out.text += registrations();
+    if (!strict_) out.text += registrations();
     out.errors = std::move(errors_);
     return out;
   }
@@ -134,14 +140,14 @@ class Rewriter {
     if (first == std::string::npos) return "";
     return out.substr(first, out.find_last_not_of(' ') - first + 1);
   }
-  // Empties [begin, end), but keeps its lines.
+  // Empties [begin, end), but keeps its lines, and for the check its columns.
   void erase(Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       Token& token = tokens_[i];
       if (token.kind == TokenKind::kDirective) continue;
       token.text = token.blank()
                        ? std::string(std::count(token.text.begin(), token.text.end(), '\n'), '\n')
-                       : "";
+                       : std::string(strict_ ? token.text.size() : 0, ' ');
       if (!token.blank()) token.kind = TokenKind::kSpace;
     }
   }
@@ -292,14 +298,16 @@ class Rewriter {
     return end;
   }
 
-  void declarations(Index begin, Index end, const std::string& scope, bool in_class) {
+  // `in_class`: the name of the class whose members these are, or nothing.
+  void declarations(Index begin, Index end, const std::string& scope, const std::string& in_class) {
     std::set<std::string> seen;
     for (Index i = next(begin - 1); i < end;) {
       if (at(i, ";") || at(i, "}")) {
         i = next(i);
         continue;
       }
-      if (in_class && one_of(tokens_[i], {"public", "private", "protected"}) && at(next(i), ":")) {
+      if (!in_class.empty() && one_of(tokens_[i], {"public", "private", "protected"}) &&
+          at(next(i), ":")) {
         i = next(next(i));
         continue;
       }
@@ -313,12 +321,12 @@ class Rewriter {
           open = next(open);
         }
         if (at(space, "namespace") && at(open, "{")) {
-          declarations(open + 1, partner_[open], scope + name, false);
+          declarations(open + 1, partner_[open], scope + name, "");
           i = next(partner_[open]);
           continue;
         }
         if (at(open, "{")) {
-          declarations(open + 1, partner_[open], scope, false);
+          declarations(open + 1, partner_[open], scope, "");
           i = next(partner_[open]);
           continue;
         }
@@ -332,8 +340,8 @@ class Rewriter {
   }
 
   void declaration(Index begin, Index end, Index body, bool is_function, const std::string& scope,
-                   bool in_class, std::set<std::string>* seen) {
-    if (drop_if_known(begin, end, body, is_function, seen)) return;
+                   const std::string& in_class, std::set<std::string>* seen) {
+    if (!strict_ && drop_if_known(begin, end, body, is_function, seen)) return;
     const std::vector<Attribute> all = attributes(begin, is_function ? body : end);
     if (is_kernel(begin, is_function ? body : end, all)) {
       kernel(begin, end, body, is_function, scope, all);
@@ -342,10 +350,13 @@ class Rewriter {
       function_constant(begin, end, *constant);
       return;
     } else if (!is_function && body != kNone && has_class_body(begin, body)) {
-      declarations(body + 1, partner_[body], scope, true);
+      declarations(body + 1, partner_[body], scope, class_name(begin, body));
+    } else if (strict_) {
+      find_method(begin, is_function ? body : end, in_class);
     }
     if (is_function) threadgroup_variables(body, partner_[body]);
-    if (!is_function && !in_class) derived_constant(begin, end);
+    kernel_.clear();
+    if (!is_function && in_class.empty()) derived_constant(begin, end);
   }
 
   bool has_class_body(Index begin, Index body) const {
@@ -434,9 +445,11 @@ class Rewriter {
           if (close == kNone) return false;
           after = next(close);
         }
+        const Index name_end = after;
+        while (at(after, "[") && partner_[after] != kNone) after = next(partner_[after]);
         if (at(after, "(") || at(after, ";")) {
           *first = i;
-          *last = at(stop, "<") ? after : stop;
+          *last = at(stop, "<") ? name_end : stop;
           *open = after;
           return true;
         }
@@ -475,13 +488,14 @@ class Rewriter {
     if (!is_function) {
       if (at(begin, "template")) {
         registrations_.push_back({host_name, function, definition, limit_function});
-        erase(begin, end);
+        if (!strict_) erase(begin, end);
       }
       return;  // else a declaration
     }
     Kernel kernel;
     const bool is_template = at(begin, "template");
-    if (const Attribute* limit = find(all, "max_total_threads_per_threadgroup")) {
+    if (const Attribute* limit = find(all, "max_total_threads_per_threadgroup");
+        limit && !strict_) {
       kernel.has_thread_limit = true;
       // Beside the kernel, where its template parameters mean what they mean to the kernel.
       std::string head;
@@ -491,8 +505,40 @@ class Rewriter {
     }
     read_parameters(open, &kernel);
     kernels_[definition] = kernel;
+    kernel_ = "&" + tokens_[first].text + (is_template ? template_arguments(next(begin)) : "");
     if (is_template) return;  // its instantiations are registered
     registrations_.push_back({host_name, function, definition, limit_function});
+  }
+
+  // "<T, N>" of the parameters between the angles at `open`.
+  std::string template_arguments(Index open) const {
+    const Index close = closing_angle(open, tokens_.size());
+    std::string out, name;
+    bool is_pack = false, has_default = false;
+    for (Index i = next(open); i <= close; i = next(i)) {
+      if (i == close || at(i, ",")) {
+        out += (out.empty() ? "" : ", ") + name + (is_pack ? "..." : "");
+        is_pack = has_default = false;
+        continue;
+      }
+      if (at(i, "=")) has_default = true;
+      if (has_default) {
+      } else if (at(i, "...")) {
+        is_pack = true;
+      } else if (at(i, "(") && at(next(i), "*")) {  // a pointer to a function
+        name = tokens_[previous(partner_[i])].text;
+        i = partner_[next(partner_[i])];
+        continue;
+      } else if (identifier(i)) {
+        name = tokens_[i].text;
+      }
+      if (at(i, "<") && closing_angle(i, close) != kNone) {
+        i = closing_angle(i, close);
+      } else if (partner_[i] != kNone && partner_[i] > i) {
+        i = partner_[i];
+      }
+    }
+    return "<" + out + ">";
   }
 
   void read_parameters(Index open, Kernel* kernel) {
@@ -616,7 +662,8 @@ class Rewriter {
       out += "const softmetal::Registration " + id + "{{" + quoted(each.host_name) +
              ", &softmetal::entry<&" + each.function + ", " + id + "_arguments>, " + id +
              "_arguments, " + std::to_string(kernel.parameters.size()) + ", " +
-             (kernel.has_thread_limit ? each.limit_function + "()" : "0") + "}}; }\n";
+             (kernel.has_thread_limit ? each.limit_function + "()" : "0") +
+             ", &softmetal::static_threadgroup_bytes<&" + each.function + ">}}; }\n";
     }
     return out;
   }
@@ -655,6 +702,11 @@ class Rewriter {
     }
     const std::string n = tokens_[name].text;
     erase(begin, end);
+    if (strict_) {
+      tokens_[begin].text = "extern constant bool " + n + "_softmetal_defined; extern constant " +
+                            type + " " + n + ";";
+      return;
+    }
     tokens_[begin].text = "static bool " + n + "_softmetal_defined = false; static const " + type +
                           " " + n + " = softmetal::function_constant<" + type + ">(" +
                           attribute.argument + ", " + quoted(n) + ", " + quoted(type) + ", &" + n +
@@ -747,15 +799,131 @@ class Rewriter {
         return std::nullopt;
       }
       const std::string t = name + "_softmetal_type";
+      if (strict_) {
+        out += "using " + t + " = " + type + " " + text(extents, after) + "; threadgroup " + t +
+               "& " + name + " = softmetal::threadgroup_variable<" + t + ">(); ";
+        i = next(after);
+        if (!at(after, ";")) continue;
+        erase(first, after + 1);
+        tokens_[first].text = out;
+        return after;
+      }
       out += "using " + t + " = " + type + " " + text(extents, after) + "; static char " + name +
              "_softmetal_id; " + t + "& " + name + " = softmetal::threadgroup_variable<" + t +
              ">(&" + name + "_softmetal_id, \"" + name + "\"" +
              (alignment.empty() ? "" : ", (" + alignment + ")") + "); ";
+      if (!kernel_.empty()) {
+        out += "static_cast<void>(&softmetal::StaticVariable<" + kernel_ + ", &" + name +
+               "_softmetal_id, sizeof(" + t + ")>::is_declared); ";
+      }
       i = next(after);
       if (at(after, ";")) {
         erase(first, after + 1);
         tokens_[first].text = out;
         return after;
+      }
+    }
+  }
+
+  // --- Methods ---
+
+  // The name after `struct` or its kin.
+  std::string class_name(Index begin, Index body) const {
+    std::string name;
+    for (Index i = begin; i < body; i = next(i)) {
+      if (at(i, "template") && at(next(i), "<")) {
+        const Index close = closing_angle(next(i), body);
+        if (close != kNone) i = close;
+      } else if (opens_attribute(i)) {
+        i = partner_[i];
+      } else if (at(i, "alignas") || at(i, "__attribute__")) {
+        i = partner_[next(i)];
+      } else if (at(i, ":") || at(i, "<")) {
+        break;
+      } else if (identifier(i) && !one_of(tokens_[i], {"struct", "class", "union", "final"})) {
+        name = tokens_[i].text;
+      }
+    }
+    return name.empty() ? "(unnamed)" : name;
+  }
+
+  // A method that names no address space works on objects of the thread: `this` gets a qualifier
+  // after the parameters. Constructors of the thread's objects make values that have no space yet.
+  void find_method(Index begin, Index end, const std::string& in_class) {
+    Index name = kNone;
+    for (Index i = begin; i < end; i = next(i)) {
+      if (at(i, "template") && at(next(i), "<")) {
+        const Index close = closing_angle(next(i), end);
+        if (close == kNone) return;
+        i = close;
+      } else if (opens_attribute(i)) {
+        i = partner_[i];
+      } else if (at(i, "alignas") || at(i, "decltype") || at(i, "__attribute__")) {
+        i = partner_[next(i)];
+      } else if (one_of(tokens_[i],
+                        {"static", "friend", "using", "typedef", "=", "static_assert"})) {
+        return;
+      } else if (at(i, "operator")) {
+        name = i;
+        while (i < end && (i == name || !at(i, "(") || at(previous(i), "operator"))) {
+          i = at(i, "(") ? next(partner_[i]) : next(i);
+        }
+        add_method(i, end, name, in_class);
+        return;
+      } else if (at(i, "(")) {
+        if (name != kNone) add_method(i, end, name, in_class);
+        return;
+      } else if (identifier(i)) {
+        name = i;
+      } else if (at(i, "<")) {
+        const Index close = closing_angle(i, end);
+        if (close == kNone) return;
+        i = close;
+      } else if (!at(i, "::") && !at(i, "~")) {
+        name = kNone;
+      }
+    }
+  }
+
+  void add_method(Index open, Index end, Index name, const std::string& in_class) {
+    if (open >= end || !at(open, "(") || at(previous(name), "~")) return;
+    std::string class_of = in_class;
+    if (in_class.empty()) {  // defined outside of its class
+      if (!at(previous(name), "::")) return;
+      Index i = previous(previous(name));
+      if (at(i, ">")) {
+        while (i > 0 && !at(i, "<")) i = previous(i);
+        i = previous(i);
+      }
+      if (!identifier(i) || classes_.count(tokens_[i].text) == 0) return;
+      class_of = tokens_[i].text;
+    }
+    classes_.insert(class_of);
+    const bool constructs = tokens_[name].text == class_of;
+    for (Index i = next(partner_[open]); i < end && !at(i, "->") && !at(i, ":"); i = next(i)) {
+      if (constructs && at(i, "thread")) erase(i, i + 1);
+      if (at(i, "constant")) tokens_[i].text = "__constant";  // elsewhere it is const, too
+      if (is_address_space(tokens_[i]) || at(i, "__constant")) return;
+    }
+    if (constructs) return;
+    methods_.push_back(partner_[open]);
+  }
+
+  void qualify_methods() {
+    for (const Index close : methods_) tokens_[close].text += " thread";
+  }
+
+  // Template parameters that are pointers to functions become references: OpenCL gives pointers to
+  // functions an address space, which no function's address has.
+  void refer_to_functions() {
+    for (Index i = 0; i < tokens_.size(); ++i) {
+      if (!at(i, "template") || !at(next(i), "<")) continue;
+      const Index close = closing_angle(next(i), tokens_.size());
+      if (close == kNone) continue;
+      for (; i < close; i = next(i)) {
+        const Index star = next(i);
+        if (!at(i, "(") || !at(star, "*") || !at(next(partner_[i]), "(")) continue;
+        if (next(star) == partner_[i] || next(next(star)) == partner_[i]) tokens_[star].text = "&";
       }
     }
   }
@@ -782,7 +950,12 @@ class Rewriter {
       mentions_bfloat |= token.text.find("bfloat") != std::string::npos;
     for (Token& token : tokens_) {
       if (token.kind == TokenKind::kIdentifier && mentions_bfloat && token.is("static_cast")) {
-        token.text = "softmetal::cast";
+        // To a pointer or reference it is itself: its address spaces are to be checked.
+        const Index open = next(static_cast<Index>(&token - tokens_.data()));
+        const Index close = strict_ ? closing_angle(open, tokens_.size()) : kNone;
+        const bool to_value =
+            close == kNone || (!at(previous(close), "*") && !at(previous(close), "&"));
+        if (to_value) token.text = "softmetal::cast";
       }
       if (token.kind != TokenKind::kNumber) continue;
       std::string& x = token.text;
@@ -842,19 +1015,24 @@ class Rewriter {
     }
   }
 
+  const bool strict_;
   std::vector<Token> tokens_;
   std::vector<std::string> files_;
   std::vector<Index> partner_;
   std::vector<std::string> errors_;
   std::set<std::string> constants_;
+  std::set<std::string> classes_;  // those with methods
+  std::vector<Index> methods_;     // the ends of their parameters
   std::map<std::string, Kernel> kernels_;
+  std::string kernel_;  // the one whose body is next, as a template argument
   std::vector<Registration> registrations_;
 };
 
 }  // namespace
 
-Rewritten rewrite(const std::string& preprocessed, const std::string& source_name) {
-  return Rewriter(preprocessed, source_name).run();
+Rewritten rewrite(const std::string& preprocessed, const std::string& source_name,
+                  Purpose purpose) {
+  return Rewriter(preprocessed, source_name, purpose).run();
 }
 
 }  // namespace softmetal

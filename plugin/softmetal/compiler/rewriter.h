@@ -12,7 +12,12 @@ struct Rewritten {
   std::vector<std::string> errors;  // in clang's form, at lines of the Metal text
 };
 
+// What the text is for: to run, where address spaces are erased and kernels registered, or for the
+// check of strict_check.cc, where they stay.
+enum class Purpose { kExecution, kAddressSpaces };
+
 // `preprocessed` is the output of clang -E, with its line markers.
-Rewritten rewrite(const std::string& preprocessed, const std::string& source_name);
+Rewritten rewrite(const std::string& preprocessed, const std::string& source_name,
+                  Purpose purpose = Purpose::kExecution);
 
 }  // namespace softmetal

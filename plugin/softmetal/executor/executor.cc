@@ -5,6 +5,7 @@
 #include <mutex>
 #include <thread>
 
+#include "executor/faults.h"
 #include "executor/worker.h"
 
 namespace softmetal {
@@ -35,9 +36,7 @@ std::string check(const Dispatch& dispatch) {
       if (argument.index >= kThreadgroupSlots) {
         return which + "has threadgroup index " + number(argument.index) + "; allowed: 0 to 30";
       }
-      if (dispatch.threadgroup_bytes[argument.index] == 0) {
-        return which + "[[threadgroup(" + number(argument.index) + ")]] has no length";
-      }
+      // One without a length may be one that the kernel does not use.
     }
     if (argument.kind != ArgumentKind::kBuffer) continue;
     if (argument.index >= kBufferSlots) {
@@ -107,8 +106,10 @@ DispatchResult run(const Dispatch& dispatch) {
   AccessMap accesses(dispatch);
   std::atomic<uint64_t> next{0}, first_failure{UINT64_MAX};
   std::mutex mutex;
+  Watchdog watchdog(dispatch);
   const auto work = [&] {
     Worker worker(dispatch, launch, accesses);
+    watchdog.enter();
     for (uint64_t i; (i = next.fetch_add(1)) < total && i < first_failure.load();) {
       const uint32_t* groups = launch.threadgroups_per_grid;
       const uint32_t position[3] = {static_cast<uint32_t>(i % groups[0]),
@@ -123,6 +124,7 @@ DispatchResult run(const Dispatch& dispatch) {
       }
       break;
     }
+    watchdog.leave();
     const std::lock_guard<std::mutex> lock(mutex);
     add(result.counters, worker.counters());
   };

@@ -6,7 +6,6 @@
 
 namespace softmetal {
 namespace {
-constexpr size_t kGuardBytes = 16 << 10;  // a page of any system
 constexpr int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 }  // namespace
 

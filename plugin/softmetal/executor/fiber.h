@@ -7,8 +7,10 @@
 
 namespace softmetal {
 
-// Bytes of a fiber's stack; below it lies a page that can't be touched.
+// Bytes of a fiber's stack, and of those below it that can't be touched: whole pages of any system.
+// Kernels are compiled so that they touch every page of a large frame.
 constexpr size_t kStackBytes = size_t{256} << 10;
+constexpr size_t kGuardBytes = size_t{64} << 10;
 
 // Stacks that are used again; they are unmapped with the pool.
 class StackPool {

@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cfenv>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,7 +19,8 @@ constexpr uint32_t kGap = 64;
 // Switches between two looks at the clock.
 constexpr uint64_t kSwitchesOfALook = 1024;
 
-thread_local Worker* current_worker = nullptr;
+// Read by signal handlers: a model of storage that allocates nothing when it is first read.
+__attribute__((tls_model("initial-exec"))) thread_local Worker* current_worker = nullptr;
 
 // Sanitizers intercept memcpy and memset, and would take these for accesses of the kernel.
 void copy(void* to, const void* from, uint32_t size) {
@@ -46,7 +49,10 @@ const char* shown(const char* operation) { return operation[0] == '.' ? operatio
 Worker* Worker::current() { return current_worker; }
 
 Worker::Worker(const Dispatch& dispatch, const Launch& launch, AccessMap& accesses)
-    : dispatch_(dispatch), launch_(launch), accesses_(accesses) {
+    : dispatch_(dispatch),
+      launch_(launch),
+      accesses_(accesses),
+      code_(code_around(reinterpret_cast<const void*>(dispatch.kernel->entry))) {
   const uint32_t* size = dispatch.threads_per_threadgroup;
   const uint32_t most = size[0] * size[1] * size[2];
   lanes_.resize(most);
@@ -151,6 +157,9 @@ void Worker::place(const uint32_t position[3]) {
 
 bool Worker::run(const uint32_t position[3]) {
   Worker* const outer = current_worker;
+  // A handler that is left takes the modes of floating-point arithmetic with it.
+  std::fenv_t modes;
+  std::fegetenv(&modes);
   current_worker = this;
   lane_ = nullptr;
   threadgroup_bytes_ = 0;
@@ -179,6 +188,7 @@ bool Worker::run(const uint32_t position[3]) {
         std::max<uint64_t>(counters_.threadgroup_memory_peak, threadgroup_bytes_);
   }
   current_worker = outer;
+  if (failed_) std::fesetenv(&modes);
   return !failed_;
 }
 
@@ -210,14 +220,16 @@ void Worker::finish() {
   --group.live;
   --live_;
   if (group.arrived != 0 && group.arrived == group.live) {
-    fail(std::string(shown(group.operation)) + " is not reached by all threads of simdgroup " +
+    note(std::string(shown(group.operation)) + " is not reached by all threads of simdgroup " +
          std::to_string(lane_->thread.simdgroup_index_in_threadgroup) + ": " +
          std::to_string(group.arrived) + " wait in it, " + std::to_string(group.size - group.live) +
          " have returned");
+    abandon();
   }
   if (at_barrier_ != 0 && at_barrier_ == live_) {
-    fail("threadgroup_barrier is not reached by all threads: " + std::to_string(at_barrier_) +
+    note("threadgroup_barrier is not reached by all threads: " + std::to_string(at_barrier_) +
          " wait at it, " + std::to_string(threads_ - live_) + " have returned");
+    abandon();
   }
   switch_to(next());
 }
@@ -262,9 +274,10 @@ void Worker::block(State state) {
     ++in_simdgroup;
     operation = simdgroups_[i / kSimdgroupWidth].operation;
   }
-  fail("deadlock: " + std::to_string(at_barrier) + " threads wait at threadgroup_barrier, " +
+  note("deadlock: " + std::to_string(at_barrier) + " threads wait at threadgroup_barrier, " +
        std::to_string(in_simdgroup) + " in " + shown(operation) + ", " + std::to_string(returned) +
        " have returned");
+  abandon();
 }
 
 // To another fiber, or null: to the host.
@@ -294,11 +307,13 @@ void Worker::switch_to(Lane* to) {
 
 void Worker::check_limits() {
   if (dispatch_.cancelled && dispatch_.cancelled->load(std::memory_order_relaxed)) {
-    fail("cancelled");
+    note("cancelled");
+    abandon();
   }
   if (dispatch_.time_limit > 0 && std::chrono::steady_clock::now() > deadline_) {
     timed_out_ = true;
-    fail("time limit of " + std::to_string(dispatch_.time_limit) + " s exceeded");
+    note("time limit of " + std::to_string(dispatch_.time_limit) + " s exceeded");
+    abandon();
   }
 }
 
@@ -312,13 +327,55 @@ std::string Worker::where() const {
          three(t.thread_position_in_threadgroup);
 }
 
-// Back to the host; the fibers of the threadgroup are not resumed.
-void Worker::fail(const std::string& what) {
-  failed_ = true;
+void Worker::note(const std::string& what) {
   message_ = std::string(dispatch_.kernel->name) + ": " + what + " (" + where() + ")";
+}
+
+// Back to the host; the fibers of the threadgroup are not resumed.
+void Worker::abandon() {
+  failed_ = true;
   lane_->state = State::kDone;
   switch_to(nullptr);
   std::abort();
+}
+
+void Worker::fault(int signal, const void* address) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx",
+                static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(address)));
+  const auto* byte = static_cast<const char*>(address);
+  if (signal == SIGSEGV && byte < lane_->stack && byte >= lane_->stack - kGuardBytes) {
+    note("stack overflow: a thread has " + std::to_string(kStackBytes) + " bytes");
+  } else if (signal == SIGFPE) {
+    note("integer division by zero, or of the smallest integer by -1");
+  } else if (signal == SIGILL) {
+    note("what the kernel does is undefined, at " + std::string(text));
+  } else if (const Argument* argument = argument_without_length();
+             argument && reinterpret_cast<uintptr_t>(address) < kThreadgroupMemoryLimit) {
+    note("argument " + std::string(argument->name) + " [[threadgroup(" +
+         std::to_string(argument->index) + ")]] has no length");
+  } else {
+    note("invalid access of memory at " + std::string(text));
+  }
+  abandon();
+}
+
+// Threadgroup memory that was given no length, which the kernel sees as null.
+const Argument* Worker::argument_without_length() const {
+  const Kernel& kernel = *dispatch_.kernel;
+  for (uint32_t i = 0; i < kernel.argument_count; ++i) {
+    const Argument& argument = kernel.arguments[i];
+    const bool is_enabled = !argument.is_enabled || argument.is_enabled();
+    if (is_enabled && argument.kind == ArgumentKind::kThreadgroup &&
+        dispatch_.threadgroup_bytes[argument.index] == 0) {
+      return &argument;
+    }
+  }
+  return nullptr;
+}
+
+void Worker::interrupt(uintptr_t program_counter) {
+  if (code_.contains(program_counter)) check_limits();
 }
 
 const unsigned char* Worker::exchange(const void* value, uint32_t size, const char* operation) {
@@ -334,22 +391,25 @@ const unsigned char* Worker::exchange(const void* value, uint32_t size, const ch
     group.history = history;
     group.first = me;
   } else if (!same(group.operation, operation)) {
-    fail("lanes of simdgroup " + std::to_string(index) + " are in different operations: lane " +
+    note("lanes of simdgroup " + std::to_string(index) + " are in different operations: lane " +
          std::to_string(me) + " in " + shown(operation) + ", lane " + std::to_string(group.first) +
          " in " + shown(group.operation));
+    abandon();
   } else if (group.history != history) {
-    fail("before " + std::string(shown(operation)) + ", lane " + std::to_string(me) +
+    note("before " + std::string(shown(operation)) + ", lane " + std::to_string(me) +
          " of simdgroup " + std::to_string(index) +
          " went through other matrix operations than lane " + std::to_string(group.first));
+    abandon();
   }
   if (++group.arrived < group.live) {
     block(State::kInSimdgroup);
     return slots;
   }
   if (group.live != group.size) {
-    fail(std::string(shown(operation)) + " is reached by " + std::to_string(group.live) + " of " +
+    note(std::string(shown(operation)) + " is reached by " + std::to_string(group.live) + " of " +
          std::to_string(group.size) + " threads of simdgroup " + std::to_string(index) +
          "; the others have returned");
+    abandon();
   }
   group.arrived = 0;
   group.parity ^= 1;
@@ -378,15 +438,17 @@ void Worker::threadgroup_barrier(uint32_t flags) {
   if (orders) sanitizer::release(&barrier_ordering_);
   const Simdgroup& group = simdgroups_[lane_->thread.simdgroup_index_in_threadgroup];
   if (group.arrived != 0) {
-    fail("threadgroup_barrier reached while lane " + std::to_string(group.first) +
+    note("threadgroup_barrier reached while lane " + std::to_string(group.first) +
          " of the simdgroup is in " + shown(group.operation));
+    abandon();
   }
   if (++at_barrier_ < live_) {
     block(State::kAtBarrier);
   } else {
     if (live_ != threads_) {
-      fail("threadgroup_barrier is reached by " + std::to_string(live_) + " of " +
+      note("threadgroup_barrier is reached by " + std::to_string(live_) + " of " +
            std::to_string(threads_) + " threads; the others have returned");
+      abandon();
     }
     at_barrier_ = 0;
     ++counters_.threadgroup_barriers;
@@ -405,8 +467,9 @@ void* Worker::variable(const void* id, const char* name, uint32_t size, uint32_t
   }
   void* memory = allocate(size, alignment);
   if (!memory) {
-    fail("threadgroup memory exceeds 32768 bytes: " + std::to_string(threadgroup_bytes_) + " and " +
+    note("threadgroup memory exceeds 32768 bytes: " + std::to_string(threadgroup_bytes_) + " and " +
          std::to_string(size) + " for " + name);
+    abandon();
   }
   variables_.push_back({id, memory});
   return memory;
@@ -423,10 +486,14 @@ void Worker::count(Work work, uint64_t amount) {
   (work == Work::kExp2 ? counters_.exp2 : counters_.multiply_accumulates) += amount;
 }
 
+bool Worker::is_threadgroup_memory(const void* address) const {
+  const auto* byte = static_cast<const char*>(address);
+  return byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes;
+}
+
 void Worker::access(const void* address, uint64_t size, bool is_write) {
   if (!lane_) return;
-  const auto* byte = static_cast<const char*>(address);
-  if (byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes) {
+  if (is_threadgroup_memory(address)) {
     (is_write ? counters_.threadgroup_bytes_written : counters_.threadgroup_bytes_read) += size;
   } else if (accesses_.mark(address, size, is_write)) {
     (is_write ? counters_.device_bytes_written : counters_.device_bytes_read) += size;
@@ -457,8 +524,12 @@ SOFTMETAL_EXPORT void* softmetal_threadgroup_variable(const void* id, const char
 SOFTMETAL_EXPORT void softmetal_simd_uniform(const char* operation) {
   softmetal::current_worker->uniform(operation);
 }
+SOFTMETAL_EXPORT bool softmetal_is_threadgroup_memory(const void* address) {
+  return softmetal::current_worker->is_threadgroup_memory(address);
+}
 SOFTMETAL_EXPORT void softmetal_fail(const char* message) {
-  softmetal::current_worker->fail(message);
+  softmetal::current_worker->note(message);
+  softmetal::current_worker->abandon();
 }
 SOFTMETAL_EXPORT void softmetal_count(softmetal::Work work, uint64_t amount) {
   softmetal::current_worker->count(work, amount);

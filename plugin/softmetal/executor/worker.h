@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "executor/access_map.h"
+#include "executor/faults.h"
 #include "executor/fiber.h"
 #include "softmetal/executor.h"
 
@@ -37,7 +38,18 @@ class Worker {
   void threadgroup_barrier(uint32_t flags);
   void* variable(const void* id, const char* name, uint32_t size, uint32_t alignment);
   void uniform(const char* operation);
-  [[noreturn]] void fail(const std::string& what);
+  bool is_threadgroup_memory(const void* address) const;
+  // A failed check, in two steps: the stack of a fiber is left as it is, without destructors, so
+  // nothing may be alive on it that owns memory when the dispatch is abandoned.
+  void note(const std::string& what);
+  [[noreturn]] void abandon();
+
+  // Called by a signal handler on the worker's thread, see executor/faults.h.
+  bool runs_fiber() const { return lane_ != nullptr; }
+  [[noreturn]] void fault(int signal, const void* address);
+  // Fails if the dispatch is over and the fiber is in the kernel's own code, which holds no lock.
+  void interrupt(uintptr_t program_counter);
+
   void count(Work work, uint64_t amount);
   void access(const void* address, uint64_t size, bool is_write);
 
@@ -81,10 +93,13 @@ class Worker {
   static void start();
 
   std::string where() const;
+  const Argument* argument_without_length() const;
 
   const Dispatch& dispatch_;
   const Launch& launch_;
   AccessMap& accesses_;
+  const SignalStack signal_stack_;
+  const CodeRange code_;  // the kernel's
   StackPool stacks_;
   std::vector<Lane> lanes_;
   std::vector<Simdgroup> simdgroups_;

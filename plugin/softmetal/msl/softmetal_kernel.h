@@ -185,6 +185,15 @@ T function_constant(uint32_t index, const char* name, const char* type, bool* is
   return value;
 }
 
+// What a kernel's body declares is known without running it: naming `is_declared` of a variable has
+// the image's initialisation add it up.
+template <auto kFunction>
+inline uint32_t static_threadgroup_bytes = 0;
+template <auto kFunction, const char* kId, uint32_t kSize>
+struct StaticVariable {
+  static inline const bool is_declared = (static_threadgroup_bytes<kFunction> += kSize) != 0;
+};
+
 template <class T>
 T& threadgroup_variable(const void* id, const char* name, uint32_t alignment = alignof(T)) {
   return *static_cast<T*>(softmetal_threadgroup_variable(

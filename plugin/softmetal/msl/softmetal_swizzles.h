@@ -4,17 +4,22 @@
 // Each macro takes a swizzle's letters followed by the same letters as colours.
 #pragma once
 
+#ifndef SOFTMETAL_GETTER
+#define SOFTMETAL_GETTER(N, name, ...) \
+  SOFTMETAL_FUNC constexpr vec<T, N> name() const { return vec<T, N>(__VA_ARGS__); }
+#endif
+
 // clang-format off: tables
 #define SOFTMETAL_GET_2(a, b, A, B)                                                 \
-  SOFTMETAL_FUNC constexpr vec<T, 2> get_##a##b() const { return vec<T, 2>(a, b); } \
+  SOFTMETAL_GETTER(2, get_##a##b, a, b)                                             \
   __declspec(property(get = get_##a##b, put = put_##a##b)) vec<T, 2> a##b;          \
   __declspec(property(get = get_##a##b, put = put_##a##b)) vec<T, 2> A##B;
 #define SOFTMETAL_GET_3(a, b, c, A, B, C)                                                 \
-  SOFTMETAL_FUNC constexpr vec<T, 3> get_##a##b##c() const { return vec<T, 3>(a, b, c); } \
+  SOFTMETAL_GETTER(3, get_##a##b##c, a, b, c)                                             \
   __declspec(property(get = get_##a##b##c, put = put_##a##b##c)) vec<T, 3> a##b##c;       \
   __declspec(property(get = get_##a##b##c, put = put_##a##b##c)) vec<T, 3> A##B##C;
 #define SOFTMETAL_GET_4(a, b, c, d, A, B, C, D)                                                 \
-  SOFTMETAL_FUNC constexpr vec<T, 4> get_##a##b##c##d() const { return vec<T, 4>(a, b, c, d); } \
+  SOFTMETAL_GETTER(4, get_##a##b##c##d, a, b, c, d)                                             \
   __declspec(property(get = get_##a##b##c##d, put = put_##a##b##c##d)) vec<T, 4> a##b##c##d;    \
   __declspec(property(get = get_##a##b##c##d, put = put_##a##b##c##d)) vec<T, 4> A##B##C##D;
 

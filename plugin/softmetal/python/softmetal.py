@@ -23,6 +23,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,19 @@ class _Constant(ctypes.Structure):
         ("index", ctypes.c_uint32),
         ("size", ctypes.c_uint32),
         ("value", ctypes.c_void_p),
+    )
+
+
+class _CompileRequest(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("macros", ctypes.c_char_p),
+        ("include_directories", ctypes.c_char_p),
+        ("output", ctypes.c_char_p),
+        ("target", ctypes.c_char_p),
+        ("instrumentation", ctypes.c_int),
+        ("safe_math", ctypes.c_int),
     )
 
 
@@ -132,6 +146,45 @@ def _bytes_of(value: Any, type_name: str) -> bytes:
     return raw + bytes(array.itemsize) if array.size == 3 else raw
 
 
+def _request(
+    source: str | pathlib.Path,
+    macros: Mapping[str, Any] | None,
+    include: Sequence[str | pathlib.Path],
+) -> _CompileRequest:
+    """The text, its name, macros and folders, as the library takes them."""
+    name, folders = "program_source", [str(x) for x in include]
+    if isinstance(source, str) and source.endswith(".metal") and "\n" not in source:
+        source = pathlib.Path(source)
+    if isinstance(source, pathlib.Path):
+        folders.insert(0, str(source.parent))
+        name, source = str(source), source.read_text(encoding="utf-8")
+    definitions = "\n".join(f"{key}={value}" for key, value in (macros or {}).items())
+    return _CompileRequest(
+        source=source.encode(),
+        name=name.encode(),
+        macros=definitions.encode(),
+        include_directories="\n".join(folders).encode(),
+    )
+
+
+def check(
+    source: str | pathlib.Path,
+    *,
+    macros: Mapping[str, Any] | None = None,
+    include: Sequence[str | pathlib.Path] = (),
+) -> None:
+    """Compiles Metal text strictly: its address spaces are checked too.
+
+    Takes what `Library` takes. No image is made.
+
+    **Raises:** `Error` with the diagnostics, at lines of the Metal text.
+    """
+    text = ctypes.create_string_buffer(1 << 20)
+    request = _request(source, macros, include)
+    if _device().softmetal_check(ctypes.byref(request), text, ctypes.c_size_t(len(text))) != 0:
+        raise Error(text.value.decode(errors="replace"))
+
+
 class Library:
     """Metal text, compiled.
 
@@ -153,12 +206,6 @@ class Library:
         include: Sequence[str | pathlib.Path] = (),
         instrumentation: str | None = None,
     ) -> None:
-        name, folders = "program_source", [str(x) for x in include]
-        if isinstance(source, str) and source.endswith(".metal") and "\n" not in source:
-            source = pathlib.Path(source)
-        if isinstance(source, pathlib.Path):
-            folders.insert(0, str(source.parent))
-            name, source = str(source), source.read_text(encoding="utf-8")
         chosen = instrumentation or os.environ.get("SOFTMETAL_INSTRUMENT") or "none"
         if chosen not in INSTRUMENTATIONS:
             raise Error(
@@ -166,11 +213,11 @@ class Library:
                 f"{', '.join(INSTRUMENTATIONS)}."
             )
         text = ctypes.create_string_buffer(1 << 20)
+        request = _request(source, macros, include)
+        request.instrumentation = INSTRUMENTATIONS.index(chosen)
         status = _device().softmetal_compile(
-            source.encode(), name.encode(),
-            "\n".join(f"{key}={value}" for key, value in (macros or {}).items()).encode(),
-            "\n".join(folders).encode(), INSTRUMENTATIONS.index(chosen), text, len(text),
-        )  # fmt: skip
+            ctypes.byref(request), text, ctypes.c_size_t(len(text))
+        )
         if status != 0:
             raise Error(text.value.decode(errors="replace"))
         self.image_path = text.value.decode()
@@ -337,13 +384,25 @@ def sanitizer_environment(name: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m softmetal run --sanitize thread -- program ...`."""
+    """`python -m softmetal check FILE.metal`, `... run --sanitize thread -- program ...`."""
     parser = argparse.ArgumentParser(prog="python -m softmetal", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a program with its kernels under a sanitizer")
     run.add_argument("--sanitize", choices=SANITIZERS, required=True)
     run.add_argument("program", nargs="+", help="after --")
+    checked = commands.add_parser("check", help="compile a file strictly")
+    checked.add_argument("file", type=pathlib.Path)
+    checked.add_argument("-I", dest="include", action="append", default=[], metavar="FOLDER")
+    checked.add_argument("-D", dest="macros", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args(arguments)
+    if options.command == "check":
+        macros = dict((*macro.split("=", 1), "1")[:2] for macro in options.macros)
+        try:
+            check(options.file, macros=macros, include=options.include)
+        except Error as error:
+            sys.stderr.write(str(error))
+            return 1
+        return 0
     environment = sanitizer_environment(options.sanitize)
     return subprocess.run(options.program, env=environment, check=False).returncode
 
