@@ -46,16 +46,19 @@ def test_kernels_declare_the_table(stem):
                 assert declared["address_space"] == "constant"
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_address_spaces(stem):
+    import softmetal
+
+    softmetal.check(SHADERS / f"{stem}.metal")
+
+
 @pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != "quantize"])
 def test_function_constants(stem):
     constants = library(stem).declared["function_constants"]
     found = {slot_name(x["name"]): x["index"] for x in constants}
     assert found == enum("FunctionConstant")
     assert {x["type"] for x in constants} == {"int", "bool"}
-
-
-class _Dispatched(Exception):
-    pass
 
 
 @pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != "quantize"])
