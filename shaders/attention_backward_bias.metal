@@ -54,19 +54,23 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
         const int first_key = sums_keys ? block_keys.begin / 8 * 8 : key_begin;
         for (int key0 = first_key; key0 < block_keys.end; key0 += Sizes::kTileRows) {
           threadgroup_barrier(mem_flags::mem_threadgroup);
-          load_tile<float, D, Sizes::kTileRows, kThreads>(keys, key0, block_keys.end, key_tile,
-                                                          scales, false, thread_index);
-          load_tile<float, D, Sizes::kTileRows, kThreads>(values, key0, block_keys.end, value_tile,
-                                                          scales, false, thread_index);
+          load_tile<float, D, false>(keys, key0, block_keys.end, key_tile, scales, thread_index);
+          load_tile<float, D, false>(values, key0, block_keys.end, value_tile, scales,
+                                     thread_index);
           threadgroup_barrier(mem_flags::mem_threadgroup);
           for (int t = 0; t < Sizes::kTileRows / 8; ++t) {
             const int first = key0 + 8 * t, own = first + place.column;
             if (first >= seen.end || first + 8 <= seen.begin) continue;
             const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
             if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
-            ScoreGradient scores[2];
-            rows.scores(p, rules, is_seen, key_tile, value_tile, 8 * t, own, scores);
-            sum[sums_keys ? 0 : t] += float2(scores[0].gradient, scores[1].gradient);
+            float2 products, probability_gradients;
+            rows.multiply(p, key_tile, value_tile, 8 * t, products, probability_gradients);
+            for (int i = 0; i < 2; ++i) {
+              const ScoreGradient score =
+                  score_gradient(p, rules, rows.statistics, own + i, is_seen[i], products[i],
+                                 probability_gradients[i]);
+              sum[sums_keys ? 0 : t][i] += score.gradient;
+            }
           }
         }
       }

@@ -18,6 +18,8 @@ kernel void attention_backward_key_value(
   threadgroup M gradient_tile[Sizes::kTileElements];
   threadgroup RowStatistics row_statistics[Sizes::kTileRows];
   threadgroup float scales[Sizes::kTileRows];
+  threadgroup bool queries_dirty[kThreads];
+  threadgroup bool gradients_dirty[kThreads];
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -29,19 +31,17 @@ kernel void attention_backward_key_value(
   const int key_row = first_key + place.row;
   Matrix<M> keys[D / 8], values[D / 8];
   Matrix<float> key_sum[D / 8], value_sum[D / 8];
-  {
-    const Rows key_rows = operands.key_rows(b, k), value_rows = operands.value_rows(b, k);
-    for (int d = 0; d < D / 8; ++d) {
-      float x[2] = {0.0f, 0.0f}, y[2] = {0.0f, 0.0f};
-      for (int i = 0; key_row < p.S && i < 2; ++i) {
-        const int column = 8 * d + place.column + i;
-        x[i] = key_rows.value(key_row, column);
-        y[i] = value_rows.value(key_row, column);
-      }
-      keys[d] = matrix_of<M>(x[0], x[1]);
-      values[d] = matrix_of<M>(y[0], y[1]);
-      key_sum[d] = value_sum[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  const Rows key_rows = operands.key_rows(b, k), value_rows = operands.value_rows(b, k);
+  for (int d = 0; d < D / 8; ++d) {
+    float x[2] = {0.0f, 0.0f}, y[2] = {0.0f, 0.0f};
+    for (int i = 0; key_row < p.S && i < 2; ++i) {
+      const int column = 8 * d + place.column + i;
+      x[i] = key_rows.value(key_row, column);
+      y[i] = value_rows.value(key_row, column);
     }
+    keys[d] = matrix_of<M>(x[0], x[1]);
+    values[d] = matrix_of<M>(y[0], y[1]);
+    key_sum[d] = value_sum[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
 
   for (int n = k * heads; n < (k + 1) * heads; ++n) {
@@ -54,15 +54,17 @@ kernel void attention_backward_key_value(
     const Range seen = visibility.rows_of_keys({first_key, min(first_key + 8, p.S)});
     for (int row0 = block_rows.begin / 8 * 8; row0 < block_rows.end; row0 += Sizes::kTileRows) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      load_tile<M, D, Sizes::kTileRows, kThreads>(queries, row0, block_rows.end, query_tile, scales,
-                                                  true, thread_index);
-      load_tile<M, D, Sizes::kTileRows, kThreads>(gradients, row0, block_rows.end, gradient_tile,
-                                                  scales, false, thread_index);
+      queries_dirty[thread_index] =
+          load_tile<M, D, true>(queries, row0, block_rows.end, query_tile, scales, thread_index);
+      gradients_dirty[thread_index] = load_tile<M, D, true>(
+          gradients, row0, block_rows.end, gradient_tile, scales, thread_index);
       if (thread_index < Sizes::kTileRows && row0 + thread_index < block_rows.end) {
         row_statistics[thread_index] =
             statistics[(Int64(b) * p.N + n) * p.T + row0 + thread_index];
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
+      const bool queries_are_dirty = any_dirty(queries_dirty, lane);
+      const bool gradients_are_dirty = any_dirty(gradients_dirty, lane);
       for (int t = 0; t < Sizes::kTileRows; t += 8) {
         const int first = row0 + t;
         if (first >= seen.end || first + 8 <= seen.begin) continue;
@@ -84,12 +86,19 @@ kernel void attention_backward_key_value(
             simdgroup_multiply_accumulate(gradient, values[d], right, gradient);
           }
         }
-        float probabilities[2] = {0.0f, 0.0f}, score_gradients[2] = {0.0f, 0.0f};
+        float probabilities[2], score_gradients[2];
         for (int i = 0; i < 2; ++i) {
-          if (!is_seen[i]) continue;
-          const ScoreGradient score = score_gradient(
-              p, rules[i], row_statistics[t + place.column + i], key_row,
-              product.thread_elements()[i], gradient.thread_elements()[i]);
+          const int row = first + place.column + i;
+          float x = product.thread_elements()[i], y = gradient.thread_elements()[i];
+          if (queries_are_dirty && is_seen[i]) {
+            x = product_of_rows(key_rows, key_row, queries, row, x);
+          }
+          if (gradients_are_dirty && is_seen[i]) {
+            y = product_of_rows(value_rows, key_row, gradients, row, y);
+          }
+          const ScoreGradient score =
+              score_gradient(p, rules[i], row_statistics[t + place.column + i], key_row, is_seen[i],
+                             x, y);
           probabilities[i] = score.probability;
           score_gradients[i] = score.gradient;
         }
@@ -106,6 +115,9 @@ kernel void attention_backward_key_value(
             simdgroup_load(right, query_tile + at, Sizes::kStride, ulong2(0), false);
             simdgroup_multiply_accumulate(key_sum[d], left_gradient, right, key_sum[d]);
           }
+        }
+        if (gradients_are_dirty) {
+          add_nonfinite<D>(gradients, first, p.T, probabilities, value_sum, lane);
         }
       }
     }

@@ -15,11 +15,13 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   threadgroup M key_tile[Sizes::kTileElements];
   threadgroup M value_tile[Sizes::kTileElements];
   threadgroup float scales[Sizes::kTileRows];
+  threadgroup bool is_dirty[kThreads];
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
   const int n = group.y, b = group.z, k = n / (p.N / p.K);
+  const Rows queries = operands.query_rows(b, n);
   const Rows keys = operands.key_rows(b, k), values = operands.value_rows(b, k);
   const HeadRules head_rules(operands, b, n);
   const Visibility visibility = head_rules.visibility;
@@ -41,20 +43,29 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
 
   for (int key0 = block_keys.begin / 8 * 8; key0 < block_keys.end; key0 += Sizes::kTileRows) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_tile<M, D, Sizes::kTileRows, kThreads>(keys, key0, block_keys.end, key_tile, scales, false,
-                                                thread_index);
-    load_tile<M, D, Sizes::kTileRows, kThreads>(values, key0, block_keys.end, value_tile, scales,
-                                                false, thread_index);
+    is_dirty[thread_index] =
+        load_tile<M, D, true>(keys, key0, block_keys.end, key_tile, scales, thread_index);
+    load_tile<M, D, false>(values, key0, block_keys.end, value_tile, scales, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    const bool keys_are_dirty = any_dirty(is_dirty, lane);
     for (int t = 0; t < Sizes::kTileRows; t += 8) {
       const int first = key0 + t, own = first + place.column;
       if (first >= seen.end || first + 8 <= seen.begin) continue;
       const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
       if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
-      ScoreGradient scores[2];
-      rows.scores(p, rules, is_seen, key_tile, value_tile, t, own, scores);
-      gradient_sum += scores[0].gradient + scores[1].gradient;
-      const Matrix<M> left = matrix_of<M>(scores[0].gradient, scores[1].gradient);
+      float2 products, probability_gradients;
+      rows.multiply(p, key_tile, value_tile, t, products, probability_gradients);
+      float gradients[2];
+      for (int i = 0; i < 2; ++i) {
+        if (keys_are_dirty && is_seen[i]) {
+          products[i] = product_of_rows(queries, row, keys, own + i, products[i]);
+        }
+        gradients[i] = score_gradient(p, rules, rows.statistics, own + i, is_seen[i], products[i],
+                                      probability_gradients[i])
+                           .gradient;
+        gradient_sum += gradients[i];
+      }
+      const Matrix<M> left = matrix_of<M>(gradients[0], gradients[1]);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
         Matrix<M> right;
@@ -69,7 +80,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   if (row >= p.T) return;
   // The mean's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
   const bool adds_mean =
-      is_code(keys.type) && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
+      keys.has_mean() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
   const Int64 index = ((Int64(b) * p.T + row) * p.N + n) * p.H;
   for (int d = 0; 8 * d < p.H; ++d) {
     for (int i = 0; i < 2; ++i) {

@@ -20,6 +20,7 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
   threadgroup M value_tile[Sizes::kTileElements];
   threadgroup float key_scales[Sizes::kTileRows];
   threadgroup float value_scales[Sizes::kTileRows];
+  threadgroup bool is_dirty[kThreads];
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -41,16 +42,14 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
       split_keys);
   for (int key0 = seen.begin / 8 * 8; key0 < seen.end; key0 += Sizes::kTileRows) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_tile<M, D, Sizes::kTileRows, kThreads>(keys, key0, seen.end, key_tile, key_scales, false,
-                                                thread_index);
-    load_tile<M, D, Sizes::kTileRows, kThreads>(values, key0, seen.end, value_tile, value_scales,
-                                                false, thread_index);
+    load_tile<M, D, false>(keys, key0, seen.end, key_tile, key_scales, thread_index);
+    is_dirty[thread_index] =
+        load_tile<M, D, true>(values, key0, seen.end, value_tile, value_scales, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int first = key0 + kShare * simdgroup;
     const int last = min(first + kShare, key0 + Sizes::kTileRows);
     softmax.attend(p, rules, intersect(seen, {first, last}), key0, key_tile, value_tile, key_scales,
-                   value_scales, has_exact_codes<M>(values.type), has_exact_codes<M>(keys.type),
-                   lane);
+                   value_scales, keys, values, any_dirty(is_dirty, lane), lane);
   }
 
   const float sum = row_sum(softmax.sum);
@@ -105,7 +104,7 @@ kernel void attention_decode_combine(JAX_GLUON_OPERANDS,
       const float weight = exp2(partial[at].maximum - subtracted);
       if (weight != 0.0f) x += weight * partial_out[at * p.V + column];
     }
-    x = is_empty ? 0.0f : x / sum + (is_code(values.type) ? values.mean_at(column) : 0.0f);
+    x = is_empty ? 0.0f : x / sum + values.mean_at(column);
     store_float(out, p.out_type, index * p.V + column, x);
   }
   if (thread_index == 0) {

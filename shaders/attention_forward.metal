@@ -15,6 +15,7 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
   threadgroup M value_tile[Sizes::kTileElements];
   threadgroup float key_scales[Sizes::kTileRows];
   threadgroup float value_scales[Sizes::kTileRows];
+  threadgroup bool is_dirty[kThreads];
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -34,13 +35,12 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
 
   for (int key0 = block_keys.begin / 8 * 8; key0 < block_keys.end; key0 += Sizes::kTileRows) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_tile<M, D, Sizes::kTileRows, kThreads>(keys, key0, block_keys.end, key_tile, key_scales,
-                                                false, thread_index);
-    load_tile<M, D, Sizes::kTileRows, kThreads>(values, key0, block_keys.end, value_tile,
-                                                value_scales, false, thread_index);
+    load_tile<M, D, false>(keys, key0, block_keys.end, key_tile, key_scales, thread_index);
+    is_dirty[thread_index] =
+        load_tile<M, D, true>(values, key0, block_keys.end, value_tile, value_scales, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     softmax.attend(p, rules, seen, key0, key_tile, value_tile, key_scales, value_scales,
-                   has_exact_codes<M>(values.type), has_exact_codes<M>(keys.type), lane);
+                   keys, values, any_dirty(is_dirty, lane), lane);
   }
 
   const float total = row_sum(softmax.sum);
@@ -53,7 +53,7 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * d + place.column + i;
       if (column >= p.V) continue;
-      const float mean = is_code(values.type) && !is_empty ? values.mean_at(column) : 0.0f;
+      const float mean = !is_empty ? values.mean_at(column) : 0.0f;
       store_float(out, p.out_type, index * p.V + column, x[i] + mean);
     }
   }

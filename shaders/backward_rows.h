@@ -38,6 +38,7 @@ inline Rows out_gradient_rows(thread const Operands& operands, thread const Cota
   rows.offset = operands.query_offset;
   rows.mean = operands.query_mean;
   rows.quantization = p.query_quantization;
+  rows.adds_mean = false;
   rows.columns = p.V;
   rows.stride = Int64(p.N) * p.V;
   return rows;
@@ -49,10 +50,11 @@ struct ScoreGradient {
   float gradient;
 };
 
-// `product` is q k^T, `probability_gradient` dO v^T.
-inline ScoreGradient score_gradient(thread const AttentionParameters& p, thread const RowRules& rules,
-                                    RowStatistics row, int key, float product,
-                                    float probability_gradient) {
+// `product` is q k^T, `probability_gradient` dO v^T; 0 where the row does not see the key.
+inline ScoreGradient score_gradient(thread const AttentionParameters& p,
+                                    thread const RowRules& rules, RowStatistics row, int key,
+                                    bool is_seen, float product, float probability_gradient) {
+  if (!is_seen) return {0.0f, 0.0f};
   float x = product * (p.scale * kLog2E) + row.centre;
   float slope;
   x = rules.logit(p, x, key, slope);
@@ -90,14 +92,12 @@ struct BackwardRows {
         const int column = 8 * d + place.column + i;
         if (column < p.H) {
           q[i] = rows.value(token, column);
-          if (is_code(rows.type)) q[i] += rows.mean_at(column);
-          if (is_code(keys.type)) centre += q[i] * keys.mean_at(column);
+          if (keys.has_mean()) centre += q[i] * keys.mean_at(column);
         }
         if (column < p.V) {
           g[i] = gradients.value(token, column);
-          float x = load_float(out_rows, p.out_type, token * gradients.stride + column);
-          if (is_code(values.type)) x -= values.mean_at(column);
-          delta += g[i] * x;
+          const float x = load_float(out_rows, p.out_type, token * gradients.stride + column);
+          delta += g[i] * (x - values.mean_at(column));
         }
       }
       query[d] = matrix_of<M>(q[0], q[1]);
@@ -122,11 +122,10 @@ struct BackwardRows {
     }
   }
 
-  // P and dS of the lane's two elements of a matrix, whose keys start at tile row `t`; its own keys
-  // are `own` and the next.
-  void scores(thread const AttentionParameters& p, thread const RowRules& rules, bool2 is_seen,
-              threadgroup const M* key_tile, threadgroup const M* value_tile, int t, int own,
-              thread ScoreGradient* result) thread {
+  // q k^T and dO v^T of the lane's two elements of a matrix, whose keys start at tile row `t`.
+  void multiply(thread const AttentionParameters& p, threadgroup const M* key_tile,
+                threadgroup const M* value_tile, int t, thread float2& products,
+                thread float2& probability_gradients) thread {
     constexpr int kStride = BlockSizes<M, D>::kStride;
     Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
@@ -141,12 +140,7 @@ struct BackwardRows {
         simdgroup_multiply_accumulate(gradient, out_gradient[d], right, gradient);
       }
     }
-    for (int i = 0; i < 2; ++i) {
-      result[i] = {0.0f, 0.0f};
-      if (is_seen[i]) {
-        result[i] = score_gradient(p, rules, statistics, own + i, product.thread_elements()[i],
-                                   gradient.thread_elements()[i]);
-      }
-    }
+    products = float2(product.thread_elements()[0], product.thread_elements()[1]);
+    probability_gradients = float2(gradient.thread_elements()[0], gradient.thread_elements()[1]);
   }
 };

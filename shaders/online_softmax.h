@@ -26,7 +26,7 @@ struct OnlineSoftmax {
     const bool is_inside = token < end;
     const bool is_exact = has_exact_codes<M>(rows.type);
     float dot = 0.0f;
-    const bool is_centred = is_code(keys.type) && keys.quantization.has_mean != 0;
+    const bool is_centred = keys.has_mean();
     for (int d = 0; d < D / 8; ++d) {
       float x[2] = {0.0f, 0.0f};
       for (int i = 0; is_inside && i < 2; ++i) {
@@ -37,7 +37,6 @@ struct OnlineSoftmax {
                  rows.code_offset_at(token, 0);
         } else {
           x[i] = rows.value(token, h);
-          if (is_code(rows.type)) x[i] += rows.mean_at(h);
         }
         if (is_centred) dot += x[i] * keys.mean_at(h);
       }
@@ -53,12 +52,16 @@ struct OnlineSoftmax {
   }
 
   // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
-  // that have one of `seen`, the keys that any of the eight rows sees.
+  // that have one of `seen`, the keys that any of the eight rows sees. `is_dirty`: the tile of values
+  // has zeros for what is not finite.
   void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen, int key0,
               threadgroup const M* key_tile, threadgroup const M* value_tile,
               threadgroup const float* key_scales, threadgroup const float* value_scales,
-              bool value_is_exact, bool key_is_exact, ushort lane) thread {
+              thread const Rows& keys, thread const Rows& values, bool is_dirty,
+              ushort lane) thread {
     const Place place(lane);
+    const bool key_is_exact = has_exact_codes<M>(keys.type);
+    const bool value_is_exact = has_exact_codes<M>(values.type);
     const bool adds_centre = centre != 0.0f && needs_whole_logits(p);
     float2 logits[kTileRows / 8];
     uint used = 0;
@@ -73,9 +76,9 @@ struct OnlineSoftmax {
       Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
-        Matrix<M> keys;
-        simdgroup_load(keys, key_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
-        simdgroup_multiply_accumulate(product, query[d], keys, product);
+        Matrix<M> right;
+        simdgroup_load(right, key_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_multiply_accumulate(product, query[d], right, product);
       }
       for (int i = 0; i < 2; ++i) {
         float x = -INFINITY;
@@ -125,9 +128,12 @@ struct OnlineSoftmax {
       const Matrix<M> left = matrix_of<M>(probability[0], probability[1]);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.V) continue;
-        Matrix<M> values;
-        simdgroup_load(values, value_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
-        simdgroup_multiply_accumulate(out[d], left, values, out[d]);
+        Matrix<M> right;
+        simdgroup_load(right, value_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
+        simdgroup_multiply_accumulate(out[d], left, right, out[d]);
+      }
+      if (is_dirty) {
+        add_nonfinite<D>(values, key0 + 8 * t, p.S, probability, out, lane);
       }
     }
   }

@@ -120,7 +120,8 @@ struct Rows {
   QuantizationParameters quantization;
   int type;
   int columns;
-  Int64 stride;  // from token to token
+  Int64 stride;    // from token to token
+  bool adds_mean;  // to the elements, where centring took one from them
 
   int token_block(int token) const thread {
     const int size = quantization.token_block;
@@ -155,15 +156,17 @@ struct Rows {
     return size == 0 ? 0 : size == 1 ? column : column / size;
   }
 
-  // What an element stands for, without the mean.
+  // What an element stands for.
   float value(int token, int column) const thread {
     if (column >= columns) return 0.0f;
     const float x = load_element(data, type, token * stride, column);
     if (!is_code(type)) return x;
     const float s = scale_at(token, column_block(column));
-    return x * s + offset_at(token, column_block(column), s);
+    const float centred = x * s + offset_at(token, column_block(column), s);
+    return adds_mean ? centred + mean_at(column) : centred;
   }
+  bool has_mean() const thread { return is_code(type) && quantization.has_mean != 0; }
   float mean_at(int column) const thread {
-    return quantization.has_mean != 0 && column < columns ? mean[column] : 0.0f;
+    return has_mean() && column < columns ? mean[column] : 0.0f;
   }
 };

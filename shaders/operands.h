@@ -60,10 +60,13 @@ struct Operands {
     return batch_offsets[Int64(table) * parameters->B + b];
   }
 
+  // Of the three, the query alone comes with its mean.
   Rows query_rows(int b, int n) const thread {
     thread const AttentionParameters& p = *parameters;
-    return head(query, query_scale, query_offset, query_mean, p.query_quantization, query_type,
-                p.H, p.query, b, n, kQueryBatch, kQueryScaleBatch);
+    Rows rows = head(query, query_scale, query_offset, query_mean, p.query_quantization, query_type,
+                     p.H, p.query, b, n, kQueryBatch, kQueryScaleBatch);
+    rows.adds_mean = true;
+    return rows;
   }
   Rows key_rows(int b, int k) const thread {
     thread const AttentionParameters& p = *parameters;
@@ -89,6 +92,7 @@ struct Operands {
     rows.type = type;
     rows.columns = columns;
     rows.stride = strides.token;
+    rows.adds_mean = false;
     if (is_code(type)) {
       const int size = quantization.is_bfloat16 != 0 ? 2 : 4;
       rows.scale =

@@ -48,12 +48,14 @@ constexpr bool has_exact_codes(int type) {
 }
 
 // Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and past
-// the columns; the mean is added where asked for. Of exact codes, `scales` takes those of the rows, or 1 where they
-// differ along a row.
-template <typename M, int D, int kRows, int kGroupThreads>
-inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
-                      threadgroup float* scales, bool adds_mean, ushort thread_index) {
-  constexpr int kChunks = D / 8, kStep = kGroupThreads / kChunks;
+// the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along a row.
+// A tile whose rows are summed takes zeros for what is not finite, since it would meet the zeros of
+// hidden pairs there; returns whether this thread has found any.
+template <typename M, int D, bool kIsSummed>
+inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
+                      threadgroup float* scales, ushort thread_index) {
+  constexpr int kRows = BlockSizes<M, D>::kTileRows;
+  constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
   static_assert(kRows % kStep == 0, "all threads take part in each step");
   const ushort chunk = thread_index % kChunks;
   const int column = 8 * chunk;
@@ -61,6 +63,7 @@ inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M
   const ushort leader = (thread_index & 31) - chunk;
   const int head_block = rows.quantization.head_block;
   const bool is_exact = has_exact_codes<M>(rows.type);
+  bool is_dirty = false;
   for (int r = thread_index / kChunks; r < kRows; r += kStep) {
     const int token = first + r;
     const bool is_inside = token < end;
@@ -102,10 +105,56 @@ inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M
         }
       }
     }
-    if (adds_mean && is_code(rows.type) && is_inside) {
+    if (rows.adds_mean && rows.has_mean() && is_inside) {
       for (int i = 0; i < 8; ++i) x[i] += rows.mean_at(column + i);
     }
     threadgroup M* out = tile + r * BlockSizes<M, D>::kStride + column;
-    for (int i = 0; i < 8; ++i) out[i] = M(x[i]);
+    for (int i = 0; i < 8; ++i) {
+      const bool is_bad = kIsSummed && !isfinite(x[i]);
+      is_dirty |= is_bad;
+      out[i] = M(is_bad ? 0.0f : x[i]);
+    }
+  }
+  return is_dirty;
+}
+
+// Whether any thread has found something in a tile.
+inline bool any_dirty(threadgroup const bool* is_dirty, ushort lane) {
+  bool any = false;
+  for (int i = 0; i < kSimdgroups; ++i) any |= is_dirty[lane + 32 * i];
+  return simd_any(any);
+}
+
+// The product of two rows where the second has something that is not finite, else `product`.
+inline float product_of_rows(thread const Rows& left, int left_token, thread const Rows& right,
+                             int right_token, float product) {
+  float sum = 0.0f;
+  bool is_bad = false;
+  for (int h = 0; h < left.columns; ++h) {
+    const float x = right.value(right_token, h);
+    is_bad |= !isfinite(x);
+    sum += left.value(left_token, h) * x;
+  }
+  return is_bad ? sum : product;
+}
+
+// Adds to sums of eight rows what a tile's zeros stand for: elements of `rows` that are not finite,
+// weighted by the lane's two weights of a matrix whose columns are tokens `first` and the following,
+// up to `end`.
+template <int D>
+inline void add_nonfinite(thread const Rows& rows, int first, int end, thread const float* weights,
+                          thread Matrix<float>* sums, ushort lane) {
+  const Place place(lane);
+  for (ushort k = 0; k < 8; ++k) {
+    // The lane that has column k of this lane's row.
+    const ushort source = ((place.row & 4) | (k & 4) >> 1) * 4 + (place.row & 3) * 2 + (k >> 1 & 1);
+    const float weight = simd_shuffle(weights[k & 1], source);
+    if (weight == 0.0f || first + k >= end) continue;
+    for (int d = 0; d < D / 8; ++d) {
+      for (int i = 0; i < 2; ++i) {
+        const float x = rows.value(first + k, 8 * d + place.column + i);
+        if (!isfinite(x)) sums[d].thread_elements()[i] += weight * x;
+      }
+    }
   }
 }

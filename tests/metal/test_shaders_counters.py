@@ -55,10 +55,15 @@ def tiles(problem, matrix, by_keys=False):
     return total
 
 
+def check_near(found, least):
+    """Little besides the products of matrices: what softmax multiplies and adds."""
+    assert least <= found <= 1.05 * least
+
+
 def check_products(problem, d_out, with_backward):
     H, V = (blocks(n, 8) * 8 for n in (problem.H, problem.V))
     found = forward(problem, **COUNT)
-    assert found.counters.multiply_accumulates == matrices(problem) * 64 * (H + V)
+    check_near(found.counters.multiply_accumulates, matrices(problem) * 64 * (H + V))
     assert found.counters.threadgroup_barriers == 2 * tiles(problem, matrix_type(problem))
     if not with_backward:
         return
@@ -67,7 +72,7 @@ def check_products(problem, d_out, with_backward):
         (gradients.query_counters, 2 * H + V, False),
         (gradients.key_value_counters, 2 * H + 2 * V, True),
     ):
-        assert counters.multiply_accumulates == matrices(problem) * 64 * products
+        check_near(counters.multiply_accumulates, matrices(problem) * 64 * products)
         matrix = "half" if matrix_type(problem) == "half" else "float"
         assert counters.threadgroup_barriers == 2 * tiles(problem, matrix, by_keys)
 
