@@ -70,6 +70,17 @@ BUGS = [
         "argument 'out' of a kernel has no attribute and no address space",
     ),
     Bug(
+        "threadgroup argument that is a buffer",
+        "kernel void f(device float* out [[buffer(0)]],\n"
+        "threadgroup float* t [[buffer(1)]]) { // HERE\nout[0] = t[0];\n}",
+        "argument 't' of a kernel has an attribute of another address space",
+    ),
+    Bug(
+        "device argument that is threadgroup memory",
+        "kernel void f(\ndevice float* out [[threadgroup(0)]]) { // HERE\nout[0] = 1;\n}",
+        "argument 'out' of a kernel has an attribute of another address space",
+    ),
+    Bug(
         "device memory for an unqualified reference",
         f"void add(float& x) {{ x += 1; }}\n{OUT}) {{\nadd(out[0]); // HERE\n}}",
         REFERENCE.format("device"),
