@@ -458,7 +458,7 @@ class Rewriter : private Syntax {
     const bool threadgroup = out.address_space == "kThreadgroup";
     out.kind = threadgroup ? "kThreadgroup" : "kBuffer";
     if (find(all, threadgroup ? "buffer" : "threadgroup")) {
-      error(begin,
+      error(next(begin - 1),
             "argument '" + out.name + "' of a kernel has an attribute of another address space");
     }
     std::string* counter = threadgroup ? next_threadgroup : next_buffer;
