@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
 CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/*/*.cc plugin/*/*.h)
-FORMATTED := $(CXX_FILES) $(wildcard plugin/softmetal/*/*.cc plugin/softmetal/*/*.h tests/*/*.cc tests/*/*.h)
+FORMATTED := $(CXX_FILES) $(foreach depth,plugin/softmetal/* plugin/softmetal/include/* tests/* \
+  tests/softmetal/*,$(wildcard $(depth)/*.cc $(depth)/*.h $(depth)/*.mm))
 PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/softmetal/python)
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \

@@ -138,6 +138,9 @@ void* softmetal_threadgroup_variable(const void* id, const char* name, uint32_t 
 // and products): folds `operation` into this lane's history, which the next rendezvous compares.
 void softmetal_simd_uniform(const char* operation);
 
+// Whether this is memory of the running threadgroup.
+bool softmetal_is_threadgroup_memory(const void* address);
+
 // Abandons the dispatch with a message; never returns.
 [[noreturn]] void softmetal_fail(const char* message);
 

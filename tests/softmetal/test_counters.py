@@ -39,6 +39,10 @@ kernel void simdgroups(device const float* a [[buffer(0)]], device const float* 
   simdgroup_store(sum, c + tile.y * 8 * width + tile.x * 8, width);
 }
 
+kernel void twice(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  x[i] *= 2;
+}
+
 kernel void exponentials(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
   x[i] = exp(x[i]) + exp2(x[i]) + fast::exp2(x[i]);
 }
@@ -109,6 +113,11 @@ def test_nothing_is_counted_without_instrumentation():
     x = np.zeros(32, np.float32)
     counters = softmetal.Library(SOURCE).kernel("exponentials")(grid=1, threads=32, buffers=[x])
     assert (counters.exp2, counters.device_bytes_read, counters.threads) == (0, 0, 32)
+
+
+def test_read_before_a_write_of_the_same_place(library):
+    counters = library.kernel("twice")(grid=2, threads=3, buffers=[np.ones(6, np.float32)])
+    assert counters.device_bytes_read == counters.device_bytes_written == 6 * 4
 
 
 # Of one thread: expressions, and multiply-accumulates by hand.

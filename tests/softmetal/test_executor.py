@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -248,6 +249,13 @@ def test_other_faults_stay_what_they_are(handler):
     softmetal.Library(text).kernel("f")(grid=1, threads=1, buffers=[numpy.zeros(1, "f4")])
     ctypes.string_at(0)
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    import softmetal
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(softmetal.__file__)},
+    )
     assert done.returncode == -signal.SIGSEGV, done.stderr
     assert ("Fatal Python error: Segmentation fault" in done.stderr) == bool(handler)

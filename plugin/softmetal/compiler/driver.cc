@@ -148,7 +148,9 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
       // Loads and stores call the executor; see executor/access_callbacks.cc.
       out.insert(out.end(),
                  {"-g0", "-DSOFTMETAL_COUNT=1", "-Xclang", "-fsanitize=thread", "-mllvm",
-                  "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0"});
+                  "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
+                  // Else a read is left out where a write of the same place follows.
+                  "-mllvm", "-tsan-instrument-read-before-write=1"});
       break;
     case Instrumentation::kAddress:
       out.insert(out.end(), {"-g1", "-fsanitize=address", "-shared-libsan"});

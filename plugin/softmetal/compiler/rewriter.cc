@@ -284,9 +284,11 @@ class Rewriter : private Syntax {
           if (close == kNone) return false;
           after = next(close);
         }
+        const Index name_end = after;
+        while (at(after, "[") && partner_[after] != kNone) after = next(partner_[after]);
         if (at(after, "(") || at(after, ";")) {
           *first = i;
-          *last = at(stop, "<") ? after : stop;
+          *last = at(stop, "<") ? name_end : stop;
           *open = after;
           return true;
         }

@@ -1,4 +1,5 @@
-// The compiler and the executor for callers that load this library at run time: Python's ctypes.
+#include "softmetal/c_api.h"
+
 #include <algorithm>
 #include <cstring>
 #include <sstream>
@@ -28,50 +29,40 @@ std::vector<std::string> lines(const char* text) {
   return out;
 }
 
-softmetal::CompileOptions options_of(const char* name, const char* macros, const char* folders) {
+softmetal::CompileOptions options_of(const softmetal_compile_request& request) {
   softmetal::CompileOptions options;
-  options.source_name = name;
-  for (const std::string& line : lines(macros)) {
+  if (request.name) options.source_name = request.name;
+  if (request.output) options.output = request.output;
+  if (request.target) options.target = request.target;
+  options.fast_math = request.safe_math == 0;
+  for (const std::string& line : lines(request.macros)) {
     const size_t equals = line.find('=');
     const std::string value = equals == std::string::npos ? "1" : line.substr(equals + 1);
     options.macros.emplace_back(line.substr(0, equals), value);
   }
-  options.include_directories = lines(folders);
+  options.include_directories = lines(request.include_directories);
   return options;
 }
 
 }  // namespace
 
-// `macros`: lines NAME=VALUE; `folders`: one a line. Returns 0 and the image's path, or 1 and the
-// diagnostics, in `text`.
-SOFTMETAL_EXPORT int softmetal_compile(const char* source, const char* name, const char* macros,
-                                       const char* folders, int instrumentation, char* text,
+SOFTMETAL_EXPORT int softmetal_compile(const softmetal_compile_request* request, char* text,
                                        size_t capacity) {
-  softmetal::CompileOptions options = options_of(name, macros, folders);
-  options.instrumentation = static_cast<softmetal::Instrumentation>(instrumentation);
-  const softmetal::CompileResult result = softmetal::compile(source, options);
+  softmetal::CompileOptions options = options_of(*request);
+  options.instrumentation = static_cast<softmetal::Instrumentation>(request->instrumentation);
+  const softmetal::CompileResult result = softmetal::compile(request->source, options);
   put(text, capacity, result.ok ? result.image_path : result.diagnostics);
   return result.ok ? 0 : 1;
 }
 
-// Returns 0, or 1 and the diagnostics.
-SOFTMETAL_EXPORT int softmetal_check(const char* source, const char* name, const char* macros,
-                                     const char* folders, char* text, size_t capacity) {
+SOFTMETAL_EXPORT int softmetal_check(const softmetal_compile_request* request, char* text,
+                                     size_t capacity) {
   const softmetal::CheckResult result =
-      softmetal::strict_check(source, options_of(name, macros, folders));
+      softmetal::strict_check(request->source, options_of(*request));
   put(text, capacity, result.diagnostics);
   return result.ok ? 0 : 1;
 }
 
-// One function constant: by name where it has one.
-struct softmetal_constant {
-  const char* name;
-  uint32_t index;
-  uint32_t size;
-  const void* value;
-};
-
-// Null and a message in `text` where it fails.
 SOFTMETAL_EXPORT void* softmetal_image_open(const char* path, const softmetal_constant* constants,
                                             uint32_t count, char* text, size_t capacity) {
   std::vector<softmetal::FunctionConstantValue> values;
@@ -97,8 +88,6 @@ SOFTMETAL_EXPORT void softmetal_image_close(void* image) {
   delete static_cast<std::shared_ptr<softmetal::Image>*>(image);
 }
 
-// What the image declares, as JSON: kernels with their arguments, function constants. Returns the
-// length needed, with the terminator.
 SOFTMETAL_EXPORT size_t softmetal_image_json(void* image, char* text, size_t capacity) {
   const softmetal::Image& from = **static_cast<std::shared_ptr<softmetal::Image>*>(image);
   const auto quoted = [](const char* x) {
@@ -147,21 +136,6 @@ SOFTMETAL_EXPORT size_t softmetal_image_json(void* image, char* text, size_t cap
   return out.size() + 1;
 }
 
-struct softmetal_dispatch_request {
-  const char* kernel;
-  void* const* buffers;         // [31], null: not bound
-  const uint64_t* lengths;      // [31]
-  const uint32_t* threadgroup;  // [31], bytes
-  uint32_t grid[3];
-  uint32_t threads_per_threadgroup[3];
-  uint32_t grid_in_threads;
-  uint32_t workers;
-  uint64_t seed;
-  double time_limit;
-};
-
-// 0, or 1 and a message in `text`, 2 where the time limit was passed. `counters` has the fields of
-// softmetal::Counters.
 SOFTMETAL_EXPORT int softmetal_dispatch(void* image, const softmetal_dispatch_request* request,
                                         softmetal::Counters* counters, char* text,
                                         size_t capacity) {

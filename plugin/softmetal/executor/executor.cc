@@ -36,9 +36,7 @@ std::string check(const Dispatch& dispatch) {
       if (argument.index >= kThreadgroupSlots) {
         return which + "has threadgroup index " + number(argument.index) + "; allowed: 0 to 30";
       }
-      if (dispatch.threadgroup_bytes[argument.index] == 0) {
-        return which + "[[threadgroup(" + number(argument.index) + ")]] has no length";
-      }
+      // One without a length may be one that the kernel does not use.
     }
     if (argument.kind != ArgumentKind::kBuffer) continue;
     if (argument.index >= kBufferSlots) {

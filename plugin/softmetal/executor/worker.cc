@@ -220,14 +220,16 @@ void Worker::finish() {
   --group.live;
   --live_;
   if (group.arrived != 0 && group.arrived == group.live) {
-    fail(std::string(shown(group.operation)) + " is not reached by all threads of simdgroup " +
+    note(std::string(shown(group.operation)) + " is not reached by all threads of simdgroup " +
          std::to_string(lane_->thread.simdgroup_index_in_threadgroup) + ": " +
          std::to_string(group.arrived) + " wait in it, " + std::to_string(group.size - group.live) +
          " have returned");
+    abandon();
   }
   if (at_barrier_ != 0 && at_barrier_ == live_) {
-    fail("threadgroup_barrier is not reached by all threads: " + std::to_string(at_barrier_) +
+    note("threadgroup_barrier is not reached by all threads: " + std::to_string(at_barrier_) +
          " wait at it, " + std::to_string(threads_ - live_) + " have returned");
+    abandon();
   }
   switch_to(next());
 }
@@ -272,9 +274,10 @@ void Worker::block(State state) {
     ++in_simdgroup;
     operation = simdgroups_[i / kSimdgroupWidth].operation;
   }
-  fail("deadlock: " + std::to_string(at_barrier) + " threads wait at threadgroup_barrier, " +
+  note("deadlock: " + std::to_string(at_barrier) + " threads wait at threadgroup_barrier, " +
        std::to_string(in_simdgroup) + " in " + shown(operation) + ", " + std::to_string(returned) +
        " have returned");
+  abandon();
 }
 
 // To another fiber, or null: to the host.
@@ -304,11 +307,13 @@ void Worker::switch_to(Lane* to) {
 
 void Worker::check_limits() {
   if (dispatch_.cancelled && dispatch_.cancelled->load(std::memory_order_relaxed)) {
-    fail("cancelled");
+    note("cancelled");
+    abandon();
   }
   if (dispatch_.time_limit > 0 && std::chrono::steady_clock::now() > deadline_) {
     timed_out_ = true;
-    fail("time limit of " + std::to_string(dispatch_.time_limit) + " s exceeded");
+    note("time limit of " + std::to_string(dispatch_.time_limit) + " s exceeded");
+    abandon();
   }
 }
 
@@ -322,10 +327,13 @@ std::string Worker::where() const {
          three(t.thread_position_in_threadgroup);
 }
 
-// Back to the host; the fibers of the threadgroup are not resumed.
-void Worker::fail(const std::string& what) {
-  failed_ = true;
+void Worker::note(const std::string& what) {
   message_ = std::string(dispatch_.kernel->name) + ": " + what + " (" + where() + ")";
+}
+
+// Back to the host; the fibers of the threadgroup are not resumed.
+void Worker::abandon() {
+  failed_ = true;
   lane_->state = State::kDone;
   switch_to(nullptr);
   std::abort();
@@ -337,13 +345,33 @@ void Worker::fault(int signal, const void* address) {
                 static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(address)));
   const auto* byte = static_cast<const char*>(address);
   if (signal == SIGSEGV && byte < lane_->stack && byte >= lane_->stack - kGuardBytes) {
-    fail("stack overflow: a thread has " + std::to_string(kStackBytes) + " bytes");
+    note("stack overflow: a thread has " + std::to_string(kStackBytes) + " bytes");
   } else if (signal == SIGFPE) {
-    fail("integer division by zero, or of the smallest integer by -1");
+    note("integer division by zero, or of the smallest integer by -1");
   } else if (signal == SIGILL) {
-    fail("what the kernel does is undefined, at " + std::string(text));
+    note("what the kernel does is undefined, at " + std::string(text));
+  } else if (const Argument* argument = argument_without_length();
+             argument && reinterpret_cast<uintptr_t>(address) < kThreadgroupMemoryLimit) {
+    note("argument " + std::string(argument->name) + " [[threadgroup(" +
+         std::to_string(argument->index) + ")]] has no length");
+  } else {
+    note("invalid access of memory at " + std::string(text));
   }
-  fail("invalid access of memory at " + std::string(text));
+  abandon();
+}
+
+// Threadgroup memory that was given no length, which the kernel sees as null.
+const Argument* Worker::argument_without_length() const {
+  const Kernel& kernel = *dispatch_.kernel;
+  for (uint32_t i = 0; i < kernel.argument_count; ++i) {
+    const Argument& argument = kernel.arguments[i];
+    const bool is_enabled = !argument.is_enabled || argument.is_enabled();
+    if (is_enabled && argument.kind == ArgumentKind::kThreadgroup &&
+        dispatch_.threadgroup_bytes[argument.index] == 0) {
+      return &argument;
+    }
+  }
+  return nullptr;
 }
 
 void Worker::interrupt(uintptr_t program_counter) {
@@ -363,22 +391,25 @@ const unsigned char* Worker::exchange(const void* value, uint32_t size, const ch
     group.history = history;
     group.first = me;
   } else if (!same(group.operation, operation)) {
-    fail("lanes of simdgroup " + std::to_string(index) + " are in different operations: lane " +
+    note("lanes of simdgroup " + std::to_string(index) + " are in different operations: lane " +
          std::to_string(me) + " in " + shown(operation) + ", lane " + std::to_string(group.first) +
          " in " + shown(group.operation));
+    abandon();
   } else if (group.history != history) {
-    fail("before " + std::string(shown(operation)) + ", lane " + std::to_string(me) +
+    note("before " + std::string(shown(operation)) + ", lane " + std::to_string(me) +
          " of simdgroup " + std::to_string(index) +
          " went through other matrix operations than lane " + std::to_string(group.first));
+    abandon();
   }
   if (++group.arrived < group.live) {
     block(State::kInSimdgroup);
     return slots;
   }
   if (group.live != group.size) {
-    fail(std::string(shown(operation)) + " is reached by " + std::to_string(group.live) + " of " +
+    note(std::string(shown(operation)) + " is reached by " + std::to_string(group.live) + " of " +
          std::to_string(group.size) + " threads of simdgroup " + std::to_string(index) +
          "; the others have returned");
+    abandon();
   }
   group.arrived = 0;
   group.parity ^= 1;
@@ -407,15 +438,17 @@ void Worker::threadgroup_barrier(uint32_t flags) {
   if (orders) sanitizer::release(&barrier_ordering_);
   const Simdgroup& group = simdgroups_[lane_->thread.simdgroup_index_in_threadgroup];
   if (group.arrived != 0) {
-    fail("threadgroup_barrier reached while lane " + std::to_string(group.first) +
+    note("threadgroup_barrier reached while lane " + std::to_string(group.first) +
          " of the simdgroup is in " + shown(group.operation));
+    abandon();
   }
   if (++at_barrier_ < live_) {
     block(State::kAtBarrier);
   } else {
     if (live_ != threads_) {
-      fail("threadgroup_barrier is reached by " + std::to_string(live_) + " of " +
+      note("threadgroup_barrier is reached by " + std::to_string(live_) + " of " +
            std::to_string(threads_) + " threads; the others have returned");
+      abandon();
     }
     at_barrier_ = 0;
     ++counters_.threadgroup_barriers;
@@ -434,8 +467,9 @@ void* Worker::variable(const void* id, const char* name, uint32_t size, uint32_t
   }
   void* memory = allocate(size, alignment);
   if (!memory) {
-    fail("threadgroup memory exceeds 32768 bytes: " + std::to_string(threadgroup_bytes_) + " and " +
+    note("threadgroup memory exceeds 32768 bytes: " + std::to_string(threadgroup_bytes_) + " and " +
          std::to_string(size) + " for " + name);
+    abandon();
   }
   variables_.push_back({id, memory});
   return memory;
@@ -452,10 +486,14 @@ void Worker::count(Work work, uint64_t amount) {
   (work == Work::kExp2 ? counters_.exp2 : counters_.multiply_accumulates) += amount;
 }
 
+bool Worker::is_threadgroup_memory(const void* address) const {
+  const auto* byte = static_cast<const char*>(address);
+  return byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes;
+}
+
 void Worker::access(const void* address, uint64_t size, bool is_write) {
   if (!lane_) return;
-  const auto* byte = static_cast<const char*>(address);
-  if (byte >= arenas_.back() && byte < arenas_.back() + kArenaBytes) {
+  if (is_threadgroup_memory(address)) {
     (is_write ? counters_.threadgroup_bytes_written : counters_.threadgroup_bytes_read) += size;
   } else if (accesses_.mark(address, size, is_write)) {
     (is_write ? counters_.device_bytes_written : counters_.device_bytes_read) += size;
@@ -486,8 +524,12 @@ SOFTMETAL_EXPORT void* softmetal_threadgroup_variable(const void* id, const char
 SOFTMETAL_EXPORT void softmetal_simd_uniform(const char* operation) {
   softmetal::current_worker->uniform(operation);
 }
+SOFTMETAL_EXPORT bool softmetal_is_threadgroup_memory(const void* address) {
+  return softmetal::current_worker->is_threadgroup_memory(address);
+}
 SOFTMETAL_EXPORT void softmetal_fail(const char* message) {
-  softmetal::current_worker->fail(message);
+  softmetal::current_worker->note(message);
+  softmetal::current_worker->abandon();
 }
 SOFTMETAL_EXPORT void softmetal_count(softmetal::Work work, uint64_t amount) {
   softmetal::current_worker->count(work, amount);

@@ -38,7 +38,11 @@ class Worker {
   void threadgroup_barrier(uint32_t flags);
   void* variable(const void* id, const char* name, uint32_t size, uint32_t alignment);
   void uniform(const char* operation);
-  [[noreturn]] void fail(const std::string& what);
+  bool is_threadgroup_memory(const void* address) const;
+  // A failed check, in two steps: the stack of a fiber is left as it is, without destructors, so
+  // nothing may be alive on it that owns memory when the dispatch is abandoned.
+  void note(const std::string& what);
+  [[noreturn]] void abandon();
 
   // Called by a signal handler on the worker's thread, see executor/faults.h.
   bool runs_fiber() const { return lane_ != nullptr; }
@@ -89,6 +93,7 @@ class Worker {
   static void start();
 
   std::string where() const;
+  const Argument* argument_without_length() const;
 
   const Dispatch& dispatch_;
   const Launch& launch_;

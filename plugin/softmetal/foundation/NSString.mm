@@ -46,7 +46,7 @@ std::string to_utf8(const char16_t* text, size_t length) {
       bytes += static_cast<char>(point);
     } else {
       const int extra = point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
-      bytes += static_cast<char>((0xff << (6 - extra) & 0xff) | point >> (6 * extra));
+      bytes += static_cast<char>((0xff << (7 - extra) & 0xff) | point >> (6 * extra));
       for (int k = extra - 1; k >= 0; --k)
         bytes += static_cast<char>(0x80 | (point >> 6 * k & 0x3f));
     }

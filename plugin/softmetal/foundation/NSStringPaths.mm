@@ -44,6 +44,11 @@ size_t extension_dot(const std::string& component) {
     if (component.length) [components addObject:component];
   return components;
 }
++ (NSString*)pathWithComponents:(NSArray<NSString*>*)components {
+  NSString* path = @"";
+  for (NSString* component in components) path = [path stringByAppendingPathComponent:component];
+  return path;
+}
 - (NSString*)stringByDeletingLastPathComponent {
   const std::string text = without_trailing_slashes(to_string(self));
   const size_t slash = text.rfind('/');

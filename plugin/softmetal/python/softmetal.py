@@ -73,6 +73,19 @@ class _Constant(ctypes.Structure):
     )
 
 
+class _CompileRequest(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("macros", ctypes.c_char_p),
+        ("include_directories", ctypes.c_char_p),
+        ("output", ctypes.c_char_p),
+        ("target", ctypes.c_char_p),
+        ("instrumentation", ctypes.c_int),
+        ("safe_math", ctypes.c_int),
+    )
+
+
 class _Request(ctypes.Structure):
     _fields_ = (
         ("kernel", ctypes.c_char_p),
@@ -133,11 +146,11 @@ def _bytes_of(value: Any, type_name: str) -> bytes:
     return raw + bytes(array.itemsize) if array.size == 3 else raw
 
 
-def _encoded(
+def _request(
     source: str | pathlib.Path,
     macros: Mapping[str, Any] | None,
     include: Sequence[str | pathlib.Path],
-) -> tuple[bytes, bytes, bytes, bytes]:
+) -> _CompileRequest:
     """The text, its name, macros and folders, as the library takes them."""
     name, folders = "program_source", [str(x) for x in include]
     if isinstance(source, str) and source.endswith(".metal") and "\n" not in source:
@@ -146,7 +159,12 @@ def _encoded(
         folders.insert(0, str(source.parent))
         name, source = str(source), source.read_text(encoding="utf-8")
     definitions = "\n".join(f"{key}={value}" for key, value in (macros or {}).items())
-    return source.encode(), name.encode(), definitions.encode(), "\n".join(folders).encode()
+    return _CompileRequest(
+        source=source.encode(),
+        name=name.encode(),
+        macros=definitions.encode(),
+        include_directories="\n".join(folders).encode(),
+    )
 
 
 def check(
@@ -162,8 +180,8 @@ def check(
     **Raises:** `Error` with the diagnostics, at lines of the Metal text.
     """
     text = ctypes.create_string_buffer(1 << 20)
-    given = _encoded(source, macros, include)
-    if _device().softmetal_check(*given, text, ctypes.c_size_t(len(text))) != 0:
+    request = _request(source, macros, include)
+    if _device().softmetal_check(ctypes.byref(request), text, ctypes.c_size_t(len(text))) != 0:
         raise Error(text.value.decode(errors="replace"))
 
 
@@ -188,7 +206,6 @@ class Library:
         include: Sequence[str | pathlib.Path] = (),
         instrumentation: str | None = None,
     ) -> None:
-        given = _encoded(source, macros, include)
         chosen = instrumentation or os.environ.get("SOFTMETAL_INSTRUMENT") or "none"
         if chosen not in INSTRUMENTATIONS:
             raise Error(
@@ -196,8 +213,10 @@ class Library:
                 f"{', '.join(INSTRUMENTATIONS)}."
             )
         text = ctypes.create_string_buffer(1 << 20)
+        request = _request(source, macros, include)
+        request.instrumentation = INSTRUMENTATIONS.index(chosen)
         status = _device().softmetal_compile(
-            *given, INSTRUMENTATIONS.index(chosen), text, ctypes.c_size_t(len(text))
+            ctypes.byref(request), text, ctypes.c_size_t(len(text))
         )
         if status != 0:
             raise Error(text.value.decode(errors="replace"))

@@ -2,6 +2,11 @@
 #pragma once
 
 #include <TargetConditionals.h>
+#include <ctype.h>
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 

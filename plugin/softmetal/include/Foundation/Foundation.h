@@ -31,6 +31,7 @@
 #include <errno.h>
 #include <float.h>
 #include <limits.h>
+#include <mach/mach.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdbool.h>

@@ -109,6 +109,7 @@ typedef NS_OPTIONS(NSUInteger, NSStringCompareOptions) {
 @property(readonly, copy) NSString* lastPathComponent;
 @property(readonly, copy) NSString* pathExtension;
 @property(readonly, copy) NSArray<NSString*>* pathComponents;
++ (NSString*)pathWithComponents:(NSArray<NSString*>*)components;
 @property(readonly, copy) NSString* stringByDeletingLastPathComponent;
 @property(readonly, copy) NSString* stringByDeletingPathExtension;
 @property(readonly, copy) NSString* stringByStandardizingPath;

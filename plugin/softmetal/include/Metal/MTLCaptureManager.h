@@ -4,7 +4,8 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLCommandQueue, MTLDevice;
+@protocol MTLCommandQueue
+, MTLDevice;
 
 FOUNDATION_EXPORT NSErrorDomain const MTLCaptureErrorDomain;
 

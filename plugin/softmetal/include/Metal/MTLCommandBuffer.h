@@ -5,8 +5,10 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLBlitCommandEncoder, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
-@protocol MTLDevice, MTLEvent;
+@protocol MTLBlitCommandEncoder
+, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
+@protocol MTLDevice
+, MTLEvent;
 @class MTLBlitPassDescriptor, MTLComputePassDescriptor;
 
 typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
@@ -40,6 +42,20 @@ typedef NS_OPTIONS(NSUInteger, MTLCommandBufferErrorOption) {
   MTLCommandBufferErrorOptionNone = 0,
   MTLCommandBufferErrorOptionEncoderExecutionStatus = 1,
 };
+
+typedef NS_ENUM(NSInteger, MTLCommandEncoderErrorState) {
+  MTLCommandEncoderErrorStateUnknown = 0,
+  MTLCommandEncoderErrorStateCompleted = 1,
+  MTLCommandEncoderErrorStateAffected = 2,
+  MTLCommandEncoderErrorStatePending = 3,
+  MTLCommandEncoderErrorStateFaulted = 4,
+};
+
+@protocol MTLCommandBufferEncoderInfo <NSObject>
+@property(readonly, nonatomic) NSString* label;
+@property(readonly, nonatomic) NSArray<NSString*>* debugSignposts;
+@property(readonly, nonatomic) MTLCommandEncoderErrorState errorState;
+@end
 
 typedef NS_ENUM(NSUInteger, MTLDispatchType) {
   MTLDispatchTypeSerial = 0,

@@ -7,7 +7,8 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLFence, MTLHeap;
+@protocol MTLFence
+, MTLHeap;
 
 typedef struct {
   uint32_t threadgroupsPerGrid[3];

@@ -6,7 +6,8 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLDevice, MTLFunction, MTLBinaryArchive;
+@protocol MTLDevice
+, MTLFunction, MTLBinaryArchive;
 
 MTL_EXPORT
 @interface MTLComputePipelineReflection : NSObject

@@ -114,17 +114,16 @@ typedef void (^MTLNewComputePipelineStateWithReflectionCompletionHandler)(
 - (nullable id<MTLBuffer>)newBufferWithBytes:(const void*)pointer
                                       length:(NSUInteger)length
                                      options:(MTLResourceOptions)options;
-- (nullable id<MTLBuffer>)newBufferWithBytesNoCopy:(void*)pointer
-                                            length:(NSUInteger)length
-                                           options:(MTLResourceOptions)options
-                                       deallocator:(void (^_Nullable)(void* pointer,
-                                                                      NSUInteger length))deallocator;
+- (nullable id<MTLBuffer>)
+    newBufferWithBytesNoCopy:(void*)pointer
+                      length:(NSUInteger)length
+                     options:(MTLResourceOptions)options
+                 deallocator:(void (^_Nullable)(void* pointer, NSUInteger length))deallocator;
 
 - (nullable id<MTLLibrary>)newDefaultLibrary;
 - (nullable id<MTLLibrary>)newDefaultLibraryWithBundle:(NSBundle*)bundle
                                                  error:(NSError* _Nullable*)error;
-- (nullable id<MTLLibrary>)newLibraryWithFile:(NSString*)filepath
-                                        error:(NSError* _Nullable*)error;
+- (nullable id<MTLLibrary>)newLibraryWithFile:(NSString*)filepath error:(NSError* _Nullable*)error;
 - (nullable id<MTLLibrary>)newLibraryWithURL:(NSURL*)url error:(NSError* _Nullable*)error;
 - (nullable id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data
                                         error:(NSError* _Nullable*)error;
@@ -179,5 +178,13 @@ typedef void (^MTLNewComputePipelineStateWithReflectionCompletionHandler)(
 
 MTL_EXTERN id<MTLDevice> _Nullable MTLCreateSystemDefaultDevice(void) NS_RETURNS_RETAINED;
 MTL_EXTERN NSArray<id<MTLDevice>>* MTLCopyAllDevices(void) NS_RETURNS_RETAINED;
+
+typedef NSString* MTLDeviceNotificationName;
+typedef void (^MTLDeviceNotificationHandler)(id<MTLDevice> device, MTLDeviceNotificationName name);
+// Devices neither come nor go here: the handler is never called.
+MTL_EXTERN NSArray<id<MTLDevice>>* MTLCopyAllDevicesWithObserver(
+    id<NSObject> _Nullable __strong* _Nonnull observer,
+    MTLDeviceNotificationHandler handler) NS_RETURNS_RETAINED;
+MTL_EXTERN void MTLRemoveDeviceObserver(id<NSObject> observer);
 
 NS_ASSUME_NONNULL_END

@@ -4,7 +4,8 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLDevice, MTLSharedEvent;
+@protocol MTLDevice
+, MTLSharedEvent;
 
 @protocol MTLEvent <NSObject>
 @property(nullable, readonly) id<MTLDevice> device;

@@ -54,7 +54,8 @@ typedef NS_ENUM(NSInteger, MTLMathFloatingPointFunctions) {
 
 MTL_EXPORT
 @interface MTLCompileOptions : NSObject <NSCopying>
-@property(nullable, readwrite, copy, nonatomic) NSDictionary<NSString*, NSObject*>* preprocessorMacros;
+@property(nullable, readwrite, copy, nonatomic)
+    NSDictionary<NSString*, NSObject*>* preprocessorMacros;
 @property(readwrite, nonatomic) BOOL fastMathEnabled;
 @property(readwrite, nonatomic) MTLMathMode mathMode;
 @property(readwrite, nonatomic) MTLMathFloatingPointFunctions mathFloatingPointFunctions;

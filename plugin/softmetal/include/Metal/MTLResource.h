@@ -5,7 +5,8 @@
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLDevice, MTLHeap;
+@protocol MTLDevice
+, MTLHeap;
 
 typedef NS_ENUM(NSUInteger, MTLPurgeableState) {
   MTLPurgeableStateKeepCurrent = 1,
@@ -45,9 +46,9 @@ typedef NS_OPTIONS(NSUInteger, MTLResourceOptions) {
   MTLResourceStorageModeMemoryless = MTLStorageModeMemoryless << MTLResourceStorageModeShift,
   MTLResourceHazardTrackingModeDefault = 0,
   MTLResourceHazardTrackingModeUntracked = MTLHazardTrackingModeUntracked
-                                           << MTLResourceHazardTrackingModeShift,
+      << MTLResourceHazardTrackingModeShift,
   MTLResourceHazardTrackingModeTracked = MTLHazardTrackingModeTracked
-                                         << MTLResourceHazardTrackingModeShift,
+      << MTLResourceHazardTrackingModeShift,
   MTLResourceOptionCPUCacheModeDefault = MTLResourceCPUCacheModeDefaultCache,
   MTLResourceOptionCPUCacheModeWriteCombined = MTLResourceCPUCacheModeWriteCombined,
 };

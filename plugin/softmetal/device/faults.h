@@ -1,0 +1,22 @@
+// Faults that a test asks for (softmetal_inject_fault, SOFTMETAL_FAULT).
+#pragma once
+
+namespace softmetal {
+
+enum class Fault {
+  kNilDevice,            // MTLCreateSystemDefaultDevice returns nil
+  kOldFamily,            // a GPU without simdgroup matrices
+  kCompileFailure,       // newLibraryWithSource fails
+  kPipelineFailure,      // newComputePipelineState fails
+  kOutOfMemory,          // newBuffer returns nil
+  kCommandBufferError,   // a command buffer ends with an internal error
+  kCommandBufferMemory,  // a command buffer ends out of memory
+  kWatchdog,             // a command buffer is ended by the watchdog
+  kSlowCompletion,       // a command buffer completes 0.2 s late
+  kCount,
+};
+
+// True as often as the fault was asked for.
+bool fault(Fault fault);
+
+}  // namespace softmetal

@@ -1,0 +1,117 @@
+// Gradient of the bias: dS, summed over the axes that the bias broadcasts. A threadgroup owns a
+// block of the bias and walks everything that is summed into it, in a fixed order.
+#include <metal_stdlib>
+
+using namespace metal;
+
+#include "backward_rows.h"
+
+template <int D>
+kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
+                                    device uchar* bias_gradient [[buffer(kBiasGradient)]],
+                                    JAX_GLUON_THREAD) {
+  using Sizes = BlockSizes<float, D>;
+  threadgroup float key_tile[Sizes::kTileElements];
+  threadgroup float value_tile[Sizes::kTileElements];
+  threadgroup float scales[Sizes::kTileRows];
+  threadgroup float partial[kSimdgroups * Sizes::kTileRows];
+
+  const Operands operands = JAX_GLUON_MAKE_OPERANDS;
+  const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
+  constant AttentionParameters& p = parameters;
+  const Place place(lane);
+  const bool sums_rows = p.bias_rows == 1, sums_keys = p.bias_keys == 1;
+  const int bias_head = group.z % p.bias_heads, rest = group.z / p.bias_heads;
+  const int bias_batch = rest % p.bias_batches, map = rest / p.bias_batches;
+  const Range batches =
+      p.bias_batches == 1 ? Range{0, p.batch_per_map} : Range{bias_batch, bias_batch + 1};
+  const Range heads = p.bias_heads == 1 ? Range{0, p.N} : Range{bias_head, bias_head + 1};
+  const int row_begin = group.x * kBlockRows, key_begin = group.y * Sizes::kTileRows;
+  const int row_end = sums_rows ? p.T : min(row_begin + kBlockRows, p.T);
+  const int key_end = sums_keys ? p.S : min(key_begin + Sizes::kTileRows, p.S);
+
+  // dS at the keys of each matrix, or, where keys are summed, all of it in the first.
+  float2 sum[Sizes::kTileRows / 8];
+  for (int t = 0; t < Sizes::kTileRows / 8; ++t) sum[t] = 0.0f;
+  for (int batch = batches.begin; batch < batches.end; ++batch) {
+    const int b = map * p.batch_per_map + batch;
+    for (int n = heads.begin; n < heads.end; ++n) {
+      const int k = n / (p.N / p.K);
+      const Rows keys = operands.key_rows(b, k), values = operands.value_rows(b, k);
+      const HeadRules head_rules(operands, b, n);
+      const Visibility visibility = head_rules.visibility;
+      for (int block_row = row_begin; block_row < row_end; block_row += kBlockRows) {
+        const Range block_keys = intersect(
+            visibility.of_rows({block_row, min(block_row + kBlockRows, row_end)}),
+            {key_begin, key_end});
+        if (block_keys.is_empty()) continue;
+        const int first_row = block_row + 8 * simdgroup, row = first_row + place.row;
+        const Range seen =
+            intersect(visibility.of_rows({first_row, min(first_row + 8, row_end)}), block_keys);
+        const RowRules rules = head_rules.row(p, row);
+        BackwardRows<float, D> rows;
+        rows.start(operands, cotangents, b, n, row, lane);
+        const int first_key = sums_keys ? block_keys.begin / 8 * 8 : key_begin;
+        for (int key0 = first_key; key0 < block_keys.end; key0 += Sizes::kTileRows) {
+          threadgroup_barrier(mem_flags::mem_threadgroup);
+          load_tile<float, D, Sizes::kTileRows, kThreads>(keys, key0, block_keys.end, key_tile,
+                                                          scales, false, thread_index);
+          load_tile<float, D, Sizes::kTileRows, kThreads>(values, key0, block_keys.end, value_tile,
+                                                          scales, false, thread_index);
+          threadgroup_barrier(mem_flags::mem_threadgroup);
+          for (int t = 0; t < Sizes::kTileRows / 8; ++t) {
+            const int first = key0 + 8 * t, own = first + place.column;
+            if (first >= seen.end || first + 8 <= seen.begin) continue;
+            const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
+            if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
+            ScoreGradient scores[2];
+            rows.scores(p, rules, is_seen, key_tile, value_tile, 8 * t, own, scores);
+            sum[sums_keys ? 0 : t] += float2(scores[0].gradient, scores[1].gradient);
+          }
+        }
+      }
+    }
+  }
+
+  if (sums_keys) sum[0] = float2(row_sum(sum[0].x + sum[0].y), 0.0f);
+  const int matrices = sums_keys ? 1 : Sizes::kTileRows / 8;
+  const int columns = sums_keys ? 1 : Sizes::kTileRows;
+  if (sums_rows) {
+    // Lanes of a column differ in bits 1, 2 and 4.
+    for (int t = 0; t < matrices; ++t) {
+      for (ushort bit = 2; bit <= 16; bit *= bit == 4 ? 4 : 2) sum[t] += simd_shuffle_xor(sum[t], bit);
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * t + place.column + i;
+        if (place.row == 0 && column < columns) {
+          partial[simdgroup * Sizes::kTileRows + column] = sum[t][i];
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (thread_index < columns && key_begin + thread_index < p.bias_keys) {
+      float total = 0.0f;
+      for (int s = 0; s < kSimdgroups; ++s) total += partial[s * Sizes::kTileRows + thread_index];
+      store_float(bias_gradient, p.bias_gradient_type,
+                  Int64(group.z) * p.bias_keys + key_begin + thread_index, total);
+    }
+    return;
+  }
+  const int row = row_begin + 8 * simdgroup + place.row;
+  if (row >= p.T) return;
+  for (int t = 0; t < matrices; ++t) {
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * t + place.column + i, key = key_begin + column;
+      if (column >= columns || key >= p.bias_keys) continue;
+      store_float(bias_gradient, p.bias_gradient_type,
+                  (Int64(group.z) * p.bias_rows + row) * p.bias_keys + key, sum[t][i]);
+    }
+  }
+}
+
+#define JAX_GLUON_INSTANTIATE(dim)                                            \
+  template [[host_name("attention_backward_bias_float_" #dim)]] kernel        \
+  decltype(attention_backward_bias<dim>) attention_backward_bias<dim>;
+
+JAX_GLUON_INSTANTIATE(64)
+JAX_GLUON_INSTANTIATE(128)
+JAX_GLUON_INSTANTIATE(256)

@@ -1,0 +1,152 @@
+// What the kernels of backward recompute: P and dS of matrices of scores, from the statistics of
+// their rows. Keys and values come without their means: what a mean adds to the logits of a row is
+// one number, kept beside the row's maximum, and what it adds to dP and to delta cancels.
+#pragma once
+
+#include "tile.h"
+
+// clang-format off
+#define JAX_GLUON_COTANGENTS                                                                       \
+  device const uchar* out [[buffer(kOut)]],                                                        \
+  device const float* row_maximum [[buffer(kRowMaximum)]],                                         \
+  device const float* log2_sum [[buffer(kLog2Sum)]],                                               \
+  device const uchar* out_gradient [[buffer(kOutGradient)]],                                       \
+  device const float* log_sum_exp_gradient [[buffer(kLogSumExpGradient)]]
+
+#define JAX_GLUON_MAKE_COTANGENTS                                                                  \
+  Cotangents{out, row_maximum, log2_sum, out_gradient, log_sum_exp_gradient}
+// clang-format on
+
+// Outputs of forward and their gradients, each dense but for its batch offsets.
+struct Cotangents {
+  device const uchar* out;
+  device const float* row_maximum;
+  device const float* log2_sum;
+  device const uchar* out_gradient;
+  device const float* log_sum_exp_gradient;
+};
+
+// The rows of one head of dO.
+inline Rows out_gradient_rows(thread const Operands& operands, thread const Cotangents& cotangents,
+                              int b, int n) {
+  constant AttentionParameters& p = *operands.parameters;
+  Rows rows;
+  const Int64 first = operands.batch_offset(kOutGradientBatch, b) + n * p.V;
+  rows.type = p.out_gradient_type;
+  rows.data = cotangents.out_gradient + first * (rows.type == kF32 ? 4 : 2);
+  rows.scale = operands.query_scale;
+  rows.offset = operands.query_offset;
+  rows.mean = operands.query_mean;
+  rows.quantization = &p.query_quantization;
+  rows.columns = p.V;
+  rows.stride = Int64(p.N) * p.V;
+  return rows;
+}
+
+// P and dS of one element.
+struct ScoreGradient {
+  float probability;
+  float gradient;
+};
+
+// `product` is q k^T, `probability_gradient` dO v^T.
+inline ScoreGradient score_gradient(constant AttentionParameters& p, thread const RowRules& rules,
+                                    RowStatistics row, int key, float product,
+                                    float probability_gradient) {
+  float x = product * (p.scale * kLog2E) + row.centre;
+  float slope;
+  x = rules.logit(p, x, key, slope);
+  // In this order: log2_sum would vanish in a large maximum.
+  const float probability = exp2((x - row.maximum) - row.log2_sum);
+  // Where P is 0, dP may be NaN.
+  const float gradient =
+      probability == 0.0f ? 0.0f : probability * (probability_gradient - row.delta) * slope;
+  return {probability, gradient};
+}
+
+// Eight query rows in the registers of a simdgroup.
+template <typename M, int D>
+struct BackwardRows {
+  Matrix<M> query[D / 8];
+  Matrix<M> out_gradient[D / 8];
+  RowStatistics statistics;  // of the lane's row
+
+  void start(thread const Operands& operands, thread const Cotangents& cotangents, int b, int n,
+             int token, ushort lane) thread {
+    constant AttentionParameters& p = *operands.parameters;
+    const Place place(lane);
+    const bool is_inside = token < p.T;
+    const int k = n / (p.N / p.K);
+    const Rows rows = operands.query_rows(b, n), keys = operands.key_rows(b, k);
+    const Rows values = operands.value_rows(b, k);
+    const Rows gradients = out_gradient_rows(operands, cotangents, b, n);
+    const int out_size = p.out_type == kF32 ? 4 : 2;
+    device const uchar* out_rows =
+        cotangents.out + (operands.batch_offset(kOutBatch, b) + n * p.V) * out_size;
+    float centre = 0.0f, delta = 0.0f;
+    for (int d = 0; d < D / 8; ++d) {
+      float q[2] = {0.0f, 0.0f}, g[2] = {0.0f, 0.0f};
+      for (int i = 0; is_inside && i < 2; ++i) {
+        const int column = 8 * d + place.column + i;
+        if (column < p.H) {
+          q[i] = rows.value(token, column);
+          if (is_code(rows.type)) q[i] += rows.mean_at(column);
+          if (is_code(keys.type)) centre += q[i] * keys.mean_at(column);
+        }
+        if (column < p.V) {
+          g[i] = gradients.value(token, column);
+          float x = load_float(out_rows, p.out_type, token * gradients.stride + column);
+          if (is_code(values.type)) x -= values.mean_at(column);
+          delta += g[i] * x;
+        }
+      }
+      query[d] = matrix_of<M>(q[0], q[1]);
+      out_gradient[d] = matrix_of<M>(g[0], g[1]);
+    }
+    centre = row_sum(centre) * (p.scale * kLog2E);
+    delta = row_sum(delta);
+    statistics = {0.0f, JAX_GLUON_EMPTY_ROW_LOG2_SUM, 0.0f, 0.0f};
+    if (!is_inside) return;
+    const int at = token * p.N + n;
+    statistics.maximum = cotangents.row_maximum[operands.batch_offset(kRowMaximumBatch, b) + at];
+    statistics.log2_sum = cotangents.log2_sum[operands.batch_offset(kLog2SumBatch, b) + at];
+    statistics.delta = delta;
+    if (p.has_log_sum_exp_gradient != 0) {
+      statistics.delta -= cotangents.log_sum_exp_gradient
+                              [operands.batch_offset(kLogSumExpGradientBatch, b) + at];
+    }
+    if (needs_whole_logits(p)) {
+      statistics.centre = centre;
+    } else {
+      statistics.maximum -= centre;
+    }
+  }
+
+  // P and dS of the lane's two elements of a matrix, whose keys start at tile row `t`; its own keys
+  // are `own` and the next.
+  void scores(constant AttentionParameters& p, thread const RowRules& rules, bool2 is_seen,
+              threadgroup const M* key_tile, threadgroup const M* value_tile, int t, int own,
+              thread ScoreGradient* result) thread {
+    constexpr int kStride = BlockSizes<M, D>::kStride;
+    Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    for (int d = 0; d < D / 8; ++d) {
+      Matrix<M> right;
+      if (8 * d < p.H) {
+        simdgroup_load(right, key_tile + t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_multiply_accumulate(product, query[d], right, product);
+      }
+      if (8 * d < p.V) {
+        simdgroup_load(right, value_tile + t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_multiply_accumulate(gradient, out_gradient[d], right, gradient);
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      result[i] = {0.0f, 0.0f};
+      if (is_seen[i]) {
+        result[i] = score_gradient(p, rules, statistics, own + i, product.thread_elements()[i],
+                                   gradient.thread_elements()[i]);
+      }
+    }
+  }
+};

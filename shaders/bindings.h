@@ -1,0 +1,208 @@
+// What the encoder binds and the kernels read: buffer slots, function constants and parameters.
+// Included by Metal and by C++. Every slot that a kernel declares is bound at every dispatch; what a
+// problem lacks is bound to any readable buffer.
+#pragma once
+
+#ifdef __METAL_VERSION__
+typedef long Int64;
+#else
+#include <cstdint>
+typedef int64_t Int64;
+#endif
+
+// Letters: B batch (with the axes of vmap), T query length, S key length, N query heads, K kv heads,
+// H head dim, V value head dim. Query head n reads kv head n / (N / K).
+
+// How elements are stored; the order is that of plugin/attention_call.h. An operand of kU4x2 holds
+// two codes biased by 8 in a byte, low nibble first; its strides count bytes.
+enum ElementType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kS8 = 3, kU4x2 = 4 };
+
+// element = code * scale + offset, where offset is 0, -zero_point * scale, or the minimum that the
+// least code stands for.
+enum OffsetKind : int { kNoOffset = 0, kZeroPoint = 1, kMinimum = 2 };
+
+enum AttentionBuffer : int {
+  kParameters = 0,    // AttentionParameters
+  kBatchOffsets = 1,  // Int64 [kBatchTables][B]: where batch entry b of each operand starts
+  kQuery = 2,         // [B, T, N, H]
+  kKey = 3,           // [B, S, K, H]
+  kValue = 4,         // [B, S, K, V]
+  kQueryScale = 5,    // [B, tokens / token_block, heads or 1, columns / head_block]
+  kQueryOffset = 6,   // as the scale: zero points (int8) or minima
+  kQueryMean = 7,     // float32 [B, 1, N, H]
+  kKeyScale = 8,
+  kKeyOffset = 9,
+  kKeyMean = 10,
+  kValueScale = 11,
+  kValueOffset = 12,
+  kValueMean = 13,
+  kBias = 14,               // float [B, N, T, S]
+  kMask = 15,               // bool [B, N, T, S]
+  kQueryLengths = 16,       // int32 [B]
+  kKeyValueLengths = 17,    // int32 [B]
+  kOut = 18,                // [B, T, N, V]: forward writes it, backward reads it
+  kRowMaximum = 19,         // float32 [B, T, N]: likewise
+  kLog2Sum = 20,            // float32 [B, T, N]: likewise
+  kOutGradient = 21,        // [B, T, N, V]
+  kLogSumExpGradient = 22,  // float32 [B, T, N]
+  kRowStatistics = 23,      // RowStatistics [B, N, T]: scratch between the passes of backward
+  kQueryGradient = 24,      // [B, T, N, H]
+  kKeyGradient = 25,        // [B, S, K, H]
+  kValueGradient = 26,      // [B, S, K, V]
+  kBiasGradient = 27,       // [L, b, n, t, s]
+  kPartialOut = 28,         // float32 [B, K, parts, rows, V]: scratch of decode, where parts are
+                            // kSimdgroups for each split, and rows T * N / K
+  kPartialStatistics = 29,  // PartialStatistics [B, K, parts, rows]
+};
+
+// Rows of the table at kBatchOffsets.
+enum BatchTable : int {
+  kQueryBatch = 0,
+  kKeyBatch = 1,
+  kValueBatch = 2,
+  kQueryScaleBatch = 3,
+  kQueryOffsetBatch = 4,
+  kQueryMeanBatch = 5,
+  kKeyScaleBatch = 6,
+  kKeyOffsetBatch = 7,
+  kKeyMeanBatch = 8,
+  kValueScaleBatch = 9,
+  kValueOffsetBatch = 10,
+  kValueMeanBatch = 11,
+  kBiasBatch = 12,
+  kMaskBatch = 13,
+  kQueryLengthsBatch = 14,
+  kKeyValueLengthsBatch = 15,
+  kOutBatch = 16,
+  kRowMaximumBatch = 17,
+  kLog2SumBatch = 18,
+  kOutGradientBatch = 19,
+  kLogSumExpGradientBatch = 20,
+  kBatchTables = 21,
+};
+
+// Function constants: all that a pipeline is specialised by, besides its name.
+enum FunctionConstant : int {
+  kQueryType = 0,  // ElementType
+  kKeyType = 1,
+  kValueType = 2,
+  kHasBias = 3,
+  kHasMask = 4,
+};
+
+// A row that sees no key stores 0 and this log2_sum; see plugin/attention_call.h.
+#define JAX_GLUON_EMPTY_ROW_LOG2_SUM (-3.0e38f)
+
+struct RowStrides {
+  Int64 token;
+  Int64 head;
+};
+
+struct BlockStrides {
+  Int64 block;   // of tokens
+  Int64 head;    // 0: shared by all
+  Int64 column;  // of blocks of columns
+};
+
+struct QuantizationParameters {
+  BlockStrides scale;
+  BlockStrides offset;
+  Int64 mean_head_stride;
+  int token_block;  // tokens that share a scale, 0: all
+  int head_block;   // elements of a row that share a scale, 0: all
+  int offset_kind;  // OffsetKind
+  int is_bfloat16;  // scales and minima, else float32
+  int has_mean;
+  int padding;
+};
+
+struct ScoreStrides {
+  Int64 head;
+  Int64 row;
+  Int64 key;
+};
+
+struct AttentionParameters {
+  RowStrides query;
+  RowStrides key;
+  RowStrides value;
+  ScoreStrides bias;
+  ScoreStrides mask;
+  QuantizationParameters query_quantization;
+  QuantizationParameters key_quantization;
+  QuantizationParameters value_quantization;
+  int B;
+  int T;
+  int S;
+  int N;
+  int K;
+  int H;
+  int V;
+  float scale;
+  float soft_cap;  // 0: none
+  int is_causal;
+  int window_left;  // -1: no limit
+  int window_right;
+  int has_query_lengths;
+  int has_key_value_lengths;
+  int has_log_sum_exp_gradient;
+  int bias_type;          // ElementType
+  int out_type;           // of out, and of all gradients but that of the bias
+  int out_gradient_type;  // of the cotangent
+  int bias_gradient_type;
+  int bias_batches;   // b: 1 where the gradient of the bias is summed over the batch, else that
+  int bias_heads;     // n: 1 or N
+  int bias_rows;      // t: 1 or T
+  int bias_keys;      // s: 1 or S
+  int batch_per_map;  // B / L, where L is the product of the axes of vmap
+  int splits;         // decode: parts of the keys
+  int split_keys;     // keys in each
+};
+
+// Of a query row, from the dQ pass to the dK/dV pass. Logits are in base 2.
+struct RowStatistics {
+  float maximum;
+  float log2_sum;
+  float delta;   // dS = P * (dP - delta)
+  float centre;  // added to every logit before bias and soft cap
+};
+
+// Of a query row over one part of the keys.
+struct PartialStatistics {
+  float maximum;
+  float sum;
+};
+
+enum QuantizeBuffer : int {
+  kQuantizeParameters = 0,    // QuantizeParameters
+  kQuantizeBatchOffsets = 1,  // Int64 [2][B]: of x, of lengths
+  kQuantizeInput = 2,         // float [B, S, K, H]
+  kQuantizeLengths = 3,       // int32 [B]
+  kQuantizeData = 4,          // int8 [B, S, K, H] or uint8 [B, S, K, H / 2]
+  kQuantizeScale = 5,         // [B, S', K', H']
+  kQuantizeOffset = 6,        // as the scale
+  kQuantizeMean = 7,          // float32 [B, 1, K, H]
+  kQuantizeExtremes = 8,      // float32 [B, K, chunks, 2, H]: scratch where all tokens share scales
+};
+
+struct QuantizeParameters {
+  RowStrides x;
+  int B;
+  int S;
+  int K;
+  int H;
+  int batch_per_map;  // B / L: a tensor's scale is shared by as many batch entries
+  int x_type;         // ElementType
+  int bits;
+  int is_symmetric;
+  int has_minimum;  // the offset is a minimum, else a zero point
+  int token_block;
+  int head_block;
+  int is_per_tensor;
+  int has_mean;
+  int has_lengths;
+  int is_rotated;
+  int is_bfloat16;  // scales and minima, else float32
+  int chunks;       // of tokens, for extremes
+  int padding;
+};

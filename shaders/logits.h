@@ -1,0 +1,74 @@
+// From scaled products to logits of base 2: bias, soft cap, masks.
+#pragma once
+
+#include "mask.h"
+
+constant constexpr float kLog2E = 1.44269504088896340736f;
+// A bias below this hides its key like -inf: its logit may not be finite in base 2.
+constant constexpr float kLeastBias = -2.35e38f;
+
+// The bias and mask of one query row of one head.
+struct RowRules {
+  device const uchar* bias;
+  device const uchar* mask;
+  Range visible;  // keys
+
+  bool sees(constant AttentionParameters& p, int key) const thread {
+    if (key < visible.begin || key >= visible.end) return false;
+    return !has_mask || mask[key * p.mask.key] != 0;
+  }
+
+  // The logit of a key that the row sees, from its scaled product in base 2. `slope` takes the
+  // derivative of the soft cap.
+  float logit(constant AttentionParameters& p, float x, int key, thread float& slope) const thread {
+    slope = 1.0f;
+    bool is_hidden = false;
+    if (has_bias) {
+      const float b = load_float(bias, p.bias_type, key * p.bias.key);
+      // Such a bias hides its key even if the product is NaN, unless a cap makes it finite.
+      is_hidden = b < kLeastBias && p.soft_cap == 0.0f;
+      x = fma(b, kLog2E, x);
+    }
+    if (p.soft_cap != 0.0f) {
+      const float cap = p.soft_cap * kLog2E;
+      const float t = precise::tanh(x / cap);
+      slope = 1.0f - t * t;
+      x = t * cap;
+    }
+    return is_hidden ? -INFINITY : x;
+  }
+};
+
+// Bias, mask and visible keys of the rows of one head.
+struct HeadRules {
+  device const uchar* bias;
+  device const uchar* mask;
+  Visibility visibility;
+
+  HeadRules(thread const Operands& operands, int b, int n) thread : visibility(operands, b) {
+    constant AttentionParameters& p = *operands.parameters;
+    bias = operands.bias;
+    mask = operands.mask;
+    if (has_bias) {
+      bias += (operands.batch_offset(kBiasBatch, b) + n * p.bias.head) * bias_size(p);
+    }
+    if (has_mask) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
+  }
+
+  RowRules row(constant AttentionParameters& p, int i) const thread {
+    RowRules rules;
+    rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
+    rules.bias = has_bias ? bias + i * p.bias.row * bias_size(p) : bias;
+    rules.mask = has_mask ? mask + i * p.mask.row : mask;
+    return rules;
+  }
+
+ private:
+  static int bias_size(constant AttentionParameters& p) { return p.bias_type == kF32 ? 4 : 2; }
+};
+
+// Whether logits get back what centring took from their keys before bias and soft cap; else the
+// row's maximum gets it.
+inline bool needs_whole_logits(constant AttentionParameters& p) {
+  return has_bias || p.soft_cap != 0.0f;
+}

@@ -1,0 +1,153 @@
+// Eight query rows and their softmax so far: what a simdgroup of the forward kernels keeps in
+// registers.
+#pragma once
+
+#include "tile.h"
+
+template <typename M, int D>
+struct OnlineSoftmax {
+  static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;
+  static constant constexpr int kStride = BlockSizes<M, D>::kStride;
+
+  Matrix<M> query[D / 8];
+  // Sums of probabilities times values, of which the latter are in multiples of `unit`.
+  Matrix<float> out[D / 8];
+  float factor;   // of products, without the scale of the key
+  float centre;   // what centring took from the logits of the lane's row
+  float maximum;  // of the row's logits
+  float sum;      // of the lane's probabilities relative to it
+  float unit;     // the largest value scale so far, where values are exact codes
+
+  // Row `token` of `rows`, the lane's; rows at `end` and past it are zeros.
+  void start(thread const Operands& operands, thread const Rows& rows, thread const Rows& keys,
+             int token, int end, ushort lane) thread {
+    constant AttentionParameters& p = *operands.parameters;
+    const Place place(lane);
+    const bool is_inside = token < end;
+    const bool is_exact = has_exact_codes<M>(rows.type);
+    float dot = 0.0f;
+    const bool is_centred = is_code(keys.type) && keys.quantization->has_mean != 0;
+    for (int d = 0; d < D / 8; ++d) {
+      float x[2] = {0.0f, 0.0f};
+      for (int i = 0; is_inside && i < 2; ++i) {
+        const int h = 8 * d + place.column + i;
+        if (h >= p.H) continue;
+        if (is_exact) {
+          x[i] = load_element(rows.data, rows.type, token * rows.stride, h) +
+                 rows.code_offset_at(token, 0);
+        } else {
+          x[i] = rows.value(token, h);
+          if (is_code(rows.type)) x[i] += rows.mean_at(h);
+        }
+        if (is_centred) dot += x[i] * keys.mean_at(h);
+      }
+      query[d] = matrix_of<M>(x[0], x[1]);
+      out[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+    factor = p.scale * kLog2E;
+    if (is_exact && is_inside) factor *= rows.scale_at(token, 0);
+    centre = is_centred ? row_sum(dot) * factor : 0.0f;
+    maximum = -INFINITY;
+    sum = 0.0f;
+    unit = 0.0f;
+  }
+
+  // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
+  // that have one of `seen`, the keys that any of the eight rows sees.
+  void attend(constant AttentionParameters& p, thread const RowRules& rules, Range seen, int key0,
+              threadgroup const M* key_tile, threadgroup const M* value_tile,
+              threadgroup const float* key_scales, threadgroup const float* value_scales,
+              bool value_is_exact, bool key_is_exact, ushort lane) thread {
+    const Place place(lane);
+    const bool adds_centre = centre != 0.0f && needs_whole_logits(p);
+    float2 logits[kTileRows / 8];
+    uint used = 0;
+    float largest = maximum;
+    for (int t = 0; t < kTileRows / 8; ++t) {
+      const int first = key0 + 8 * t;
+      if (first >= seen.end || first + 8 <= seen.begin) continue;
+      const int own = first + place.column;
+      const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
+      if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
+      used |= 1u << t;
+      Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      for (int d = 0; d < D / 8; ++d) {
+        if (8 * d >= p.H) continue;
+        Matrix<M> keys;
+        simdgroup_load(keys, key_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_multiply_accumulate(product, query[d], keys, product);
+      }
+      for (int i = 0; i < 2; ++i) {
+        float x = -INFINITY;
+        if (is_seen[i]) {
+          x = product.thread_elements()[i] * factor;
+          if (key_is_exact) x *= key_scales[8 * t + place.column + i];
+          if (adds_centre) x += centre;
+          float slope;
+          x = rules.logit(p, x, own + i, slope);
+        }
+        logits[t][i] = x;
+        largest = max(largest, x);
+      }
+    }
+    if (used == 0) return;
+    largest = row_max(largest);
+    // A row that has seen no key keeps a finite number to subtract.
+    const float subtracted = largest == -INFINITY ? 0.0f : largest;
+    float rescale = exp2(maximum - subtracted);
+    maximum = largest;
+    sum *= rescale;
+    float inverse_unit = 1.0f;
+    if (value_is_exact) {
+      const float before = unit;
+      for (int j = lane; j < kTileRows; j += 32) unit = max(unit, value_scales[j]);
+      unit = simd_max(unit);
+      inverse_unit = unit > 0.0f ? 1.0f / unit : 0.0f;
+      rescale *= before * inverse_unit;
+    }
+    for (int d = 0; d < D / 8; ++d) {
+      if (8 * d >= p.V) continue;
+      out[d].thread_elements()[0] *= rescale;
+      out[d].thread_elements()[1] *= rescale;
+    }
+    for (int t = 0; t < kTileRows / 8; ++t) {
+      if ((used >> t & 1) == 0) continue;
+      float probability[2];
+      for (int i = 0; i < 2; ++i) {
+        float x = exp2(logits[t][i] - subtracted);
+        sum += x;
+        // What a hidden key's scale is does not matter, NaN neither.
+        if (value_is_exact && x != 0.0f) {
+          x *= value_scales[8 * t + place.column + i] * inverse_unit;
+        }
+        probability[i] = x;
+      }
+      const Matrix<M> left = matrix_of<M>(probability[0], probability[1]);
+      for (int d = 0; d < D / 8; ++d) {
+        if (8 * d >= p.V) continue;
+        Matrix<M> values;
+        simdgroup_load(values, value_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
+        simdgroup_multiply_accumulate(out[d], left, values, out[d]);
+      }
+    }
+  }
+
+  // The lane's two elements of column block d of the result, without the values' mean.
+  float2 result(thread const Rows& values, int d, float row_total, ushort lane) thread {
+    float2 x = 0.0f;
+    if (row_total > 0.0f || isnan(row_total)) {
+      for (int i = 0; i < 2; ++i) x[i] = out[d].thread_elements()[i] / row_total;
+    }
+    if (has_exact_codes<M>(values.type)) {
+      x *= unit;
+      if (values.quantization->head_block != 0) {
+        const Place place(lane);
+        for (int i = 0; i < 2; ++i) {
+          const int column = 8 * d + place.column + i;
+          if (column < values.columns) x[i] *= values.scale_at(0, values.column_block(column));
+        }
+      }
+    }
+    return x;
+  }
+};

@@ -1,0 +1,106 @@
+// The arguments of the attention kernels, and the heads that they point at.
+#pragma once
+
+#include "operand.h"
+
+// clang-format off
+#define JAX_GLUON_OPERANDS                                                                         \
+  constant AttentionParameters& parameters [[buffer(kParameters)]],                                \
+  device const Int64* batch_offsets [[buffer(kBatchOffsets)]],                                     \
+  device const uchar* query [[buffer(kQuery)]],                                                    \
+  device const uchar* key [[buffer(kKey)]],                                                        \
+  device const uchar* value [[buffer(kValue)]],                                                    \
+  device const uchar* query_scale [[buffer(kQueryScale)]],                                         \
+  device const uchar* query_offset [[buffer(kQueryOffset)]],                                       \
+  device const float* query_mean [[buffer(kQueryMean)]],                                           \
+  device const uchar* key_scale [[buffer(kKeyScale)]],                                             \
+  device const uchar* key_offset [[buffer(kKeyOffset)]],                                           \
+  device const float* key_mean [[buffer(kKeyMean)]],                                               \
+  device const uchar* value_scale [[buffer(kValueScale)]],                                         \
+  device const uchar* value_offset [[buffer(kValueOffset)]],                                       \
+  device const float* value_mean [[buffer(kValueMean)]],                                           \
+  device const uchar* bias [[buffer(kBias)]],                                                      \
+  device const uchar* mask [[buffer(kMask)]],                                                      \
+  device const int* query_lengths [[buffer(kQueryLengths)]],                                       \
+  device const int* key_value_lengths [[buffer(kKeyValueLengths)]]
+
+#define JAX_GLUON_MAKE_OPERANDS                                                                    \
+  Operands{&parameters, batch_offsets, query, key, value, query_scale, query_offset, query_mean,   \
+           key_scale, key_offset, key_mean, value_scale, value_offset, value_mean, bias, mask,     \
+           query_lengths, key_value_lengths}
+
+#define JAX_GLUON_THREAD                                                                           \
+  uint3 group [[threadgroup_position_in_grid]],                                                    \
+  ushort simdgroup [[simdgroup_index_in_threadgroup]],                                             \
+  ushort lane [[thread_index_in_simdgroup]],                                                       \
+  ushort thread_index [[thread_index_in_threadgroup]]
+// clang-format on
+
+struct Operands {
+  constant AttentionParameters* parameters;
+  device const Int64* batch_offsets;
+  device const uchar* query;
+  device const uchar* key;
+  device const uchar* value;
+  device const uchar* query_scale;
+  device const uchar* query_offset;
+  device const float* query_mean;
+  device const uchar* key_scale;
+  device const uchar* key_offset;
+  device const float* key_mean;
+  device const uchar* value_scale;
+  device const uchar* value_offset;
+  device const float* value_mean;
+  device const uchar* bias;
+  device const uchar* mask;
+  device const int* query_lengths;
+  device const int* key_value_lengths;
+
+  Int64 batch_offset(int table, int b) const thread {
+    return batch_offsets[Int64(table) * parameters->B + b];
+  }
+
+  Rows query_rows(int b, int n) const thread {
+    constant AttentionParameters& p = *parameters;
+    return head(query, query_scale, query_offset, query_mean, &p.query_quantization, query_type,
+                p.H, p.query, b, n, kQueryBatch, kQueryScaleBatch);
+  }
+  Rows key_rows(int b, int k) const thread {
+    constant AttentionParameters& p = *parameters;
+    return head(key, key_scale, key_offset, key_mean, &p.key_quantization, key_type, p.H, p.key, b,
+                k, kKeyBatch, kKeyScaleBatch);
+  }
+  Rows value_rows(int b, int k) const thread {
+    constant AttentionParameters& p = *parameters;
+    return head(value, value_scale, value_offset, value_mean, &p.value_quantization, value_type,
+                p.V, p.value, b, k, kValueBatch, kValueScaleBatch);
+  }
+
+ private:
+  // The tables of scale, offset and mean follow one another.
+  Rows head(device const uchar* data, device const uchar* scale, device const uchar* offset,
+            device const float* mean, constant QuantizationParameters* quantization, int type,
+            int columns, RowStrides strides, int b, int n, int table,
+            int scale_table) const thread {
+    Rows rows;
+    const Int64 first = batch_offset(table, b) + n * strides.head;
+    rows.data = data + first * (type == kF32 ? 4 : is_code(type) ? 1 : 2);
+    rows.quantization = quantization;
+    rows.type = type;
+    rows.columns = columns;
+    rows.stride = strides.token;
+    if (is_code(type)) {
+      const int size = quantization->is_bfloat16 != 0 ? 2 : 4;
+      rows.scale =
+          scale + (batch_offset(scale_table, b) + n * quantization->scale.head) * size;
+      rows.offset = offset + (batch_offset(scale_table + 1, b) + n * quantization->offset.head) *
+                                 (quantization->offset_kind == kZeroPoint ? 1 : size);
+      rows.mean = mean + batch_offset(scale_table + 2, b) + n * quantization->mean_head_stride;
+    } else {
+      rows.scale = scale;
+      rows.offset = offset;
+      rows.mean = mean;
+    }
+    return rows;
+  }
+};

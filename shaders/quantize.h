@@ -1,0 +1,240 @@
+// Rows of floats to codes: the steps that the kernels of quantize.metal put together. A simdgroup
+// works on rows of one head; it keeps the row at hand, and for each column the extremes, or later
+// the scale and offset, in threadgroup memory of its own.
+#pragma once
+
+#include "operand.h"
+
+// Columns that a simdgroup has room for.
+constant constexpr int kMostColumns = 512;
+constant constexpr int kQuantizeSimdgroups = 4;
+static_assert(kQuantizeSimdgroups * 3 * kMostColumns * sizeof(float) <= 32768,
+              "threadgroup memory");
+// A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
+constant constexpr float kLeastScale = 0x1p-125f;
+
+// NaN where one is NaN; min and max would drop it.
+inline float lower(float a, float b) { return isnan(a) || isnan(b) ? NAN : min(a, b); }
+inline float higher(float a, float b) { return isnan(a) || isnan(b) ? NAN : max(a, b); }
+
+// The least bfloat16 number that is not below finite x; NaN stays NaN.
+inline float round_up_to_bfloat16(float x) {
+  if (isnan(x)) return x;
+  const uint bits = as_type<uint>(x);
+  const float up = as_type<float>((bits >> 31 != 0 ? bits : bits + 0xffff) & 0xffff0000);
+  const float largest = as_type<float>(0x7f7f0000u);
+  return clamp(up, -largest, largest);
+}
+
+// Signs of the rotation: the lowest bit of SplitMix64 of h + 1.
+inline float rotation_sign(int h) {
+  ulong z = ulong(h + 1) * 0x9E3779B97F4A7C15ul;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ul;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBul;
+  return ((z ^ (z >> 31)) & 1) != 0 ? -1.0f : 1.0f;
+}
+
+// Multiplies a row by the randomised Hadamard matrix: signs, then a Walsh-Hadamard transform of
+// blocks of the largest power of two that divides the number of columns.
+inline void rotate_row(threadgroup float* row, int columns, ushort lane) {
+  const int block = columns & -columns;
+  const float norm = 1.0f / precise::sqrt(float(block));
+  for (int h = lane; h < columns; h += 32) row[h] *= rotation_sign(h) * norm;
+  for (int half_block = 1; half_block < block; half_block *= 2) {
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int pair = lane; pair < columns / 2; pair += 32) {
+      const int i = pair / half_block * 2 * half_block + pair % half_block;
+      const float a = row[i], b = row[i + half_block];
+      row[i] = a + b;
+      row[i + half_block] = a - b;
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+struct QuantizeOperands {
+  constant QuantizeParameters* parameters;
+  device const Int64* batch_offsets;
+  device const uchar* x;
+  device const int* lengths;
+  device uchar* data;
+  device uchar* scale;
+  device uchar* offset;
+  device float* mean;
+};
+
+// A simdgroup's threadgroup memory.
+struct Columns {
+  threadgroup float* row;
+  threadgroup float* first;   // least elements, then scales
+  threadgroup float* second;  // largest elements, then offsets
+};
+
+struct Quantizer {
+  QuantizeOperands operands;
+  Columns columns;
+  ushort lane;
+
+  // Row (b, i, k) as float32, rotated and without the mean.
+  void load(int b, int i, int k) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    const Int64 first = operands.batch_offsets[b] + i * p.x.token + k * p.x.head;
+    for (int h = lane; h < p.H; h += 32) {
+      columns.row[h] = load_float(operands.x, p.x_type, first + h);
+    }
+    if (p.is_rotated != 0) rotate_row(columns.row, p.H, lane);
+    if (p.has_mean == 0) return;
+    for (int h = lane; h < p.H; h += 32) {
+      const float x = columns.row[h];
+      // A difference of two finite numbers is kept finite.
+      const float centred = clamp(x - operands.mean[(Int64(b) * p.K + k) * p.H + h],
+                                  -FLT_MAX, FLT_MAX);
+      columns.row[h] = isfinite(x) ? centred : x;
+    }
+  }
+
+  void clear_extremes() const thread {
+    for (int h = lane; h < operands.parameters->H; h += 32) {
+      columns.first[h] = INFINITY;
+      columns.second[h] = -INFINITY;
+    }
+  }
+  void add_extremes() const thread {
+    for (int h = lane; h < operands.parameters->H; h += 32) {
+      const float x = isfinite(columns.row[h]) ? columns.row[h] : NAN;
+      columns.first[h] = lower(columns.first[h], x);
+      columns.second[h] = higher(columns.second[h], x);
+    }
+  }
+
+  Int64 scale_index(int b, int block, int k) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    const int blocks = p.token_block == 0 ? 1 : (p.S + p.token_block - 1) / p.token_block;
+    const int heads = p.is_per_tensor != 0 ? 1 : p.K;
+    return ((Int64(b) * blocks + block) * heads + (p.is_per_tensor != 0 ? 0 : k)) * scales();
+  }
+  // Scales of a row.
+  int scales() const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    return p.head_block == 0 ? 1 : (p.H + p.head_block - 1) / p.head_block;
+  }
+
+  // From the extremes of the columns to what is stored for their blocks, which then takes their
+  // place.
+  void make_parameters(Int64 index) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    if (p.head_block == 0) {
+      float least = INFINITY, most = -INFINITY;
+      for (int h = lane; h < p.H; h += 32) {
+        least = lower(least, columns.first[h]);
+        most = higher(most, columns.second[h]);
+      }
+      const bool is_finite = !simd_any(isnan(least) || isnan(most));
+      least = is_finite ? simd_min(least) : NAN;
+      most = is_finite ? simd_max(most) : NAN;
+      if (lane == 0) store_parameters(index, 0, least, most);
+    } else {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      for (int c0 = 0; c0 < scales(); c0 += 32) {
+        const int c = c0 + lane;
+        float least = INFINITY, most = -INFINITY;
+        for (int h = c * p.head_block; h < min(p.H, (c + 1) * p.head_block); ++h) {
+          least = lower(least, columns.first[h]);
+          most = higher(most, columns.second[h]);
+        }
+        // All have read their columns before the first of them is replaced.
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (c < scales()) store_parameters(index + c, c, least, most);
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // Scale and offset of one block, as they are stored.
+  void store_parameters(Int64 index, int c, float least, float most) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    const float highest = p.bits == 8 ? 127.0f : 7.0f;
+    const float lowest = p.is_symmetric != 0 ? -highest : -highest - 1.0f;
+    const float levels = highest - lowest;
+    if (least > most) least = most = 0.0f;  // no tokens
+    float scale, minimum = 0.0f;
+    if (p.is_symmetric != 0) {
+      scale = higher(-least, most) / highest;
+    } else if (p.has_minimum != 0) {
+      minimum = p.is_bfloat16 != 0 ? -round_up_to_bfloat16(-least) : least;
+      scale = most / levels - minimum / levels;
+    } else {
+      least = lower(least, 0.0f);
+      most = higher(most, 0.0f);
+      scale = most / levels - least / levels;
+    }
+    if (p.is_bfloat16 != 0) {
+      // Rounded down, the ends of a block lose at most 2^-9 of its steps: little of 15, half of one
+      // of 255.
+      scale = p.bits == 4 ? float_from_bfloat16(bfloat16_from_float(scale))
+                          : round_up_to_bfloat16(scale);
+    }
+    if (scale < kLeastScale) scale = 0.0f;
+    const int type = p.is_bfloat16 != 0 ? kBF16 : kF32;
+    store_float(operands.scale, type, index, scale);
+    float offset = minimum;
+    if (p.has_minimum != 0) {
+      store_float(operands.offset, type, index, minimum);
+    } else if (p.is_symmetric == 0) {
+      offset = scale > 0.0f ? clamp(rint(lowest - least / scale), lowest, highest) : 0.0f;
+      reinterpret_cast<device char*>(operands.offset)[index] = char(offset);
+    }
+    columns.first[c] = scale;
+    columns.second[c] = offset;
+  }
+
+  void load_parameters(Int64 index) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    const int type = p.is_bfloat16 != 0 ? kBF16 : kF32;
+    for (int c = lane; c < scales(); c += 32) {
+      columns.first[c] = load_float(operands.scale, type, index + c);
+      if (p.has_minimum != 0) {
+        columns.second[c] = load_float(operands.offset, type, index + c);
+      } else if (p.is_symmetric == 0) {
+        columns.second[c] = float(reinterpret_cast<device const char*>(operands.offset)[index + c]);
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  int code(int h) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    const int c = p.head_block == 0 ? 0 : h / p.head_block;
+    const float scale = columns.first[c], x = columns.row[h];
+    const float highest = p.bits == 8 ? 127.0f : 7.0f;
+    const float lowest = p.is_symmetric != 0 ? -highest : -highest - 1.0f;
+    // Codes of a block without a usable scale are 0; what is not finite has none.
+    const float divisor = scale > 0.0f ? scale : INFINITY;
+    // Halves: the difference of two floats may be more than the largest.
+    const float quotient = p.has_minimum != 0
+                               ? (x * 0.5f - columns.second[c] * 0.5f) / (divisor * 0.5f)
+                               : x / divisor;
+    float rounded = abs(quotient) < 1e30f ? rint(quotient) : 0.0f;
+    if (p.has_minimum != 0) {
+      rounded += lowest;
+    } else if (p.is_symmetric == 0) {
+      rounded += columns.second[c];
+    }
+    return int(clamp(rounded, lowest, highest));
+  }
+
+  void store_codes(int b, int i, int k) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    const Int64 row = (Int64(b) * p.S + i) * p.K + k;
+    if (p.bits == 8) {
+      for (int h = lane; h < p.H; h += 32) {
+        operands.data[row * p.H + h] = uchar(char(code(h)));
+      }
+    } else {
+      for (int byte = lane; byte < p.H / 2; byte += 32) {
+        operands.data[row * (p.H / 2) + byte] =
+            uchar((code(2 * byte) + 8) | (code(2 * byte + 1) + 8) << 4);
+      }
+    }
+  }
+};

@@ -1,0 +1,111 @@
+// 8x8 matrices spread over a simdgroup, and the tiles of rows in threadgroup memory that they are
+// loaded from.
+#pragma once
+
+#include <metal_simdgroup_matrix>
+
+#include "block_sizes.h"
+#include "logits.h"
+
+template <typename M>
+using Matrix = simdgroup_matrix<M, 8, 8>;
+
+// A lane holds the elements (row, column) and (row, column + 1). Lanes of a row differ in bits 0
+// and 3.
+struct Place {
+  ushort row;
+  ushort column;
+  explicit Place(ushort lane) thread {
+    row = (lane >> 2 & 4) + (lane >> 1 & 3);
+    column = (lane >> 2 & 2) * 2 + (lane & 1) * 2;
+  }
+};
+
+inline float row_sum(float x) {
+  x += simd_shuffle_xor(x, ushort(1));
+  return x + simd_shuffle_xor(x, ushort(8));
+}
+inline float row_max(float x) {
+  x = max(x, simd_shuffle_xor(x, ushort(1)));
+  return max(x, simd_shuffle_xor(x, ushort(8)));
+}
+
+template <typename M>
+inline Matrix<M> matrix_of(float first, float second) {
+  Matrix<M> held;
+  held.thread_elements()[0] = M(first);
+  held.thread_elements()[1] = M(second);
+  Matrix<M> result;
+  result = held;
+  return result;
+}
+
+// Whether rows of codes enter products as codes, with scales outside: matrices of half hold the
+// difference of a code and a zero point exactly. Else they are dequantized while they are loaded.
+template <typename M>
+constexpr bool has_exact_codes(int type) {
+  return sizeof(M) == 2 && is_code(type);
+}
+
+// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and past
+// the columns; the mean is added where asked for. Of exact codes, `scales` takes those of the rows, or 1 where they
+// differ along a row.
+template <typename M, int D, int kRows, int kGroupThreads>
+inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
+                      threadgroup float* scales, bool adds_mean, ushort thread_index) {
+  constexpr int kChunks = D / 8, kStep = kGroupThreads / kChunks;
+  static_assert(kRows % kStep == 0, "all threads take part in each step");
+  const ushort chunk = thread_index % kChunks;
+  const int column = 8 * chunk;
+  // The lane with the row's first chunk.
+  const ushort leader = (thread_index & 31) - chunk;
+  const int head_block = rows.quantization->head_block;
+  const bool is_exact = has_exact_codes<M>(rows.type);
+  for (int r = thread_index / kChunks; r < kRows; r += kStep) {
+    const int token = first + r;
+    const bool is_inside = token < end;
+    float x[8];
+    if (is_inside) {
+      load_eight(rows.data, rows.type, token * rows.stride, column, rows.columns, x);
+    } else {
+      for (int i = 0; i < 8; ++i) x[i] = 0.0f;
+    }
+    if (is_code(rows.type)) {
+      if (head_block == 0 || head_block % 8 == 0) {
+        // One lane reads what the chunks of a block share.
+        const ushort offset_in_block =
+            head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
+        const ushort source = head_block == 0 ? leader : leader + chunk - offset_in_block;
+        float scale = 0.0f, offset = 0.0f;
+        if (is_inside && offset_in_block == 0 && column < rows.columns) {
+          const int block = rows.column_block(column);
+          if (!is_exact || head_block == 0) scale = rows.scale_at(token, block);
+          offset = is_exact ? rows.code_offset_at(token, block)
+                            : rows.offset_at(token, block, scale);
+        }
+        const float factor = is_exact ? 1.0f : simd_shuffle(scale, source);
+        if (rows.quantization->offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
+        if (is_exact && chunk == 0) scales[r] = head_block == 0 ? scale : 1.0f;
+        for (int i = 0; i < 8; ++i) {
+          x[i] = is_inside && column + i < rows.columns ? x[i] * factor + offset : 0.0f;
+        }
+      } else {
+        if (is_exact && chunk == 0) scales[r] = 1.0f;
+        for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
+          const int block = rows.column_block(column + i);
+          if (is_exact) {
+            x[i] += rows.code_offset_at(token, block);
+          } else {
+            const float scale = rows.scale_at(token, block);
+            x[i] = x[i] * scale + rows.offset_at(token, block, scale);
+          }
+        }
+      }
+    }
+    if (adds_mean && is_code(rows.type) && is_inside) {
+      for (int i = 0; i < 8; ++i) x[i] += rows.mean_at(column + i);
+    }
+    threadgroup M* out = tile + r * BlockSizes<M, D>::kStride + column;
+    for (int i = 0; i < 8; ++i) out[i] = M(x[i]);
+  }
+}

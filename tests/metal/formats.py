@@ -1,0 +1,103 @@
+"""Codes in NumPy: what the quantizer's kernels should store, and what codes stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jax_gluon.formats import QuantizedTensor, QuantSpec, rotation
+
+LEAST_SCALE = np.float32(2.0**-125)
+
+
+def _blocks(x: np.ndarray[Any, Any], spec: QuantSpec) -> np.ndarray[Any, Any]:
+    """`x` [B, T, N, H] as [B, T', token block, N, H', head block], filled up with edges."""
+    _, T, _, H = x.shape
+    token, head = spec.token_block or T, spec.head_block or H
+    x = np.pad(x, [(0, 0), (0, -T % token), (0, 0), (0, -H % head)], mode="edge")
+    B, T, N, H = x.shape
+    return x.reshape(B, T // token, token, N, H // head, head)
+
+
+def spread(cells: np.ndarray[Any, Any], spec: QuantSpec, shape: tuple[int, ...]) -> Any:
+    """Entries for blocks spread over the elements."""
+    _, T, _, H = shape
+    if spec.token_block > 1:
+        cells = np.repeat(cells, spec.token_block, axis=1)[:, :T]
+    if spec.head_block > 1:
+        cells = np.repeat(cells, spec.head_block, axis=3)[..., :H]
+    return np.broadcast_to(cells, shape)
+
+
+def _bfloat16_up(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The least bfloat16 number that is not below."""
+    near = x.astype(ml_dtypes.bfloat16)
+    return np.where(near.astype(np.float32) < x, np.nextafter(near, near.dtype.type(np.inf)), near)
+
+
+def quantize(x: Any, spec: QuantSpec, mean: Any = None) -> QuantizedTensor:
+    """Codes of `x` in float32, with `mean` in place of the tokens' where it is given."""
+    dtype, H = np.dtype(x.dtype), x.shape[-1]
+    x = np.asarray(x).astype(np.float32)
+    if spec.rotate:
+        x = (x.astype(np.float64) @ rotation(H)).astype(np.float32)
+    if spec.center:
+        if mean is None:
+            mean = np.mean(x, axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        x = x - mean
+    blocked = _blocks(x, spec)
+    axes = (0, 1, 2, 3, 4, 5) if spec.granularity == "tensor" else (2, 5)
+    least, most = (f(blocked, axis=axes, keepdims=True)[:, :, 0, ..., 0] for f in (np.min, np.max))
+    least, most = (np.broadcast_to(y, spec.scale_shape(x.shape)) for y in (least, most))
+    lowest, highest = (np.float32(code) for code in spec.code_range)
+    levels, minimum, zero_point = highest - lowest, None, None
+    is_bfloat16 = np.dtype(spec.scale_dtype) == ml_dtypes.bfloat16
+    if spec.symmetric:
+        scale = np.maximum(-least, most) / highest
+    elif spec.float_minimum:
+        minimum = -_bfloat16_up(-least) if is_bfloat16 else least
+        scale = most / levels - minimum.astype(np.float32) / levels
+    else:
+        least, most = np.minimum(least, 0), np.maximum(most, 0)
+        scale = most / levels - least / levels
+    if is_bfloat16:
+        scale = scale.astype(ml_dtypes.bfloat16) if spec.bits == 4 else _bfloat16_up(scale)
+    scale = np.where(scale.astype(np.float32) < LEAST_SCALE, scale.dtype.type(0), scale)
+    wide = scale.astype(np.float32)
+    divisor = np.where(wide > 0, wide, np.float32(np.inf))
+    if not spec.symmetric and not spec.float_minimum:
+        zero = np.clip(np.rint(lowest - least / divisor), lowest, highest)
+        zero_point = np.where(wide > 0, zero, 0).astype(np.int8)
+    divisor = spread(divisor, spec, x.shape)
+    if minimum is not None:
+        half = np.float32(0.5)
+        distance = x * half - spread(minimum.astype(np.float32), spec, x.shape) * half
+        codes = np.rint(distance / (divisor * half)) + lowest
+    else:
+        codes = np.rint(x / divisor)
+        if zero_point is not None:
+            codes = codes + spread(zero_point.astype(np.float32), spec, x.shape)
+    codes = np.clip(codes, lowest, highest).astype(np.int8)
+    if spec.bits == 4:
+        biased = (codes + 8).astype(np.uint8)
+        codes = biased[..., 0::2] | biased[..., 1::2] << 4
+    kept = mean if spec.center else None
+    return QuantizedTensor(codes, scale, zero_point, minimum, kept, spec, dtype, H)
+
+
+def dequantize(x: QuantizedTensor) -> np.ndarray[Any, Any]:
+    """What the codes stand for, in float64; still rotated."""
+    spec, codes = x.spec, np.asarray(x.data).astype(np.float64)
+    if spec.bits == 4:
+        data = np.asarray(x.data)
+        codes = np.stack([data & 15, data >> 4], axis=-1).reshape(x.shape).astype(np.float64) - 8
+    scale = spread(np.asarray(x.scale, np.float64), spec, x.shape)
+    if x.minimum is not None:
+        codes = (codes - spec.code_range[0]) * scale
+        codes += spread(np.asarray(x.minimum, np.float64), spec, x.shape)
+    elif x.zero_point is not None:
+        codes = (codes - spread(np.asarray(x.zero_point, np.float64), spec, x.shape)) * scale
+    else:
+        codes = codes * scale
+    return codes if x.mean is None else codes + np.asarray(x.mean, np.float64)

@@ -1,0 +1,139 @@
+"""Random problems, and what they look like to the float64 oracle of tests/conftest.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import formats
+import ml_dtypes
+import numpy as np
+from encoder import Problem
+from jax_gluon.formats import QuantizedTensor, QuantSpec
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SHAPE: dict[str, int] = dict(B=2, T=45, S=77, N=4, K=2, H=28, V=22)
+
+
+def draw(
+    dtype: str = "float32", specs: tuple[QuantSpec | None, ...] = (None,) * 3, **shape: int
+) -> tuple[Any, Any, Any, np.ndarray[Any, Any]]:
+    """Query, key, value (as codes, where a spec says so) and the output's cotangent."""
+    s = {**SHAPE, **shape}
+    rng = np.random.default_rng(sum(map(ord, dtype)) + sum(s.values()))
+    B, T, S, N, K, H, V = (s[x] for x in "BTSNKHV")
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V)
+    query, key, value, d_out = (rng.standard_normal(x).astype(DTYPES[dtype]) for x in shapes)
+    # Means that centring has something to take from.
+    key += rng.standard_normal((1, 1, K, H)).astype(key.dtype)
+    value += rng.standard_normal((1, 1, K, V)).astype(value.dtype)
+    codes = (
+        x if spec is None else formats.quantize(x, spec)
+        for x, spec in zip((query, key, value), specs, strict=True)
+    )
+    return (*codes, d_out)
+
+
+def wide(x: Any) -> np.ndarray[Any, Any]:
+    """In float64."""
+    if isinstance(x, QuantizedTensor):
+        return formats.dequantize(x)
+    return np.asarray(x).astype(np.float64)
+
+
+def expected(oracle: Any, problem: Problem, **cotangents: Any) -> Any:
+    """The oracle's answer."""
+    return oracle(
+        *map(wide, problem.operands()),
+        None if problem.bias is None else wide(problem.bias),
+        problem.mask,
+        scale=problem.scale,
+        is_causal=problem.is_causal,
+        query_seq_lengths=problem.query_lengths,
+        key_value_seq_lengths=problem.key_value_lengths,
+        local_window_size=problem.window,
+        logits_soft_cap=problem.soft_cap or None,
+        **cotangents,
+    )
+
+
+def feature(name: str, **shape: int) -> dict[str, Any]:
+    """Keywords of `Problem` that turn on one feature, or several."""
+    s = {**SHAPE, **shape}
+    B, T, S, N = (s[x] for x in "BTSN")
+    rng = np.random.default_rng(7)
+    bias = rng.standard_normal((B, N, T, S)).astype(np.float32)
+    bias[0, 1, 3] = -np.inf
+    bias[1, :, 5:9, ::2] = -np.inf
+    mask = rng.random((B, N, T, S)) < 0.6
+    mask[1, 2, 4] = False
+    mask[0, :, 8:24, 16:40] = False
+    features: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "causal": dict(is_causal=True),
+        "window": dict(window=(9, 4)),
+        "lengths": dict(query_lengths=[T - 11, 0], key_value_lengths=[S + 9, S - 30]),
+        "bias": dict(bias=bias),
+        "broadcast_bias": dict(bias=bias[1:2, :, :1].astype(ml_dtypes.bfloat16)),
+        "mask": dict(mask=mask),
+        "broadcast_mask": dict(mask=mask[:, :1, :, :]),
+        "soft_cap": dict(soft_cap=1.5, scale=-0.4),
+        "zero_scale": dict(scale=0.0, is_causal=True),
+        "no_keys": dict(key_value_lengths=[0, 0]),
+        "everything": dict(
+            bias=bias[:, :, :, :1].astype(np.float16), mask=mask[:1, :1], is_causal=True,
+            window=(20, 3), query_lengths=[T, T - 7], key_value_lengths=[S - 5, 40], soft_cap=2.0,
+        ),
+    }  # fmt: skip
+    return features[name]
+
+
+FEATURES = (
+    "plain", "causal", "window", "lengths", "bias", "broadcast_bias", "mask", "broadcast_mask",
+    "soft_cap", "zero_scale", "no_keys", "everything",
+)  # fmt: skip
+
+INT8 = QuantSpec()
+ZERO_POINT = QuantSpec(symmetric=False)
+# Specs of query, key and value, the elements of forward's matrices, and the bound of its output.
+QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
+    "int8": ((INT8, QuantSpec(center=True), INT8), "half", 8e-3),
+    "int8_zero_point": ((ZERO_POINT,) * 3, "half", 8e-3),
+    "int8_tensor_head_block": (
+        (
+            QuantSpec(granularity="tensor"),
+            QuantSpec(granularity="head", symmetric=False),
+            QuantSpec(granularity="block", block_size=12, center=True),
+        ),
+        "half",
+        8e-3,
+    ),
+    "int8_value_channel": (
+        (INT8, INT8, QuantSpec(granularity="channel", symmetric=False)),
+        "half",
+        8e-3,
+    ),
+    "int8_value_group": ((INT8, INT8, QuantSpec(granularity="group", block_size=8)), "float", 1e-5),
+    "int8_channel": (
+        (
+            QuantSpec(granularity="channel", symmetric=False),
+            QuantSpec(granularity="channel_block", block_size=10),
+            QuantSpec(symmetric=False, float_minimum=True),
+        ),
+        "float",
+        1e-5,
+    ),
+    "int8_centred_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 1e-5),
+    "int4": (
+        (
+            INT8,
+            QuantSpec(4, False, "channel_block", float_minimum=True),
+            QuantSpec(4, False, "group", 16, float_minimum=True),
+        ),
+        "float",
+        1e-5,
+    ),
+    "int4_row": ((QuantSpec(4),) * 3, "half", 8e-3),
+    "int4_zero_point": ((QuantSpec(4, symmetric=False),) * 3, "half", 8e-3),
+    "int4_group": ((None, QuantSpec(4, granularity="group", block_size=5), None), "float", 1e-5),
+    "float_query": ((None, INT8, QuantSpec(4)), "float", 1e-5),
+}

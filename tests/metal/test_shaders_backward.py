@@ -1,0 +1,53 @@
+"""The backward kernels on every format, against float64 gradients at what the operands stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from encoder import Problem, backward, forward
+from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
+
+BOUNDS = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.2e-2}
+
+
+def check(oracle, relative_error, problem, d_out, bound, with_log_sum_exp=False, **options):
+    d_lse = None
+    if with_log_sum_exp:
+        shape = (problem.B, problem.T, problem.N)
+        d_lse = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    wanted = expected(oracle, problem, d_out=np.asarray(d_out, np.float64), d_log_sum_exp=d_lse)
+    found = backward(problem, forward(problem), d_out, d_lse, **options)
+    for name in ("d_query", "d_key", "d_value"):
+        assert relative_error(getattr(found, name), getattr(wanted, name)) <= bound, name
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_feature(oracle, relative_error, dtype, name):
+    q, k, v, d_out = draw(dtype)
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], **feature(name))
+    check(oracle, relative_error, problem, d_out, BOUNDS[dtype], name == "causal")
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@pytest.mark.parametrize("H, V", [(1, 1), (64, 5), (72, 128), (130, 256)])
+def test_head_dim(oracle, relative_error, dtype, H, V):
+    q, k, v, d_out = draw(dtype, H=H, V=V, T=41, S=50)
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True)
+    check(oracle, relative_error, problem, d_out, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 130), (130, 1), (33, 8), (64, 64)])
+def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
+    q, k, v, d_out = draw(T=T, S=S, B=3, N=3, K=1)
+    check(oracle, relative_error, Problem(q, k, v), d_out, 3e-6, True)
+
+
+@pytest.mark.parametrize("name", ("plain", "soft_cap", "everything"))
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_format(oracle, relative_error, format, name):
+    specs, matrix, _ = QUANTIZED[format]
+    q, k, v, d_out = draw("float32", specs)
+    problem = Problem(q, k, v, **feature(name))
+    bound = 1e-4 if matrix == "float" else 1e-2
+    check(oracle, relative_error, problem, d_out, bound, name == "soft_cap")

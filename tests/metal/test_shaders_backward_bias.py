@@ -1,0 +1,55 @@
+"""The gradient of the bias, summed over every set of axes, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from encoder import Problem, backward_bias, forward
+from problems import draw, expected, feature
+
+SHAPE = dict(B=2, N=4, T=45, S=77)
+
+
+def check(relative_error, problem, d_out, wanted, bound, **options):
+    found = backward_bias(problem, forward(problem), d_out, **options)
+    assert found.shape == wanted.shape
+    assert relative_error(found, wanted) <= bound
+
+
+@pytest.mark.parametrize("axes", list(itertools.product((False, True), repeat=4)))
+def test_sums_over_axes(oracle, relative_error, axes):
+    shape = [1 if summed else n for n, summed in zip(SHAPE.values(), axes, strict=True)]
+    q, k, v, d_out = draw()
+    bias = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    problem = Problem(q, k, v, bias=bias, soft_cap=2.0, window=(15, 40), query_lengths=[45, 30])
+    wanted = expected(oracle, problem, d_out=d_out).d_bias[None]
+    check(relative_error, problem, d_out, wanted, 3e-6)
+
+
+@pytest.mark.parametrize("name", ("bias", "broadcast_bias", "everything"))
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_feature(oracle, relative_error, dtype, name):
+    q, k, v, d_out = draw(dtype)
+    problem = Problem(q, k, v, **feature(name))
+    wanted = expected(oracle, problem, d_out=np.asarray(d_out, np.float64)).d_bias[None]
+    bound = {np.float32: 1e-4, np.float16: 1e-3, ml_dtypes.bfloat16: 8e-3}
+    bound = max(bound[problem.bias.dtype.type], 5e-3 if dtype == "float16" else 0)
+    check(relative_error, problem, d_out, wanted, bound)
+
+
+def test_axes_of_vmap(oracle, relative_error):
+    q, k, v, d_out = draw(B=4, H=72, V=100)
+    bias = np.random.default_rng(2).standard_normal((1, 4, 1, 77)).astype(np.float32)
+    problem = Problem(q, k, v, bias=bias)
+    halves = [
+        expected(
+            oracle,
+            Problem(q[b : b + 2], k[b : b + 2], v[b : b + 2], bias=bias),
+            d_out=d_out[b : b + 2],
+        ).d_bias
+        for b in (0, 2)
+    ]
+    check(relative_error, problem, d_out, np.stack(halves), 1e-5, maps=2)

@@ -1,0 +1,110 @@
+"""The quantizer's kernels: bit for bit what NumPy stores, for every format."""
+
+from __future__ import annotations
+
+import itertools
+
+import formats
+import ml_dtypes
+import numpy as np
+import pytest
+from encoder import quantize
+from jax_gluon.formats import GRANULARITIES, QuantSpec, rotation
+
+WAYS = {
+    "symmetric": dict(symmetric=True),
+    "zero_point": dict(symmetric=False),
+    "minimum": dict(symmetric=False, float_minimum=True),
+}
+SPECS = {
+    f"int{bits}-{granularity}-{way}": QuantSpec(
+        bits, granularity=granularity, block_size=12, **WAYS[way]
+    )
+    for bits, granularity, way in itertools.product((8, 4), GRANULARITIES, WAYS)
+}
+
+
+def draw(shape=(2, 37, 3, 46), dtype=np.float32):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(shape) * rng.gamma(1, 2, shape[2:]) + rng.standard_normal(shape[2:])
+    return x.astype(dtype)
+
+
+def check_equal(found, wanted):
+    for name in ("data", "scale", "zero_point", "minimum"):
+        actual, expected = getattr(found, name), getattr(wanted, name)
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert actual.dtype == expected.dtype
+            np.testing.assert_array_equal(actual, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_codes_are_numpys(name):
+    x = draw()
+    check_equal(quantize(x, SPECS[name]), formats.quantize(x, SPECS[name]))
+
+
+@pytest.mark.parametrize("dtype", (np.float16, ml_dtypes.bfloat16))
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_centred(granularity, dtype):
+    spec = QuantSpec(symmetric=False, granularity=granularity, block_size=10, center=True)
+    x = draw((2, 70, 2, 130), dtype)
+    found = quantize(x, spec)
+    mean = np.mean(x.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6, atol=1e-7)
+    check_equal(found, formats.quantize(x, spec, found.mean))
+
+
+def test_mean_of_lengths_and_of_finite_values():
+    x = draw((3, 50, 2, 40))
+    x[0, 3, 1, 7], x[1, 4, 0, 2] = np.nan, np.inf
+    lengths = [50, 20, 0]
+    found = quantize(x, QuantSpec(center=True), lengths=lengths)
+    for b, length in enumerate(lengths):
+        part = x[b, :length].astype(np.float64)
+        finite = np.isfinite(part)
+        total = np.where(finite, part, 0).sum(0) / np.maximum(finite.sum(0), 1)
+        np.testing.assert_allclose(found.mean[b, 0], total, rtol=1e-6, atol=1e-7)
+    bad = np.zeros(found.scale.shape, bool)
+    bad[0, 3, 1], bad[1, 4, 0] = True, True
+    np.testing.assert_array_equal(np.isnan(found.scale), bad)
+    assert not found.data[bad[..., 0]].any()
+
+
+@pytest.mark.parametrize("granularity", ("row", "channel"))
+@pytest.mark.parametrize("H", (12, 64, 35))
+def test_rotated(granularity, H):
+    spec = QuantSpec(granularity=granularity, rotate=True, center=True)
+    x = draw((2, 40, 2, H))
+    found = quantize(x, spec)
+    wanted = formats.quantize(x, spec)
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-5)
+    apart = np.abs(found.data.astype(int) - wanted.data)
+    assert apart.max() <= 1 and apart.mean() < 1e-3
+    error = formats.dequantize(found) @ rotation(H).T - x
+    # A step is at most a 127th of the largest element, and rounding takes half of one.
+    assert np.abs(error).max() <= np.sqrt(H & -H) * found.scale.max()
+
+
+def test_tensor_scales_of_parts_of_the_batch():
+    x = draw((4, 9, 3, 16)) * np.array([1, 2, 3, 4], np.float32)[:, None, None, None]
+    spec = QuantSpec(granularity="tensor", symmetric=False)
+    found = quantize(x, spec, maps=2)
+    for b in (0, 2):
+        wanted = formats.quantize(x[b : b + 2], spec)
+        np.testing.assert_array_equal(found.scale[b : b + 2], wanted.scale)
+        np.testing.assert_array_equal(found.data[b : b + 2], wanted.data)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_constant_tiny_and_huge_blocks_are_finite(way):
+    x = draw((1, 6, 1, 32))
+    x[0, 0], x[0, 1], x[0, 2] = 0, 3.25, 1e-42
+    x[0, 3, 0, ::2] = np.finfo(np.float32).max
+    x[0, 3, 0, 1::2] = -np.finfo(np.float32).max
+    found = quantize(x, QuantSpec(**WAYS[way]))
+    restored = formats.dequantize(found)
+    assert np.isfinite(found.scale).all() and np.isfinite(restored).all()
+    np.testing.assert_allclose(restored[0, :2], x[0, :2], rtol=1e-6)
