@@ -16,9 +16,9 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   threadgroup float scales[Sizes::kTileRows];
   threadgroup float partial[kSimdgroups * Sizes::kTileRows];
 
+  const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
-  constant AttentionParameters& p = parameters;
   const Place place(lane);
   const bool sums_rows = p.bias_rows == 1, sums_keys = p.bias_keys == 1;
   const int bias_head = group.z % p.bias_heads, rest = group.z / p.bias_heads;

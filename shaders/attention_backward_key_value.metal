@@ -19,9 +19,9 @@ kernel void attention_backward_key_value(
   threadgroup RowStatistics row_statistics[Sizes::kTileRows];
   threadgroup float scales[Sizes::kTileRows];
 
+  const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
-  constant AttentionParameters& p = parameters;
   const int k = group.y, b = group.z, heads = p.N / p.K;
   const Place place(lane);
 

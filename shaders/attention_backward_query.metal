@@ -16,9 +16,9 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   threadgroup M value_tile[Sizes::kTileElements];
   threadgroup float scales[Sizes::kTileRows];
 
+  const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
-  constant AttentionParameters& p = parameters;
   const int n = group.y, b = group.z, k = n / (p.N / p.K);
   const Rows keys = operands.key_rows(b, k), values = operands.value_rows(b, k);
   const HeadRules head_rules(operands, b, n);

@@ -21,8 +21,8 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
   threadgroup float key_scales[Sizes::kTileRows];
   threadgroup float value_scales[Sizes::kTileRows];
 
+  const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
-  constant AttentionParameters& p = parameters;
   const int k = group.y, b = group.z, heads = p.N / p.K, rows = p.T * heads;
   const int split = group.x % p.splits, first_row = group.x / p.splits * 8;
   const Rows keys = operands.key_rows(b, k), values = operands.value_rows(b, k);
@@ -79,8 +79,8 @@ kernel void attention_decode_combine(JAX_GLUON_OPERANDS,
                                      device float* row_maximum [[buffer(kRowMaximum)]],
                                      device float* log2_sum [[buffer(kLog2Sum)]],
                                      JAX_GLUON_THREAD) {
+  const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
-  constant AttentionParameters& p = parameters;
   const int row = group.x, k = group.y, b = group.z, heads = p.N / p.K, rows = p.T * heads;
   const int parts = p.splits * kSimdgroups;
   const Int64 first = (Int64(b) * p.K + k) * parts * rows + row;

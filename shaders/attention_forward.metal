@@ -16,8 +16,8 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
   threadgroup float key_scales[Sizes::kTileRows];
   threadgroup float value_scales[Sizes::kTileRows];
 
+  const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
-  constant AttentionParameters& p = parameters;
   const int n = group.y, b = group.z, k = n / (p.N / p.K);
   const Rows keys = operands.key_rows(b, k), values = operands.value_rows(b, k);
   const HeadRules head_rules(operands, b, n);

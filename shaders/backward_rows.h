@@ -29,7 +29,7 @@ struct Cotangents {
 // The rows of one head of dO.
 inline Rows out_gradient_rows(thread const Operands& operands, thread const Cotangents& cotangents,
                               int b, int n) {
-  constant AttentionParameters& p = *operands.parameters;
+  thread const AttentionParameters& p = *operands.parameters;
   Rows rows;
   const Int64 first = operands.batch_offset(kOutGradientBatch, b) + n * p.V;
   rows.type = p.out_gradient_type;
@@ -37,7 +37,7 @@ inline Rows out_gradient_rows(thread const Operands& operands, thread const Cota
   rows.scale = operands.query_scale;
   rows.offset = operands.query_offset;
   rows.mean = operands.query_mean;
-  rows.quantization = &p.query_quantization;
+  rows.quantization = p.query_quantization;
   rows.columns = p.V;
   rows.stride = Int64(p.N) * p.V;
   return rows;
@@ -50,7 +50,7 @@ struct ScoreGradient {
 };
 
 // `product` is q k^T, `probability_gradient` dO v^T.
-inline ScoreGradient score_gradient(constant AttentionParameters& p, thread const RowRules& rules,
+inline ScoreGradient score_gradient(thread const AttentionParameters& p, thread const RowRules& rules,
                                     RowStatistics row, int key, float product,
                                     float probability_gradient) {
   float x = product * (p.scale * kLog2E) + row.centre;
@@ -73,7 +73,7 @@ struct BackwardRows {
 
   void start(thread const Operands& operands, thread const Cotangents& cotangents, int b, int n,
              int token, ushort lane) thread {
-    constant AttentionParameters& p = *operands.parameters;
+    thread const AttentionParameters& p = *operands.parameters;
     const Place place(lane);
     const bool is_inside = token < p.T;
     const int k = n / (p.N / p.K);
@@ -124,7 +124,7 @@ struct BackwardRows {
 
   // P and dS of the lane's two elements of a matrix, whose keys start at tile row `t`; its own keys
   // are `own` and the next.
-  void scores(constant AttentionParameters& p, thread const RowRules& rules, bool2 is_seen,
+  void scores(thread const AttentionParameters& p, thread const RowRules& rules, bool2 is_seen,
               threadgroup const M* key_tile, threadgroup const M* value_tile, int t, int own,
               thread ScoreGradient* result) thread {
     constexpr int kStride = BlockSizes<M, D>::kStride;

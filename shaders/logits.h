@@ -13,14 +13,14 @@ struct RowRules {
   device const uchar* mask;
   Range visible;  // keys
 
-  bool sees(constant AttentionParameters& p, int key) const thread {
+  bool sees(thread const AttentionParameters& p, int key) const thread {
     if (key < visible.begin || key >= visible.end) return false;
     return !has_mask || mask[key * p.mask.key] != 0;
   }
 
   // The logit of a key that the row sees, from its scaled product in base 2. `slope` takes the
   // derivative of the soft cap.
-  float logit(constant AttentionParameters& p, float x, int key, thread float& slope) const thread {
+  float logit(thread const AttentionParameters& p, float x, int key, thread float& slope) const thread {
     slope = 1.0f;
     bool is_hidden = false;
     if (has_bias) {
@@ -46,7 +46,7 @@ struct HeadRules {
   Visibility visibility;
 
   HeadRules(thread const Operands& operands, int b, int n) thread : visibility(operands, b) {
-    constant AttentionParameters& p = *operands.parameters;
+    thread const AttentionParameters& p = *operands.parameters;
     bias = operands.bias;
     mask = operands.mask;
     if (has_bias) {
@@ -55,7 +55,7 @@ struct HeadRules {
     if (has_mask) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
   }
 
-  RowRules row(constant AttentionParameters& p, int i) const thread {
+  RowRules row(thread const AttentionParameters& p, int i) const thread {
     RowRules rules;
     rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
     rules.bias = has_bias ? bias + i * p.bias.row * bias_size(p) : bias;
@@ -64,11 +64,11 @@ struct HeadRules {
   }
 
  private:
-  static int bias_size(constant AttentionParameters& p) { return p.bias_type == kF32 ? 4 : 2; }
+  static int bias_size(thread const AttentionParameters& p) { return p.bias_type == kF32 ? 4 : 2; }
 };
 
 // Whether logits get back what centring took from their keys before bias and soft cap; else the
 // row's maximum gets it.
-inline bool needs_whole_logits(constant AttentionParameters& p) {
+inline bool needs_whole_logits(thread const AttentionParameters& p) {
   return has_bias || p.soft_cap != 0.0f;
 }

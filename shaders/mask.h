@@ -24,7 +24,7 @@ struct Visibility {
   int right;
 
   Visibility(thread const Operands& operands, int b) thread {
-    constant AttentionParameters& p = *operands.parameters;
+    thread const AttentionParameters& p = *operands.parameters;
     rows = p.T;
     keys = p.S;
     if (p.has_query_lengths != 0) {

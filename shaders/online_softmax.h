@@ -21,12 +21,12 @@ struct OnlineSoftmax {
   // Row `token` of `rows`, the lane's; rows at `end` and past it are zeros.
   void start(thread const Operands& operands, thread const Rows& rows, thread const Rows& keys,
              int token, int end, ushort lane) thread {
-    constant AttentionParameters& p = *operands.parameters;
+    thread const AttentionParameters& p = *operands.parameters;
     const Place place(lane);
     const bool is_inside = token < end;
     const bool is_exact = has_exact_codes<M>(rows.type);
     float dot = 0.0f;
-    const bool is_centred = is_code(keys.type) && keys.quantization->has_mean != 0;
+    const bool is_centred = is_code(keys.type) && keys.quantization.has_mean != 0;
     for (int d = 0; d < D / 8; ++d) {
       float x[2] = {0.0f, 0.0f};
       for (int i = 0; is_inside && i < 2; ++i) {
@@ -54,7 +54,7 @@ struct OnlineSoftmax {
 
   // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
   // that have one of `seen`, the keys that any of the eight rows sees.
-  void attend(constant AttentionParameters& p, thread const RowRules& rules, Range seen, int key0,
+  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen, int key0,
               threadgroup const M* key_tile, threadgroup const M* value_tile,
               threadgroup const float* key_scales, threadgroup const float* value_scales,
               bool value_is_exact, bool key_is_exact, ushort lane) thread {
@@ -140,7 +140,7 @@ struct OnlineSoftmax {
     }
     if (has_exact_codes<M>(values.type)) {
       x *= unit;
-      if (values.quantization->head_block != 0) {
+      if (values.quantization.head_block != 0) {
         const Place place(lane);
         for (int i = 0; i < 2; ++i) {
           const int column = 8 * d + place.column + i;

@@ -117,41 +117,41 @@ struct Rows {
   device const uchar* scale;
   device const uchar* offset;
   device const float* mean;  // of this head
-  constant QuantizationParameters* quantization;
+  QuantizationParameters quantization;
   int type;
   int columns;
   Int64 stride;  // from token to token
 
   int token_block(int token) const thread {
-    const int size = quantization->token_block;
+    const int size = quantization.token_block;
     return size == 1 ? token : size == 0 ? 0 : token / size;
   }
   float scale_at(int token, int column_block) const thread {
-    constant BlockStrides& at = quantization->scale;
+    thread const BlockStrides& at = quantization.scale;
     const Int64 index = token_block(token) * at.block + column_block * at.column;
-    return load_float(scale, quantization->is_bfloat16 != 0 ? kBF16 : kF32, index);
+    return load_float(scale, quantization.is_bfloat16 != 0 ? kBF16 : kF32, index);
   }
   float zero_point_at(int token, int column_block) const thread {
-    constant BlockStrides& at = quantization->offset;
+    thread const BlockStrides& at = quantization.offset;
     const Int64 index = token_block(token) * at.block + column_block * at.column;
     return float(reinterpret_cast<device const char*>(offset)[index]);
   }
   // What is added to a code where there is no minimum.
   float code_offset_at(int token, int column_block) const thread {
-    return quantization->offset_kind == kZeroPoint ? -zero_point_at(token, column_block) : 0.0f;
+    return quantization.offset_kind == kZeroPoint ? -zero_point_at(token, column_block) : 0.0f;
   }
   // What is added to code * scale.
   float offset_at(int token, int column_block, float scale) const thread {
-    if (quantization->offset_kind == kZeroPoint) return -zero_point_at(token, column_block) * scale;
-    if (quantization->offset_kind == kNoOffset) return 0.0f;
-    constant BlockStrides& at = quantization->offset;
+    if (quantization.offset_kind == kZeroPoint) return -zero_point_at(token, column_block) * scale;
+    if (quantization.offset_kind == kNoOffset) return 0.0f;
+    thread const BlockStrides& at = quantization.offset;
     const Int64 index = token_block(token) * at.block + column_block * at.column;
     const float least_code = type == kS8 ? -128.0f : -8.0f;
-    const float minimum = load_float(offset, quantization->is_bfloat16 != 0 ? kBF16 : kF32, index);
+    const float minimum = load_float(offset, quantization.is_bfloat16 != 0 ? kBF16 : kF32, index);
     return minimum - least_code * scale;
   }
   int column_block(int column) const thread {
-    const int size = quantization->head_block;
+    const int size = quantization.head_block;
     return size == 0 ? 0 : size == 1 ? column : column / size;
   }
 
@@ -164,6 +164,6 @@ struct Rows {
     return x * s + offset_at(token, column_block(column), s);
   }
   float mean_at(int column) const thread {
-    return quantization->has_mean != 0 && column < columns ? mean[column] : 0.0f;
+    return quantization.has_mean != 0 && column < columns ? mean[column] : 0.0f;
   }
 };

@@ -25,7 +25,7 @@
   device const int* key_value_lengths [[buffer(kKeyValueLengths)]]
 
 #define JAX_GLUON_MAKE_OPERANDS                                                                    \
-  Operands{&parameters, batch_offsets, query, key, value, query_scale, query_offset, query_mean,   \
+  Operands{&p, batch_offsets, query, key, value, query_scale, query_offset, query_mean,   \
            key_scale, key_offset, key_mean, value_scale, value_offset, value_mean, bias, mask,     \
            query_lengths, key_value_lengths}
 
@@ -37,7 +37,7 @@
 // clang-format on
 
 struct Operands {
-  constant AttentionParameters* parameters;
+  thread const AttentionParameters* parameters;
   device const Int64* batch_offsets;
   device const uchar* query;
   device const uchar* key;
@@ -61,25 +61,25 @@ struct Operands {
   }
 
   Rows query_rows(int b, int n) const thread {
-    constant AttentionParameters& p = *parameters;
-    return head(query, query_scale, query_offset, query_mean, &p.query_quantization, query_type,
+    thread const AttentionParameters& p = *parameters;
+    return head(query, query_scale, query_offset, query_mean, p.query_quantization, query_type,
                 p.H, p.query, b, n, kQueryBatch, kQueryScaleBatch);
   }
   Rows key_rows(int b, int k) const thread {
-    constant AttentionParameters& p = *parameters;
-    return head(key, key_scale, key_offset, key_mean, &p.key_quantization, key_type, p.H, p.key, b,
+    thread const AttentionParameters& p = *parameters;
+    return head(key, key_scale, key_offset, key_mean, p.key_quantization, key_type, p.H, p.key, b,
                 k, kKeyBatch, kKeyScaleBatch);
   }
   Rows value_rows(int b, int k) const thread {
-    constant AttentionParameters& p = *parameters;
-    return head(value, value_scale, value_offset, value_mean, &p.value_quantization, value_type,
+    thread const AttentionParameters& p = *parameters;
+    return head(value, value_scale, value_offset, value_mean, p.value_quantization, value_type,
                 p.V, p.value, b, k, kValueBatch, kValueScaleBatch);
   }
 
  private:
   // The tables of scale, offset and mean follow one another.
   Rows head(device const uchar* data, device const uchar* scale, device const uchar* offset,
-            device const float* mean, constant QuantizationParameters* quantization, int type,
+            device const float* mean, thread const QuantizationParameters& quantization, int type,
             int columns, RowStrides strides, int b, int n, int table,
             int scale_table) const thread {
     Rows rows;
@@ -90,12 +90,12 @@ struct Operands {
     rows.columns = columns;
     rows.stride = strides.token;
     if (is_code(type)) {
-      const int size = quantization->is_bfloat16 != 0 ? 2 : 4;
+      const int size = quantization.is_bfloat16 != 0 ? 2 : 4;
       rows.scale =
-          scale + (batch_offset(scale_table, b) + n * quantization->scale.head) * size;
-      rows.offset = offset + (batch_offset(scale_table + 1, b) + n * quantization->offset.head) *
-                                 (quantization->offset_kind == kZeroPoint ? 1 : size);
-      rows.mean = mean + batch_offset(scale_table + 2, b) + n * quantization->mean_head_stride;
+          scale + (batch_offset(scale_table, b) + n * quantization.scale.head) * size;
+      rows.offset = offset + (batch_offset(scale_table + 1, b) + n * quantization.offset.head) *
+                                 (quantization.offset_kind == kZeroPoint ? 1 : size);
+      rows.mean = mean + batch_offset(scale_table + 2, b) + n * quantization.mean_head_stride;
     } else {
       rows.scale = scale;
       rows.offset = offset;

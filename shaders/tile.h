@@ -59,7 +59,7 @@ inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M
   const int column = 8 * chunk;
   // The lane with the row's first chunk.
   const ushort leader = (thread_index & 31) - chunk;
-  const int head_block = rows.quantization->head_block;
+  const int head_block = rows.quantization.head_block;
   const bool is_exact = has_exact_codes<M>(rows.type);
   for (int r = thread_index / kChunks; r < kRows; r += kStep) {
     const int token = first + r;
@@ -84,7 +84,7 @@ inline void load_tile(thread const Rows& rows, int first, int end, threadgroup M
                             : rows.offset_at(token, block, scale);
         }
         const float factor = is_exact ? 1.0f : simd_shuffle(scale, source);
-        if (rows.quantization->offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
+        if (rows.quantization.offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
         if (is_exact && chunk == 0) scales[r] = head_block == 0 ? scale : 1.0f;
         for (int i = 0; i < 8; ++i) {
           x[i] = is_inside && column + i < rows.columns ? x[i] * factor + offset : 0.0f;

@@ -1,0 +1,125 @@
+"""Counted work: products, barriers and bytes of keys and values, against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from encoder import BLOCK_ROWS, Problem, backward, blocks, forward, matrix_type
+from jax_gluon.formats import QuantSpec
+from problems import DTYPES, draw
+
+COUNT = dict(instrumentation="counters")
+INT4 = QuantSpec(4, granularity="group", block_size=32)
+FORMATS = {
+    "int8": (QuantSpec(),) * 3,
+    "int8_zero_point": (QuantSpec(symmetric=False),) * 3,
+    "int4": (QuantSpec(4),) * 3,
+    "int4_group": (QuantSpec(), INT4, INT4),
+}
+
+
+def problem_of(format, **shape):
+    """One head, of `T` queries and `S` keys."""
+    shape = {"B": 1, "N": 1, "K": 1, **shape}
+    dtype = format if format in DTYPES else "float32"
+    q, k, v, d_out = draw(dtype, FORMATS.get(format, (None,) * 3), **shape)
+    return Problem(q, k, v, out_dtype=DTYPES[dtype]), d_out
+
+
+def visible(problem):
+    i, j = np.arange(problem.T)[:, None], np.arange(problem.S)
+    left, right = problem.window or (problem.T, problem.S)
+    seen = (i - left <= j) & (j <= i + (0 if problem.is_causal else right))
+    return np.pad(seen, ((0, -problem.T % 8), (0, -problem.S % 8)))
+
+
+def matrices(problem):
+    """8x8 matrices of scores with a visible pair: the least that can be multiplied."""
+    seen = visible(problem)
+    return int(seen.reshape(len(seen) // 8, 8, -1, 8).any((1, 3)).sum())
+
+
+def tile_rows(problem, matrix):
+    head_dim = next(d for d in (64, 128, 256) if d >= max(problem.H, problem.V))
+    return 8192 // (head_dim * (4 if matrix == "float" else 2))
+
+
+def tiles(problem, matrix, by_keys=False):
+    """Tiles of the other side that the threadgroups walk."""
+    seen = visible(problem).T if by_keys else visible(problem)
+    total, step = 0, tile_rows(problem, matrix)
+    for first in range(0, len(seen), BLOCK_ROWS):
+        other = np.flatnonzero(seen[first : first + BLOCK_ROWS].any(0))
+        if len(other):
+            total += blocks(other[-1] + 1 - other[0] // 8 * 8, step)
+    return total
+
+
+def check_products(problem, d_out, with_backward):
+    H, V = (blocks(n, 8) * 8 for n in (problem.H, problem.V))
+    found = forward(problem, **COUNT)
+    assert found.counters.multiply_accumulates == matrices(problem) * 64 * (H + V)
+    assert found.counters.threadgroup_barriers == 2 * tiles(problem, matrix_type(problem))
+    if not with_backward:
+        return
+    gradients = backward(problem, found, d_out, **COUNT)
+    for counters, products, by_keys in (
+        (gradients.query_counters, 2 * H + V, False),
+        (gradients.key_value_counters, 2 * H + 2 * V, True),
+    ):
+        assert counters.multiply_accumulates == matrices(problem) * 64 * products
+        matrix = "half" if matrix_type(problem) == "half" else "float"
+        assert counters.threadgroup_barriers == 2 * tiles(problem, matrix, by_keys)
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("H, V", [(64, 64), (128, 128), (20, 36)])
+def test_products_and_barriers(H, V, is_causal):
+    problem, d_out = problem_of("float16", T=200, S=264, H=H, V=V)
+    problem.is_causal = is_causal
+    check_products(problem, d_out, with_backward=True)
+
+
+def test_products_of_a_window():
+    problem, d_out = problem_of("float16", T=300, S=300, H=64, V=64)
+    problem.window = (40, 10)
+    check_products(problem, d_out, with_backward=True)
+
+
+@pytest.mark.parametrize("H", (64, 128))
+def test_products_of_a_long_causal_head(H):
+    problem, _ = problem_of("float16", T=1024, S=1024, H=H, V=H)
+    problem.is_causal = True
+    check_products(problem, None, with_backward=False)
+
+
+def bytes_per_key(format, H):
+    """Device bytes that one more key costs a forward pass, over as many query blocks as passes."""
+    T, S = 64, 128
+    few, many = (
+        forward(problem_of(format, T=T, S=n, H=H, V=H)[0], **COUNT).counters.device_bytes_read
+        for n in (S, 2 * S)
+    )
+    return (many - few) / (S * blocks(T, BLOCK_ROWS))
+
+
+@pytest.mark.parametrize("H", (64, 128))
+def test_bytes_of_keys_and_values(H):
+    half = bytes_per_key("float16", H)
+    # Each query block reads keys and values once.
+    assert half == 2 * H * 2
+    assert bytes_per_key("float32", H) == 2 * half
+    for format, most in (
+        ("int8", 0.55), ("int8_zero_point", 0.55), ("int4", 0.33), ("int4_group", 0.33),
+    ):  # fmt: skip
+        assert bytes_per_key(format, H) <= most * half, format
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@pytest.mark.parametrize("H", (64, 128, 256))
+def test_threadgroup_memory(dtype, H):
+    problem, d_out = problem_of(dtype, T=40, S=40, H=H, V=H)
+    found = forward(problem, **COUNT)
+    gradients = backward(problem, found, d_out, **COUNT)
+    for counters in (found.counters, gradients.query_counters, gradients.key_value_counters):
+        assert 0 < counters.threadgroup_memory_peak <= 20480
