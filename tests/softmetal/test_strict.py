@@ -65,6 +65,11 @@ BUGS = [
         POINTER,
     ),
     Bug(
+        "unqualified pointer in a cast to a deduced type",
+        f"{OUT}) {{\nauto p = (float*)out; // HERE\nout[0] = p[0];\n}}",
+        POINTER,
+    ),
+    Bug(
         "kernel argument without an address space",
         "kernel void f(float* out [[buffer(0)]]) { // HERE\nout[0] = 1;\n}",
         "argument 'out' of a kernel has no attribute and no address space",
@@ -418,6 +423,21 @@ def test_the_kernels_of_the_language_are_accepted(path):
     softmetal.check(path)
 
 
+def test_lambda_expressions_came_with_metal_3_2():
+    import softmetal
+
+    text = f"""{HEAD}{OUT}) {{
+      auto twice = [](float x) {{ return 2 * x; }};
+      out[0] = twice(out[0]);
+    }}"""
+    softmetal.check(text)
+    softmetal.check(text, std="metal3.2")
+    with pytest.raises(softmetal.Error, match=r"program_source:4:\d+: error: lambda expressions"):
+        softmetal.check(text, std="metal3.1")
+    with pytest.raises(softmetal.Error, match='std is "c\\+\\+17"; allowed: metal'):
+        softmetal.check(text, std="c++17")
+
+
 def test_command(tmp_path, capsys):
     import softmetal
 
@@ -430,3 +450,5 @@ def test_command(tmp_path, capsys):
     assert "undeclared identifier 'N'" in capsys.readouterr().err
     assert softmetal.main(["check", str(bad), "-D", "N", "-I", str(tmp_path)]) == 1
     assert f"{bad}:3:10: error: {POINTER}" in capsys.readouterr().err
+    good.write_text(f"{HEAD}{OUT}) {{ auto f = [](int x) {{ return x; }}; out[0] = f(1); }}\n")
+    assert softmetal.main(["check", str(good), "--std", "metal3.1"]) == 1

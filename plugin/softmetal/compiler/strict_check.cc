@@ -10,9 +10,9 @@
 #include <set>
 #include <sstream>
 
-#include "compiler/generic_addresses.h"
 #include "compiler/rewriter.h"
 #include "compiler/toolchain.h"
+#include "compiler/tree_errors.h"
 
 namespace softmetal {
 namespace {
@@ -115,9 +115,9 @@ bool is_right_in_metal(const Diagnostic& diagnostic) {
 // The names of OpenCL, and those of the prelude, as Metal's.
 std::string in_metal(std::string text) {
   static constexpr std::pair<const char*, const char*> kNames[] = {
-      {"__global", "device"},        {"__constant", "constant"}, {"__local", "threadgroup"},
-      {"__private", "thread"},       {"softmetal_name_", ""},    {"*thread'", "*'"},
-      {"const constant", "constant"}};
+      {"__global", "device"},  {"__constant", "constant"}, {"__local", "threadgroup"},
+      {"__private", "thread"}, {"__generic ", ""},         {"softmetal_name_", ""},
+      {"*thread'", "*'"},      {"*__generic'", "*'"},      {"const constant", "constant"}};
   for (const auto& [from, to] : kNames) {
     for (size_t at = 0; (at = text.find(from, at)) != std::string::npos;) {
       text.replace(at, std::string(from).size(), to);
@@ -205,9 +205,10 @@ CheckResult strict_check(const std::string& source, const CompileOptions& option
     }
     return found;
   };
-  for (const GenericAddress& each : find_generic_addresses(dump, prelude)) {
+  const bool has_lambdas = options.language_version == 0 || options.language_version >= 0x30002;
+  for (const TreeError& each : find_tree_errors(dump, prelude, has_lambdas)) {
     // What is deduced is of the space of what it is deduced from.
-    if (contains(line_of(each.file, each.line), "auto")) continue;
+    if (each.is_declared && contains(line_of(each.file, each.line), "auto")) continue;
     out.diagnostics += each.file + ":" + std::to_string(each.line) + ":" +
                        std::to_string(each.column) + ": error: " + each.message + "\n";
   }
