@@ -545,6 +545,10 @@ class Rewriter : private Syntax {
       type += (type.empty() ? "" : " ") + tokens_[i].text;
     }
     const std::string n = tokens_[name].text;
+    bool is_constant = false;
+    for (Index i = begin; i < name; i = next(i)) is_constant |= at(i, "constant");
+    if (!is_constant)
+      error(begin, "function constant '" + n + "' must be in constant address space");
     erase(begin, end);
     if (strict_) {
       tokens_[begin].text = "extern constant bool " + n + "_softmetal_defined; extern constant " +
