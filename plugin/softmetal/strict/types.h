@@ -61,7 +61,7 @@ struct Unqualified<__local T> : Unqualified<T> {};
 template <typename T>
 struct Unqualified<__private T> : Unqualified<T> {};
 template <typename T>
-struct Unqualified<const __constant T> : Unqualified<T> {};
+struct Unqualified<__constant T> : Unqualified<T> {};
 template <typename T>
 using Bare = typename Unqualified<__remove_cvref(T)>::type;
 
