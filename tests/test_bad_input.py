@@ -215,13 +215,10 @@ CASES = {
     ),
     "quantization_type": ({"quantization": 8}, TypeError, "quantization", "int", 'None, "int8"'),
     "implementation_unknown": (
-        {"implementation": "cuda"}, ValueError, "implementation", '"cuda"', 'None, "cpu", "xla"'
+        {"implementation": "cuda"}, ValueError, "implementation", '"cuda"', 'None, "cpu", "metal", "xla"'
     ),
     "implementation_type": (
-        {"implementation": 1}, TypeError, "implementation", "int", 'None, "cpu", "xla"'
-    ),
-    "implementation_metal": (
-        {"implementation": "metal"}, RuntimeError, "implementation", "no Metal device", '"cpu"'
+        {"implementation": 1}, TypeError, "implementation", "int", 'None, "cpu", "metal", "xla"'
     ),
     "kernel_unknown": (
         {"kernel": "fast"}, ValueError, "kernel", '"fast"', 'None, "baseline"'

@@ -16,4 +16,3 @@ assert _spec is not None and _spec.loader is not None
 _softmetal = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_softmetal)
 device = _softmetal.device
-

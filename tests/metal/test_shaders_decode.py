@@ -22,7 +22,9 @@ def check(oracle, relative_error, problem, bound, splits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, N, K, splits", [(1, 4, 2, 1), (1, 3, 3, 5), (3, 8, 2, 4), (2, 5, 1, 7)])
+@pytest.mark.parametrize(
+    "T, N, K, splits", [(1, 4, 2, 1), (1, 3, 3, 5), (3, 8, 2, 4), (2, 5, 1, 7)]
+)
 def test_splits(oracle, relative_error, T, N, K, splits, dtype):
     q, k, v, _ = draw(dtype, T=T, N=N, K=K, S=301, H=60, V=40)
     problem = Problem(q, k, v, out_dtype=DTYPES[dtype], key_value_lengths=[301, 90])
