@@ -64,7 +64,8 @@ def quantize(
             _text("x", f"of head dim {array.shape[-1]}", "an even head dim where spec.bits is 4")
         )
     if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(_text("implementation", repr(implementation), 'None, "cpu", "metal", "xla"'))
+        allowed = 'None, "cpu", "metal", "xla"'
+        raise ValueError(_text("implementation", repr(implementation), allowed))
     if implementation == "metal":
         check_metal("quantize")
     is_batched = array.ndim == 4

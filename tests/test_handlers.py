@@ -167,8 +167,9 @@ def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, 
     if center:
         results["mean"] = result(B, 1, K, H)
     attributes = dict(
-        device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric, token_block=token_block,
-        head_block=head_block, per_tensor=per_tensor, center=center, rotate=0, has_lengths=1,
+        device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric,
+        token_block=token_block, head_block=head_block, per_tensor=per_tensor,
+        center=center, rotate=0, has_lengths=1,
     )  # fmt: skip
     return Call(
         QUANTIZE,

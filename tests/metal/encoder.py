@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 SHADERS = Path(__file__).resolve().parents[2] / "shaders"

@@ -8,6 +8,7 @@ import formats
 import ml_dtypes
 import numpy as np
 from encoder import Problem
+
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -80,12 +80,12 @@ def test_centred_and_rotated_codes():
     lengths = np.array([50, 7], np.int32)
     for spec in (PRESETS["int8"].key, PRESETS["int4"].key, QuantSpec(rotate=True)):
         assert spec is not None
-        quantize = lambda name: jax_gluon.quantize(  # noqa: E731
-            x, spec, lengths=lengths if spec.center else None, implementation=name
-        )
-        difference = quantize("metal").dequantize() - quantize("cpu").dequantize()
+        keywords = dict(lengths=lengths if spec.center else None)
+        metal = jax_gluon.quantize(x, spec, **keywords, implementation="metal")
+        cpu = jax_gluon.quantize(x, spec, **keywords, implementation="cpu")
+        difference = metal.dequantize() - cpu.dequantize()
         # Sums in another order move a mean by a rounding, and a code by one at most.
-        step = np.abs(np.asarray(quantize("cpu").scale, np.float32)).max()
+        step = np.abs(np.asarray(cpu.scale, np.float32)).max()
         assert float(jnp.abs(difference).max()) <= 1.01 * step
         assert float(jnp.mean(jnp.abs(difference) > 1e-5)) < 0.01
 
@@ -199,7 +199,8 @@ def run(**environment):
 @pytest.mark.parametrize(
     ("fault", "messages"),
     [
-        ("nil_device", ("RuntimeError", "no Metal device")),
+        # Asked twice: for the default device, then for all.
+        ("nil_device:2", ("RuntimeError", "no Metal device")),
         ("old_family", ("RuntimeError", "no simdgroup matrices", "MTLGPUFamilyApple7")),
         ("compile_failure", ("does not compile attention_forward", "injected")),
         ("pipeline_failure", ("no pipeline of attention_forward_half_64", "injected")),
@@ -210,7 +211,7 @@ def run(**environment):
     ],
 )
 def test_a_fault_is_an_error_and_poisons_nothing(fault, messages):
-    first, second, *_ = run(SOFTMETAL_FAULT=f"{fault}:1")
+    first, second, *_ = run(SOFTMETAL_FAULT=fault if ":" in fault else f"{fault}:1")
     for message in messages:
         assert message in first
     assert 'implementation="cpu"' in first or '"cpu"' in first
