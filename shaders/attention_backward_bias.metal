@@ -41,9 +41,9 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
       const HeadRules head_rules(operands, b, n);
       const Visibility visibility = head_rules.visibility;
       for (int block_row = row_begin; block_row < row_end; block_row += kBlockRows) {
-        const Range block_keys = intersect(
-            visibility.of_rows({block_row, min(block_row + kBlockRows, row_end)}),
-            {key_begin, key_end});
+        const Range block_keys =
+            intersect(visibility.of_rows({block_row, min(block_row + kBlockRows, row_end)}),
+                      {key_begin, key_end});
         if (block_keys.is_empty()) continue;
         const int first_row = block_row + 8 * simdgroup, row = first_row + place.row;
         const Range seen =
@@ -83,7 +83,8 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   if (sums_rows) {
     // Lanes of a column differ in bits 1, 2 and 4.
     for (int t = 0; t < matrices; ++t) {
-      for (ushort bit = 2; bit <= 16; bit *= bit == 4 ? 4 : 2) sum[t] += simd_shuffle_xor(sum[t], bit);
+      for (ushort bit = 2; bit <= 16; bit *= bit == 4 ? 4 : 2)
+        sum[t] += simd_shuffle_xor(sum[t], bit);
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * t + place.column + i;
         if (place.row == 0 && column < columns) {
@@ -112,9 +113,10 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(dim)                                            \
-  template [[host_name("attention_backward_bias_float_" #dim)]] kernel        \
-  decltype(attention_backward_bias<dim>) attention_backward_bias<dim>;
+#define JAX_GLUON_INSTANTIATE(dim)                                                           \
+  template [[host_name(                                                                      \
+      "attention_backward_bias_float_" #dim)]] kernel decltype(attention_backward_bias<dim>) \
+      attention_backward_bias<dim>;
 
 JAX_GLUON_INSTANTIATE(64)
 JAX_GLUON_INSTANTIATE(128)

@@ -79,8 +79,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   gradient_sum = row_sum(gradient_sum);
   if (row >= p.T) return;
   // The mean's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
-  const bool adds_mean =
-      keys.has_mean() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
+  const bool adds_mean = keys.has_mean() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
   const Int64 index = ((Int64(b) * p.T + row) * p.N + n) * p.H;
   for (int d = 0; 8 * d < p.H; ++d) {
     for (int i = 0; i < 2; ++i) {
@@ -93,9 +92,10 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim)                                        \
-  template [[host_name("attention_backward_query_" #type "_" #dim)]] kernel     \
-  decltype(attention_backward_query<type, dim>) attention_backward_query<type, dim>;
+#define JAX_GLUON_INSTANTIATE(type, dim)                                                \
+  template [[host_name("attention_backward_query_" #type                                \
+                       "_" #dim)]] kernel decltype(attention_backward_query<type, dim>) \
+      attention_backward_query<type, dim>;
 #define JAX_GLUON_INSTANTIATE_ALL(type) \
   JAX_GLUON_INSTANTIATE(type, 64)       \
   JAX_GLUON_INSTANTIATE(type, 128)      \

@@ -39,8 +39,8 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
     is_dirty[thread_index] =
         load_tile<M, D, true>(values, key0, block_keys.end, value_tile, value_scales, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    softmax.attend(p, rules, seen, key0, key_tile, value_tile, key_scales, value_scales,
-                   keys, values, any_dirty(is_dirty, lane), lane);
+    softmax.attend(p, rules, seen, key0, key_tile, value_tile, key_scales, value_scales, keys,
+                   values, any_dirty(is_dirty, lane), lane);
   }
 
   const float total = row_sum(softmax.sum);
@@ -64,9 +64,10 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim)                                        \
-  template [[host_name("attention_forward_" #type "_" #dim)]] kernel            \
-  decltype(attention_forward<type, dim>) attention_forward<type, dim>;
+#define JAX_GLUON_INSTANTIATE(type, dim) \
+  template [[host_name(                  \
+      "attention_forward_" #type         \
+      "_" #dim)]] kernel decltype(attention_forward<type, dim>) attention_forward<type, dim>;
 #define JAX_GLUON_INSTANTIATE_ALL(type) \
   JAX_GLUON_INSTANTIATE(type, 64)       \
   JAX_GLUON_INSTANTIATE(type, 128)      \

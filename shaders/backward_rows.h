@@ -112,8 +112,8 @@ struct BackwardRows {
     statistics.log2_sum = cotangents.log2_sum[operands.batch_offset(kLog2SumBatch, b) + at];
     statistics.delta = delta;
     if (p.has_log_sum_exp_gradient != 0) {
-      statistics.delta -= cotangents.log_sum_exp_gradient
-                              [operands.batch_offset(kLogSumExpGradientBatch, b) + at];
+      statistics.delta -=
+          cotangents.log_sum_exp_gradient[operands.batch_offset(kLogSumExpGradientBatch, b) + at];
     }
     if (needs_whole_logits(p)) {
       statistics.centre = centre;

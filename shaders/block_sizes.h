@@ -15,11 +15,11 @@
 // | float   | 128 | 16        | 16,896 |  32 + 32 + 4     |  32 + 32 + 32 |  32 + 32 + 32 + 32  |
 // | float   | 256 | 8         | 16,640 |  64 + 64 + 2     |  64 + 64 + 64 |  64 + 64 + 64 + 64  |
 //
-// A tile's rows are as many as fill 8 KiB: two tiles are about half of the 32 KiB that a threadgroup
-// may have, so two threadgroups fit one such budget. Products of a tile row and a simdgroup are
-// 8 (H + V) in forward whatever the block, since matrices without a visible pair are skipped one by
-// one; larger tiles save barriers (two for each block), larger threadgroups device bytes (each reads
-// all visible rows of the other side once).
+// A tile's rows are as many as fill 8 KiB: two tiles are about half of the 32 KiB that a
+// threadgroup may have, so two threadgroups fit one such budget. Products of a tile row and a
+// simdgroup are 8 (H + V) in forward whatever the block, since matrices without a visible pair are
+// skipped one by one; larger tiles save barriers (two for each block), larger threadgroups device
+// bytes (each reads all visible rows of the other side once).
 #pragma once
 
 constant constexpr int kSimdgroups = 4;

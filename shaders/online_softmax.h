@@ -52,10 +52,10 @@ struct OnlineSoftmax {
   }
 
   // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
-  // that have one of `seen`, the keys that any of the eight rows sees. `is_dirty`: the tile of values
-  // has zeros for what is not finite.
-  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen, int key0,
-              threadgroup const M* key_tile, threadgroup const M* value_tile,
+  // that have one of `seen`, the keys that any of the eight rows sees. `is_dirty`: the tile of
+  // values has zeros for what is not finite.
+  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen,
+              int key0, threadgroup const M* key_tile, threadgroup const M* value_tile,
               threadgroup const float* key_scales, threadgroup const float* value_scales,
               thread const Rows& keys, thread const Rows& values, bool is_dirty,
               ushort lane) thread {

@@ -47,10 +47,10 @@ constexpr bool has_exact_codes(int type) {
   return sizeof(M) == 2 && is_code(type);
 }
 
-// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and past
-// the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along a row.
-// A tile whose rows are summed takes zeros for what is not finite, since it would meet the zeros of
-// hidden pairs there; returns whether this thread has found any.
+// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and
+// past the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along
+// a row. A tile whose rows are summed takes zeros for what is not finite, since it would meet the
+// zeros of hidden pairs there; returns whether this thread has found any.
 template <typename M, int D, bool kIsSummed>
 inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
                       threadgroup float* scales, ushort thread_index) {
@@ -76,15 +76,14 @@ inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M
     if (is_code(rows.type)) {
       if (head_block == 0 || head_block % 8 == 0) {
         // One lane reads what the chunks of a block share.
-        const ushort offset_in_block =
-            head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
+        const ushort offset_in_block = head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
         const ushort source = head_block == 0 ? leader : leader + chunk - offset_in_block;
         float scale = 0.0f, offset = 0.0f;
         if (is_inside && offset_in_block == 0 && column < rows.columns) {
           const int block = rows.column_block(column);
           if (!is_exact || head_block == 0) scale = rows.scale_at(token, block);
-          offset = is_exact ? rows.code_offset_at(token, block)
-                            : rows.offset_at(token, block, scale);
+          offset =
+              is_exact ? rows.code_offset_at(token, block) : rows.offset_at(token, block, scale);
         }
         const float factor = is_exact ? 1.0f : simd_shuffle(scale, source);
         if (rows.quantization.offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
@@ -139,8 +138,8 @@ inline float product_of_rows(thread const Rows& left, int left_token, thread con
 }
 
 // Adds to sums of eight rows what a tile's zeros stand for: elements of `rows` that are not finite,
-// weighted by the lane's two weights of a matrix whose columns are tokens `first` and the following,
-// up to `end`.
+// weighted by the lane's two weights of a matrix whose columns are tokens `first` and the
+// following, up to `end`.
 template <int D>
 inline void add_nonfinite(thread const Rows& rows, int first, int end, thread const float* weights,
                           thread Matrix<float>* sums, ushort lane) {

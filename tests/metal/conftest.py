@@ -12,8 +12,8 @@ sys.path[:0] = [str(ROOT / "plugin" / "softmetal" / "python"), str(Path(__file__
 _spec = importlib.util.spec_from_file_location(
     "softmetal_conftest", ROOT / "tests" / "softmetal" / "conftest.py"
 )
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _softmetal = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_softmetal)
 device = _softmetal.device
-

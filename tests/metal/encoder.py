@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 SHADERS = Path(__file__).resolve().parents[2] / "shaders"
@@ -244,7 +245,11 @@ class Forward:
 
 
 def forward(
-    problem: Problem, *, matrix: str | None = None, instrumentation: str | None = None, **options: Any
+    problem: Problem,
+    *,
+    matrix: str | None = None,
+    instrumentation: str | None = None,
+    **options: Any,
 ) -> Forward:
     encoder = Encoder(problem)
     rows = (problem.B, problem.T, problem.N)
@@ -313,9 +318,7 @@ def backward(
         encoder.bind(f"k{slot}Gradient", x)
     suffix = f"{matrix or backward_matrix_type(problem)}_{head_dim_class(problem)}"
     counters = [
-        encoder.dispatch(
-            stem, f"{stem}_{suffix}", grid, instrumentation=instrumentation, **options
-        )
+        encoder.dispatch(stem, f"{stem}_{suffix}", grid, instrumentation=instrumentation, **options)
         for stem, grid in (
             ("attention_backward_query", (blocks(T, BLOCK_ROWS), N, B)),
             ("attention_backward_key_value", (blocks(S, BLOCK_ROWS), K, B)),
@@ -358,7 +361,12 @@ def backward_bias(
 
 
 def quantize(
-    x: Any, spec: QuantSpec, *, lengths: Any = None, maps: int = 1, instrumentation: str | None = None
+    x: Any,
+    spec: QuantSpec,
+    *,
+    lengths: Any = None,
+    maps: int = 1,
+    instrumentation: str | None = None,
 ) -> QuantizedTensor:
     """The codes of `x` `[B, S, K, H]`; with `maps`, of each of as many parts of the batch."""
     B, S, K, H = x.shape

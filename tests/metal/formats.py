@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from jax_gluon.formats import QuantizedTensor, QuantSpec, rotation
 
 LEAST_SCALE = np.float32(2.0**-125)

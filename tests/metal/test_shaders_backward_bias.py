@@ -29,8 +29,8 @@ def test_sums_over_axes(oracle, relative_error, axes):
     check(relative_error, problem, d_out, wanted, 3e-6)
 
 
-@pytest.mark.parametrize("name", ("bias", "broadcast_bias", "everything"))
-@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@pytest.mark.parametrize("name", ["bias", "broadcast_bias", "everything"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_feature(oracle, relative_error, dtype, name):
     q, k, v, d_out = draw(dtype)
     problem = Problem(q, k, v, **feature(name))

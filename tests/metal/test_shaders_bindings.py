@@ -10,8 +10,9 @@ import encoder
 import numpy as np
 import pytest
 from encoder import SHADERS, Encoder, Problem, enum, library, struct
-from jax_gluon.formats import QuantSpec
 from problems import draw, feature
+
+from jax_gluon.formats import QuantSpec
 
 STEMS = sorted(path.stem for path in SHADERS.glob("*.metal"))
 WHOLE = QuantSpec(symmetric=False, center=True)

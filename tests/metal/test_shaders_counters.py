@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from encoder import BLOCK_ROWS, Problem, backward, blocks, forward, matrix_type
-from jax_gluon.formats import QuantSpec
 from problems import DTYPES, draw
+
+from jax_gluon.formats import QuantSpec
 
 COUNT = dict(instrumentation="counters")
 INT4 = QuantSpec(4, granularity="group", block_size=32)
@@ -18,11 +19,11 @@ FORMATS = {
 }
 
 
-def problem_of(format, **shape):
+def problem_of(kind, **shape):
     """One head, of `T` queries and `S` keys."""
     shape = {"B": 1, "N": 1, "K": 1, **shape}
-    dtype = format if format in DTYPES else "float32"
-    q, k, v, d_out = draw(dtype, FORMATS.get(format, (None,) * 3), **shape)
+    dtype = kind if kind in DTYPES else "float32"
+    q, k, v, d_out = draw(dtype, FORMATS.get(kind, (None,) * 3), **shape)
     return Problem(q, k, v, out_dtype=DTYPES[dtype]), d_out
 
 
@@ -77,8 +78,8 @@ def check_products(problem, d_out, with_backward):
         assert counters.threadgroup_barriers == 2 * tiles(problem, matrix, by_keys)
 
 
-@pytest.mark.parametrize("is_causal", (False, True))
-@pytest.mark.parametrize("H, V", [(64, 64), (128, 128), (20, 36)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("H", "V"), [(64, 64), (128, 128), (20, 36)])
 def test_products_and_barriers(H, V, is_causal):
     problem, d_out = problem_of("float16", T=200, S=264, H=H, V=V)
     problem.is_causal = is_causal
@@ -91,37 +92,37 @@ def test_products_of_a_window():
     check_products(problem, d_out, with_backward=True)
 
 
-@pytest.mark.parametrize("H", (64, 128))
+@pytest.mark.parametrize("H", [64, 128])
 def test_products_of_a_long_causal_head(H):
     problem, _ = problem_of("float16", T=1024, S=1024, H=H, V=H)
     problem.is_causal = True
     check_products(problem, None, with_backward=False)
 
 
-def bytes_per_key(format, H):
+def bytes_per_key(kind, H):
     """Device bytes that one more key costs a forward pass, over as many query blocks as passes."""
     T, S = 64, 128
     few, many = (
-        forward(problem_of(format, T=T, S=n, H=H, V=H)[0], **COUNT).counters.device_bytes_read
+        forward(problem_of(kind, T=T, S=n, H=H, V=H)[0], **COUNT).counters.device_bytes_read
         for n in (S, 2 * S)
     )
     return (many - few) / (S * blocks(T, BLOCK_ROWS))
 
 
-@pytest.mark.parametrize("H", (64, 128))
+@pytest.mark.parametrize("H", [64, 128])
 def test_bytes_of_keys_and_values(H):
     half = bytes_per_key("float16", H)
     # Each query block reads keys and values once.
     assert half == 2 * H * 2
     assert bytes_per_key("float32", H) == 2 * half
-    for format, most in (
+    for kind, most in (
         ("int8", 0.55), ("int8_zero_point", 0.55), ("int4", 0.33), ("int4_group", 0.33),
     ):  # fmt: skip
-        assert bytes_per_key(format, H) <= most * half, format
+        assert bytes_per_key(kind, H) <= most * half, kind
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16"))
-@pytest.mark.parametrize("H", (64, 128, 256))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("H", [64, 128, 256])
 def test_threadgroup_memory(dtype, H):
     problem, d_out = problem_of(dtype, T=40, S=40, H=H, V=H)
     found = forward(problem, **COUNT)

@@ -7,7 +7,8 @@ import pytest
 from encoder import EMPTY_ROW_LOG2_SUM, Problem, decode
 from problems import DTYPES, QUANTIZED, draw, expected, feature
 
-BOUNDS = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+# Of 16-bit operands: twice what rounding exact results leaves.
+BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}
 
 
 def check(oracle, relative_error, problem, bound, splits):
@@ -22,23 +23,25 @@ def check(oracle, relative_error, problem, bound, splits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, N, K, splits", [(1, 4, 2, 1), (1, 3, 3, 5), (3, 8, 2, 4), (2, 5, 1, 7)])
+@pytest.mark.parametrize(
+    ("T", "N", "K", "splits"), [(1, 4, 2, 1), (1, 3, 3, 5), (3, 8, 2, 4), (2, 5, 1, 7)]
+)
 def test_splits(oracle, relative_error, T, N, K, splits, dtype):
     q, k, v, _ = draw(dtype, T=T, N=N, K=K, S=301, H=60, V=40)
     problem = Problem(q, k, v, out_dtype=DTYPES[dtype], key_value_lengths=[301, 90])
     check(oracle, relative_error, problem, BOUNDS[dtype], splits)
 
 
-@pytest.mark.parametrize("name", ("causal", "window", "lengths", "bias", "mask", "everything"))
+@pytest.mark.parametrize("name", ["causal", "window", "lengths", "bias", "mask", "everything"])
 def test_feature(oracle, relative_error, name):
     shape = dict(T=15, S=140, N=4, K=1)
     q, k, v, _ = draw(**shape)
     check(oracle, relative_error, Problem(q, k, v, **feature(name, **shape)), 2e-6, 3)
 
 
-@pytest.mark.parametrize("head_dim", (64, 128, 256))
-@pytest.mark.parametrize("format", ("int8", "int4", "int4_zero_point"))
-def test_format(oracle, relative_error, format, head_dim):
-    specs, _, bound = QUANTIZED[format]
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4_zero_point"])
+def test_format(oracle, relative_error, kind, head_dim):
+    specs, _, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs, T=1, S=200, H=head_dim, V=head_dim)
     check(oracle, relative_error, Problem(q, k, v), bound, 3)

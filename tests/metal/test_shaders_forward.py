@@ -7,7 +7,8 @@ import pytest
 from encoder import EMPTY_ROW_LOG2_SUM, Problem, forward, head_dim_class, matrix_type
 from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
 
-BOUNDS = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+# Of 16-bit operands: twice what rounding exact results leaves.
+BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}
 
 
 def check(oracle, relative_error, problem, bound, **options):
@@ -15,7 +16,8 @@ def check(oracle, relative_error, problem, bound, **options):
     assert relative_error(found.out, wanted.out) <= bound
     empty = np.isneginf(wanted.log_sum_exp)
     np.testing.assert_array_equal(found.log2_sum == EMPTY_ROW_LOG2_SUM, empty)
-    assert not found.row_maximum[empty].any() and not found.out[empty].any()
+    assert not found.row_maximum[empty].any()
+    assert not found.out[empty].any()
     log_sum_exp = (found.row_maximum.astype(np.float64) + found.log2_sum) * np.log(2)
     np.testing.assert_allclose(
         log_sum_exp[~empty], wanted.log_sum_exp[~empty], rtol=bound, atol=2 * bound
@@ -31,7 +33,7 @@ def test_feature(oracle, relative_error, dtype, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("H, V", [(1, 1), (64, 5), (72, 128), (130, 256)])
+@pytest.mark.parametrize(("H", "V"), [(1, 1), (64, 5), (72, 128), (130, 256)])
 def test_head_dim(oracle, relative_error, dtype, H, V):
     q, k, v, _ = draw(dtype, H=H, V=V, T=41, S=50)
     problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True)
@@ -44,26 +46,26 @@ def test_bfloat16_without_the_type(oracle, relative_error):
     check(oracle, relative_error, problem, 2e-6, matrix="float")
 
 
-@pytest.mark.parametrize("T, S", [(1, 1), (1, 130), (130, 1), (33, 8), (64, 64)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 130), (130, 1), (33, 8), (64, 64)])
 def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
     q, k, v, _ = draw(T=T, S=S, B=3, N=3, K=1)
     check(oracle, relative_error, Problem(q, k, v), 2e-6)
 
 
-@pytest.mark.parametrize("name", ("plain", "everything"))
-@pytest.mark.parametrize("format", QUANTIZED)
-def test_format(oracle, relative_error, format, name):
-    specs, matrix, bound = QUANTIZED[format]
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_format(oracle, relative_error, kind, name):
+    specs, matrix, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs)
     problem = Problem(q, k, v, **feature(name))
     assert matrix_type(problem) == matrix
     check(oracle, relative_error, problem, bound)
 
 
-@pytest.mark.parametrize("format", ("int8", "int4", "int4_zero_point"))
-@pytest.mark.parametrize("H, V", [(72, 40), (128, 128), (256, 192)])
-def test_format_and_head_dim(oracle, relative_error, format, H, V):
-    specs, _, bound = QUANTIZED[format]
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4_zero_point"])
+@pytest.mark.parametrize(("H", "V"), [(72, 40), (128, 128), (256, 192)])
+def test_format_and_head_dim(oracle, relative_error, kind, H, V):
+    specs, _, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs, H=H, V=V, T=40)
     problem = Problem(q, k, v, is_causal=True, out_dtype=np.float16)
     assert head_dim_class(problem) >= max(H, V)

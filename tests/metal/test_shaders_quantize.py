@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from encoder import quantize
+
 from jax_gluon.formats import GRANULARITIES, QuantSpec, rotation
 
 WAYS = {
@@ -45,7 +46,7 @@ def test_codes_are_numpys(name):
     check_equal(quantize(x, SPECS[name]), formats.quantize(x, SPECS[name]))
 
 
-@pytest.mark.parametrize("dtype", (np.float16, ml_dtypes.bfloat16))
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_centred(granularity, dtype):
     spec = QuantSpec(symmetric=False, granularity=granularity, block_size=10, center=True)
@@ -72,8 +73,8 @@ def test_mean_of_lengths_and_of_finite_values():
     assert not found.data[bad[..., 0]].any()
 
 
-@pytest.mark.parametrize("granularity", ("row", "channel"))
-@pytest.mark.parametrize("H", (12, 64, 35))
+@pytest.mark.parametrize("granularity", ["row", "channel"])
+@pytest.mark.parametrize("H", [12, 64, 35])
 def test_rotated(granularity, H):
     spec = QuantSpec(granularity=granularity, rotate=True, center=True)
     x = draw((2, 40, 2, H))
@@ -82,7 +83,8 @@ def test_rotated(granularity, H):
     np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-5)
     apart = np.abs(found.data.astype(int) - wanted.data)
-    assert apart.max() <= 1 and apart.mean() < 1e-3
+    assert apart.max() <= 1
+    assert apart.mean() < 1e-3
     error = formats.dequantize(found) @ rotation(H).T - x
     # A step is at most a 127th of the largest element, and rounding takes half of one.
     assert np.abs(error).max() <= np.sqrt(H & -H) * found.scale.max()
@@ -106,5 +108,6 @@ def test_constant_tiny_and_huge_blocks_are_finite(way):
     x[0, 3, 0, 1::2] = -np.finfo(np.float32).max
     found = quantize(x, QuantSpec(**WAYS[way]))
     restored = formats.dequantize(found)
-    assert np.isfinite(found.scale).all() and np.isfinite(restored).all()
+    assert np.isfinite(found.scale).all()
+    assert np.isfinite(restored).all()
     np.testing.assert_allclose(restored[0, :2], x[0, :2], rtol=1e-6)
