@@ -54,10 +54,10 @@ kernel void attention_backward_key_value(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENT
     const Range seen = visibility.rows_of_keys({first_key, min(first_key + 8, p.S)});
     for (int row0 = block_rows.begin / 8 * 8; row0 < block_rows.end; row0 += Sizes::kTileRows) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      queries_dirty[thread_index] =
-          load_tile<M, D, true>(queries, row0, block_rows.end, query_tile, scales, thread_index);
-      gradients_dirty[thread_index] = load_tile<M, D, true>(gradients, row0, block_rows.end,
-                                                            gradient_tile, scales, thread_index);
+      queries_dirty[thread_index] = load_tile<M, D, true>(queries, row0, block_rows.end, query_tile,
+                                                          scales, false, scales, thread_index);
+      gradients_dirty[thread_index] = load_tile<M, D, true>(
+          gradients, row0, block_rows.end, gradient_tile, scales, false, scales, thread_index);
       if (thread_index < Sizes::kTileRows && row0 + thread_index < block_rows.end) {
         row_statistics[thread_index] = statistics[(Int64(b) * p.N + n) * p.T + row0 + thread_index];
       }

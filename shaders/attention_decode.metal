@@ -17,11 +17,7 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
   using Sizes = BlockSizes<M, D>;
   // Keys of a tile that one simdgroup takes.
   constexpr int kShare = Sizes::kTileRows < 8 * kSimdgroups ? 8 : Sizes::kTileRows / kSimdgroups;
-  threadgroup M key_tile[Sizes::kTileElements];
-  threadgroup M value_tile[Sizes::kTileElements];
-  threadgroup float key_scales[Sizes::kTileRows];
-  threadgroup float value_scales[Sizes::kTileRows];
-  threadgroup bool is_dirty[kThreads];
+  JAX_GLUON_KEY_VALUE_TILES(M, D);
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -41,16 +37,14 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
       intersect(head_rules.visibility.of_rows(
                     {first_row / heads, (min(first_row + 8, rows) + heads - 1) / heads}),
                 split_keys);
-  for (int key0 = seen.begin / 8 * 8; key0 < seen.end; key0 += Sizes::kTileRows) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_tile<M, D, false>(keys, key0, seen.end, key_tile, key_scales, thread_index);
-    is_dirty[thread_index] =
-        load_tile<M, D, true>(values, key0, seen.end, value_tile, value_scales, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int key0 = tiles.start(keys, values, seen, thread_index); key0 < seen.end;
+       key0 += tiles.kRows) {
+    const bool values_are_dirty =
+        tiles.template load<false, true>(keys, values, key0, seen.end, thread_index);
     const int first = key0 + kShare * simdgroup;
     const int last = min(first + kShare, key0 + Sizes::kTileRows);
-    softmax.attend(p, rules, intersect(seen, {first, last}), key0, key_tile, value_tile, key_scales,
-                   value_scales, keys, values, any_dirty(is_dirty, lane), lane);
+    softmax.attend(p, rules, intersect(seen, {first, last}), key0, tiles, keys, values,
+                   values_are_dirty, lane);
   }
 
   const float sum = row_sum(softmax.sum);

@@ -32,7 +32,10 @@ struct BlockSizes {
   // Elements from a tile's row to the next.
   static constant constexpr int kStride = D + 16 / int(sizeof(M));
   static constant constexpr int kTileElements = kTileRows * kStride;
-  // Two tiles, and a few numbers for each of their rows.
-  static_assert(2 * kTileElements * sizeof(M) + 32 * kTileRows + 256 <= 32768,
+  // Scale and offset of each column, for two blocks of tokens: where codes are dequantized.
+  static constant constexpr int kColumnParameters = sizeof(M) == 4 ? 4 * D : 1;
+  // Two tiles, and a few numbers for each of their rows and columns.
+  static_assert(2 * kTileElements * sizeof(M) + 32 * kTileRows + 8 * kColumnParameters + 256 <=
+                    32768,
                 "threadgroup memory");
 };

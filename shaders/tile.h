@@ -47,13 +47,41 @@ constexpr bool has_exact_codes(int type) {
   return sizeof(M) == 2 && is_code(type);
 }
 
+// Whether the scales of an operand's columns are read once for all rows of a tile, which then has
+// to lie in one block of tokens.
+template <typename M, int D>
+inline bool stages_columns(thread const Rows& rows) {
+  return sizeof(M) == 4 && is_code(rows.type) && rows.quantization.head_block == 1 &&
+         rows.quantization.token_block % BlockSizes<M, D>::kTileRows == 0;
+}
+
+// The parameters of columns for a block of tokens; those of the next block have another place.
+template <int D>
+inline threadgroup float* columns_of_block(threadgroup float* columns, int block) {
+  return columns + (block & 1) * 2 * D;
+}
+
+// Reads scales and offsets of the block of tokens that `token` is in.
+template <int D>
+inline void stage_columns(thread const Rows& rows, int token, threadgroup float* columns,
+                          ushort thread_index) {
+  threadgroup float* staged = columns_of_block<D>(columns, rows.token_block(token));
+  for (int c = thread_index; c < rows.columns; c += kThreads) {
+    const float scale = rows.scale_at(token, c);
+    staged[c] = scale;
+    staged[D + c] = rows.offset_at(token, c, scale);
+  }
+}
+
 // Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and
 // past the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along
-// a row. A tile whose rows are summed takes zeros for what is not finite, since it would meet the
-// zeros of hidden pairs there; returns whether this thread has found any.
+// a row; where columns are staged, `columns` has their scales and offsets. A tile whose rows are
+// summed takes zeros for what is not finite, since it would meet the zeros of hidden pairs there;
+// returns whether this thread has found any.
 template <typename M, int D, bool kIsSummed>
 inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
-                      threadgroup float* scales, ushort thread_index) {
+                      threadgroup float* scales, bool is_staged, threadgroup float* columns,
+                      ushort thread_index) {
   constexpr int kRows = BlockSizes<M, D>::kTileRows;
   constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
   static_assert(kRows % kStep == 0, "all threads take part in each step");
@@ -90,6 +118,12 @@ inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M
         if (is_exact && chunk == 0) scales[r] = head_block == 0 ? scale : 1.0f;
         for (int i = 0; i < 8; ++i) {
           x[i] = is_inside && column + i < rows.columns ? x[i] * factor + offset : 0.0f;
+        }
+      } else if (is_staged) {
+        threadgroup const float* staged =
+            columns_of_block<D>(columns, rows.token_block(first)) + column;
+        for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
+          x[i] = x[i] * staged[i] + staged[D + i];
         }
       } else {
         if (is_exact && chunk == 0) scales[r] = 1.0f;
