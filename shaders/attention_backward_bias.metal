@@ -11,9 +11,7 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
                                     device uchar* bias_gradient [[buffer(kBiasGradient)]],
                                     JAX_GLUON_THREAD) {
   using Sizes = BlockSizes<float, D>;
-  threadgroup float key_tile[Sizes::kTileElements];
-  threadgroup float value_tile[Sizes::kTileElements];
-  threadgroup float scales[Sizes::kTileRows];
+  JAX_GLUON_KEY_VALUE_TILES(float, D);
   threadgroup float partial[kSimdgroups * Sizes::kTileRows];
 
   const AttentionParameters p = parameters;
@@ -41,9 +39,9 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
       const HeadRules head_rules(operands, b, n);
       const Visibility visibility = head_rules.visibility;
       for (int block_row = row_begin; block_row < row_end; block_row += kBlockRows) {
-        const Range block_keys = intersect(
-            visibility.of_rows({block_row, min(block_row + kBlockRows, row_end)}),
-            {key_begin, key_end});
+        const Range block_keys =
+            intersect(visibility.of_rows({block_row, min(block_row + kBlockRows, row_end)}),
+                      {key_begin, key_end});
         if (block_keys.is_empty()) continue;
         const int first_row = block_row + 8 * simdgroup, row = first_row + place.row;
         const Range seen =
@@ -51,20 +49,18 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
         const RowRules rules = head_rules.row(p, row);
         BackwardRows<float, D> rows;
         rows.start(operands, cotangents, b, n, row, lane);
-        const int first_key = sums_keys ? block_keys.begin / 8 * 8 : key_begin;
-        for (int key0 = first_key; key0 < block_keys.end; key0 += Sizes::kTileRows) {
-          threadgroup_barrier(mem_flags::mem_threadgroup);
-          load_tile<float, D, false>(keys, key0, block_keys.end, key_tile, scales, thread_index);
-          load_tile<float, D, false>(values, key0, block_keys.end, value_tile, scales,
-                                     thread_index);
-          threadgroup_barrier(mem_flags::mem_threadgroup);
+        // A tile of its own keys starts at a multiple of kTileRows; `start` may only say so too.
+        const Range walked = {sums_keys ? block_keys.begin : key_begin, block_keys.end};
+        for (int key0 = tiles.start(keys, values, walked, thread_index); key0 < block_keys.end;
+             key0 += Sizes::kTileRows) {
+          tiles.template load<false, false>(keys, values, key0, block_keys.end, thread_index);
           for (int t = 0; t < Sizes::kTileRows / 8; ++t) {
             const int first = key0 + 8 * t, own = first + place.column;
             if (first >= seen.end || first + 8 <= seen.begin) continue;
             const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
             if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
             float2 products, probability_gradients;
-            rows.multiply(p, key_tile, value_tile, 8 * t, products, probability_gradients);
+            rows.multiply(p, tiles, 8 * t, products, probability_gradients);
             for (int i = 0; i < 2; ++i) {
               const ScoreGradient score =
                   score_gradient(p, rules, rows.statistics, own + i, is_seen[i], products[i],
@@ -83,7 +79,8 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   if (sums_rows) {
     // Lanes of a column differ in bits 1, 2 and 4.
     for (int t = 0; t < matrices; ++t) {
-      for (ushort bit = 2; bit <= 16; bit *= bit == 4 ? 4 : 2) sum[t] += simd_shuffle_xor(sum[t], bit);
+      for (ushort bit = 2; bit <= 16; bit *= bit == 4 ? 4 : 2)
+        sum[t] += simd_shuffle_xor(sum[t], bit);
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * t + place.column + i;
         if (place.row == 0 && column < columns) {
@@ -112,9 +109,10 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(dim)                                            \
-  template [[host_name("attention_backward_bias_float_" #dim)]] kernel        \
-  decltype(attention_backward_bias<dim>) attention_backward_bias<dim>;
+#define JAX_GLUON_INSTANTIATE(dim)                                                           \
+  template [[host_name(                                                                      \
+      "attention_backward_bias_float_" #dim)]] kernel decltype(attention_backward_bias<dim>) \
+      attention_backward_bias<dim>;
 
 JAX_GLUON_INSTANTIATE(64)
 JAX_GLUON_INSTANTIATE(128)

@@ -8,11 +8,12 @@ using namespace metal;
 #include "backward_rows.h"
 
 template <typename M, int D>
-kernel void attention_backward_key_value(
-    JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
-    device const RowStatistics* statistics [[buffer(kRowStatistics)]],
-    device uchar* key_gradient [[buffer(kKeyGradient)]],
-    device uchar* value_gradient [[buffer(kValueGradient)]], JAX_GLUON_THREAD) {
+kernel void attention_backward_key_value(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
+                                         device const RowStatistics* statistics
+                                         [[buffer(kRowStatistics)]],
+                                         device uchar* key_gradient [[buffer(kKeyGradient)]],
+                                         device uchar* value_gradient [[buffer(kValueGradient)]],
+                                         JAX_GLUON_THREAD) {
   using Sizes = BlockSizes<M, D>;
   threadgroup M query_tile[Sizes::kTileElements];
   threadgroup M gradient_tile[Sizes::kTileElements];
@@ -49,18 +50,16 @@ kernel void attention_backward_key_value(
     const Rows gradients = out_gradient_rows(operands, cotangents, b, n);
     const HeadRules head_rules(operands, b, n);
     const Visibility visibility = head_rules.visibility;
-    const Range block_rows =
-        visibility.rows_of_keys({block_key, min(block_key + kBlockRows, p.S)});
+    const Range block_rows = visibility.rows_of_keys({block_key, min(block_key + kBlockRows, p.S)});
     const Range seen = visibility.rows_of_keys({first_key, min(first_key + 8, p.S)});
     for (int row0 = block_rows.begin / 8 * 8; row0 < block_rows.end; row0 += Sizes::kTileRows) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      queries_dirty[thread_index] =
-          load_tile<M, D, true>(queries, row0, block_rows.end, query_tile, scales, thread_index);
+      queries_dirty[thread_index] = load_tile<M, D, true>(queries, row0, block_rows.end, query_tile,
+                                                          scales, false, scales, thread_index);
       gradients_dirty[thread_index] = load_tile<M, D, true>(
-          gradients, row0, block_rows.end, gradient_tile, scales, thread_index);
+          gradients, row0, block_rows.end, gradient_tile, scales, false, scales, thread_index);
       if (thread_index < Sizes::kTileRows && row0 + thread_index < block_rows.end) {
-        row_statistics[thread_index] =
-            statistics[(Int64(b) * p.N + n) * p.T + row0 + thread_index];
+        row_statistics[thread_index] = statistics[(Int64(b) * p.N + n) * p.T + row0 + thread_index];
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const bool queries_are_dirty = any_dirty(queries_dirty, lane);
@@ -96,9 +95,8 @@ kernel void attention_backward_key_value(
           if (gradients_are_dirty && is_seen[i]) {
             y = product_of_rows(value_rows, key_row, gradients, row, y);
           }
-          const ScoreGradient score =
-              score_gradient(p, rules[i], row_statistics[t + place.column + i], key_row, is_seen[i],
-                             x, y);
+          const ScoreGradient score = score_gradient(
+              p, rules[i], row_statistics[t + place.column + i], key_row, is_seen[i], x, y);
           probabilities[i] = score.probability;
           score_gradients[i] = score.gradient;
         }
@@ -140,9 +138,10 @@ kernel void attention_backward_key_value(
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim)                                        \
-  template [[host_name("attention_backward_key_value_" #type "_" #dim)]] kernel \
-  decltype(attention_backward_key_value<type, dim>) attention_backward_key_value<type, dim>;
+#define JAX_GLUON_INSTANTIATE(type, dim)                                                    \
+  template [[host_name("attention_backward_key_value_" #type                                \
+                       "_" #dim)]] kernel decltype(attention_backward_key_value<type, dim>) \
+      attention_backward_key_value<type, dim>;
 #define JAX_GLUON_INSTANTIATE_ALL(type) \
   JAX_GLUON_INSTANTIATE(type, 64)       \
   JAX_GLUON_INSTANTIATE(type, 128)      \

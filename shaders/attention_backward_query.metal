@@ -12,10 +12,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
                                      device uchar* query_gradient [[buffer(kQueryGradient)]],
                                      JAX_GLUON_THREAD) {
   using Sizes = BlockSizes<M, D>;
-  threadgroup M key_tile[Sizes::kTileElements];
-  threadgroup M value_tile[Sizes::kTileElements];
-  threadgroup float scales[Sizes::kTileRows];
-  threadgroup bool is_dirty[kThreads];
+  JAX_GLUON_KEY_VALUE_TILES(M, D);
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -41,20 +38,17 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   const Range block_keys = visibility.of_rows({block_row, min(block_row + kBlockRows, p.T)});
   const Range seen = visibility.of_rows({first_row, min(first_row + 8, p.T)});
 
-  for (int key0 = block_keys.begin / 8 * 8; key0 < block_keys.end; key0 += Sizes::kTileRows) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    is_dirty[thread_index] =
-        load_tile<M, D, true>(keys, key0, block_keys.end, key_tile, scales, thread_index);
-    load_tile<M, D, false>(values, key0, block_keys.end, value_tile, scales, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const bool keys_are_dirty = any_dirty(is_dirty, lane);
+  for (int key0 = tiles.start(keys, values, block_keys, thread_index); key0 < block_keys.end;
+       key0 += tiles.kRows) {
+    const bool keys_are_dirty =
+        tiles.template load<true, false>(keys, values, key0, block_keys.end, thread_index);
     for (int t = 0; t < Sizes::kTileRows; t += 8) {
       const int first = key0 + t, own = first + place.column;
       if (first >= seen.end || first + 8 <= seen.begin) continue;
       const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
       if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
       float2 products, probability_gradients;
-      rows.multiply(p, key_tile, value_tile, t, products, probability_gradients);
+      rows.multiply(p, tiles, t, products, probability_gradients);
       float gradients[2];
       for (int i = 0; i < 2; ++i) {
         if (keys_are_dirty && is_seen[i]) {
@@ -69,7 +63,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
         Matrix<M> right;
-        simdgroup_load(right, key_tile + t * Sizes::kStride + 8 * d, Sizes::kStride, ulong2(0),
+        simdgroup_load(right, tiles.keys + t * Sizes::kStride + 8 * d, Sizes::kStride, ulong2(0),
                        false);
         simdgroup_multiply_accumulate(sum[d], left, right, sum[d]);
       }
@@ -79,8 +73,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   gradient_sum = row_sum(gradient_sum);
   if (row >= p.T) return;
   // The mean's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
-  const bool adds_mean =
-      keys.has_mean() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
+  const bool adds_mean = keys.has_mean() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
   const Int64 index = ((Int64(b) * p.T + row) * p.N + n) * p.H;
   for (int d = 0; 8 * d < p.H; ++d) {
     for (int i = 0; i < 2; ++i) {
@@ -93,9 +86,10 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim)                                        \
-  template [[host_name("attention_backward_query_" #type "_" #dim)]] kernel     \
-  decltype(attention_backward_query<type, dim>) attention_backward_query<type, dim>;
+#define JAX_GLUON_INSTANTIATE(type, dim)                                                \
+  template [[host_name("attention_backward_query_" #type                                \
+                       "_" #dim)]] kernel decltype(attention_backward_query<type, dim>) \
+      attention_backward_query<type, dim>;
 #define JAX_GLUON_INSTANTIATE_ALL(type) \
   JAX_GLUON_INSTANTIATE(type, 64)       \
   JAX_GLUON_INSTANTIATE(type, 128)      \

@@ -8,7 +8,8 @@ using namespace metal;
 #include "online_softmax.h"
 
 // Row r of a kv head is token r / heads of query head r % heads of its group. The simdgroups of a
-// threadgroup have the same rows, and share the matrices of each tile: each makes a part of its own.
+// threadgroup have the same rows, and share the matrices of each tile: each makes a part of its
+// own.
 template <typename M, int D>
 kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buffer(kPartialOut)]],
                              device PartialStatistics* partial [[buffer(kPartialStatistics)]],
@@ -16,11 +17,7 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
   using Sizes = BlockSizes<M, D>;
   // Keys of a tile that one simdgroup takes.
   constexpr int kShare = Sizes::kTileRows < 8 * kSimdgroups ? 8 : Sizes::kTileRows / kSimdgroups;
-  threadgroup M key_tile[Sizes::kTileElements];
-  threadgroup M value_tile[Sizes::kTileElements];
-  threadgroup float key_scales[Sizes::kTileRows];
-  threadgroup float value_scales[Sizes::kTileRows];
-  threadgroup bool is_dirty[kThreads];
+  JAX_GLUON_KEY_VALUE_TILES(M, D);
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -36,20 +33,18 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
   OnlineSoftmax<M, D> softmax;
   softmax.start(operands, operands.query_rows(b, n), keys, token, p.T, lane);
   const Range split_keys = {split * p.split_keys, min((split + 1) * p.split_keys, p.S)};
-  const Range seen = intersect(
-      head_rules.visibility.of_rows(
-          {first_row / heads, (min(first_row + 8, rows) + heads - 1) / heads}),
-      split_keys);
-  for (int key0 = seen.begin / 8 * 8; key0 < seen.end; key0 += Sizes::kTileRows) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_tile<M, D, false>(keys, key0, seen.end, key_tile, key_scales, thread_index);
-    is_dirty[thread_index] =
-        load_tile<M, D, true>(values, key0, seen.end, value_tile, value_scales, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+  const Range seen =
+      intersect(head_rules.visibility.of_rows(
+                    {first_row / heads, (min(first_row + 8, rows) + heads - 1) / heads}),
+                split_keys);
+  for (int key0 = tiles.start(keys, values, seen, thread_index); key0 < seen.end;
+       key0 += tiles.kRows) {
+    const bool values_are_dirty =
+        tiles.template load<false, true>(keys, values, key0, seen.end, thread_index);
     const int first = key0 + kShare * simdgroup;
     const int last = min(first + kShare, key0 + Sizes::kTileRows);
-    softmax.attend(p, rules, intersect(seen, {first, last}), key0, key_tile, value_tile, key_scales,
-                   value_scales, keys, values, any_dirty(is_dirty, lane), lane);
+    softmax.attend(p, rules, intersect(seen, {first, last}), key0, tiles, keys, values,
+                   values_are_dirty, lane);
   }
 
   const float sum = row_sum(softmax.sum);
@@ -70,14 +65,11 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
 }
 
 // A threadgroup has one row.
-kernel void attention_decode_combine(JAX_GLUON_OPERANDS,
-                                     device const float* partial_out [[buffer(kPartialOut)]],
-                                     device const PartialStatistics* partial
-                                     [[buffer(kPartialStatistics)]],
-                                     device uchar* out [[buffer(kOut)]],
-                                     device float* row_maximum [[buffer(kRowMaximum)]],
-                                     device float* log2_sum [[buffer(kLog2Sum)]],
-                                     JAX_GLUON_THREAD) {
+kernel void attention_decode_combine(
+    JAX_GLUON_OPERANDS, device const float* partial_out [[buffer(kPartialOut)]],
+    device const PartialStatistics* partial [[buffer(kPartialStatistics)]],
+    device uchar* out [[buffer(kOut)]], device float* row_maximum [[buffer(kRowMaximum)]],
+    device float* log2_sum [[buffer(kLog2Sum)]], JAX_GLUON_THREAD) {
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const int row = group.x, k = group.y, b = group.z, heads = p.N / p.K, rows = p.T * heads;
@@ -113,9 +105,10 @@ kernel void attention_decode_combine(JAX_GLUON_OPERANDS,
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim)                                        \
-  template [[host_name("attention_decode_" #type "_" #dim)]] kernel             \
-  decltype(attention_decode<type, dim>) attention_decode<type, dim>;
+#define JAX_GLUON_INSTANTIATE(type, dim) \
+  template [[host_name(                  \
+      "attention_decode_" #type          \
+      "_" #dim)]] kernel decltype(attention_decode<type, dim>) attention_decode<type, dim>;
 #define JAX_GLUON_INSTANTIATE_ALL(type) \
   JAX_GLUON_INSTANTIATE(type, 64)       \
   JAX_GLUON_INSTANTIATE(type, 128)      \

@@ -11,11 +11,7 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
                               device float* row_maximum [[buffer(kRowMaximum)]],
                               device float* log2_sum [[buffer(kLog2Sum)]], JAX_GLUON_THREAD) {
   using Sizes = BlockSizes<M, D>;
-  threadgroup M key_tile[Sizes::kTileElements];
-  threadgroup M value_tile[Sizes::kTileElements];
-  threadgroup float key_scales[Sizes::kTileRows];
-  threadgroup float value_scales[Sizes::kTileRows];
-  threadgroup bool is_dirty[kThreads];
+  JAX_GLUON_KEY_VALUE_TILES(M, D);
 
   const AttentionParameters p = parameters;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
@@ -33,14 +29,11 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
   const Range block_keys = visibility.of_rows({block_row, min(block_row + kBlockRows, p.T)});
   const Range seen = visibility.of_rows({first_row, min(first_row + 8, p.T)});
 
-  for (int key0 = block_keys.begin / 8 * 8; key0 < block_keys.end; key0 += Sizes::kTileRows) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_tile<M, D, false>(keys, key0, block_keys.end, key_tile, key_scales, thread_index);
-    is_dirty[thread_index] =
-        load_tile<M, D, true>(values, key0, block_keys.end, value_tile, value_scales, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    softmax.attend(p, rules, seen, key0, key_tile, value_tile, key_scales, value_scales,
-                   keys, values, any_dirty(is_dirty, lane), lane);
+  for (int key0 = tiles.start(keys, values, block_keys, thread_index); key0 < block_keys.end;
+       key0 += tiles.kRows) {
+    const bool values_are_dirty =
+        tiles.template load<false, true>(keys, values, key0, block_keys.end, thread_index);
+    softmax.attend(p, rules, seen, key0, tiles, keys, values, values_are_dirty, lane);
   }
 
   const float total = row_sum(softmax.sum);
@@ -64,9 +57,10 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, device uchar* out [[buffer(kOu
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim)                                        \
-  template [[host_name("attention_forward_" #type "_" #dim)]] kernel            \
-  decltype(attention_forward<type, dim>) attention_forward<type, dim>;
+#define JAX_GLUON_INSTANTIATE(type, dim) \
+  template [[host_name(                  \
+      "attention_forward_" #type         \
+      "_" #dim)]] kernel decltype(attention_forward<type, dim>) attention_forward<type, dim>;
 #define JAX_GLUON_INSTANTIATE_ALL(type) \
   JAX_GLUON_INSTANTIATE(type, 64)       \
   JAX_GLUON_INSTANTIATE(type, 128)      \

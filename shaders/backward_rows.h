@@ -3,7 +3,7 @@
 // one number, kept beside the row's maximum, and what it adds to dP and to delta cancels.
 #pragma once
 
-#include "tile.h"
+#include "key_value_tiles.h"
 
 // clang-format off
 #define JAX_GLUON_COTANGENTS                                                                       \
@@ -112,8 +112,8 @@ struct BackwardRows {
     statistics.log2_sum = cotangents.log2_sum[operands.batch_offset(kLog2SumBatch, b) + at];
     statistics.delta = delta;
     if (p.has_log_sum_exp_gradient != 0) {
-      statistics.delta -= cotangents.log_sum_exp_gradient
-                              [operands.batch_offset(kLogSumExpGradientBatch, b) + at];
+      statistics.delta -=
+          cotangents.log_sum_exp_gradient[operands.batch_offset(kLogSumExpGradientBatch, b) + at];
     }
     if (needs_whole_logits(p)) {
       statistics.centre = centre;
@@ -123,20 +123,19 @@ struct BackwardRows {
   }
 
   // q k^T and dO v^T of the lane's two elements of a matrix, whose keys start at tile row `t`.
-  void multiply(thread const AttentionParameters& p, threadgroup const M* key_tile,
-                threadgroup const M* value_tile, int t, thread float2& products,
-                thread float2& probability_gradients) thread {
+  void multiply(thread const AttentionParameters& p, thread const KeyValueTiles<M, D>& tiles, int t,
+                thread float2& products, thread float2& probability_gradients) thread {
     constexpr int kStride = BlockSizes<M, D>::kStride;
     Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     for (int d = 0; d < D / 8; ++d) {
       Matrix<M> right;
       if (8 * d < p.H) {
-        simdgroup_load(right, key_tile + t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_load(right, tiles.keys + t * kStride + 8 * d, kStride, ulong2(0), true);
         simdgroup_multiply_accumulate(product, query[d], right, product);
       }
       if (8 * d < p.V) {
-        simdgroup_load(right, value_tile + t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_load(right, tiles.values + t * kStride + 8 * d, kStride, ulong2(0), true);
         simdgroup_multiply_accumulate(gradient, out_gradient[d], right, gradient);
       }
     }

@@ -1,6 +1,6 @@
 // What the encoder binds and the kernels read: buffer slots, function constants and parameters.
-// Included by Metal and by C++. Every slot that a kernel declares is bound at every dispatch; what a
-// problem lacks is bound to any readable buffer.
+// Included by Metal and by C++. Every slot that a kernel declares is bound at every dispatch; what
+// a problem lacks is bound to any readable buffer.
 #pragma once
 
 #ifdef __METAL_VERSION__
@@ -10,8 +10,8 @@ typedef long Int64;
 typedef int64_t Int64;
 #endif
 
-// Letters: B batch (with the axes of vmap), T query length, S key length, N query heads, K kv heads,
-// H head dim, V value head dim. Query head n reads kv head n / (N / K).
+// Letters: B batch (with the axes of vmap), T query length, S key length, N query heads, K kv
+// heads, H head dim, V value head dim. Query head n reads kv head n / (N / K).
 
 // How elements are stored; the order is that of plugin/attention_call.h. An operand of kU4x2 holds
 // two codes biased by 8 in a byte, low nibble first; its strides count bytes.

@@ -20,7 +20,8 @@ struct RowRules {
 
   // The logit of a key that the row sees, from its scaled product in base 2. `slope` takes the
   // derivative of the soft cap.
-  float logit(thread const AttentionParameters& p, float x, int key, thread float& slope) const thread {
+  float logit(thread const AttentionParameters& p, float x, int key,
+              thread float& slope) const thread {
     slope = 1.0f;
     bool is_hidden = false;
     if (has_bias) {

@@ -2,7 +2,7 @@
 // registers.
 #pragma once
 
-#include "tile.h"
+#include "key_value_tiles.h"
 
 template <typename M, int D>
 struct OnlineSoftmax {
@@ -52,13 +52,11 @@ struct OnlineSoftmax {
   }
 
   // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
-  // that have one of `seen`, the keys that any of the eight rows sees. `is_dirty`: the tile of values
-  // has zeros for what is not finite.
-  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen, int key0,
-              threadgroup const M* key_tile, threadgroup const M* value_tile,
-              threadgroup const float* key_scales, threadgroup const float* value_scales,
-              thread const Rows& keys, thread const Rows& values, bool is_dirty,
-              ushort lane) thread {
+  // that have one of `seen`, the keys that any of the eight rows sees. `is_dirty`: the tile of
+  // values has zeros for what is not finite.
+  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen,
+              int key0, thread const KeyValueTiles<M, D>& tiles, thread const Rows& keys,
+              thread const Rows& values, bool is_dirty, ushort lane) thread {
     const Place place(lane);
     const bool key_is_exact = has_exact_codes<M>(keys.type);
     const bool value_is_exact = has_exact_codes<M>(values.type);
@@ -77,14 +75,14 @@ struct OnlineSoftmax {
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
         Matrix<M> right;
-        simdgroup_load(right, key_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_load(right, tiles.keys + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
         simdgroup_multiply_accumulate(product, query[d], right, product);
       }
       for (int i = 0; i < 2; ++i) {
         float x = -INFINITY;
         if (is_seen[i]) {
           x = product.thread_elements()[i] * factor;
-          if (key_is_exact) x *= key_scales[8 * t + place.column + i];
+          if (key_is_exact) x *= tiles.key_scales[8 * t + place.column + i];
           if (adds_centre) x += centre;
           float slope;
           x = rules.logit(p, x, own + i, slope);
@@ -103,7 +101,7 @@ struct OnlineSoftmax {
     float inverse_unit = 1.0f;
     if (value_is_exact) {
       const float before = unit;
-      for (int j = lane; j < kTileRows; j += 32) unit = max(unit, value_scales[j]);
+      for (int j = lane; j < kTileRows; j += 32) unit = max(unit, tiles.value_scales[j]);
       unit = simd_max(unit);
       inverse_unit = unit > 0.0f ? 1.0f / unit : 0.0f;
       rescale *= before * inverse_unit;
@@ -121,7 +119,7 @@ struct OnlineSoftmax {
         sum += x;
         // What a hidden key's scale is does not matter, NaN neither.
         if (value_is_exact && x != 0.0f) {
-          x *= value_scales[8 * t + place.column + i] * inverse_unit;
+          x *= tiles.value_scales[8 * t + place.column + i] * inverse_unit;
         }
         probability[i] = x;
       }
@@ -129,7 +127,7 @@ struct OnlineSoftmax {
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.V) continue;
         Matrix<M> right;
-        simdgroup_load(right, value_tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
+        simdgroup_load(right, tiles.values + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
         simdgroup_multiply_accumulate(out[d], left, right, out[d]);
       }
       if (is_dirty) {

@@ -84,7 +84,8 @@ inline void load_eight(device const uchar* data, int type, Int64 row, int column
         return;
       case kS8:
         for (int i = 0; i < 8; i += 4) {
-          const char4 four = reinterpret_cast<device const packed_char4*>(data + row + column + i)[0];
+          const char4 four =
+              reinterpret_cast<device const packed_char4*>(data + row + column + i)[0];
           for (int c = 0; c < 4; ++c) x[i + c] = float(four[c]);
         }
         return;

@@ -75,8 +75,8 @@ struct Operands {
   }
   Rows value_rows(int b, int k) const thread {
     thread const AttentionParameters& p = *parameters;
-    return head(value, value_scale, value_offset, value_mean, p.value_quantization, value_type,
-                p.V, p.value, b, k, kValueBatch, kValueScaleBatch);
+    return head(value, value_scale, value_offset, value_mean, p.value_quantization, value_type, p.V,
+                p.value, b, k, kValueBatch, kValueScaleBatch);
   }
 
  private:
@@ -95,8 +95,7 @@ struct Operands {
     rows.adds_mean = false;
     if (is_code(type)) {
       const int size = quantization.is_bfloat16 != 0 ? 2 : 4;
-      rows.scale =
-          scale + (batch_offset(scale_table, b) + n * quantization.scale.head) * size;
+      rows.scale = scale + (batch_offset(scale_table, b) + n * quantization.scale.head) * size;
       rows.offset = offset + (batch_offset(scale_table + 1, b) + n * quantization.offset.head) *
                                  (quantization.offset_kind == kZeroPoint ? 1 : size);
       rows.mean = mean + batch_offset(scale_table + 2, b) + n * quantization.mean_head_stride;

@@ -87,8 +87,8 @@ struct Quantizer {
     for (int h = lane; h < p.H; h += 32) {
       const float x = columns.row[h];
       // A difference of two finite numbers is kept finite.
-      const float centred = clamp(x - operands.mean[(Int64(b) * p.K + k) * p.H + h],
-                                  -FLT_MAX, FLT_MAX);
+      const float centred =
+          clamp(x - operands.mean[(Int64(b) * p.K + k) * p.H + h], -FLT_MAX, FLT_MAX);
       columns.row[h] = isfinite(x) ? centred : x;
     }
   }
@@ -211,9 +211,8 @@ struct Quantizer {
     // Codes of a block without a usable scale are 0; what is not finite has none.
     const float divisor = scale > 0.0f ? scale : INFINITY;
     // Halves: the difference of two floats may be more than the largest.
-    const float quotient = p.has_minimum != 0
-                               ? (x * 0.5f - columns.second[c] * 0.5f) / (divisor * 0.5f)
-                               : x / divisor;
+    const float quotient =
+        p.has_minimum != 0 ? (x * 0.5f - columns.second[c] * 0.5f) / (divisor * 0.5f) : x / divisor;
     float rounded = abs(quotient) < 1e30f ? rint(quotient) : 0.0f;
     if (p.has_minimum != 0) {
       rounded += lowest;

@@ -32,8 +32,8 @@ using namespace metal;
 // clang-format on
 
 // Means over the first lengths[b] tokens, of finite values only: any finite number keeps softmax's
-// invariance exact, and a NaN in one token must not reach the others. A threadgroup has one head; of
-// 32 columns at a time, its simdgroups sum one token in four each, with what rounding takes away
+// invariance exact, and a NaN in one token must not reach the others. A threadgroup has one head;
+// of 32 columns at a time, its simdgroups sum one token in four each, with what rounding takes away
 // carried along. A rotated mean is the mean of the rotated rows.
 kernel void quantize_mean(JAX_GLUON_QUANTIZE) {
   JAX_GLUON_MAKE_QUANTIZER;
@@ -122,7 +122,8 @@ kernel void quantize_parameters(JAX_GLUON_QUANTIZE,
   JAX_GLUON_MAKE_QUANTIZER;
   if (simdgroup != 0) return;
   const int k = group.x, b = group.y;
-  const int first = p.is_per_tensor != 0 ? b / p.batch_per_map * p.batch_per_map * p.K : b * p.K + k;
+  const int first =
+      p.is_per_tensor != 0 ? b / p.batch_per_map * p.batch_per_map * p.K : b * p.K + k;
   const int heads = p.is_per_tensor != 0 ? p.batch_per_map * p.K : 1;
   quantizer.clear_extremes();
   for (Int64 chunk = Int64(first) * p.chunks; chunk < Int64(first + heads) * p.chunks; ++chunk) {

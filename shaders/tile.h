@@ -47,13 +47,41 @@ constexpr bool has_exact_codes(int type) {
   return sizeof(M) == 2 && is_code(type);
 }
 
-// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and past
-// the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along a row.
-// A tile whose rows are summed takes zeros for what is not finite, since it would meet the zeros of
-// hidden pairs there; returns whether this thread has found any.
+// Whether the scales of an operand's columns are read once for all rows of a tile, which then has
+// to lie in one block of tokens.
+template <typename M, int D>
+inline bool stages_columns(thread const Rows& rows) {
+  return sizeof(M) == 4 && is_code(rows.type) && rows.quantization.head_block == 1 &&
+         rows.quantization.token_block % BlockSizes<M, D>::kTileRows == 0;
+}
+
+// The parameters of columns for a block of tokens; those of the next block have another place.
+template <int D>
+inline threadgroup float* columns_of_block(threadgroup float* columns, int block) {
+  return columns + (block & 1) * 2 * D;
+}
+
+// Reads scales and offsets of the block of tokens that `token` is in.
+template <int D>
+inline void stage_columns(thread const Rows& rows, int token, threadgroup float* columns,
+                          ushort thread_index) {
+  threadgroup float* staged = columns_of_block<D>(columns, rows.token_block(token));
+  for (int c = thread_index; c < rows.columns; c += kThreads) {
+    const float scale = rows.scale_at(token, c);
+    staged[c] = scale;
+    staged[D + c] = rows.offset_at(token, c, scale);
+  }
+}
+
+// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and
+// past the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along
+// a row; where columns are staged, `columns` has their scales and offsets. A tile whose rows are
+// summed takes zeros for what is not finite, since it would meet the zeros of hidden pairs there;
+// returns whether this thread has found any.
 template <typename M, int D, bool kIsSummed>
 inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
-                      threadgroup float* scales, ushort thread_index) {
+                      threadgroup float* scales, bool is_staged, threadgroup float* columns,
+                      ushort thread_index) {
   constexpr int kRows = BlockSizes<M, D>::kTileRows;
   constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
   static_assert(kRows % kStep == 0, "all threads take part in each step");
@@ -76,21 +104,26 @@ inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M
     if (is_code(rows.type)) {
       if (head_block == 0 || head_block % 8 == 0) {
         // One lane reads what the chunks of a block share.
-        const ushort offset_in_block =
-            head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
+        const ushort offset_in_block = head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
         const ushort source = head_block == 0 ? leader : leader + chunk - offset_in_block;
         float scale = 0.0f, offset = 0.0f;
         if (is_inside && offset_in_block == 0 && column < rows.columns) {
           const int block = rows.column_block(column);
           if (!is_exact || head_block == 0) scale = rows.scale_at(token, block);
-          offset = is_exact ? rows.code_offset_at(token, block)
-                            : rows.offset_at(token, block, scale);
+          offset =
+              is_exact ? rows.code_offset_at(token, block) : rows.offset_at(token, block, scale);
         }
         const float factor = is_exact ? 1.0f : simd_shuffle(scale, source);
         if (rows.quantization.offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
         if (is_exact && chunk == 0) scales[r] = head_block == 0 ? scale : 1.0f;
         for (int i = 0; i < 8; ++i) {
           x[i] = is_inside && column + i < rows.columns ? x[i] * factor + offset : 0.0f;
+        }
+      } else if (is_staged) {
+        threadgroup const float* staged =
+            columns_of_block<D>(columns, rows.token_block(first)) + column;
+        for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
+          x[i] = x[i] * staged[i] + staged[D + i];
         }
       } else {
         if (is_exact && chunk == 0) scales[r] = 1.0f;
@@ -139,8 +172,8 @@ inline float product_of_rows(thread const Rows& left, int left_token, thread con
 }
 
 // Adds to sums of eight rows what a tile's zeros stand for: elements of `rows` that are not finite,
-// weighted by the lane's two weights of a matrix whose columns are tokens `first` and the following,
-// up to `end`.
+// weighted by the lane's two weights of a matrix whose columns are tokens `first` and the
+// following, up to `end`.
 template <int D>
 inline void add_nonfinite(thread const Rows& rows, int first, int end, thread const float* weights,
                           thread Matrix<float>* sums, ushort lane) {

@@ -24,9 +24,11 @@ def draw(
     B, T, S, N, K, H, V = (s[x] for x in "BTSNKHV")
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V)
     query, key, value, d_out = (rng.standard_normal(x).astype(DTYPES[dtype]) for x in shapes)
-    # Means that centring has something to take from.
-    key += rng.standard_normal((1, 1, K, H)).astype(key.dtype)
-    value += rng.standard_normal((1, 1, K, V)).astype(value.dtype)
+    # Means, for centring to have something to take.
+    if specs[1] is not None:
+        key += rng.standard_normal((1, 1, K, H)).astype(key.dtype)
+    if specs[2] is not None:
+        value += rng.standard_normal((1, 1, K, V)).astype(value.dtype)
     codes = (
         x if spec is None else formats.quantize(x, spec)
         for x, spec in zip((query, key, value), specs, strict=True)

@@ -7,7 +7,8 @@ import pytest
 from encoder import Problem, backward, forward
 from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
 
-BOUNDS = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.2e-2}
+# Of 16-bit operands: three times what rounding exact gradients leaves.
+BOUNDS = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 
 
 def check(oracle, relative_error, problem, d_out, bound, with_log_sum_exp=False, **options):
@@ -44,9 +45,9 @@ def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
 
 
 @pytest.mark.parametrize("name", ["plain", "soft_cap", "everything"])
-@pytest.mark.parametrize("stored_as", QUANTIZED)
-def test_format(oracle, relative_error, stored_as, name):
-    specs, matrix, _ = QUANTIZED[stored_as]
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_format(oracle, relative_error, kind, name):
+    specs, matrix, _ = QUANTIZED[kind]
     q, k, v, d_out = draw("float32", specs)
     problem = Problem(q, k, v, **feature(name))
     bound = 1e-4 if matrix == "float" else 1e-2

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from encoder import BLOCK_ROWS, Problem, backward, blocks, forward, matrix_type
-from problems import DTYPES, draw
+from encoder import BLOCK_ROWS, SHADERS, Problem, backward, blocks, forward, matrix_type
+from problems import DTYPES, QUANTIZED, draw
 
 from jax_gluon.formats import QuantSpec
 
 COUNT = dict(instrumentation="counters")
 INT4 = QuantSpec(4, granularity="group", block_size=32)
+INT4_CHANNEL = QuantSpec(4, symmetric=False, granularity="channel_block", float_minimum=True)
 FORMATS = {
     "int8": (QuantSpec(),) * 3,
     "int8_zero_point": (QuantSpec(symmetric=False),) * 3,
     "int4": (QuantSpec(4),) * 3,
     "int4_group": (QuantSpec(), INT4, INT4),
+    "int4_channel": (QuantSpec(), INT4_CHANNEL, INT4_CHANNEL),
+    "int4_preset": QUANTIZED["int4"][0],
 }
 
 
-def problem_of(stored_as, **shape):
+def problem_of(kind, **shape):
     """One head, of `T` queries and `S` keys."""
     shape = {"B": 1, "N": 1, "K": 1, **shape}
-    dtype = stored_as if stored_as in DTYPES else "float32"
-    q, k, v, d_out = draw(dtype, FORMATS.get(stored_as, (None,) * 3), **shape)
+    dtype = kind if kind in DTYPES else "float32"
+    q, k, v, d_out = draw(dtype, FORMATS.get(kind, (None,) * 3), **shape)
     return Problem(q, k, v, out_dtype=DTYPES[dtype]), d_out
 
 
@@ -99,11 +102,11 @@ def test_products_of_a_long_causal_head(H):
     check_products(problem, None, with_backward=False)
 
 
-def bytes_per_key(stored_as, H):
+def bytes_per_key(kind, H):
     """Device bytes that one more key costs a forward pass, over as many query blocks as passes."""
     T, S = 64, 128
     few, many = (
-        forward(problem_of(stored_as, T=T, S=n, H=H, V=H)[0], **COUNT).counters.device_bytes_read
+        forward(problem_of(kind, T=T, S=n, H=H, V=H)[0], **COUNT).counters.device_bytes_read
         for n in (S, 2 * S)
     )
     return (many - few) / (S * blocks(T, BLOCK_ROWS))
@@ -115,17 +118,35 @@ def test_bytes_of_keys_and_values(H):
     # Each query block reads keys and values once.
     assert half == 2 * H * 2
     assert bytes_per_key("float32", H) == 2 * half
-    for stored_as, most in (
+    for kind, most in (
         ("int8", 0.55), ("int8_zero_point", 0.55), ("int4", 0.33), ("int4_group", 0.33),
+        # The preset's values have 6 bits an element: scale and minimum of 16 take 2.
+        ("int4_channel", 0.33), ("int4_preset", 0.344),
     ):  # fmt: skip
-        assert bytes_per_key(stored_as, H) <= most * half, stored_as
+        assert bytes_per_key(kind, H) <= most * half, kind
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("H", [64, 128, 256])
+#: What shaders/block_sizes.h says of tiles and columns, and 2 KiB for rows and flags.
+THREADGROUP_BYTES = {
+    ("float32", 64): 17408 + 2048,
+    ("float32", 128): 16896 + 4096,
+    ("float32", 256): 16640 + 8192,
+    ("float16", 64): 18432,
+    ("float16", 128): 17408,
+    ("float16", 256): 16896,
+}
+
+
+@pytest.mark.parametrize(("dtype", "H"), THREADGROUP_BYTES)
 def test_threadgroup_memory(dtype, H):
     problem, d_out = problem_of(dtype, T=40, S=40, H=H, V=H)
     found = forward(problem, **COUNT)
     gradients = backward(problem, found, d_out, **COUNT)
-    for counters in (found.counters, gradients.query_counters, gradients.key_value_counters):
-        assert 0 < counters.threadgroup_memory_peak <= 20480
+    table = THREADGROUP_BYTES[dtype, H]
+    text = (SHADERS / "block_sizes.h").read_text(encoding="utf-8")
+    tiles = table - (32 * H if dtype == "float32" else 0)
+    assert f"{tiles:,}" in text
+    for counters in (found.counters, gradients.query_counters):
+        assert table <= counters.threadgroup_memory_peak <= table + 2048
+    # The dK/dV pass has no columns.
+    assert tiles <= gradients.key_value_counters.threadgroup_memory_peak <= tiles + 2048

@@ -7,7 +7,8 @@ import pytest
 from encoder import EMPTY_ROW_LOG2_SUM, Problem, decode
 from problems import DTYPES, QUANTIZED, draw, expected, feature
 
-BOUNDS = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+# Of 16-bit operands: twice what rounding exact results leaves.
+BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}
 
 
 def check(oracle, relative_error, problem, bound, splits):
@@ -39,8 +40,8 @@ def test_feature(oracle, relative_error, name):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("stored_as", ["int8", "int4", "int4_zero_point"])
-def test_format(oracle, relative_error, stored_as, head_dim):
-    specs, _, bound = QUANTIZED[stored_as]
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4_zero_point"])
+def test_format(oracle, relative_error, kind, head_dim):
+    specs, _, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs, T=1, S=200, H=head_dim, V=head_dim)
     check(oracle, relative_error, Problem(q, k, v), bound, 3)

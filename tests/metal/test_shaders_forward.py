@@ -1,4 +1,4 @@
-"""The forward kernel on every format, against float64 attention of what operands stand for."""
+"""The forward kernel on every format, against float64 attention of what the operands stand for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 from encoder import EMPTY_ROW_LOG2_SUM, Problem, forward, head_dim_class, matrix_type
 from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
 
-BOUNDS = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+# Of 16-bit operands: twice what rounding exact results leaves.
+BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}
 
 
 def check(oracle, relative_error, problem, bound, **options):
@@ -52,19 +53,19 @@ def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
-@pytest.mark.parametrize("stored_as", QUANTIZED)
-def test_format(oracle, relative_error, stored_as, name):
-    specs, matrix, bound = QUANTIZED[stored_as]
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_format(oracle, relative_error, kind, name):
+    specs, matrix, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs)
     problem = Problem(q, k, v, **feature(name))
     assert matrix_type(problem) == matrix
     check(oracle, relative_error, problem, bound)
 
 
-@pytest.mark.parametrize("stored_as", ["int8", "int4", "int4_zero_point"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4_zero_point"])
 @pytest.mark.parametrize(("H", "V"), [(72, 40), (128, 128), (256, 192)])
-def test_format_and_head_dim(oracle, relative_error, stored_as, H, V):
-    specs, _, bound = QUANTIZED[stored_as]
+def test_format_and_head_dim(oracle, relative_error, kind, H, V):
+    specs, _, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs, H=H, V=V, T=40)
     problem = Problem(q, k, v, is_causal=True, out_dtype=np.float16)
     assert head_dim_class(problem) >= max(H, V)
