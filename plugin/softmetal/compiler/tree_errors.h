@@ -2,7 +2,7 @@
 //
 // Pointers and references that a program declares without an address space: they are generic, of
 // any space. Metal refuses such pointers, and takes such references for references to memory of the
-// thread. Lambda expressions, which Metal has since 3.2.
+// thread. And lambda expressions, which Metal has since 3.2.
 #pragma once
 
 #include <istream>
