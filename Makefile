@@ -12,7 +12,7 @@ HEADERS := $(VENV)/ffi-headers
 CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/cpu/*.cc plugin/cpu/*.h plugin/metal/*.cc plugin/metal/metal.h)
 FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h plugin/softmetal/*.h) $(foreach depth,plugin/metal plugin/softmetal/* plugin/softmetal/include/* tests/* \
   tests/softmetal/*,$(wildcard $(depth)/*.cc $(depth)/*.h $(depth)/*.mm))
-PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/softmetal/python)
+PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/metal plugin/softmetal/python)
 # Development on Linux: Metal's host code against the software device (plugin/softmetal).
 METAL_BUILD := build/metal
 SOFTMETAL_CLANG ?= clang++-19

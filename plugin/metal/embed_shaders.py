@@ -26,16 +26,21 @@ def flat(path: Path, seen: set[Path]) -> str:
 
 
 def literal(text: str) -> str:
+    """C++ for `text`."""
     pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
     return "\n".join(f'R"metal({piece})metal"' for piece in pieces)
 
 
+def entry(path: Path) -> str:
+    """C++ that returns the text of a shader for its name."""
+    condition = f'std::strcmp(stem, "{path.stem}") == 0'
+    return f"  if ({condition}) {{\n    return {literal(flat(path, set()))};\n  }}\n"
+
+
 def main() -> None:
+    """Writes the header."""
     folder, header = map(Path, sys.argv[1:])
-    entries = "".join(
-        f'  if (std::strcmp(stem, "{path.stem}") == 0) {{\n    return {literal(flat(path, set()))};\n  }}\n'
-        for path in sorted(folder.glob("*.metal"))
-    )
+    entries = "".join(entry(path) for path in sorted(folder.glob("*.metal")))
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(
         "// Made by embed_shaders.py.\n#pragma once\n\n#include <cstring>\n\n"
