@@ -10,13 +10,11 @@ namespace jax_gluon::metal {
 Buffers::Range Buffers::lend(const void* address, size_t bytes) {
   const auto page = static_cast<uintptr_t>(getpagesize());
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address) / page * page;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(address) + bytes + page - 1) / page * page;
-  id<MTLBuffer> buffer =
-      [context_.device() newBufferWithBytesNoCopy:reinterpret_cast<void*>(begin)
-                                           length:end - begin
-                                          options:MTLResourceStorageModeShared
-                                      deallocator:nil];
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(address) + bytes + page - 1) / page * page;
+  id<MTLBuffer> buffer = [context_.device() newBufferWithBytesNoCopy:reinterpret_cast<void*>(begin)
+                                                              length:end - begin
+                                                             options:MTLResourceStorageModeShared
+                                                         deallocator:nil];
   return {buffer, reinterpret_cast<uintptr_t>(address) - begin};
 }
 

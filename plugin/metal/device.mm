@@ -32,7 +32,8 @@ MTLSize grid(int64_t x, int64_t y, int64_t z) {
 }
 
 std::vector<BatchRange> parts_of(const AttentionCall& call, int64_t products) {
-  const int64_t work = std::max<int64_t>(1, call.N * call.T * call.S * (call.H + call.V) * products);
+  const int64_t work =
+      std::max<int64_t>(1, call.N * call.T * call.S * (call.H + call.V) * products);
   const int64_t step = std::max<int64_t>(1, kWorkOfACommandBuffer / work);
   std::vector<BatchRange> parts;
   for (int64_t b = 0; b < call.B; b += step) parts.push_back({b, std::min(b + step, call.B)});
@@ -99,10 +100,10 @@ class MetalDevice : public Device {
       encoder.bind_bias_gradient(call);
       const int64_t key_block = 8192 / (4 * encoder.head_dim());
       id<MTLCommandBuffer> commands = context_.command_buffer();
-      encoder.dispatch(commands, "attention_backward_bias",
-                       "attention_backward_bias_float_" + std::to_string(encoder.head_dim()),
-                       grid(blocks(call.t, kBlockRows), blocks(call.s, key_block),
-                            call.L * call.b * call.n));
+      encoder.dispatch(
+          commands, "attention_backward_bias",
+          "attention_backward_bias_float_" + std::to_string(encoder.head_dim()),
+          grid(blocks(call.t, kBlockRows), blocks(call.s, key_block), call.L * call.b * call.n));
       context_.run(commands);
       buffers.copy_back();
     });

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "attention_call.h"
+#include "bindings.h"
 #include "metal/buffers.h"
 #include "metal/context.h"
-#include "bindings.h"
 
 namespace jax_gluon::metal {
 

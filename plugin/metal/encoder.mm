@@ -35,7 +35,9 @@ int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
   return last + 1;
 }
 
-int64_t blocks_of(int64_t extent, int64_t size) { return size == 0 ? 1 : (extent + size - 1) / size; }
+int64_t blocks_of(int64_t extent, int64_t size) {
+  return size == 0 ? 1 : (extent + size - 1) / size;
+}
 
 int narrow(int64_t value, const char* name) {
   if (value > INT32_MAX) {
@@ -168,7 +170,7 @@ void AttentionEncoder::bind_rows(int slot, int table, const QuantizableOperand& 
   if (!q) return;
   // The slots and tables of an operand's scale, offset and mean, in that order.
   const int first = slot == kQuery ? kQueryScale : slot == kKey ? kKeyScale : kValueScale;
-  const int first_table = slot == kQuery  ? kQueryScaleBatch
+  const int first_table = slot == kQuery ? kQueryScaleBatch
                           : slot == kKey ? kKeyScaleBatch
                                          : kValueScaleBatch;
   const std::vector<int64_t> blocked = {blocks_of(tokens, q.token_block), heads,
@@ -254,8 +256,7 @@ void AttentionEncoder::bind_decode(int64_t splits) {
   AttentionParameters& p = parameters_;
   p.splits = static_cast<int>(splits);
   p.split_keys = static_cast<int>(((call_.S + splits - 1) / splits + 7) / 8 * 8);
-  const int64_t rows =
-      entries() * call_.K * splits * kSimdgroups * (call_.T * call_.N / call_.K);
+  const int64_t rows = entries() * call_.K * splits * kSimdgroups * (call_.T * call_.N / call_.K);
   bindings_.scratch(kPartialOut, static_cast<size_t>(rows * call_.V) * sizeof(float));
   bindings_.scratch(kPartialStatistics, static_cast<size_t>(rows) * sizeof(PartialStatistics));
 }

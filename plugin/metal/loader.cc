@@ -68,7 +68,8 @@ std::string metal_counters(bool reset) {
   if (!found.metal || !found.metal->counters_json) return "[]";
   std::vector<char> text(found.metal->counters_json(nullptr, 0));
   // Another dispatch may end in between.
-  for (size_t needed; (needed = found.metal->counters_json(text.data(), text.size())) > text.size();) {
+  for (size_t needed;
+       (needed = found.metal->counters_json(text.data(), text.size())) > text.size();) {
     text.resize(needed);
   }
   if (reset) found.metal->counters_reset();

@@ -11,8 +11,8 @@ namespace jax_gluon {
 // development builds alone.
 Device* metal_device(std::string* why);
 
-// Whether a call that may run on either is for Metal: on a real GPU, with enough work to pay for the
-// launch, and with rows that its kernels take. The least work has not been measured on any GPU.
+// Whether a call that may run on either is for Metal: on a real GPU, with enough work to pay for
+// the launch, and with rows that its kernels take. The least work has not been measured on any GPU.
 constexpr int64_t kLeastProductsForMetal = int64_t{1} << 28;
 constexpr int64_t kWidestRowOfMetal = 256;
 inline bool prefers_metal([[maybe_unused]] int64_t products, [[maybe_unused]] int64_t widest) {
@@ -23,7 +23,8 @@ inline bool prefers_metal([[maybe_unused]] int64_t products, [[maybe_unused]] in
 #endif
 }
 
-// What `metal_device` is called: that of a real GPU, or "Software Metal". Empty where there is none.
+// What `metal_device` is called: that of a real GPU, or "Software Metal". Empty where there is
+// none.
 std::string metal_device_name();
 
 // Work of each dispatch of the software device since the last reset, as a JSON array; "[]" on a

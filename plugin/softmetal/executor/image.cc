@@ -69,8 +69,8 @@ bool copy_file(const std::string& from, const std::string& to) {
   return ok;
 }
 
-// Images call functions of this library. Where it was loaded for one other library alone, they would
-// not find them.
+// Images call functions of this library. Where it was loaded for one other library alone, they
+// would not find them.
 void show_this_library() {
   static const bool done = [] {
     Dl_info self;
