@@ -410,7 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checked.add_argument("--std", metavar="metal3.1")
     options = parser.parse_args(arguments)
     if options.command == "check":
-        macros = dict((*macro.split("=", 1), "1")[:2] for macro in options.macros)
+        split = (macro.partition("=") for macro in options.macros)
+        macros = {name: value if equals else "1" for name, equals, value in split}
         try:
             check(options.file, macros=macros, include=options.include, std=options.std)
         except Error as error:
