@@ -29,6 +29,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--attention", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS),
         help="the runs to compare, in this order",
     )  # fmt: skip
+    parser.add_argument(
+        "--implementation", choices=("cpu", "metal"), help="default: jax_gluon's choice"
+    )
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the plot's file")
     return parser.parse_args(arguments)
 
@@ -74,7 +77,9 @@ def smooth(losses: np.ndarray, width: int = 10) -> np.ndarray:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     text = demo_text.load()
-    config = ModelConfig(vocabulary=len(text.alphabet), length=options.length)
+    config = ModelConfig(
+        vocabulary=len(text.alphabet), length=options.length, implementation=options.implementation
+    )
     print(f"Text: {len(text.codes):,} characters of CPython's documentation topics.")
     runs = {}
     for name in options.attention:

@@ -20,6 +20,7 @@ class ModelConfig:
     kv_heads: int = 2
     head_dim: int = 32
     quantization: str | None = None
+    implementation: str | None = None
 
     @property
     def width(self) -> int:
@@ -42,11 +43,13 @@ class Attention(nnx.Module):
             (config.heads, config.head_dim), config.width, axis=(-2, -1), use_bias=False, rngs=rngs
         )
         self.quantization = config.quantization
+        self.implementation = config.implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         out = jax_gluon.dot_product_attention(
             rotated(self.query(x)), rotated(self.key(x)), self.value(x),
             is_causal=True, quantization=self.quantization,
+            implementation=self.implementation,
         )  # fmt: skip
         return self.out(out)
 

@@ -99,8 +99,9 @@ def dot_product_attention(
       given.
     - `logits_soft_cap`: positive c, which turns a logit x into `c * tanh(x / c)`.
     - `dropout_rate`, `dropout_rng`, `sinks`: only 0, anything and None are supported.
-    - `implementation`: `"cpu"` (the plugin's kernels), `"xla"`, or None, which takes the plugin on
-      the CPU and XLA elsewhere and for float64.
+    - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
+      platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
+      elsewhere and for float64.
     - `kernel`: `"baseline"`, or None, which chooses.
 
     **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
