@@ -50,7 +50,7 @@ def test_format(oracle, relative_error, kind, name):
     specs, matrix, _ = QUANTIZED[kind]
     q, k, v, d_out = draw("float32", specs)
     problem = Problem(q, k, v, **feature(name))
-    bound = 1e-4 if matrix == "float" else 1e-2
+    bound = 3e-6 if matrix == "float" else 1e-3
     check(oracle, relative_error, problem, d_out, bound, name == "soft_cap")
 
 
