@@ -9,13 +9,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
-CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/*/*.cc plugin/*/*.h)
-FORMATTED := $(CXX_FILES) $(foreach depth,plugin/softmetal/* plugin/softmetal/include/* tests/* \
+CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/cpu/*.cc plugin/cpu/*.h plugin/metal/*.cc plugin/metal/metal.h)
+FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h plugin/softmetal/*.h) $(foreach depth,plugin/metal plugin/softmetal/* plugin/softmetal/include/* tests/* \
   tests/softmetal/*,$(wildcard $(depth)/*.cc $(depth)/*.h $(depth)/*.mm))
-PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/softmetal/python)
+PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/metal plugin/softmetal/python)
+# Development on Linux: Metal's host code against the software device (plugin/softmetal).
+METAL_BUILD := build/metal
+SOFTMETAL_CLANG ?= clang++-19
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
-  --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON
+  --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON \
+  --config-settings=cmake.define.JAX_GLUON_METAL_LIBRARY="$(CURDIR)/$(METAL_BUILD)/libjax_gluon_metal.so"
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,10 +27,11 @@ ifdef CMAKE_ARGS
 export CMAKE_ARGS
 endif
 
-.PHONY: help demo test bench smoke lint format typecheck tidy docs clean
+.PHONY: help demo test metal bench smoke lint format typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
+	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
 	@echo 'make bench      time attention against its peers'
 	@echo 'make smoke      load the built package under several releases of JAX'
 	@echo 'make lint       ruff, clang-format          make format   apply them'
@@ -36,9 +41,14 @@ help:
 demo: $(STAMPS)/package
 	$(BIN)/python -m demo $(ARGS)
 
-test: $(STAMPS)/package
-	@sh tools/install_softmetal_toolchain.sh
+test: $(STAMPS)/package metal
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
+
+# The software Metal device, where its compiler is there or may be installed; else it says so.
+metal: $(STAMPS)/build-requirements
+	@sh tools/install_softmetal_toolchain.sh
+	@if command -v $(SOFTMETAL_CLANG) >/dev/null 2>&1; then \
+	  sh tools/build_softmetal.sh $(METAL_BUILD) $(SOFTMETAL_CLANG); fi
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)

@@ -1,7 +1,7 @@
 """Quantized flash attention that trains, in JAX, on every CPU."""
 
+from jax_gluon import debug, reference
 from jax_gluon import lowering as _lowering
-from jax_gluon import reference
 from jax_gluon.attention import (
     Plan,
     attention_with_log_sum_exp,
@@ -19,6 +19,7 @@ __all__ = [
     "QuantizedKVCache",
     "QuantizedTensor",
     "attention_with_log_sum_exp",
+    "debug",
     "dot_product_attention",
     "explain",
     "quantize",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_gluon import lowering
 from jax_gluon.formats import (
     PRESETS,
     AttentionQuantization,
@@ -22,7 +23,8 @@ from jax_gluon.formats import (
 )
 from jax_gluon.problem import AttentionOperands, AttentionProblem, Operands
 
-IMPLEMENTATIONS = ("cpu", "xla")
+IMPLEMENTATIONS = ("cpu", "metal", "xla")
+_WIDEST_ROW_OF_METAL = 256
 KERNELS = ("baseline",)
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -212,6 +214,16 @@ def _with_batch_axis(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTen
     return jax.tree.map(expanded, x)
 
 
+def check_metal(function: str) -> None:
+    """Raises `RuntimeError` where there is no Metal device."""
+    name, why = lowering.metal_device()
+    if not name:
+        raise RuntimeError(
+            f'jax_gluon.{function}: implementation is "metal", but {why}; allowed: None, "cpu", '
+            '"xla".'
+        )
+
+
 def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel: Any) -> None:
     if not isinstance(quantization, AttentionQuantization):
         names = ", ".join(f'"{name}"' for name in PRESETS)
@@ -221,10 +233,7 @@ def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel
         if quantization is not None and quantization not in PRESETS:
             check.value_error("quantization", f'"{quantization}"', allowed)
     if implementation == "metal":
-        raise RuntimeError(
-            f'jax_gluon.{check.function}: implementation is "metal", but this build of jax_gluon '
-            'has no Metal device; allowed: None, "cpu", "xla".'
-        )
+        check_metal(check.function)
     check.name("implementation", implementation, IMPLEMENTATIONS)
     if kernel == "gluon":
         check.not_available("kernel", '"gluon"', 'None, "baseline"')
@@ -310,11 +319,18 @@ def _check_dtypes(
         if x.dtype != dtype:
             check.type_error(name, f"of dtype {x.dtype.name}", f"{first}'s dtype, {dtype.name}")
     is_float64 = jnp.float64 in (dtype, arrays["query"].dtype)
-    if is_float64 and implementation == "cpu":
+    if is_float64 and implementation in ("cpu", "metal"):
         check.value_error(
             "implementation",
-            '"cpu" for float64 operands, which the CPU kernels do not take',
+            f'"{implementation}" for float64 operands, which its kernels do not take',
             'None or "xla" for float64',
+        )
+    widest = max(arrays[name].shape[-1] for name in ("query", "value"))
+    if implementation == "metal" and widest > _WIDEST_ROW_OF_METAL:
+        check.value_error(
+            "implementation",
+            f'"metal" for a head dim of {widest}',
+            f'None, "cpu" or "xla" for head dims over {_WIDEST_ROW_OF_METAL}',
         )
     return is_float64
 

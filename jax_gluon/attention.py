@@ -245,11 +245,13 @@ def _plan(arguments: CheckedArguments, implementation: str | None, kernel: str |
     elif arguments.operands.query.dtype == jnp.float64:
         implementation, reason = "xla", "only the XLA implementation takes float64"
     elif platform == "cpu":
-        implementation, reason = "cpu", "the plugin's kernels run on the CPU platform"
+        implementation, reason = _device_by_size(arguments)
     else:
         implementation, reason = "xla", f'the plugin has no kernels for platform "{platform}"'
     if implementation == "xla":
         return Plan(implementation, None, (reason, "XLA generates the code: no kernel to choose"))
+    if implementation == "metal":
+        reason = f'{reason}; it runs on "{lowering.metal_device()[0]}"'
     if kernel is not None:
         return Plan(implementation, kernel, (reason, f'kernel="{kernel}" was asked for'))
     return Plan(implementation, "baseline", (reason, "baseline is the only kernel"))
@@ -340,3 +342,14 @@ _attend = cast(
     Callable[[AttentionProblem, bool, Operands], tuple[jax.Array, jax.Array]],
     _with_gradient,
 )
+
+
+def _device_by_size(arguments: CheckedArguments) -> tuple[str, str]:
+    """What the plugin's handlers take where they may choose, and why."""
+    query, key, value = arguments.operands[:3]
+    B, T, N, H = query.shape
+    S, V = key.shape[1], value.shape[-1]
+    products = B * N * T * S * (H + V)
+    if lowering.plugin().prefers_metal(products, max(H, V)) and lowering.metal_device()[0]:
+        return "metal", f"{products} multiply-accumulates are enough for the GPU"
+    return "cpu", "the plugin's kernels run on the CPU platform"

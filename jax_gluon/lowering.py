@@ -41,6 +41,8 @@ _ATTENTION_FORWARD = "jax_gluon.attention_forward"
 _ATTENTION_BACKWARD = "jax_gluon.attention_backward"
 _ATTENTION_BACKWARD_BIAS = "jax_gluon.attention_backward_bias"
 _QUANTIZE = "jax_gluon.quantize"
+# The calls' attribute `device`; None lets the plugin choose by the size of the problem.
+_DEVICES = {"cpu": np.int64(0), "metal": np.int64(1), None: np.int64(2)}
 
 
 def jit(*static_argnums: int) -> Callable[[_Function], _Function]:
@@ -76,6 +78,14 @@ def plugin() -> ModuleType:
     return module
 
 
+def metal_device() -> tuple[str, str]:
+    """Name of the Metal device, or "" and why there is none."""
+    try:
+        return plugin().metal_device()
+    except ImportError as error:
+        return "", str(error)
+
+
 def register() -> None:
     """Register the custom calls; a missing plugin is reported by the first call that needs it."""
     with contextlib.suppress(ImportError):
@@ -93,7 +103,7 @@ def quantize(
         return dataclasses.replace(quantized, dtype=dtype)
     return _on_platform(
         implementation,
-        functools.partial(_quantize_cpu, spec),
+        functools.partial(_quantize_plugin, spec, implementation),
         functools.partial(_quantize_xla, spec),
         x,
         lengths,
@@ -134,7 +144,7 @@ def forward(
     """
     return _on_platform(
         problem.implementation,
-        functools.partial(_forward_cpu, problem, dtype),
+        functools.partial(_forward_plugin, problem, dtype),
         functools.partial(_forward_xla, problem, dtype),
         operands,
     )
@@ -153,7 +163,7 @@ def backward(
     """
     return _on_platform(
         problem.implementation,
-        functools.partial(_backward_cpu, problem),
+        functools.partial(_backward_plugin, problem),
         functools.partial(_backward_xla, problem),
         residuals,
         d_out,
@@ -171,7 +181,7 @@ def backward_bias(
     """Gradient of the bias. A call of its own, so that XLA drops it when nobody asks for it."""
     return _on_platform(
         problem.implementation,
-        functools.partial(_backward_bias_cpu, problem),
+        functools.partial(_backward_bias_plugin, problem),
         functools.partial(_backward_bias_xla, problem),
         residuals,
         d_out,
@@ -181,16 +191,16 @@ def backward_bias(
 
 def _on_platform(
     implementation: str | None,
-    cpu: Callable[..., _Result],
+    native: Callable[..., _Result],
     xla: Callable[..., _Result],
     *operands: Any,
 ) -> _Result:
     if implementation == "xla":
         return xla(*operands)
     plugin()
-    if implementation == "cpu":
-        return cpu(*operands)
-    return cast(_Result, jax.lax.platform_dependent(*operands, cpu=cpu, default=xla))
+    if implementation is not None:
+        return native(*operands)
+    return cast(_Result, jax.lax.platform_dependent(*operands, cpu=native, default=xla))
 
 
 # The plugin. Its handlers take the leading axes that vmap adds, of extent 1 where an operand is not
@@ -204,6 +214,7 @@ def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
 def _attributes(problem: AttentionProblem, operands: Operands) -> dict[str, Any]:
     left, right = problem.local_window or (-1, -1)
     return {
+        "device": _DEVICES[problem.implementation],
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
         "causal": np.int64(problem.is_causal),
@@ -263,7 +274,7 @@ def _log_sum_exp(row_maximum: jax.Array, log_sum: jax.Array, unit: float) -> jax
     return jnp.where(log_sum == empty, empty, natural)
 
 
-def _forward_cpu(
+def _forward_plugin(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     operands = _unrotated(operands)
@@ -300,7 +311,7 @@ def _backward_call(
     )
 
 
-def _backward_cpu(
+def _backward_plugin(
     problem: AttentionProblem,
     residuals: Residuals,
     d_out: jax.Array,
@@ -325,7 +336,7 @@ def _rotated_back(x: jax.Array) -> jax.Array:
     return rows.astype(x.dtype)
 
 
-def _backward_bias_cpu(
+def _backward_bias_plugin(
     problem: AttentionProblem,
     residuals: Residuals,
     d_out: jax.Array,
@@ -339,7 +350,9 @@ def _backward_bias_cpu(
     )
 
 
-def _quantize_cpu(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> QuantizedTensor:
+def _quantize_plugin(
+    spec: QuantSpec, implementation: str | None, x: jax.Array, lengths: jax.Array | None
+) -> QuantizedTensor:
     *leading, H = x.shape
     scale = jax.ShapeDtypeStruct(spec.scale_shape(x.shape), spec.scale_dtype)
     code = (jnp.uint8, H // 2) if spec.bits == 4 else (jnp.int8, H)
@@ -350,6 +363,7 @@ def _quantize_cpu(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> Q
         results.append(jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[2:]), jnp.float32))
     data, scale, *rest = _ffi_call(_QUANTIZE, results)(
         *([x] if lengths is None else [x, lengths]),
+        device=_DEVICES[implementation],
         bits=np.int64(spec.bits),
         symmetric=np.int64(spec.symmetric),
         float_minimum=np.int64(spec.float_minimum),

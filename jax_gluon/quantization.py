@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_gluon import lowering
+from jax_gluon.arguments import check_metal
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
-_IMPLEMENTATIONS = (None, "cpu", "xla")
+_IMPLEMENTATIONS = (None, "cpu", "metal", "xla")
 
 
 def quantize(
@@ -35,7 +36,8 @@ def quantize(
     - `spec`: the format.
     - `lengths`: int32 `[B]` (or a scalar for rank 3), clamped to `[0, T]`: with `spec.center`, the
       mean is that of the first `lengths[b]` tokens.
-    - `implementation`: `"cpu"` (the plugin), `"xla"`, or None, which takes the plugin on the CPU.
+    - `implementation`: `"cpu"` (the plugin), `"metal"` (the GPU), `"xla"`, or None, which takes the
+      plugin on the CPU.
 
     **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
     allowed; `ImportError` where the plugin is needed and can't be loaded.
@@ -62,7 +64,10 @@ def quantize(
             _text("x", f"of head dim {array.shape[-1]}", "an even head dim where spec.bits is 4")
         )
     if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(_text("implementation", repr(implementation), 'None, "cpu", "xla"'))
+        allowed = 'None, "cpu", "metal", "xla"'
+        raise ValueError(_text("implementation", repr(implementation), allowed))
+    if implementation == "metal":
+        check_metal("quantize")
     is_batched = array.ndim == 4
     checked = None if lengths is None else _lengths(lengths, array.shape[:-3])
     array = jax.lax.stop_gradient(array)

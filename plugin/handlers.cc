@@ -1,5 +1,6 @@
 #include "handlers.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -7,6 +8,7 @@
 
 #include "decoder.h"
 #include "device.h"
+#include "metal/metal.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_parallel.h"
 
@@ -18,6 +20,30 @@ namespace {
 const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
                                             ffi::DataType::F16};
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
+
+// Where a call is to run, as its attribute `device` says.
+enum class Wanted : int64_t { kCpu = 0, kMetal = 1, kEither = 2 };
+
+Wanted decode_device(Decoder& decoder) {
+  return static_cast<Wanted>(decoder.integer("device", 0, 2));
+}
+
+// Runs `run` on the device that is wanted; `products` are the call's multiply-accumulates, and
+// `widest` its longest row.
+template <class Run>
+Status run_on(Wanted wanted, int64_t products, int64_t widest, Run run) {
+  if (wanted == Wanted::kCpu || (wanted == Wanted::kEither && !prefers_metal(products, widest))) {
+    return run(cpu_device());
+  }
+  std::string why;
+  if (Device* device = metal_device(&why)) return run(*device);
+  if (wanted == Wanted::kEither) return run(cpu_device());
+  return "there is no Metal device: " + why;
+}
+
+int64_t products_of(const AttentionCall& call) {
+  return call.B * call.N * call.T * call.S * (call.H + call.V);
+}
 
 // How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
 // by an offset and a mean where they have them.
@@ -217,6 +243,7 @@ ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
   return guarded(target, [&] {
     Decoder decoder(target, args, results, attributes);
     AttentionForwardCall call;
+    const Wanted wanted = decode_device(decoder);
     const int64_t batch = decode_call(decoder, call, nullptr, nullptr);
     call.out = decoder.result("out", {batch, call.T, call.N, call.V}, kFloats);
     const Shape rows = {batch, call.T, call.N};
@@ -225,7 +252,8 @@ ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
     return finish(decoder, target, [&]() -> Status {
       if (call.B * call.T * call.N == 0) return {};
       XlaParallel parallel(pool);
-      return cpu_device().forward(call, parallel);
+      return run_on(wanted, products_of(call), std::max(call.H, call.V),
+                    [&](Device& device) { return device.forward(call, parallel); });
     });
   });
 }
@@ -236,6 +264,7 @@ ffi::Error attention_backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
   return guarded(target, [&] {
     Decoder decoder(target, args, results, attributes);
     AttentionBackwardCall call;
+    const Wanted wanted = decode_device(decoder);
     bool has_d_log_sum_exp = false;
     const int64_t batch = decode_call(decoder, call, &has_d_log_sum_exp, nullptr);
     decode_cotangents(decoder, call, batch, has_d_log_sum_exp);
@@ -250,7 +279,8 @@ ffi::Error attention_backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
         return {};
       }
       XlaParallel parallel(pool);
-      return cpu_device().backward(call, parallel);
+      return run_on(wanted, products_of(call), std::max(call.H, call.V),
+                    [&](Device& device) { return device.backward(call, parallel); });
     });
   });
 }
@@ -261,6 +291,7 @@ ffi::Error attention_backward_bias(ffi::ThreadPool pool, ffi::RemainingArgs args
   return guarded(target, [&] {
     Decoder decoder(target, args, results, attributes);
     AttentionBackwardBiasCall call;
+    const Wanted wanted = decode_device(decoder);
     bool has_d_log_sum_exp = false;
     Shape bias(4, 1);
     const int64_t batch = decode_call(decoder, call, &has_d_log_sum_exp, &bias);
@@ -277,7 +308,8 @@ ffi::Error attention_backward_bias(ffi::ThreadPool pool, ffi::RemainingArgs args
         return {};
       }
       XlaParallel parallel(pool);
-      return cpu_device().backward_bias(call, parallel);
+      return run_on(wanted, products_of(call), std::max(call.H, call.V),
+                    [&](Device& device) { return device.backward_bias(call, parallel); });
     });
   });
 }
@@ -288,6 +320,7 @@ ffi::Error quantize(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   return guarded(target, [&] {
     Decoder decoder(target, args, results, attributes);
     QuantizeCall call;
+    const Wanted wanted = decode_device(decoder);
     call.bits = decoder.integer("bits", 4, 8);
     if (call.bits != 4 && call.bits != 8) {
       decoder.fail("attribute bits is " + std::to_string(call.bits) + ", expected 4 or 8");
@@ -343,7 +376,9 @@ ffi::Error quantize(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     }
     return finish(decoder, target, [&]() -> Status {
       XlaParallel parallel(pool);
-      return cpu_device().quantize(call, parallel);
+      // Without products: where either will do, the CPU is as near to the memory.
+      return run_on(wanted, 0, call.H,
+                    [&](Device& device) { return device.quantize(call, parallel); });
     });
   });
 }

@@ -4,6 +4,7 @@
 
 #include "device.h"
 #include "handlers.h"
+#include "metal/metal.h"
 
 namespace py = pybind11;
 
@@ -26,4 +27,16 @@ PYBIND11_MODULE(_plugin, module) {
              "Instruction-set variant that the CPU kernels run in.");
   module.def("cpu_isas_supported", &jax_gluon::cpu_isas_supported,
              "Variants that are compiled in and that this processor runs, best first.");
+  module.def(
+      "metal_device",
+      [] {
+        std::string why;
+        const bool is_there = jax_gluon::metal_device(&why) != nullptr;
+        return py::make_tuple(is_there ? jax_gluon::metal_device_name() : "", why);
+      },
+      "Name of the Metal device, or an empty string and why there is none.");
+  module.def("prefers_metal", &jax_gluon::prefers_metal, py::arg("products"), py::arg("widest"),
+             "Whether a call that may run on either device is for Metal.");
+  module.def("metal_counters", &jax_gluon::metal_counters, py::arg("reset"),
+             "Work of the software Metal device, as JSON.");
 }

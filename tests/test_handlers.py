@@ -121,6 +121,7 @@ def attention(target, formats="float", *, full=True):
             "key_value_seq_lengths": np.array([4, S], np.int32),
         }
     attributes |= {
+        "device": np.int64(0),
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
         "causal": np.int64(0),
@@ -166,8 +167,9 @@ def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, 
     if center:
         results["mean"] = result(B, 1, K, H)
     attributes = dict(
-        bits=bits, symmetric=symmetric, float_minimum=1 - symmetric, token_block=token_block,
-        head_block=head_block, per_tensor=per_tensor, center=center, rotate=0, has_lengths=1,
+        device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric,
+        token_block=token_block, head_block=head_block, per_tensor=per_tensor,
+        center=center, rotate=0, has_lengths=1,
     )  # fmt: skip
     return Call(
         QUANTIZE,
@@ -335,6 +337,7 @@ def test_every_attribute_must_be_there_and_of_its_type(name):
 
 
 ATTRIBUTES = {
+    "device": ("device", np.int64(3), "is 3, expected 0 to 2"),
     "scale_nan": ("scale", np.float32("nan"), "is nan, expected a finite number"),
     "scale_inf": ("scale", np.float32("inf"), "is inf, expected a finite number"),
     "soft_cap_nan": ("soft_cap", np.float32("nan"), "is nan, expected a finite number"),

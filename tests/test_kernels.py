@@ -1,7 +1,9 @@
-"""Every instruction-set variant of the CPU kernels against float64, at sizes that reach every tail.
+"""Every variant of the kernels, Metal's too, against float64, at sizes that reach every tail.
 
 Results and scratch start as NaN (JAX_GLUON_POISON), so that nothing unwritten passes.
 """
+
+import os
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,18 @@ BARS = {
     "int8": (8e-3, 1e-2),
 }
 RNG = np.random.default_rng(5)
+
+
+def _use(monkeypatch, variant):
+    """Chooses an instruction-set variant of the CPU kernels, or Metal: the `implementation`."""
+    if variant == "metal":
+        name, why = plugin.metal_device()
+        if not name:
+            (pytest.fail if os.environ.get("SOFTMETAL_REQUIRED") else pytest.skip)(why)
+        return "metal"
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    assert plugin.cpu_isa() == variant
+    return "cpu"
 
 
 def _mask(B, N, T, S):
@@ -162,17 +176,18 @@ def _dequantized(operands, keywords):
 def _parameters():
     """Each variant meets each case; what only differs by conversion, some of them."""
     best, *others = plugin.cpu_isas_supported()
-    for isa in (best, *others):
-        for name in EMULATED if isa.startswith("emulated") else CASES:
+    for variant in (best, *others, "metal"):
+        for name in EMULATED if variant.startswith("emulated") else CASES:
+            if variant == "metal" and name == "head_dim_257":
+                continue  # refused: its kernels take head dims to 256
             for dtype in BARS:
-                if isa == best or dtype in ("float32", "int8") or name in EMULATED:
-                    yield pytest.param(isa, dtype, name, id=f"{isa}-{dtype}-{name}")
+                if variant == best or dtype in ("float32", "int8") or name in EMULATED:
+                    yield pytest.param(variant, dtype, name, id=f"{variant}-{dtype}-{name}")
 
 
-@pytest.mark.parametrize(("isa", "dtype", "name"), list(_parameters()))
-def test_kernels_match_float64(monkeypatch, relative_error, isa, dtype, name):
-    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
-    assert plugin.cpu_isa() == isa
+@pytest.mark.parametrize(("variant", "dtype", "name"), list(_parameters()))
+def test_kernels_match_float64(monkeypatch, relative_error, variant, dtype, name):
+    implementation = _use(monkeypatch, variant)
     quantization = "int8" if dtype == "int8" else None
     operands, keywords, d_out, d_log_sum_exp = _operands(
         CASES[name], "float32" if quantization else dtype
@@ -188,7 +203,7 @@ def test_kernels_match_float64(monkeypatch, relative_error, isa, dtype, name):
     def attention(inputs, cotangents):
         def function(*x):
             return jax_gluon.attention_with_log_sum_exp(
-                *x, **keywords, implementation="cpu", quantization=quantization
+                *x, **keywords, implementation=implementation, quantization=quantization
             )
 
         results, pullback = jax.vjp(function, *inputs)
@@ -219,18 +234,18 @@ def test_kernels_match_float64(monkeypatch, relative_error, isa, dtype, name):
 
 
 # A bias that leaves nothing of the logits it is added to, on whole rows and in parts of others.
-ISAS = sorted({*plugin.cpu_isas_supported(), "emulated_avx512"})
+VARIANTS = sorted({*plugin.cpu_isas_supported(), "emulated_avx512", "metal"})
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("least", [-1e9, -1e30])
 @pytest.mark.parametrize("T", [70, 3], ids=["blocks", "decode"])
 def test_rows_whose_logits_are_all_large_and_negative(
-    monkeypatch, relative_error, isa, dtype, least, T
+    monkeypatch, relative_error, variant, dtype, least, T
 ):
     """A mask of finite numbers, and left padding: each such row is uniform over what it sees."""
-    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    implementation = _use(monkeypatch, variant)
     quantization = dtype if dtype.startswith("int") else None
     causal = T > 3
     S = 70 if causal else 330
@@ -249,14 +264,14 @@ def test_rows_whose_logits_are_all_large_and_negative(
     if quantization:
         specs = PRESETS[quantization]
         point = tuple(
-            jax_gluon.quantize(x, spec, implementation="cpu").dequantize(jnp.float32)
+            jax_gluon.quantize(x, spec, implementation=implementation).dequantize(jnp.float32)
             for x, spec in zip(point, (specs.query, specs.key, specs.value), strict=True)
         )
     exact = _exact((*point, bias), keywords, d_out, np.zeros(d_out.shape[:-1]))
 
     def attention(*x):
         return jax_gluon.attention_with_log_sum_exp(
-            *x, **keywords, implementation="cpu", quantization=quantization
+            *x, **keywords, implementation=implementation, quantization=quantization
         )
 
     results, pullback = jax.vjp(attention, query, key, value, jnp.asarray(bias))
@@ -275,18 +290,18 @@ def test_rows_whose_logits_are_all_large_and_negative(
     assert (rows <= 10 * forward * np.linalg.norm(exact[0], axis=-1).max()).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("T", [20, 2], ids=["blocks", "decode"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, isa, T, dtype):
+def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, variant, T, dtype):
     """The same bits as a bias of -inf gives, in results and gradients."""
-    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    implementation = _use(monkeypatch, variant)
     operands, _, d_out, _ = _operands(dict(T=T, S=100, N=2, K=1), dtype)
     query, key, value = (jnp.abs(x) + jnp.asarray(0.1, dtype) for x in operands[:3])
 
     def run(key, query, bias):
         def attention(*x):
-            return jax_gluon.dot_product_attention(*x, implementation="cpu")
+            return jax_gluon.dot_product_attention(*x, implementation=implementation)
 
         out, pullback = jax.vjp(attention, query, key, value, bias)
         return out, *pullback(d_out)
@@ -306,11 +321,11 @@ def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, isa, T, 
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("isa", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_what_is_hidden_never_leaks(monkeypatch, isa, quantization):
+def test_what_is_hidden_never_leaks(monkeypatch, variant, quantization):
     """NaN, infinities and the largest numbers in hidden keys, values and biases change no bit."""
-    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    implementation = _use(monkeypatch, variant)
     operands, keywords, d_out, _ = _operands(dict(T=40, S=150, is_causal=True), "float32")
     query, key, value, _ = operands
     mask = np.ones((2, 1, 40, 150), bool)
@@ -323,7 +338,7 @@ def test_what_is_hidden_never_leaks(monkeypatch, isa, quantization):
             out = jax_gluon.dot_product_attention(
                 query, key, value, bias, mask, **keywords, key_value_seq_lengths=lengths,
                 query_seq_lengths=np.array([40, 30], np.int32),
-                quantization=quantization, implementation="cpu",
+                quantization=quantization, implementation=implementation,
             )  # fmt: skip
             return jnp.sum(out * d_out), out
 
@@ -356,19 +371,19 @@ def test_what_is_hidden_never_leaks(monkeypatch, isa, quantization):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("isa", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_visible_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(
-    monkeypatch, isa, quantization, bad
+    monkeypatch, variant, quantization, bad
 ):
-    monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
+    implementation = _use(monkeypatch, variant)
     operands, keywords, *_ = _operands(dict(T=90, S=90, is_causal=True), "float32")
     query, key, value, _ = operands
     value = np.array(value)
     value[0, 50, 1, 3] = bad
     out = jax_gluon.dot_product_attention(
-        query, key, value, **keywords, quantization=quantization, implementation="cpu"
+        query, key, value, **keywords, quantization=quantization, implementation=implementation
     )
     affected = ~np.isfinite(out)
     expected = np.zeros_like(affected)

@@ -153,8 +153,8 @@ def test_bad_attention_quantization():
         (np.ones((2, 3, 5)), QuantSpec(4), {}, ValueError, "x is of head dim 5; allowed: an even"),
         (np.ones((2, 3, 4)), "int8", {}, TypeError, "spec is a str; allowed: a QuantSpec"),
         (
-            np.ones((2, 3, 4)), QuantSpec(), {"implementation": "metal"}, ValueError,
-            "implementation is 'metal'; allowed: None, \"cpu\", \"xla\"",
+            np.ones((2, 3, 4)), QuantSpec(), {"implementation": "gpu"}, ValueError,
+            "implementation is 'gpu'; allowed: None, \"cpu\", \"metal\", \"xla\"",
         ),
         (
             np.ones((2, 3, 4, 4), np.float32), QuantSpec(),

@@ -20,6 +20,7 @@ struct softmetal_compile_request {
   const char* target;
   int instrumentation;
   int safe_math;
+  uint32_t language_version;  // 0x30001 is MSL 3.1; 0: the newest
 };
 
 // Returns 0 and the image's path, or 1 and the diagnostics, in `text`.

@@ -1,4 +1,4 @@
-"""The forward kernel on every format, against float64 attention of what the operands stand for."""
+"""The forward kernel on every format, against float64 attention of what operands stand for."""
 
 from __future__ import annotations
 

@@ -28,27 +28,19 @@ def missing() -> str | None:
 
 def build() -> Path:
     """The folder with libsoftmetal.so, rebuilt where a source is newer."""
-    folder = ROOT / "build" / "softmetal"
-    folder.mkdir(parents=True, exist_ok=True)
-    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
-    if cmake is None:
+    folder = ROOT / "build" / "metal"
+    clang = os.environ.get("SOFTMETAL_CLANG", "clang++-19")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which("cmake", path=path) is None:
         pytest.skip("no cmake")
-    lock = folder / "lock"
-    with lock.open("w") as held:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(held, fcntl.LOCK_EX)  # workers of pytest-xdist build one after another
-        for command in (
-            [
-                cmake,
-                *("-S", SOURCE, "-B", folder, "-DSOFTMETAL_WERROR=ON"),
-                f"-DCMAKE_CXX_COMPILER={os.environ.get('SOFTMETAL_CLANG', 'clang++-19')}",
-            ],
-            [cmake, "--build", folder],
-        ):
-            finished = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert finished.returncode == 0, finished.stdout + finished.stderr
+    finished = subprocess.run(
+        ["sh", ROOT / "tools" / "build_softmetal.sh", folder, clang],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path},
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     return folder
 
 

@@ -11,6 +11,7 @@ import pytest
 
 HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
 LANGUAGE = pathlib.Path(__file__).parent / "language"
+SHADERS = pathlib.Path(__file__).parents[2] / "shaders"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,25 @@ BUGS = [
         POINTER,
     ),
     Bug(
+        "unqualified pointer in a cast to a deduced type",
+        f"{OUT}) {{\nauto p = (float*)out; // HERE\nout[0] = p[0];\n}}",
+        POINTER,
+    ),
+    Bug(
         "kernel argument without an address space",
         "kernel void f(float* out [[buffer(0)]]) { // HERE\nout[0] = 1;\n}",
         "argument 'out' of a kernel has no attribute and no address space",
+    ),
+    Bug(
+        "threadgroup argument that is a buffer",
+        "kernel void f(device float* out [[buffer(0)]],\n"
+        "threadgroup float* t [[buffer(1)]]) { // HERE\nout[0] = t[0];\n}",
+        "argument 't' of a kernel has an attribute of another address space",
+    ),
+    Bug(
+        "device argument that is threadgroup memory",
+        "kernel void f(\ndevice float* out [[threadgroup(0)]]) { // HERE\nout[0] = 1;\n}",
+        "argument 'out' of a kernel has an attribute of another address space",
     ),
     Bug(
         "device memory for an unqualified reference",
@@ -203,6 +220,11 @@ BUGS = [
         "invalid operands to binary expression",
     ),
     Bug(
+        "function constant that is not constant",
+        f"bool is_on [[function_constant(0)]]; // HERE\n{OUT}) {{ out[0] = is_on; }}",
+        "function constant 'is_on' must be in constant address space",
+    ),
+    Bug(
         "variable at program scope",
         f"const float scale = 2; // HERE\n{OUT}) {{ out[0] = scale; }}",
         PROGRAM_SCOPE,
@@ -216,6 +238,23 @@ BUGS = [
         "static local variable",
         f"{OUT}) {{\nstatic float n; // HERE\nout[0] = n;\n}}",
         "static local variable must reside in constant address space",
+    ),
+    Bug(
+        "after a structure is copied from constant memory",
+        "struct P { float a[2]; int n; };\n"
+        "template <typename T> void g(thread const P& p, threadgroup T* t) { t[0] = p.a[0]; }\n"
+        f"{OUT}, constant P& params) {{\nconst P p = params;\nP more[2] = {{params, p}};\n"
+        "const P other = p.n > 0 ? params : more[0];\ng<float>(other, out); // HERE\n}",
+        "no matching function for call to 'g'",
+    ),
+    Bug(
+        "after an operator of a value that is no variable",
+        "struct A { float x; A operator+(A b) const { return {x + b.x}; } };\n"
+        "struct N { operator int() const { return 2; } };\nA make() { return {1}; }\n"
+        "void g(thread const A& a, threadgroup float* t) { t[0] = a.x; }\n"
+        f"{OUT}) {{\nA a = make() + make() + make();\ndevice float* p = out;\np += N{{}};\n"
+        "g(make(), nullptr);\ng(a, p); // HERE\n}",
+        "no matching function for call to 'g'",
     ),
     Bug(
         "atomic operation on thread memory",
@@ -298,6 +337,17 @@ IDIOMS = {
     kernel void f(device Complex* out [[buffer(0)]]) {
       Complex a = out[0], b = out[1], c = out[2];
       out[3] = -(a + b + c);
+    }""",
+    "references to values that are no variables": """
+    struct A { float x; };
+    struct B { float y; B(thread const A& a, int n) { y = a.x + n; } };
+    A make() { return {1}; }
+    float get(thread const A& a, int k = 1) { return a.x + k; }
+    template <typename T> float get_of(thread const T& a) { return a.x; }
+    float half_of(thread const short& n) { return n / 2; }
+    kernel void f(device float* out [[buffer(0)]]) {
+      B b(make(), 3);
+      out[0] = get(make()) + get(A{2}, 3) + get_of(make()) + half_of(3) + b.y + B(make(), 1).y;
     }""",
     "structures copied between all address spaces": """
     struct P { float4 a; int n; packed_float3 b; };
@@ -407,6 +457,28 @@ def test_the_kernels_of_the_language_are_accepted(path):
     softmetal.check(path)
 
 
+@pytest.mark.parametrize("path", sorted(SHADERS.glob("*.metal")), ids=lambda path: path.stem)
+def test_the_shaders_of_this_project_are_accepted(path):
+    import softmetal
+
+    softmetal.check(path, std="metal3.1")
+
+
+def test_lambda_expressions_came_with_metal_3_2():
+    import softmetal
+
+    text = f"""{HEAD}{OUT}) {{
+      auto twice = [](float x) {{ return 2 * x; }};
+      out[0] = twice(out[0]);
+    }}"""
+    softmetal.check(text)
+    softmetal.check(text, std="metal3.2")
+    with pytest.raises(softmetal.Error, match=r"program_source:4:\d+: error: lambda expressions"):
+        softmetal.check(text, std="metal3.1")
+    with pytest.raises(softmetal.Error, match='std is "c\\+\\+17"; allowed: metal'):
+        softmetal.check(text, std="c++17")
+
+
 def test_command(tmp_path, capsys):
     import softmetal
 
@@ -419,3 +491,5 @@ def test_command(tmp_path, capsys):
     assert "undeclared identifier 'N'" in capsys.readouterr().err
     assert softmetal.main(["check", str(bad), "-D", "N", "-I", str(tmp_path)]) == 1
     assert f"{bad}:3:10: error: {POINTER}" in capsys.readouterr().err
+    good.write_text(f"{HEAD}{OUT}) {{ auto f = [](int x) {{ return x; }}; out[0] = f(1); }}\n")
+    assert softmetal.main(["check", str(good), "--std", "metal3.1"]) == 1

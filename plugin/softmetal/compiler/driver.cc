@@ -122,7 +122,6 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
                                   "-fno-rtti",
                                   "-w",
                                   "-ferror-limit=20",
-                                  "--rtlib=compiler-rt",
                                   "-fvisibility=hidden",
                                   "-Xclang",
                                   "-ffloat16-excess-precision=none",
@@ -134,6 +133,8 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
     out.emplace_back("-include");
     out.push_back(home() + "/msl/" + header);
   }
+  // clang's own has what x86-64 lacks of bfloat; for other processors it is seldom installed.
+  out.push_back(options.target.empty() ? "--rtlib=compiler-rt" : "--rtlib=libgcc");
   if (options.target.empty()) {
     out.emplace_back("-march=native");
   } else {

@@ -7,23 +7,15 @@
 #include <set>
 #include <string_view>
 
-#include "compiler/tokenizer.h"
+#include "compiler/methods.h"
+#include "compiler/passes.h"
+#include "compiler/syntax.h"
 
 namespace softmetal {
 namespace {
 
-using Index = size_t;
-constexpr Index kNone = static_cast<Index>(-1);
 // What a kernel's name gets for the function that gives its thread limit.
 constexpr const char* kLimit = "_softmetal_thread_limit";
-
-bool one_of(const Token& token, std::initializer_list<std::string_view> names) {
-  return std::find(names.begin(), names.end(), token.text) != names.end();
-}
-bool is_address_space(const Token& token) {
-  return token.kind == TokenKind::kIdentifier &&
-         one_of(token, {"device", "constant", "threadgroup", "thread"});
-}
 
 // Attributes whose argument gets its value from the executor.
 const std::map<std::string_view, std::string_view>& argument_kinds() {
@@ -52,11 +44,6 @@ const std::map<std::string_view, std::string_view>& argument_kinds() {
   return kinds;
 }
 
-struct Attribute {
-  std::string name;
-  std::string argument;  // the text between its parentheses
-};
-
 struct Parameter {
   std::string name, type;  // type: as the source spells it
   std::string kind;        // an enumerator of ArgumentKind
@@ -77,30 +64,27 @@ struct Registration {
   std::string limit_function;       // gives the thread limit, where there is one
 };
 
-class Rewriter {
+class Rewriter : private Syntax {
  public:
   Rewriter(const std::string& text, const std::string& name, Purpose purpose)
-      : strict_(purpose == Purpose::kAddressSpaces) {
-    TokenizedText tokenized = tokenize(text, name);
-    tokens_ = std::move(tokenized.tokens);
-    files_ = std::move(tokenized.files);
-  }
+      : Syntax(text, name, purpose == Purpose::kAddressSpaces),
+        strict_(purpose == Purpose::kAddressSpaces),
+        methods_(*this) {}
 
   Rewritten run() {
-    drop_pragmas();
-    match_brackets();
+    drop_pragmas(*this);
     if (errors_.empty()) {
       find_function_constants();
       declarations(0, tokens_.size(), "", "");
       if (strict_) {
-        qualify_methods();
-        refer_to_functions();
+        methods_.qualify();
+        refer_to_functions(*this);
       } else {
         erase_qualifiers();
       }
-      drop_attributes();
-      literals();
-      forbidden();
+      drop_attributes(*this);
+      replace_literals(*this, strict_);
+      refuse_words(*this);
     }
     Rewritten out;
     for (const Token& token : tokens_) out.text += token.text;
@@ -110,151 +94,6 @@ class Rewriter {
   }
 
  private:
-  // --- Moving about ---
-
-  Index next(Index i) const {
-    do ++i;
-    while (i < tokens_.size() && tokens_[i].blank());
-    return i;
-  }
-  Index previous(Index i) const {
-    while (i-- > 0) {
-      if (!tokens_[i].blank()) return i;
-    }
-    return kNone;
-  }
-  bool at(Index i, std::string_view text) const {
-    return i < tokens_.size() && tokens_[i].text == text;
-  }
-  bool identifier(Index i) const {
-    return i < tokens_.size() && tokens_[i].kind == TokenKind::kIdentifier;
-  }
-  // The text of [begin, end) on one line.
-  std::string text(Index begin, Index end) const {
-    std::string out;
-    for (Index i = begin; i < end; ++i) {
-      if (tokens_[i].kind == TokenKind::kDirective) continue;
-      out += tokens_[i].blank() ? " " : tokens_[i].text;
-    }
-    const size_t first = out.find_first_not_of(' ');
-    if (first == std::string::npos) return "";
-    return out.substr(first, out.find_last_not_of(' ') - first + 1);
-  }
-  // Empties [begin, end), but keeps its lines, and for the check its columns.
-  void erase(Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      Token& token = tokens_[i];
-      if (token.kind == TokenKind::kDirective) continue;
-      token.text = token.blank()
-                       ? std::string(std::count(token.text.begin(), token.text.end(), '\n'), '\n')
-                       : std::string(strict_ ? token.text.size() : 0, ' ');
-      if (!token.blank()) token.kind = TokenKind::kSpace;
-    }
-  }
-  void error(Index i, const std::string& what) {
-    const Token& token = tokens_[std::min(i, tokens_.size() - 1)];
-    errors_.push_back(files_[token.file] + ":" + std::to_string(token.line) + ":1: error: " + what);
-  }
-
-  void match_brackets() {
-    partner_.assign(tokens_.size(), kNone);
-    std::vector<Index> open;
-    for (Index i = 0; i < tokens_.size(); ++i) {
-      if (tokens_[i].kind != TokenKind::kPunctuation) continue;
-      const char c = tokens_[i].text[0];
-      if (tokens_[i].text.size() != 1) continue;
-      if (c == '(' || c == '[' || c == '{') open.push_back(i);
-      if (c != ')' && c != ']' && c != '}') continue;
-      const char wanted = c == ')' ? '(' : c == ']' ? '[' : '{';
-      if (open.empty() || tokens_[open.back()].text[0] != wanted) {
-        error(i, std::string("unmatched '") + c + "'");
-        return;
-      }
-      partner_[i] = open.back();
-      partner_[open.back()] = i;
-      open.pop_back();
-    }
-    if (!open.empty()) error(open.back(), "unmatched '" + tokens_[open.back()].text + "'");
-  }
-
-  // The > that closes the < at i, or kNone.
-  Index closing_angle(Index i, Index end) const {
-    int depth = 0;
-    for (Index j = i; j < end; ++j) {
-      if (tokens_[j].blank()) continue;
-      if (partner_[j] != kNone && partner_[j] > j) {
-        j = partner_[j];
-        continue;
-      }
-      if (at(j, "<")) ++depth;
-      if (at(j, ">") && --depth == 0) return j;
-      if (at(j, ";")) return kNone;
-    }
-    return kNone;
-  }
-
-  // --- Attributes ---
-
-  bool opens_attribute(Index i) const {
-    return at(i, "[") && at(next(i), "[") && partner_[i] != kNone &&
-           previous(partner_[i]) == partner_[next(i)];
-  }
-
-  // Attributes of [begin, end) outside of parentheses and braces.
-  std::vector<Attribute> attributes(Index begin, Index end) const {
-    std::vector<Attribute> out;
-    for (Index i = begin; i < end; ++i) {
-      if (opens_attribute(i)) {
-        read_attributes(next(i) + 1, partner_[next(i)], &out);
-        i = partner_[i];
-      } else if (partner_[i] != kNone && partner_[i] > i) {
-        i = partner_[i];
-      }
-    }
-    return out;
-  }
-  void read_attributes(Index begin, Index end, std::vector<Attribute>* out) const {
-    for (Index i = next(begin - 1); i < end; i = next(i)) {
-      if (!identifier(i)) continue;
-      Attribute attribute{tokens_[i].text, ""};
-      while (at(next(i), "::")) {
-        i = next(next(i));
-        attribute.name += "::" + tokens_[i].text;
-      }
-      if (at(next(i), "(")) {
-        i = next(i);
-        attribute.argument = text(i + 1, partner_[i]);
-        i = partner_[i];
-      }
-      out->push_back(attribute);
-    }
-  }
-  static const Attribute* find(const std::vector<Attribute>& all, std::string_view name) {
-    for (const Attribute& each : all) {
-      if (each.name == name) return &each;
-    }
-    return nullptr;
-  }
-
-  // clang's own stay, and those of C++; Metal's have served.
-  void drop_attributes() {
-    for (Index i = 0; i < tokens_.size(); ++i) {
-      if (tokens_[i].blank() || !opens_attribute(i)) continue;
-      const Index end = partner_[i];
-      std::vector<Attribute> all;
-      read_attributes(next(i) + 1, partner_[next(i)], &all);
-      const bool known = std::all_of(all.begin(), all.end(), [](const Attribute& each) {
-        static const std::set<std::string> kept = {
-            "maybe_unused", "nodiscard", "fallthrough", "likely",
-            "unlikely",     "noreturn",  "deprecated",  "no_unique_address"};
-        return kept.count(each.name) != 0 || each.name.rfind("clang::", 0) == 0 ||
-               each.name.rfind("gnu::", 0) == 0;
-      });
-      if (!known) erase(i, end + 1);
-      i = end;
-    }
-  }
-
   // --- Declarations ---
 
   // Past the declaration that begins at i. `body` is its last { at the outermost level, or kNone.
@@ -350,9 +189,9 @@ class Rewriter {
       function_constant(begin, end, *constant);
       return;
     } else if (!is_function && body != kNone && has_class_body(begin, body)) {
-      declarations(body + 1, partner_[body], scope, class_name(begin, body));
+      declarations(body + 1, partner_[body], scope, methods_.class_name(begin, body));
     } else if (strict_) {
-      find_method(begin, is_function ? body : end, in_class);
+      methods_.find(begin, is_function ? body : end, in_class);
     }
     if (is_function) threadgroup_variables(body, partner_[body]);
     kernel_.clear();
@@ -613,12 +452,17 @@ class Rewriter {
       }
     }
     if (out.address_space == "kThread") {
-      error(begin, "argument '" + out.name + "' of a kernel has no attribute and no address space");
+      error(next(begin - 1),
+            "argument '" + out.name + "' of a kernel has no attribute and no address space");
       out.kind = "kBuffer";
       return out;
     }
     const bool threadgroup = out.address_space == "kThreadgroup";
     out.kind = threadgroup ? "kThreadgroup" : "kBuffer";
+    if (find(all, threadgroup ? "buffer" : "threadgroup")) {
+      error(next(begin - 1),
+            "argument '" + out.name + "' of a kernel has an attribute of another address space");
+    }
     std::string* counter = threadgroup ? next_threadgroup : next_buffer;
     const Attribute* index = find(all, threadgroup ? "threadgroup" : "buffer");
     out.index = index ? index->argument : *counter;
@@ -701,6 +545,10 @@ class Rewriter {
       type += (type.empty() ? "" : " ") + tokens_[i].text;
     }
     const std::string n = tokens_[name].text;
+    bool is_constant = false;
+    for (Index i = begin; i < name; i = next(i)) is_constant |= at(i, "constant");
+    if (!is_constant)
+      error(begin, "function constant '" + n + "' must be in constant address space");
     erase(begin, end);
     if (strict_) {
       tokens_[begin].text = "extern constant bool " + n + "_softmetal_defined; extern constant " +
@@ -825,110 +673,7 @@ class Rewriter {
     }
   }
 
-  // --- Methods ---
-
-  // The name after `struct` or its kin.
-  std::string class_name(Index begin, Index body) const {
-    std::string name;
-    for (Index i = begin; i < body; i = next(i)) {
-      if (at(i, "template") && at(next(i), "<")) {
-        const Index close = closing_angle(next(i), body);
-        if (close != kNone) i = close;
-      } else if (opens_attribute(i)) {
-        i = partner_[i];
-      } else if (at(i, "alignas") || at(i, "__attribute__")) {
-        i = partner_[next(i)];
-      } else if (at(i, ":") || at(i, "<")) {
-        break;
-      } else if (identifier(i) && !one_of(tokens_[i], {"struct", "class", "union", "final"})) {
-        name = tokens_[i].text;
-      }
-    }
-    return name.empty() ? "(unnamed)" : name;
-  }
-
-  // A method that names no address space works on objects of the thread: `this` gets a qualifier
-  // after the parameters. Constructors of the thread's objects make values that have no space yet.
-  void find_method(Index begin, Index end, const std::string& in_class) {
-    Index name = kNone;
-    for (Index i = begin; i < end; i = next(i)) {
-      if (at(i, "template") && at(next(i), "<")) {
-        const Index close = closing_angle(next(i), end);
-        if (close == kNone) return;
-        i = close;
-      } else if (opens_attribute(i)) {
-        i = partner_[i];
-      } else if (at(i, "alignas") || at(i, "decltype") || at(i, "__attribute__")) {
-        i = partner_[next(i)];
-      } else if (one_of(tokens_[i],
-                        {"static", "friend", "using", "typedef", "=", "static_assert"})) {
-        return;
-      } else if (at(i, "operator")) {
-        name = i;
-        while (i < end && (i == name || !at(i, "(") || at(previous(i), "operator"))) {
-          i = at(i, "(") ? next(partner_[i]) : next(i);
-        }
-        add_method(i, end, name, in_class);
-        return;
-      } else if (at(i, "(")) {
-        if (name != kNone) add_method(i, end, name, in_class);
-        return;
-      } else if (identifier(i)) {
-        name = i;
-      } else if (at(i, "<")) {
-        const Index close = closing_angle(i, end);
-        if (close == kNone) return;
-        i = close;
-      } else if (!at(i, "::") && !at(i, "~")) {
-        name = kNone;
-      }
-    }
-  }
-
-  void add_method(Index open, Index end, Index name, const std::string& in_class) {
-    if (open >= end || !at(open, "(") || at(previous(name), "~")) return;
-    std::string class_of = in_class;
-    if (in_class.empty()) {  // defined outside of its class
-      if (!at(previous(name), "::")) return;
-      Index i = previous(previous(name));
-      if (at(i, ">")) {
-        while (i > 0 && !at(i, "<")) i = previous(i);
-        i = previous(i);
-      }
-      if (!identifier(i) || classes_.count(tokens_[i].text) == 0) return;
-      class_of = tokens_[i].text;
-    }
-    classes_.insert(class_of);
-    const bool constructs = tokens_[name].text == class_of;
-    for (Index i = next(partner_[open]); i < end && !at(i, "->") && !at(i, ":"); i = next(i)) {
-      if (constructs && at(i, "thread")) erase(i, i + 1);
-      if (at(i, "constant")) tokens_[i].text = "__constant";  // elsewhere it is const, too
-      if (is_address_space(tokens_[i]) || at(i, "__constant")) return;
-    }
-    if (constructs) return;
-    methods_.push_back(partner_[open]);
-  }
-
-  void qualify_methods() {
-    for (const Index close : methods_) tokens_[close].text += " thread";
-  }
-
-  // Template parameters that are pointers to functions become references: OpenCL gives pointers to
-  // functions an address space, which no function's address has.
-  void refer_to_functions() {
-    for (Index i = 0; i < tokens_.size(); ++i) {
-      if (!at(i, "template") || !at(next(i), "<")) continue;
-      const Index close = closing_angle(next(i), tokens_.size());
-      if (close == kNone) continue;
-      for (; i < close; i = next(i)) {
-        const Index star = next(i);
-        if (!at(i, "(") || !at(star, "*") || !at(next(partner_[i]), "(")) continue;
-        if (next(star) == partner_[i] || next(next(star)) == partner_[i]) tokens_[star].text = "&";
-      }
-    }
-  }
-
-  // --- Everywhere ---
+  // --- Address spaces ---
 
   void erase_qualifiers() {
     for (Index i = 0; i < tokens_.size(); ++i) {
@@ -944,85 +689,9 @@ class Rewriter {
     }
   }
 
-  void literals() {
-    bool mentions_bfloat = false;
-    for (const Token& token : tokens_)
-      mentions_bfloat |= token.text.find("bfloat") != std::string::npos;
-    for (Token& token : tokens_) {
-      if (token.kind == TokenKind::kIdentifier && mentions_bfloat && token.is("static_cast")) {
-        // To a pointer or reference it is itself: its address spaces are to be checked.
-        const Index open = next(static_cast<Index>(&token - tokens_.data()));
-        const Index close = strict_ ? closing_angle(open, tokens_.size()) : kNone;
-        const bool to_value =
-            close == kNone || (!at(previous(close), "*") && !at(previous(close), "&"));
-        if (to_value) token.text = "softmetal::cast";
-      }
-      if (token.kind != TokenKind::kNumber) continue;
-      std::string& x = token.text;
-      const bool hexadecimal = x.size() > 1 && (x[1] == 'x' || x[1] == 'X');
-      const bool floating = hexadecimal ? x.find_first_of("pP") != std::string::npos
-                                        : x.find_first_of(".eE") != std::string::npos ||
-                                              x.back() == 'h' || x.back() == 'H' ||
-                                              (x.size() > 2 && x.substr(x.size() - 2) == "bf");
-      if (!floating) continue;
-      if (x.size() > 2 && x.substr(x.size() - 2) == "bf") {
-        x = "(bfloat(" + x.substr(0, x.size() - 2) +
-            (x.find_first_of(".eE") == std::string::npos ? ".0f))" : "f))");
-      } else if (x.back() == 'h' || x.back() == 'H') {
-        x = "(half(" + x.substr(0, x.size() - 1) +
-            (x.find_first_of(".eE") == std::string::npos ? ".0f))" : "f))");
-      } else if (std::isdigit(static_cast<unsigned char>(x.back())) || x.back() == '.') {
-        x += "f";
-      }
-    }
-  }
-
-  void forbidden() {
-    static const std::map<std::string_view, std::string_view> words = {
-        {"double", "'double' is not supported in Metal"},
-        {"dynamic_cast", "'dynamic_cast' is not supported in Metal"},
-        {"virtual", "virtual functions are not supported in Metal"},
-        {"throw", "exceptions are not supported in Metal"},
-        {"try", "exceptions are not supported in Metal"},
-        {"goto", "'goto' is not supported in Metal"},
-        {"thread_local", "'thread_local' is not supported in Metal"},
-        {"imageblock", "imageblocks are not supported here"},
-    };
-    for (Index i = 0; i < tokens_.size(); ++i) {
-      if (tokens_[i].kind != TokenKind::kIdentifier) continue;
-      const auto found = words.find(tokens_[i].text);
-      if (found != words.end()) error(i, std::string(found->second));
-    }
-  }
-
-  // Hints whose arguments the preprocessor leaves unexpanded, on which a second pass fails.
-  void drop_pragmas() {
-    for (Token& token : tokens_) {
-      if (token.kind != TokenKind::kDirective) continue;
-      const size_t unroll = token.text.find("unroll");
-      if (token.text.find("pragma") == std::string::npos) continue;
-      if (token.text.find("METAL") != std::string::npos) token.text.clear();
-      if (unroll == std::string::npos || token.text.find("clang loop") != std::string::npos)
-        continue;
-      const size_t open = token.text.find('(', unroll);
-      if (open == std::string::npos) continue;
-      for (size_t i = open; i < token.text.size(); ++i) {
-        if (std::isalpha(static_cast<unsigned char>(token.text[i]))) {
-          token.text.clear();
-          break;
-        }
-      }
-    }
-  }
-
   const bool strict_;
-  std::vector<Token> tokens_;
-  std::vector<std::string> files_;
-  std::vector<Index> partner_;
-  std::vector<std::string> errors_;
   std::set<std::string> constants_;
-  std::set<std::string> classes_;  // those with methods
-  std::vector<Index> methods_;     // the ends of their parameters
+  Methods methods_;
   std::map<std::string, Kernel> kernels_;
   std::string kernel_;  // the one whose body is next, as a template argument
   std::vector<Registration> registrations_;

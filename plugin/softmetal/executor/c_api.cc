@@ -35,6 +35,7 @@ softmetal::CompileOptions options_of(const softmetal_compile_request& request) {
   if (request.output) options.output = request.output;
   if (request.target) options.target = request.target;
   options.fast_math = request.safe_math == 0;
+  options.language_version = request.language_version;
   for (const std::string& line : lines(request.macros)) {
     const size_t equals = line.find('=');
     const std::string value = equals == std::string::npos ? "1" : line.substr(equals + 1);

@@ -69,6 +69,19 @@ bool copy_file(const std::string& from, const std::string& to) {
   return ok;
 }
 
+// Images call functions of this library. Where it was loaded for one other library alone, they
+// would not find them.
+void show_this_library() {
+  static const bool done = [] {
+    Dl_info self;
+    if (dladdr(reinterpret_cast<void*>(&softmetal_thread), &self) && self.dli_fname) {
+      dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
+    }
+    return true;
+  }();
+  static_cast<void>(done);
+}
+
 }  // namespace
 
 const Kernel* Image::find(const std::string& name) const {
@@ -91,6 +104,7 @@ std::shared_ptr<Image> Image::open(const std::string& path,
   image->values = &constants;
   {
     const std::lock_guard<std::mutex> lock(opening_mutex);
+    show_this_library();
     opening = image.get();
     image->handle = dlopen(own.c_str(), RTLD_NOW | RTLD_LOCAL);
     opening = nullptr;

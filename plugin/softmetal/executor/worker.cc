@@ -52,7 +52,9 @@ Worker::Worker(const Dispatch& dispatch, const Launch& launch, AccessMap& access
     : dispatch_(dispatch),
       launch_(launch),
       accesses_(accesses),
-      code_(code_around(reinterpret_cast<const void*>(dispatch.kernel->entry))) {
+      code_(dispatch.time_limit > 0 || dispatch.cancelled
+                ? code_around(reinterpret_cast<const void*>(dispatch.kernel->entry))
+                : CodeRange()) {
   const uint32_t* size = dispatch.threads_per_threadgroup;
   const uint32_t most = size[0] * size[1] * size[2];
   lanes_.resize(most);

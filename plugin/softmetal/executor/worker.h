@@ -99,7 +99,7 @@ class Worker {
   const Launch& launch_;
   AccessMap& accesses_;
   const SignalStack signal_stack_;
-  const CodeRange code_;  // the kernel's
+  const CodeRange code_;  // the kernel's; empty where nothing ends the dispatch
   StackPool stacks_;
   std::vector<Lane> lanes_;
   std::vector<Simdgroup> simdgroups_;

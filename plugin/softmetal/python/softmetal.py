@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,7 @@ class _CompileRequest(ctypes.Structure):
         ("target", ctypes.c_char_p),
         ("instrumentation", ctypes.c_int),
         ("safe_math", ctypes.c_int),
+        ("language_version", ctypes.c_uint32),
     )
 
 
@@ -150,6 +152,7 @@ def _request(
     source: str | pathlib.Path,
     macros: Mapping[str, Any] | None,
     include: Sequence[str | pathlib.Path],
+    std: str | None,
 ) -> _CompileRequest:
     """The text, its name, macros and folders, as the library takes them."""
     name, folders = "program_source", [str(x) for x in include]
@@ -158,12 +161,19 @@ def _request(
     if isinstance(source, pathlib.Path):
         folders.insert(0, str(source.parent))
         name, source = str(source), source.read_text(encoding="utf-8")
+    version = 0
+    if std is not None:
+        found = re.fullmatch(r"metal(\d)\.(\d)", std)
+        if not found:
+            raise Error(f'softmetal: std is "{std}"; allowed: metal2.3, metal3.1 and the like.')
+        version = int(found[1]) << 16 | int(found[2])
     definitions = "\n".join(f"{key}={value}" for key, value in (macros or {}).items())
     return _CompileRequest(
         source=source.encode(),
         name=name.encode(),
         macros=definitions.encode(),
         include_directories="\n".join(folders).encode(),
+        language_version=version,
     )
 
 
@@ -172,6 +182,7 @@ def check(
     *,
     macros: Mapping[str, Any] | None = None,
     include: Sequence[str | pathlib.Path] = (),
+    std: str | None = None,
 ) -> None:
     """Compiles Metal text strictly: its address spaces are checked too.
 
@@ -180,7 +191,7 @@ def check(
     **Raises:** `Error` with the diagnostics, at lines of the Metal text.
     """
     text = ctypes.create_string_buffer(1 << 20)
-    request = _request(source, macros, include)
+    request = _request(source, macros, include, std)
     if _device().softmetal_check(ctypes.byref(request), text, ctypes.c_size_t(len(text))) != 0:
         raise Error(text.value.decode(errors="replace"))
 
@@ -192,6 +203,7 @@ class Library:
 
     - `source`: the text, or the path of a file `*.metal`.
     - `macros`: preprocessor definitions; `include`: folders.
+    - `std`: the version of the language, "metal3.1"; default the newest.
     - `instrumentation`: one of `INSTRUMENTATIONS`; default what SOFTMETAL_INSTRUMENT says, else
       none.
 
@@ -204,6 +216,7 @@ class Library:
         *,
         macros: Mapping[str, Any] | None = None,
         include: Sequence[str | pathlib.Path] = (),
+        std: str | None = None,
         instrumentation: str | None = None,
     ) -> None:
         chosen = instrumentation or os.environ.get("SOFTMETAL_INSTRUMENT") or "none"
@@ -213,7 +226,7 @@ class Library:
                 f"{', '.join(INSTRUMENTATIONS)}."
             )
         text = ctypes.create_string_buffer(1 << 20)
-        request = _request(source, macros, include)
+        request = _request(source, macros, include, std)
         request.instrumentation = INSTRUMENTATIONS.index(chosen)
         status = _device().softmetal_compile(
             ctypes.byref(request), text, ctypes.c_size_t(len(text))
@@ -394,11 +407,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checked.add_argument("file", type=pathlib.Path)
     checked.add_argument("-I", dest="include", action="append", default=[], metavar="FOLDER")
     checked.add_argument("-D", dest="macros", action="append", default=[], metavar="NAME=VALUE")
+    checked.add_argument("--std", metavar="metal3.1")
     options = parser.parse_args(arguments)
     if options.command == "check":
-        macros = dict((*macro.split("=", 1), "1")[:2] for macro in options.macros)
+        split = (macro.partition("=") for macro in options.macros)
+        macros = {name: value if equals else "1" for name, equals, value in split}
         try:
-            check(options.file, macros=macros, include=options.include)
+            check(options.file, macros=macros, include=options.include, std=options.std)
         except Error as error:
             sys.stderr.write(str(error))
             return 1

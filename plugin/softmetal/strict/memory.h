@@ -119,4 +119,13 @@ __constant constexpr uint kSimdgroupWidth = 32;
 template <typename T>
 __local T& threadgroup_variable();
 
+// What the check puts around expressions that C++ for OpenCL would not take, see
+// compiler/strict_check.cc.
+template <typename T>
+Bare<T> copied(T&&);
+template <typename T>
+__private Bare<T>& stored(T&&);
+template <typename T>
+long number(T&&);
+
 }  // namespace softmetal

@@ -4,7 +4,7 @@
 // expression may call them, and values only where a template argument may be one.
 //
 // What takes a plain pointer, reference or `this` here takes one of any space but constant: the
-// compiler's generic address space. Programs have no such thing, see compiler/generic_addresses.cc.
+// compiler's generic address space. Programs have no such thing, see compiler/tree_errors.cc.
 #pragma once
 
 #define SOFTMETAL_STRICT 1

@@ -61,7 +61,7 @@ struct Unqualified<__local T> : Unqualified<T> {};
 template <typename T>
 struct Unqualified<__private T> : Unqualified<T> {};
 template <typename T>
-struct Unqualified<const __constant T> : Unqualified<T> {};
+struct Unqualified<__constant T> : Unqualified<T> {};
 template <typename T>
 using Bare = typename Unqualified<__remove_cvref(T)>::type;
 
@@ -97,14 +97,13 @@ template <typename V>
 using MaskOf = metal::vec<bool, kWidth<V>>;
 
 template <typename... Args>
-__constant constexpr int kTotalWidth = ((kWidth<Args> == 0 ? 1 : kWidth<Args>)+...);
+__constant constexpr int kTotalWidth = (kParts<Args> + ...);
 
 // static_cast, which the compiler refuses between half and bfloat.
 template <typename To, typename From>
 constexpr To cast(From value) {
-  if constexpr (__is_same(Bare<To>, half) && __is_same(Bare<From>, bfloat)) {
-    return static_cast<To>(static_cast<float>(value));
-  } else if constexpr (__is_same(Bare<To>, bfloat) && __is_same(Bare<From>, half)) {
+  if constexpr ((__is_same(Bare<To>, half) && __is_same(Bare<From>, bfloat)) ||
+                (__is_same(Bare<To>, bfloat) && __is_same(Bare<From>, half))) {
     return static_cast<To>(static_cast<float>(value));
   } else {
     return static_cast<To>(value);

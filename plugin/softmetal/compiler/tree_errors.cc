@@ -1,4 +1,4 @@
-#include "compiler/generic_addresses.h"
+#include "compiler/tree_errors.h"
 
 #include <algorithm>
 #include <cctype>
@@ -132,7 +132,8 @@ struct Node {
 
 class Search {
  public:
-  explicit Search(const std::string& library) : library_(library) {}
+  Search(const std::string& library, bool has_lambdas)
+      : library_(library), has_lambdas_(has_lambdas) {}
 
   void read(const std::string& whole) {
     // | `-ParmVarDecl 0x55 <file.metal:4:8, col:15> col:15 used x '__generic float *'
@@ -164,7 +165,7 @@ class Search {
     }
   }
 
-  std::vector<GenericAddress> found;
+  std::vector<TreeError> found;
 
  private:
   static constexpr size_t kNowhere = static_cast<size_t>(-1);
@@ -173,9 +174,9 @@ class Search {
     return place.file().rfind(library_, 0) == 0 || place.file().rfind('<', 0) == 0;
   }
 
-  void report(const Place& place, const std::string& message) {
+  void report(const Place& place, const std::string& message, bool is_declared = false) {
     if (!seen_.insert({place.file(), place.line(), place.column()}).second) return;
-    found.push_back({place.file(), place.line(), place.column(), message});
+    found.push_back({place.file(), place.line(), place.column(), message, is_declared});
   }
 
   void declaration(std::string_view kind, std::string_view address, std::string_view line) {
@@ -189,7 +190,7 @@ class Search {
     if (!is_function && !is_variable) return;
     std::string_view type = type_of(line);
     if (is_function) type = type.substr(0, type.find(" ("));  // parameters come by themselves
-    if (has_generic_pointer(type)) report(place_, kPointer);
+    if (has_generic_pointer(type)) report(place_, kPointer, true);
   }
 
   void expression(std::string_view kind, std::string_view line, const Place& place,
@@ -209,6 +210,9 @@ class Search {
       }
     }
     if (implicit_ != kNowhere || of_library(place)) return;
+    if (kind == "LambdaExpr" && !has_lambdas_) {
+      report(place, "lambda expressions are not supported in Metal before 3.2");
+    }
     const std::string_view type = type_of(line);
     if (was_conversion) {
       const std::string_view space = space_of(type);
@@ -239,6 +243,7 @@ class Search {
 
   static constexpr const char* kPointer = "pointer type must have explicit address space qualifier";
   const std::string library_;
+  const bool has_lambdas_;
   Place place_;
   std::vector<Node> open_;           // the node that was read last and those around it
   size_t implicit_ = kNowhere;       // the depth of a declaration that the compiler has made
@@ -249,8 +254,9 @@ class Search {
 
 }  // namespace
 
-std::vector<GenericAddress> find_generic_addresses(std::istream& tree, const std::string& library) {
-  Search search(library);
+std::vector<TreeError> find_tree_errors(std::istream& tree, const std::string& library,
+                                        bool has_lambdas) {
+  Search search(library, has_lambdas);
   for (std::string line; std::getline(tree, line);) search.read(line);
   return std::move(search.found);
 }

@@ -1,0 +1,311 @@
+#include "metal/encoder.h"
+
+#include "metal/metal.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace jax_gluon::metal {
+namespace {
+
+constexpr int kSlots = kPartialStatistics + 1;
+constexpr int kThreadsPerThreadgroup = 128;
+
+int element_type(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return kF32;
+    case DType::kBF16:
+      return kBF16;
+    case DType::kF16:
+      return kF16;
+    case DType::kS8:
+      return kS8;
+    case DType::kU4x2:
+      return kU4x2;
+  }
+  return kF32;
+}
+
+// Elements from the first of an operand to past its last.
+int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
+                  const std::vector<int64_t>& extents) {
+  int64_t last = *std::max_element(offsets.begin(), offsets.end());
+  for (int d = 0; d < 3; ++d) last += (extents[d] - 1) * x.stride[d];
+  return last + 1;
+}
+
+int64_t blocks_of(int64_t extent, int64_t size) {
+  return size == 0 ? 1 : (extent + size - 1) / size;
+}
+
+int narrow(int64_t value, const char* name) {
+  if (value > INT32_MAX) {
+    throw Error(std::string(name) + " is " + std::to_string(value) +
+                "; the Metal kernels take less than 2^31");
+  }
+  return static_cast<int>(value);
+}
+
+}  // namespace
+
+// --- Bindings ---
+
+Bindings::Bindings(Context& context, Buffers& buffers, int slots)
+    : context_(context), buffers_(buffers), ranges_(slots) {
+  const Buffers::Range nothing = {context.scratch(256), 0};
+  for (Buffers::Range& range : ranges_) range = nothing;
+}
+
+void Bindings::read(int slot, const void* address, size_t bytes) {
+  if (bytes != 0) ranges_[slot] = buffers_.read(address, bytes);
+}
+
+void Bindings::write(int slot, void* address, size_t bytes) {
+  if (bytes != 0) ranges_[slot] = buffers_.write(address, bytes);
+}
+
+void Bindings::scratch(int slot, size_t bytes) { ranges_[slot] = {context_.scratch(bytes), 0}; }
+
+void Bindings::dispatch(id<MTLCommandBuffer> commands, id<MTLComputePipelineState> pipeline,
+                        MTLSize grid) {
+  id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoder];
+  if (!encoder) throw Error("the Metal device made no command encoder");
+  [encoder setComputePipelineState:pipeline];
+  for (size_t i = 0; i < ranges_.size(); ++i) {
+    [encoder setBuffer:ranges_[i].buffer offset:ranges_[i].offset atIndex:i];
+  }
+  [encoder dispatchThreadgroups:grid
+          threadsPerThreadgroup:MTLSizeMake(kThreadsPerThreadgroup, 1, 1)];
+  [encoder endEncoding];
+}
+
+// --- What all kernels share ---
+
+AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const AttentionCall& call,
+                                   BatchRange batch)
+    : context_(context), call_(call), batch_(batch), bindings_(context, buffers, kSlots) {
+  const int64_t widest = std::max(call.H, call.V);
+  if (widest > kWidestRowOfMetal) {
+    throw Error("the head dim is " + std::to_string(widest) +
+                "; the Metal kernels take at most 256: use implementation=\"cpu\"");
+  }
+  head_dim_ = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+  AttentionParameters& p = parameters_;
+  p.B = narrow(entries(), "the batch");
+  p.T = narrow(call.T, "the query length");
+  p.S = narrow(call.S, "the key length");
+  p.N = narrow(call.N, "the number of query heads");
+  p.K = narrow(call.K, "the number of key heads");
+  p.H = static_cast<int>(call.H);
+  p.V = static_cast<int>(call.V);
+  p.scale = call.scale;
+  p.soft_cap = call.soft_cap;
+  p.is_causal = call.causal;
+  // Windows as long as the keys or queries are no limit.
+  const int64_t far = std::max(call.T, call.S);
+  p.window_left = static_cast<int>(std::min(call.window_left, far));
+  p.window_right = static_cast<int>(std::min(call.window_right, far));
+  p.batch_per_map = p.B;
+  tables_.resize(static_cast<size_t>(kBatchTables * p.B));
+
+  bind_rows(kQuery, kQueryBatch, call.query, call.T, call.N, call.H, &p.query,
+            &p.query_quantization);
+  bind_rows(kKey, kKeyBatch, call.key, call.S, call.K, call.H, &p.key, &p.key_quantization);
+  bind_rows(kValue, kValueBatch, call.value, call.S, call.K, call.V, &p.value,
+            &p.value_quantization);
+  if (call.bias) {
+    bind_operand(kBias, kBiasBatch, call.bias, {call.N, call.T, call.S});
+    p.bias = {call.bias.stride[0], call.bias.stride[1], call.bias.stride[2]};
+    p.bias_type = element_type(call.bias.dtype);
+  }
+  if (call.mask) {
+    Operand mask;
+    mask.data = call.mask;
+    mask.dtype = DType::kS8;  // bytes
+    mask.batch_offset = call.mask_batch_offset;
+    std::copy(call.mask_stride, call.mask_stride + 3, mask.stride);
+    bind_operand(kMask, kMaskBatch, mask, {call.N, call.T, call.S});
+    p.mask = {mask.stride[0], mask.stride[1], mask.stride[2]};
+  }
+  const auto bind_lengths = [&](int slot, int table, const int32_t* lengths,
+                                const std::vector<int64_t>& offsets) {
+    if (!lengths) return 0;
+    Operand x;
+    x.data = lengths;
+    x.dtype = DType::kF32;  // four bytes
+    x.batch_offset = offsets;
+    bind_operand(slot, table, x, {1, 1, 1});
+    return 1;
+  };
+  p.has_query_lengths = bind_lengths(kQueryLengths, kQueryLengthsBatch, call.query_seq_lengths,
+                                     call.query_seq_lengths_offset);
+  p.has_key_value_lengths =
+      bind_lengths(kKeyValueLengths, kKeyValueLengthsBatch, call.key_value_seq_lengths,
+                   call.key_value_seq_lengths_offset);
+}
+
+void AttentionEncoder::bind_table(int table, const std::vector<int64_t>& offsets) {
+  for (int64_t b = batch_.begin; b < batch_.end; ++b) {
+    tables_[static_cast<size_t>(table * entries() + b - batch_.begin)] =
+        offsets[static_cast<size_t>(b)];
+  }
+}
+
+void AttentionEncoder::bind_operand(int slot, int table, const Operand& x,
+                                    const std::vector<int64_t>& extents) {
+  bind_table(table, x.batch_offset);
+  if (*std::min_element(extents.begin(), extents.end()) == 0) return;
+  bindings_.read(slot, x.data,
+                 static_cast<size_t>(extent_of(x, x.batch_offset, extents)) * size_of(x.dtype));
+}
+
+void AttentionEncoder::bind_rows(int slot, int table, const QuantizableOperand& x, int64_t tokens,
+                                 int64_t heads, int64_t columns, RowStrides* strides,
+                                 QuantizationParameters* quantization) {
+  const bool is_packed = x.dtype == DType::kU4x2;
+  bind_operand(slot, table, x, {tokens, heads, is_packed ? columns / 2 : columns});
+  *strides = {x.stride[0], x.stride[1]};
+  const Quantization& q = x.quantization;
+  if (!q) return;
+  // The slots and tables of an operand's scale, offset and mean, in that order.
+  const int first = slot == kQuery ? kQueryScale : slot == kKey ? kKeyScale : kValueScale;
+  const int first_table = slot == kQuery ? kQueryScaleBatch
+                          : slot == kKey ? kKeyScaleBatch
+                                         : kValueScaleBatch;
+  const std::vector<int64_t> blocked = {blocks_of(tokens, q.token_block), heads,
+                                        blocks_of(columns, q.head_block)};
+  bind_operand(first, first_table, q.scale, blocked);
+  quantization->scale = {q.scale.stride[0], q.scale.stride[1], q.scale.stride[2]};
+  if (q.offset) {
+    bind_operand(first + 1, first_table + 1, q.offset, blocked);
+    quantization->offset = {q.offset.stride[0], q.offset.stride[1], q.offset.stride[2]};
+  }
+  if (q.mean) {
+    bind_operand(first + 2, first_table + 2, q.mean, {1, heads, columns});
+    quantization->mean_head_stride = q.mean.stride[1];
+    quantization->has_mean = 1;
+  }
+  quantization->token_block = narrow(q.token_block, "a block of tokens");
+  quantization->head_block = static_cast<int>(q.head_block);
+  quantization->offset_kind = static_cast<int>(q.offset_kind);
+  quantization->is_bfloat16 = q.scale.dtype == DType::kBF16;
+}
+
+void AttentionEncoder::bind_result(int slot, int table, const Result& x, int64_t per_entry) {
+  std::vector<int64_t> offsets(static_cast<size_t>(call_.B));
+  for (int64_t b = 0; b < call_.B; ++b) offsets[static_cast<size_t>(b)] = b * per_entry;
+  bind_table(table, offsets);
+  bindings_.write(slot, x.data, static_cast<size_t>(call_.B * per_entry) * size_of(x.dtype));
+}
+
+void AttentionEncoder::bind_results(const AttentionForwardCall& call) {
+  parameters_.out_type = element_type(call.out.dtype);
+  bind_result(kOut, kOutBatch, call.out, call.T * call.N * call.V);
+  bind_result(kRowMaximum, kRowMaximumBatch, call.row_maximum, call.T * call.N);
+  bind_result(kLog2Sum, kLog2SumBatch, call.log2_sum, call.T * call.N);
+}
+
+template <class Call>
+void AttentionEncoder::bind_cotangents(const Call& call) {
+  parameters_.out_type = element_type(call.out.dtype);
+  parameters_.out_gradient_type = element_type(call.d_out.dtype);
+  const std::vector<int64_t> rows = {call.T, call.N, 1};
+  const std::vector<int64_t> out = {call.T, call.N, call.V};
+  bind_operand(kOut, kOutBatch, call.out, out);
+  bind_operand(kRowMaximum, kRowMaximumBatch, call.row_maximum, rows);
+  bind_operand(kLog2Sum, kLog2SumBatch, call.log2_sum, rows);
+  bind_operand(kOutGradient, kOutGradientBatch, call.d_out, out);
+  if (call.d_log_sum_exp) {
+    bind_operand(kLogSumExpGradient, kLogSumExpGradientBatch, call.d_log_sum_exp, rows);
+    parameters_.has_log_sum_exp_gradient = 1;
+  }
+}
+template void AttentionEncoder::bind_cotangents(const AttentionBackwardCall&);
+template void AttentionEncoder::bind_cotangents(const AttentionBackwardBiasCall&);
+
+void AttentionEncoder::bind_gradients(const AttentionBackwardCall& call) {
+  bindings_.scratch(kRowStatistics,
+                    sizeof(RowStatistics) * static_cast<size_t>(entries() * call.N * call.T));
+  // Dense, so the first entry of this part is where the kernels' batch begins.
+  const auto bind = [&](int slot, const Result& x, int64_t per_entry) {
+    const size_t bytes = static_cast<size_t>(per_entry) * size_of(x.dtype);
+    bindings_.write(slot, static_cast<char*>(x.data) + static_cast<size_t>(batch_.begin) * bytes,
+                    static_cast<size_t>(entries()) * bytes);
+  };
+  bind(kQueryGradient, call.d_query, call.T * call.N * call.H);
+  bind(kKeyGradient, call.d_key, call.S * call.K * call.H);
+  bind(kValueGradient, call.d_value, call.S * call.K * call.V);
+}
+
+void AttentionEncoder::bind_bias_gradient(const AttentionBackwardBiasCall& call) {
+  AttentionParameters& p = parameters_;
+  p.bias_gradient_type = element_type(call.d_bias.dtype);
+  p.bias_batches = static_cast<int>(call.b);
+  p.bias_heads = static_cast<int>(call.n);
+  p.bias_rows = static_cast<int>(call.t);
+  p.bias_keys = static_cast<int>(call.s);
+  p.batch_per_map = static_cast<int>(call.B / call.L);
+  const int64_t count = call.L * call.b * call.n * call.t * call.s;
+  bindings_.write(kBiasGradient, call.d_bias.data,
+                  static_cast<size_t>(count) * size_of(call.d_bias.dtype));
+}
+
+void AttentionEncoder::bind_decode(int64_t splits) {
+  constexpr int64_t kSimdgroups = kThreadsPerThreadgroup / 32;
+  AttentionParameters& p = parameters_;
+  p.splits = static_cast<int>(splits);
+  p.split_keys = static_cast<int>(((call_.S + splits - 1) / splits + 7) / 8 * 8);
+  const int64_t rows = entries() * call_.K * splits * kSimdgroups * (call_.T * call_.N / call_.K);
+  bindings_.scratch(kPartialOut, static_cast<size_t>(rows * call_.V) * sizeof(float));
+  bindings_.scratch(kPartialStatistics, static_cast<size_t>(rows) * sizeof(PartialStatistics));
+}
+
+void AttentionEncoder::dispatch(id<MTLCommandBuffer> commands, const std::string& stem,
+                                const std::string& name, MTLSize grid) {
+  bindings_.read(kParameters, &parameters_, sizeof parameters_);
+  bindings_.read(kBatchOffsets, tables_.data(), tables_.size() * sizeof(Int64));
+  const Constants constants = {
+      {kQueryType, element_type(call_.query.dtype), false},
+      {kKeyType, element_type(call_.key.dtype), false},
+      {kValueType, element_type(call_.value.dtype), false},
+      {kHasBias, call_.bias ? 1 : 0, true},
+      {kHasMask, call_.mask ? 1 : 0, true},
+  };
+  bindings_.dispatch(commands, context_.pipeline(stem, name, constants), grid);
+}
+
+// --- Which kernel ---
+
+bool AttentionEncoder::is_quantized() const {
+  return call_.query.quantization || call_.key.quantization || call_.value.quantization;
+}
+
+// The type of the matrices that are multiplied. Codes are exact in half where scale and zero point
+// are constant along the contraction, or fold into the probabilities.
+std::string AttentionEncoder::forward_type() const {
+  const QuantizableOperand* operands[] = {&call_.query, &call_.key, &call_.value};
+  const auto all = [&](auto condition) {
+    return std::all_of(std::begin(operands), std::end(operands),
+                       [&](const QuantizableOperand* x) { return condition(*x); });
+  };
+  if (!is_quantized()) {
+    if (all([](const auto& x) { return x.dtype == DType::kF16; })) return "half";
+    return all([](const auto& x) { return x.dtype == DType::kBF16; }) ? "bfloat" : "float";
+  }
+  const bool is_exact =
+      all([](const auto& x) {
+        return x.quantization && x.quantization.offset_kind != Quantization::Offset::kMinimum;
+      }) &&
+      !call_.query.quantization.mean && call_.query.quantization.head_block == 0 &&
+      call_.key.quantization.head_block == 0 &&
+      (call_.value.quantization.head_block == 0 || call_.value.quantization.token_block == 0);
+  return is_exact ? "half" : "float";
+}
+
+std::string AttentionEncoder::backward_suffix() const {
+  const bool is_half = !is_quantized() && forward_type() == "half";
+  return (is_half ? "half_" : "float_") + std::to_string(head_dim_);
+}
+
+}  // namespace jax_gluon::metal

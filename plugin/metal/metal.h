@@ -1,0 +1,46 @@
+// The way from the handlers to Metal.
+#pragma once
+
+#include <string>
+
+#include "device.h"
+
+namespace jax_gluon {
+
+// The Metal device, or null and why there is none. On Linux it is the software device, in
+// development builds alone.
+Device* metal_device(std::string* why);
+
+// Whether a call that may run on either is for Metal: on a real GPU, with enough work to pay for
+// the launch, and with rows that its kernels take. The least work has not been measured on any GPU.
+constexpr int64_t kLeastProductsForMetal = int64_t{1} << 28;
+constexpr int64_t kWidestRowOfMetal = 256;
+inline bool prefers_metal([[maybe_unused]] int64_t products, [[maybe_unused]] int64_t widest) {
+#if defined(__APPLE__)
+  return products >= kLeastProductsForMetal && widest <= kWidestRowOfMetal;
+#else
+  return false;
+#endif
+}
+
+// What `metal_device` is called: that of a real GPU, or "Software Metal". Empty where there is
+// none.
+std::string metal_device_name();
+
+// Work of each dispatch of the software device since the last reset, as a JSON array; "[]" on a
+// real GPU, which does not count.
+std::string metal_counters(bool reset);
+
+}  // namespace jax_gluon
+
+// What the library of Metal host code exports, where the plugin loads it at run time.
+extern "C" {
+struct JaxGluonMetal {
+  jax_gluon::Device* device;  // null: `why` says so
+  const char* why;
+  const char* name;
+  size_t (*counters_json)(char* text, size_t capacity);  // null on a real GPU
+  void (*counters_reset)();
+};
+const JaxGluonMetal* jax_gluon_metal();
+}
