@@ -107,7 +107,7 @@ struct BackwardRows {
     delta = row_sum(delta);
     statistics = {0.0f, JAX_GLUON_EMPTY_ROW_LOG2_SUM, 0.0f, 0.0f};
     if (!is_inside) return;
-    const int at = token * p.N + n;
+    const Int64 at = Int64(token) * p.N + n;
     statistics.maximum = cotangents.row_maximum[operands.batch_offset(kRowMaximumBatch, b) + at];
     statistics.log2_sum = cotangents.log2_sum[operands.batch_offset(kLog2SumBatch, b) + at];
     statistics.delta = delta;

@@ -6,17 +6,21 @@
 
 template <typename M, int D>
 struct OnlineSoftmax {
+  // Whose inverse is finite; smaller values lose digits.
+  static constant constexpr float kLeastUnit = 1e-30f;
   static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;
   static constant constexpr int kStride = BlockSizes<M, D>::kStride;
 
   Matrix<M> query[D / 8];
-  // Sums of probabilities times values, of which the latter are in multiples of `unit`.
+  // Sums of probabilities times values, in multiples of `unit`.
   Matrix<float> out[D / 8];
   float factor;   // of products, without the scale of the key
   float centre;   // what centring took from the logits of the lane's row
   float maximum;  // of the row's logits
   float sum;      // of the lane's probabilities relative to it
-  float unit;     // the largest value scale so far, where values are exact codes
+  // Of exact codes: the row's largest product of a probability and a value's scale so far, so that
+  // those products can be rounded to half.
+  float unit;
 
   // Row `token` of `rows`, the lane's; rows at `end` and past it are zeros.
   void start(thread const Operands& operands, thread const Rows& rows, thread const Rows& keys,
@@ -48,7 +52,7 @@ struct OnlineSoftmax {
     centre = is_centred ? row_sum(dot) * factor : 0.0f;
     maximum = -INFINITY;
     sum = 0.0f;
-    unit = 0.0f;
+    unit = has_exact_codes<M>(value_type) ? kLeastUnit : 1.0f;
   }
 
   // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
@@ -98,13 +102,27 @@ struct OnlineSoftmax {
     float rescale = exp2(maximum - subtracted);
     maximum = largest;
     sum *= rescale;
+    // From here on, `logits` holds what values are weighted with.
+    float largest_weight = 0.0f;
+    for (int t = 0; t < kTileRows / 8; ++t) {
+      if ((used >> t & 1) == 0) continue;
+      for (int i = 0; i < 2; ++i) {
+        float weight = exp2(logits[t][i] - subtracted);
+        sum += weight;
+        // What a hidden key's scale is does not matter, NaN neither.
+        if (value_is_exact && weight != 0.0f) {
+          weight *= tiles.value_scales[8 * t + place.column + i];
+          largest_weight = max(largest_weight, weight);
+        }
+        logits[t][i] = weight;
+      }
+    }
     float inverse_unit = 1.0f;
     if (value_is_exact) {
-      const float before = unit;
-      for (int j = lane; j < kTileRows; j += 32) unit = max(unit, tiles.value_scales[j]);
-      unit = simd_max(unit);
-      inverse_unit = unit > 0.0f ? 1.0f / unit : 0.0f;
-      rescale *= before * inverse_unit;
+      const float before = unit * rescale;
+      unit = max(max(before, row_max(largest_weight)), kLeastUnit);
+      inverse_unit = 1.0f / unit;
+      rescale = before * inverse_unit;
     }
     for (int d = 0; d < D / 8; ++d) {
       if (8 * d >= p.V) continue;
@@ -113,17 +131,8 @@ struct OnlineSoftmax {
     }
     for (int t = 0; t < kTileRows / 8; ++t) {
       if ((used >> t & 1) == 0) continue;
-      float probability[2];
-      for (int i = 0; i < 2; ++i) {
-        float x = exp2(logits[t][i] - subtracted);
-        sum += x;
-        // What a hidden key's scale is does not matter, NaN neither.
-        if (value_is_exact && x != 0.0f) {
-          x *= tiles.value_scales[8 * t + place.column + i] * inverse_unit;
-        }
-        probability[i] = x;
-      }
-      const Matrix<M> left = matrix_of<M>(probability[0], probability[1]);
+      const float weights[2] = {logits[t][0] * inverse_unit, logits[t][1] * inverse_unit};
+      const Matrix<M> left = matrix_of<M>(weights[0], weights[1]);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.V) continue;
         Matrix<M> right;
@@ -131,7 +140,7 @@ struct OnlineSoftmax {
         simdgroup_multiply_accumulate(out[d], left, right, out[d]);
       }
       if (is_dirty) {
-        add_nonfinite<D>(values, key0 + 8 * t, p.S, probability, out, lane);
+        add_nonfinite<D>(values, key0 + 8 * t, p.S, weights, out, lane);
       }
     }
   }

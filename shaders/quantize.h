@@ -11,7 +11,7 @@ constant constexpr int kQuantizeSimdgroups = 4;
 static_assert(kQuantizeSimdgroups * 3 * kMostColumns * sizeof(float) <= 32768,
               "threadgroup memory");
 // A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
-constant constexpr float kLeastScale = 0x1p-125f;
+constant constexpr float kLeastScale = 2.35098870164e-38f;  // 2^-125
 
 // NaN where one is NaN; min and max would drop it.
 inline float lower(float a, float b) { return isnan(a) || isnan(b) ? NAN : min(a, b); }

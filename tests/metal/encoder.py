@@ -163,13 +163,23 @@ class Encoder:
                 p[f"has_{name}_lengths"] = 1
 
     def _bind(self, slot: str, x: Any) -> list[int]:
-        """Binds an operand, and says where its batch entries start; its strides."""
-        x = np.asarray(x)
+        """Binds an operand, and says where its batch entries start; its strides in elements.
+
+        A view of rows is read in place, from the array that it is a view of.
+        """
+        x, first = np.asarray(x), 0
         strides = _strides(x.shape)
+        if not x.flags.c_contiguous:
+            strides = [
+                0 if n == 1 else step // x.itemsize
+                for n, step in zip(x.shape, x.strides, strict=True)
+            ]
+            first = (x.ctypes.data - x.base.ctypes.data) // x.itemsize
+            x = x.base
         self.buffers[enum("AttentionBuffer")[slot]] = raw(x)
         tables = enum("BatchTable")
         if f"{slot}Batch" in tables:
-            self.tables[tables[f"{slot}Batch"]] = np.arange(self.problem.B) * strides[0]
+            self.tables[tables[f"{slot}Batch"]] = first + np.arange(self.problem.B) * strides[0]
         return strides
 
     def _bind_rows(self, name: str, x: Any) -> None:

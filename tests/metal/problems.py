@@ -99,8 +99,8 @@ INT8 = QuantSpec()
 ZERO_POINT = QuantSpec(symmetric=False)
 # Specs of query, key and value, the elements of forward's matrices, and the bound of its output.
 QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
-    "int8": ((INT8, QuantSpec(center=True), INT8), "half", 8e-3),
-    "int8_zero_point": ((ZERO_POINT,) * 3, "half", 8e-3),
+    "int8": ((INT8, QuantSpec(center=True), INT8), "half", 5e-4),
+    "int8_zero_point": ((ZERO_POINT,) * 3, "half", 5e-4),
     "int8_tensor_head_block": (
         (
             QuantSpec(granularity="tensor"),
@@ -108,14 +108,14 @@ QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
             QuantSpec(granularity="block", block_size=12, center=True),
         ),
         "half",
-        8e-3,
+        5e-4,
     ),
     "int8_value_channel": (
         (INT8, INT8, QuantSpec(granularity="channel", symmetric=False)),
         "half",
-        8e-3,
+        5e-4,
     ),
-    "int8_value_group": ((INT8, INT8, QuantSpec(granularity="group", block_size=8)), "float", 1e-5),
+    "int8_value_group": ((INT8, INT8, QuantSpec(granularity="group", block_size=8)), "float", 2e-6),
     "int8_channel": (
         (
             QuantSpec(granularity="channel", symmetric=False),
@@ -123,9 +123,9 @@ QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
             QuantSpec(symmetric=False, float_minimum=True),
         ),
         "float",
-        1e-5,
+        2e-6,
     ),
-    "int8_centred_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 1e-5),
+    "int8_centred_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 2e-6),
     "int4": (
         (
             INT8,
@@ -133,10 +133,10 @@ QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
             QuantSpec(4, False, "group", 16, float_minimum=True),
         ),
         "float",
-        1e-5,
+        2e-6,
     ),
-    "int4_row": ((QuantSpec(4),) * 3, "half", 8e-3),
-    "int4_zero_point": ((QuantSpec(4, symmetric=False),) * 3, "half", 8e-3),
-    "int4_group": ((None, QuantSpec(4, granularity="group", block_size=5), None), "float", 1e-5),
-    "float_query": ((None, INT8, QuantSpec(4)), "float", 1e-5),
+    "int4_row": ((QuantSpec(4),) * 3, "half", 5e-4),
+    "int4_zero_point": ((QuantSpec(4, symmetric=False),) * 3, "half", 5e-4),
+    "int4_group": ((None, QuantSpec(4, granularity="group", block_size=5), None), "float", 2e-6),
+    "float_query": ((None, INT8, QuantSpec(4)), "float", 2e-6),
 }

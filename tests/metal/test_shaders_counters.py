@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from encoder import BLOCK_ROWS, SHADERS, Problem, backward, blocks, forward, matrix_type
+from encoder import BLOCK_ROWS, SHADERS, Problem, backward, blocks, decode, forward, matrix_type
 from problems import DTYPES, QUANTIZED, draw
 
 from jax_gluon.formats import QuantSpec
@@ -124,6 +124,18 @@ def test_bytes_of_keys_and_values(H):
         ("int4_channel", 0.33), ("int4_preset", 0.344),
     ):  # fmt: skip
         assert bytes_per_key(kind, H) <= most * half, kind
+
+
+@pytest.mark.parametrize(("kind", "bytes_of_a_row"), [("float16", 128), ("int8", 68), ("int4", 36)])
+def test_decode_reads_keys_and_values_once(kind, bytes_of_a_row):
+    """For all query heads of a group, with scales of rows beside their codes."""
+
+    def count(S):
+        problem, _ = problem_of(kind, T=1, S=S, N=8, H=64, V=64)
+        return decode(problem, 2, **COUNT).counters.device_bytes_read
+
+    # Whole tiles, so that the splits' ends cost nothing of their own.
+    assert (count(512) - count(256)) / 256 == 2 * bytes_of_a_row
 
 
 #: What shaders/block_sizes.h says of tiles and columns, and 2 KiB for rows and flags.
