@@ -47,7 +47,7 @@ test: $(STAMPS)/package metal
 # The software Metal device, where its compiler is there or may be installed; else it says so.
 metal: $(STAMPS)/build-requirements
 	@sh tools/install_softmetal_toolchain.sh
-	@if command -v $(SOFTMETAL_CLANG) >/dev/null 2>&1; then \
+	@if [ "$$(uname)" = Linux ] && command -v $(SOFTMETAL_CLANG) >/dev/null 2>&1; then \
 	  sh tools/build_softmetal.sh $(METAL_BUILD) $(SOFTMETAL_CLANG); fi
 
 bench: $(STAMPS)/dev

@@ -16,4 +16,5 @@ assert _spec is not None
 assert _spec.loader is not None
 _softmetal = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_softmetal)
-device = _softmetal.device
+if sys.platform != "darwin":
+    device = _softmetal.device

@@ -53,5 +53,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("SOFTMETAL_BUILD_DIR")
     folder = Path(given) if given else build()
     os.environ["SOFTMETAL_BUILD_DIR"] = str(folder)
-    os.environ["SOFTMETAL_CACHE_DIR"] = str(tmp_path_factory.mktemp("softmetal-cache"))
+    # Empty when the run begins, and one for all its workers.
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["SOFTMETAL_CACHE_DIR"] = str(run / "softmetal-cache")
     return folder
