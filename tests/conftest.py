@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,13 @@ import pytest
 
 def _plugin_is_missing() -> bool:
     return importlib.util.find_spec("jax_gluon._plugin") is None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory):
+    """Compiled pipelines of Metal are kept apart from the user's."""
+    if "JAX_GLUON_CACHE_DIR" not in os.environ:
+        os.environ["JAX_GLUON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(params=["cpu", "xla"])

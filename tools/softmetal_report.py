@@ -70,7 +70,7 @@ def matching(
 def table(title: str, text: str, rows: list[tuple[str, str]]) -> str:
     lines = [f"## {title}", "", text, "", "| | result |", "|---|---|"]
     for name, result in rows:
-        shown = name.replace("|", "\\|").replace("\n", " ")
+        shown = name.replace("|", "\\|").replace("\n", " ").replace("](", "] (")
         lines.append(f"| {shown} | {result} |")
     return "\n".join(lines) + "\n\n"
 

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "metal/archive.h"
+
 namespace jax_gluon::metal {
 
 // What went wrong, in Metal's words and with a hint. Devices turn it into a Status.
@@ -58,6 +60,7 @@ class Context {
   id<MTLCommandQueue> queue_;
   bool is_software_ = false;
   std::mutex mutex_;
+  std::unique_ptr<Archive> archive_;
   std::map<std::string, id<MTLLibrary>> libraries_;
   std::map<std::pair<std::string, Constants>, id<MTLComputePipelineState>> pipelines_;
 };

@@ -39,6 +39,8 @@ Context::Context() : device_(find_device()) {
   is_software_ = [device_.name isEqualToString:@"Software Metal"];
   queue_ = [device_ newCommandQueue];
   if (!queue_) throw Error("the Metal device made no command queue");
+  archive_ =
+      std::make_unique<Archive>(device_, std::string("metal-") + kShaderSourcesDigest + ".archive");
 }
 
 id<MTLLibrary> Context::library(const std::string& stem) {
@@ -48,6 +50,8 @@ id<MTLLibrary> Context::library(const std::string& stem) {
   if (!source) throw Error("no shader " + stem);
   MTLCompileOptions* options = [[MTLCompileOptions alloc] init];
   options.languageVersion = MTLLanguageVersion3_1;
+  // Infinities and NaN are what they are. (From macOS 15 on the name of this is mathMode.)
+  options.fastMathEnabled = NO;
   NSError* error = nil;
   library = [device_ newLibraryWithSource:@(source) options:options error:&error];
   if (!library) {
@@ -75,7 +79,10 @@ id<MTLComputePipelineState> Context::pipeline(const std::string& stem, const std
                                                  constantValues:values
                                                           error:&error];
   if (function) {
-    pipeline = [device_ newComputePipelineStateWithFunction:function error:&error];
+    MTLComputePipelineDescriptor* descriptor = [[MTLComputePipelineDescriptor alloc] init];
+    descriptor.computeFunction = function;
+    descriptor.label = @(name.c_str());
+    pipeline = archive_->pipeline(descriptor, &error);
   }
   if (!pipeline) {
     throw Error("Metal makes no pipeline of " + name + ": " + text_of(error) +

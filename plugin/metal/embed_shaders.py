@@ -7,6 +7,7 @@ Usage: embed_shaders.py SHADERS HEADER
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -41,9 +42,11 @@ def main() -> None:
     """Writes the header."""
     folder, header = map(Path, sys.argv[1:])
     entries = "".join(entry(path) for path in sorted(folder.glob("*.metal")))
+    digest = hashlib.sha256(entries.encode()).hexdigest()[:16]
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(
         "// Made by embed_shaders.py.\n#pragma once\n\n#include <cstring>\n\n"
+        f'constexpr char kShaderSourcesDigest[] = "{digest}";\n\n'
         "// The Metal text of a shader; null where there is none of that name.\n"
         f"inline const char* shader_source(const char* stem) {{\n{entries}  return nullptr;\n}}\n",
         encoding="utf-8",

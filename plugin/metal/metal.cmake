@@ -8,7 +8,7 @@ add_custom_command(
           ${CMAKE_CURRENT_SOURCE_DIR}/shaders ${shader_sources}
   DEPENDS plugin/metal/embed_shaders.py ${shader_files}
   VERBATIM)
-set(metal_sources plugin/metal/buffers.mm plugin/metal/context.mm plugin/metal/device.mm
+set(metal_sources plugin/metal/archive.mm plugin/metal/buffers.mm plugin/metal/context.mm plugin/metal/device.mm
                   plugin/metal/encoder.mm)
 set_source_files_properties(${metal_sources} PROPERTIES COMPILE_OPTIONS -fobjc-arc)
 set_target_properties(_plugin PROPERTIES OBJCXX_STANDARD 20 OBJCXX_STANDARD_REQUIRED ON)

@@ -211,7 +211,8 @@ SOFTWARE = pytest.mark.skipif(sys.platform == "darwin", reason="of the software 
         ("nil_device:2", ("RuntimeError", "no Metal device")),
         ("old_family", ("RuntimeError", "no simdgroup matrices", "MTLGPUFamilyApple7")),
         ("compile_failure", ("does not compile attention_forward", "injected")),
-        ("pipeline_failure", ("no pipeline of attention_forward_half_64", "injected")),
+        # Asked twice: for the one on disk, then for a new one.
+        ("pipeline_failure:2", ("no pipeline of attention_forward_half_64", "injected")),
         ("out_of_memory", ("Metal has no memory",)),
         ("command_buffer_error", ("Internal Error",)),
         ("command_buffer_out_of_memory", ("Insufficient Memory", "smaller batches")),
@@ -224,6 +225,22 @@ def test_a_fault_is_an_error_and_poisons_nothing(fault, messages):
         assert message in first
     assert 'implementation="cpu"' in first or '"cpu"' in first
     assert second == "ok"
+
+
+@SOFTWARE
+def test_pipelines_are_kept_on_disk(tmp_path):
+    where = {"JAX_GLUON_CACHE_DIR": str(tmp_path / "new" / "folder")}
+    assert run(**where)[:2] == ["ok", "ok"]
+    (archive,) = (tmp_path / "new" / "folder").iterdir()
+    assert "attention_forward_half_64" in archive.read_text()
+    before = archive.stat().st_mtime_ns
+    assert run(**where)[:2] == ["ok", "ok"]
+    assert archive.stat().st_mtime_ns == before  # found there, so nothing was added
+    archive.write_text("something else")
+    assert run(**where)[:2] == ["ok", "ok"]
+    assert "attention_forward_half_64" in archive.read_text()
+    # No folder can be made: nothing is kept, and all is well.
+    assert run(JAX_GLUON_CACHE_DIR=str(archive / "below"))[:2] == ["ok", "ok"]
 
 
 @SOFTWARE

@@ -43,6 +43,10 @@ kernel void twice(device float* x [[buffer(0)]], uint i [[thread_position_in_gri
   x[i] *= 2;
 }
 
+kernel void runs(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  for (uint k = 0; k < 16; ++k) x[16 * i + k] += 1;
+}
+
 kernel void exponentials(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
   x[i] = exp(x[i]) + exp2(x[i]) + fast::exp2(x[i]);
 }
@@ -113,6 +117,11 @@ def test_nothing_is_counted_without_instrumentation():
     x = np.zeros(32, np.float32)
     counters = softmetal.Library(SOURCE).kernel("exponentials")(grid=1, threads=32, buffers=[x])
     assert (counters.exp2, counters.device_bytes_read, counters.threads) == (0, 0, 32)
+
+
+def test_runs_of_numbers_that_a_processor_takes_at_once(library):
+    counters = library.kernel("runs")(grid=2, threads=3, buffers=[np.ones(96, np.float32)])
+    assert counters.device_bytes_read == counters.device_bytes_written == 96 * 4
 
 
 def test_read_before_a_write_of_the_same_place(library):

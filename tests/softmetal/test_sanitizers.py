@@ -52,6 +52,14 @@ PLANTED = {
             "data race",
             5,
         ),
+        # What a processor does at once is several accesses all the same.
+        "eight_numbers_in_a_row": (
+            "threadgroup float shared[64];\n"
+            "for (uint k = 0; k < 8; ++k) shared[t / 16 * 8 + k] = float(i + k);\n"
+            "threadgroup_barrier(mem_flags::mem_threadgroup); out[i] = shared[t];",
+            "data race",
+            5,
+        ),
         "two_threadgroups": ("out[t] += 1;", "data race", 4),
     },
     "undefined": {

@@ -141,6 +141,12 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
     out.push_back("--target=" + options.target);
     out.emplace_back("-fuse-ld=lld-19");
   }
+#if defined(__x86_64__)
+  // Accesses of more than 16 bytes, which stand for several of the program's, are not instrumented.
+  const bool watches = options.instrumentation == Instrumentation::kCounters ||
+                       options.instrumentation == Instrumentation::kThread;
+  if (watches && options.target.empty()) out.emplace_back("-mprefer-vector-width=128");
+#endif
   switch (options.instrumentation) {
     case Instrumentation::kNone:
       out.emplace_back("-g0");

@@ -25,6 +25,7 @@ import platform
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -268,10 +269,7 @@ class _Image:
         )
         if not self.handle:
             raise Error(text.value.decode(errors="replace"))
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            _device().softmetal_image_close(ctypes.c_void_p(self.handle))
+        weakref.finalize(self, _device().softmetal_image_close, ctypes.c_void_p(self.handle))
 
     def declared(self) -> dict[str, Any]:
         handle = ctypes.c_void_p(self.handle)

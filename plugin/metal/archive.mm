@@ -1,0 +1,88 @@
+#include "metal/archive.h"
+
+#import <Foundation/Foundation.h>
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace jax_gluon::metal {
+namespace {
+
+// Empty where there is none.
+std::string cache_folder() {
+  if (const char* given = std::getenv("JAX_GLUON_CACHE_DIR"); given && *given) return given;
+#if !defined(__APPLE__)
+  if (const char* given = std::getenv("XDG_CACHE_HOME"); given && *given) {
+    return std::string(given) + "/jax_gluon";
+  }
+#endif
+  const char* home = std::getenv("HOME");
+  if (!home || !*home) return "";
+#if defined(__APPLE__)
+  return std::string(home) + "/Library/Caches/jax_gluon";
+#else
+  return std::string(home) + "/.cache/jax_gluon";
+#endif
+}
+
+}  // namespace
+
+Archive::Archive(id<MTLDevice> device, const std::string& name) : device_(device) {
+  const std::string folder = cache_folder();
+  if (folder.empty()) return;
+  NSString* path = @(folder.c_str());
+  if (![[NSFileManager defaultManager] createDirectoryAtPath:path
+                                 withIntermediateDirectories:YES
+                                                  attributes:nil
+                                                       error:nil]) {
+    return;
+  }
+  url_ = [NSURL fileURLWithPath:[path stringByAppendingPathComponent:@(name.c_str())]];
+  open();
+}
+
+void Archive::open() {
+  MTLBinaryArchiveDescriptor* descriptor = [[MTLBinaryArchiveDescriptor alloc] init];
+  descriptor.url = url_;
+  archive_ = [device_ newBinaryArchiveWithDescriptor:descriptor error:nil];
+  if (archive_) return;
+  // None yet, or not one of this device and system: begin anew.
+  descriptor.url = nil;
+  archive_ = [device_ newBinaryArchiveWithDescriptor:descriptor error:nil];
+}
+
+id<MTLComputePipelineState> Archive::pipeline(MTLComputePipelineDescriptor* descriptor,
+                                              NSError** error) {
+  if (archive_) {
+    descriptor.binaryArchives = @[ archive_ ];
+    id<MTLComputePipelineState> found =
+        [device_ newComputePipelineStateWithDescriptor:descriptor
+                                               options:MTLPipelineOptionFailOnBinaryArchiveMiss
+                                            reflection:nil
+                                                 error:nil];
+    if (found) return found;
+  }
+  id<MTLComputePipelineState> made =
+      [device_ newComputePipelineStateWithDescriptor:descriptor
+                                             options:MTLPipelineOptionNone
+                                          reflection:nil
+                                               error:error];
+  if (made && archive_ &&
+      [archive_ addComputePipelineFunctionsWithDescriptor:descriptor error:nil]) {
+    store();
+  }
+  return made;
+}
+
+// The file appears whole: another process may read it at any time.
+void Archive::store() {
+  NSString* partial =
+      [url_.path stringByAppendingString:[NSString stringWithFormat:@".%d", getpid()]];
+  if ([archive_ serializeToURL:[NSURL fileURLWithPath:partial] error:nil]) {
+    std::rename(partial.fileSystemRepresentation, url_.path.fileSystemRepresentation);
+  }
+}
+
+}  // namespace jax_gluon::metal
