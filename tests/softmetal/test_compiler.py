@@ -224,6 +224,20 @@ def test_a_library_comes_from_the_cache(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_is_included_is_part_of_the_text(tmp_path, monkeypatch):
+    import softmetal
+
+    monkeypatch.setenv("SOFTMETAL_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "f.metal").write_text(
+        '#include "n.h"\n' + HEAD + "kernel void f(device float* out) { out[0] = N; }"
+    )
+    paths = []
+    for n in (1, 2, 1):
+        (tmp_path / "n.h").write_text(f"#define N {n}\n")
+        paths.append(softmetal.Library(tmp_path / "f.metal").image_path)
+    assert paths[0] == paths[2] != paths[1]
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     import softmetal
 

@@ -220,19 +220,42 @@ std::string write_counted(std::vector<std::string> command, const fs::path& sour
   return "error: cannot write " + path.string() + "\n";
 }
 
+// Whether nothing but headers of the language can be included: every "include" is followed by <,
+// and there are no folders to find others in.
+bool is_self_contained(const std::string& source, const CompileOptions& options) {
+  if (!options.include_directories.empty()) return false;
+  for (const char* word : {"import", "embed"}) {
+    if (source.find(word) != std::string::npos) return false;
+  }
+  constexpr std::string_view kInclude = "include";
+  for (size_t at = 0; (at = source.find(kInclude, at)) != std::string::npos;) {
+    at = source.find_first_not_of(" \t", at + kInclude.size());
+    if (at == std::string::npos || source[at] != '<') return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 CompileResult compile(const std::string& source, const CompileOptions& options) {
   std::vector<std::string> command = compile_command(options);
   const WorkFolder work;
-  const Preprocessed preprocessed = preprocess(source, options, work);
-  if (!preprocessed.errors.empty()) return failure(preprocessed.errors);
-
-  if (options.syntax_only) return check_syntax(preprocessed.text, options, work);
-
-  // What was included is part of the text by now.
+  Preprocessed preprocessed;
   Hash hash;
-  hash.add(preprocessed.text);
+  // Where it can be, an image is found by the text as it is: running the preprocessor takes longer
+  // than all else.
+  const bool is_whole = !options.syntax_only && is_self_contained(source, options);
+  if (is_whole) {
+    hash.add(options.source_name);
+    hash.add(source);
+    hash.add(std::to_string(options.language_version) + (options.fast_math ? " fast" : " safe"));
+    for (const auto& [name, value] : options.macros) hash.add(name + "=" + value);
+  } else {
+    preprocessed = preprocess(source, options, work);
+    if (!preprocessed.errors.empty()) return failure(preprocessed.errors);
+    if (options.syntax_only) return check_syntax(preprocessed.text, options, work);
+    hash.add(preprocessed.text);  // with what was included
+  }
   for (const std::string& word : command) hash.add(word);
   hash.add(name_of(options.instrumentation));
   hash.add(fingerprint());
@@ -251,6 +274,10 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
     }
   }
 
+  if (is_whole) {
+    preprocessed = preprocess(source, options, work);
+    if (!preprocessed.errors.empty()) return failure(preprocessed.errors);
+  }
   const fs::path rewritten = work.path() / "source.cc";
   const std::string problems = write_rewritten(preprocessed.text, options, rewritten);
   if (!problems.empty()) return failure(problems);
