@@ -27,14 +27,15 @@ ifdef CMAKE_ARGS
 export CMAKE_ARGS
 endif
 
-.PHONY: help demo test metal bench smoke lint format typecheck tidy docs clean
+.PHONY: help demo test metal wheel-macos bench smoke lint format typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
 	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
+	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
 	@echo 'make bench      time attention against its peers'
 	@echo 'make smoke      load the built package under several releases of JAX'
-	@echo 'make lint       ruff, clang-format          make format   apply them'
+	@echo 'make lint       ruff, clang-format, workflows    make format   apply them'
 	@echo 'make typecheck  pyright                     make tidy     clang-tidy'
 	@echo 'make docs       build the documentation     make clean    remove builds and environments'
 
@@ -50,6 +51,10 @@ metal: $(STAMPS)/build-requirements
 	@if [ "$$(uname)" = Linux ] && command -v $(SOFTMETAL_CLANG) >/dev/null 2>&1; then \
 	  sh tools/build_softmetal.sh $(METAL_BUILD) $(SOFTMETAL_CLANG); fi
 
+# In .venv where it holds the package; with PYTHON=path, for that Python, in an environment of its own.
+wheel-macos: $(if $(PYTHON),,$(wildcard $(STAMPS)/package))
+	@PYTHON='$(PYTHON)' sh tools/macos/wheel.sh
+
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)
 
@@ -60,6 +65,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check $(PYTHON_PATHS)
 	$(BIN)/ruff format --check $(PYTHON_PATHS)
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix-only $(PYTHON_PATHS)

@@ -10,10 +10,12 @@ from jax_gluon.attention import (
 )
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec
 from jax_gluon.kv_cache import QuantizedKVCache
+from jax_gluon.pinning import Pin, pin
 from jax_gluon.quantization import quantize
 
 __all__ = [
     "AttentionQuantization",
+    "Pin",
     "Plan",
     "QuantSpec",
     "QuantizedKVCache",
@@ -22,6 +24,7 @@ __all__ = [
     "debug",
     "dot_product_attention",
     "explain",
+    "pin",
     "quantize",
     "reference",
 ]

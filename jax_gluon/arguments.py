@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import operator
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_gluon import lowering
+from jax_gluon import kernels, lowering
 from jax_gluon.formats import (
     PRESETS,
     AttentionQuantization,
@@ -22,10 +22,10 @@ from jax_gluon.formats import (
     preset,
 )
 from jax_gluon.problem import AttentionOperands, AttentionProblem, Operands
+from jax_gluon.selection import PIPELINES
 
 IMPLEMENTATIONS = ("cpu", "metal", "xla")
 _WIDEST_ROW_OF_METAL = 256
-KERNELS = ("baseline",)
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _KERNEL_BIAS_DTYPES = ("float32", "bfloat16", "float16")
@@ -56,7 +56,7 @@ class AttentionKeywords(TypedDict, total=False):
     kernel: str | None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class CheckedArguments:
     """Arguments that passed every check.
 
@@ -70,7 +70,7 @@ class CheckedArguments:
     is_batched: bool
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Checker:
     """Words every complaint the same way: function, argument, what was found, what is allowed."""
 
@@ -166,8 +166,8 @@ def check_arguments(
     """Check the arguments of the public function named `function`.
 
     **Raises:** `TypeError` and `ValueError` that name the function, the argument, what was found
-    and what is allowed; `NotImplementedError` for dropout, sinks and `kernel="gluon"`;
-    `RuntimeError` for `implementation="metal"`.
+    and what is allowed; `NotImplementedError` for dropout and sinks; `RuntimeError` for
+    `implementation="metal"`.
     """
     check = _Checker(function)
     del dropout_rng  # Only read where dropout_rate > 0, which raises.
@@ -204,6 +204,12 @@ def check_arguments(
         quantization=specs,
         implementation="xla" if is_float64 else implementation,
     )
+    if problem.implementation != "xla" and lowering.has_plugin():
+        problem = dataclasses.replace(
+            problem,
+            forward_pipelines=kernels.of_devices(problem, operands, "forward", kernel),
+            backward_pipelines=kernels.of_devices(problem, operands, "backward", kernel),
+        )
     return CheckedArguments(problem, operands, scale_array, is_batched)
 
 
@@ -235,9 +241,11 @@ def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel
     if implementation == "metal":
         check_metal(check.function)
     check.name("implementation", implementation, IMPLEMENTATIONS)
-    if kernel == "gluon":
-        check.not_available("kernel", '"gluon"', 'None, "baseline"')
-    check.name("kernel", kernel, KERNELS)
+    check.name("kernel", kernel, PIPELINES)
+    if kernel == "gluon" and implementation == "xla":
+        check.value_error(
+            "kernel", '"gluon"', 'None, "baseline": XLA has no kernels to choose from'
+        )
 
 
 def _specs(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_gluon import lowering
+from jax_gluon import kernels, lowering
 from jax_gluon.arguments import (
     AttentionKeywords,
     CheckedArguments,
@@ -20,6 +20,7 @@ from jax_gluon.arguments import (
 )
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor
 from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem, Operands
+from jax_gluon.selection import KernelConfig
 
 
 @overload
@@ -102,7 +103,11 @@ def dot_product_attention(
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.
-    - `kernel`: `"baseline"`, or None, which chooses.
+    - `kernel`: the pipeline of the plugin's kernels: `"baseline"`; `"gluon"`, which takes the
+      softmax in subtiles and fills keys and values ahead of their use (on Metal in the forward
+      pass; a few queries over many keys have kernels of their own); or None, which chooses when the
+      call is traced: by the environment variable JAX_GLUON_KERNEL, by the table of `jax-gluon
+      tune`, else by the problem. `explain` says which.
 
     **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
     pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, -inf where a
@@ -186,11 +191,14 @@ def attention_with_log_sum_exp(
 class Plan:
     """What a call of `dot_product_attention` runs, and why.
 
-    `kernel` is None where XLA generates the code.
+    `forward` and `backward` are the kernels of the passes, None where XLA generates the code; a few
+    queries over many keys have kernels of their own. `reasons` are those of the implementation,
+    of the forward kernel and of the backward kernel.
     """
 
     implementation: str
-    kernel: str | None
+    forward: KernelConfig | None
+    backward: KernelConfig | None
     reasons: tuple[str, ...]
 
 
@@ -250,12 +258,20 @@ def _plan(arguments: CheckedArguments, implementation: str | None, kernel: str |
     else:
         implementation, reason = "xla", f'the plugin has no kernels for platform "{platform}"'
     if implementation == "xla":
-        return Plan(implementation, None, (reason, "XLA generates the code: no kernel to choose"))
+        reasons = (reason, "XLA generates the code: no kernel to choose")
+        return Plan(implementation, None, None, reasons)
     if implementation == "metal":
         reason = f'{reason}; it runs on "{lowering.metal_device()[0]}"'
-    if kernel is not None:
-        return Plan(implementation, kernel, (reason, f'kernel="{kernel}" was asked for'))
-    return Plan(implementation, "baseline", (reason, "baseline is the only kernel"))
+    forward, backward = (
+        kernels.choose(
+            kernels.kernel_problem(arguments.problem, arguments.operands, direction),
+            implementation,
+            kernel,
+        )
+        for direction in ("forward", "backward")
+    )
+    reasons = (reason, f"forward: {forward[1]}", f"backward: {backward[1]}")
+    return Plan(implementation, forward[0], backward[0], reasons)
 
 
 def _run(
@@ -308,9 +324,8 @@ def _attend_forward(
     problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
 ) -> tuple[tuple[jax.Array, jax.Array], lowering.Residuals]:
     del differentiates_log_sum_exp
-    kept = lowering.quantize_operands(problem, operands)
-    out, log_sum_exp, *parts = lowering.forward(problem, operands.query.dtype, kept)
-    return (out, log_sum_exp), lowering.Residuals(kept, out, *parts)
+    log_sum_exp, residuals = lowering.forward(problem, operands.query.dtype, operands)
+    return (residuals.out, log_sum_exp), residuals
 
 
 def _attend_backward(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -21,8 +22,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_gluon import xla, xla_quantize
-from jax_gluon.formats import QuantizedTensor, QuantSpec, rotation
-from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionProblem, FloatOperands, Operands
+from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec, rotation
+from jax_gluon.problem import (
+    EMPTY_ROW_LOG_SUM_EXP,
+    AttentionProblem,
+    FloatOperands,
+    Operands,
+    Pipelines,
+)
 
 
 class Residuals(NamedTuple):
@@ -78,6 +85,15 @@ def plugin() -> ModuleType:
     return module
 
 
+def has_plugin() -> bool:
+    """Whether the compiled plugin is there."""
+    try:
+        plugin()
+    except ImportError:
+        return False
+    return True
+
+
 def metal_device() -> tuple[str, str]:
     """Name of the Metal device, or "" and why there is none."""
     try:
@@ -110,37 +126,47 @@ def quantize(
     )
 
 
-def quantize_operands(problem: AttentionProblem, operands: Operands) -> Operands:
+def _quantize_operands(
+    problem: AttentionProblem, implementation: str, operands: Operands
+) -> Operands:
     """The operands with those that `problem.quantization` names as codes.
 
     Means are those of the tokens within the lengths; a `QuantizedTensor` stays what it is.
     """
-    specs = problem.quantization
-    if specs is None:
-        return operands
+    query_spec, key_spec, value_spec = _specs(problem, operands)
 
     def codes(x: Any, spec: QuantSpec | None, lengths: jax.Array | None) -> Any:
-        if spec is None or isinstance(x, QuantizedTensor):
+        if spec is None:
             return x
-        return quantize(spec, problem.implementation, x, lengths if spec.center else None)
+        return quantize(spec, implementation, x, lengths if spec.center else None)
 
     return operands._replace(
-        query=codes(operands.query, specs.query, operands.query_seq_lengths),
-        key=codes(operands.key, specs.key, operands.key_value_seq_lengths),
-        value=codes(operands.value, specs.value, operands.key_value_seq_lengths),
+        query=codes(operands.query, query_spec, operands.query_seq_lengths),
+        key=codes(operands.key, key_spec, operands.key_value_seq_lengths),
+        value=codes(operands.value, value_spec, operands.key_value_seq_lengths),
     )
+
+
+def _specs(problem: AttentionProblem, operands: Operands) -> list[QuantSpec | None]:
+    """How query, key and value are to be quantized; None where they stay what they are."""
+    specs = problem.quantization or AttentionQuantization()
+    return [
+        None if isinstance(x, QuantizedTensor) else spec
+        for x, spec in zip(operands[:3], (specs.query, specs.key, specs.value), strict=True)
+    ]
 
 
 @jit(0, 1)
 def forward(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Output `[B, T, N, V]` of `dtype`, the natural log-sum-exp `[B, T, N]`, and its two parts.
+) -> tuple[jax.Array, Residuals]:
+    """The natural log-sum-exp `[B, T, N]`, and what backward takes, with the output among it.
 
-    Those are what backward takes: a maximum of each row's logits, and the logarithm of the sum of
-    their exponentials relative to it; one number could not hold the second beside a maximum of
-    -1e9. They are in the base in which the implementation has its logits, since a change of base
-    rounds: 2 in the plugin, e in XLA.
+    The output `[B, T, N, V]` is of `dtype`; the operands are those that were multiplied, codes
+    where `problem.quantization` asks for them. The log-sum-exp is left in two parts: a maximum of
+    each row's logits, and the logarithm of the sum of their exponentials relative to it; one number
+    could not hold the second beside a maximum of -1e9. They are in the base in which the
+    implementation has its logits, since a change of base rounds: 2 in the plugin, e in XLA.
     """
     return _on_platform(
         problem.implementation,
@@ -211,10 +237,14 @@ def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
     return cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
 
 
-def _attributes(problem: AttentionProblem, operands: Operands) -> dict[str, Any]:
+def _attributes(
+    problem: AttentionProblem, pipelines: Pipelines, operands: Operands
+) -> dict[str, Any]:
     left, right = problem.local_window or (-1, -1)
     return {
         "device": _DEVICES[problem.implementation],
+        "cpu_pipeline": np.int64(pipelines.cpu == "gluon"),
+        "metal_pipeline": np.int64(pipelines.metal == "gluon"),
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
         "causal": np.int64(problem.is_causal),
@@ -274,20 +304,53 @@ def _log_sum_exp(row_maximum: jax.Array, log_sum: jax.Array, unit: float) -> jax
     return jnp.where(log_sum == empty, empty, natural)
 
 
+def _makes_codes(problem: AttentionProblem) -> bool:
+    """Whether the forward call quantizes too: one command buffer instead of up to four.
+
+    An operand that vmap does not map is then quantized for each entry, so the CPU, which gains
+    nothing, quantizes in calls of its own.
+    """
+    may_be_metal = problem.implementation is None and sys.platform == "darwin"
+    return may_be_metal or problem.implementation == "metal"
+
+
+def _with_codes(operands: Operands, codes: list[QuantizedTensor | None]) -> Operands:
+    """The operands with those codes, of query, key and value, that are not None."""
+    query, key, value = (y or x for x, y in zip(operands[:3], codes, strict=True))
+    return operands._replace(query=query, key=key, value=value)
+
+
 def _forward_plugin(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    operands = _unrotated(operands)
-    rows = operands.query.shape[:-1]
-    results = (
-        jax.ShapeDtypeStruct((*rows, operands.value.shape[-1]), dtype),
+) -> tuple[jax.Array, Residuals]:
+    specs = _specs(problem, operands)
+    # Rotated rows may have to be made floats again, which the call does not do.
+    if not _makes_codes(problem) or any(spec is not None and spec.rotate for spec in specs):
+        operands = _quantize_operands(problem, problem.implementation or "cpu", operands)
+        specs = [None] * 3
+    given = _unrotated(operands)
+    rows = given.query.shape[:-1]
+    results = [
+        jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype),
         jax.ShapeDtypeStruct(rows, jnp.float32),
         jax.ShapeDtypeStruct(rows, jnp.float32),
+    ]
+    codes = [
+        None if spec is None else _codes(spec, cast(jax.Array, x))
+        for x, spec in zip(given[:3], specs, strict=True)
+    ]
+    made, unflatten = _flatten(codes)
+    attributes = _attributes(problem, problem.forward_pipelines, _with_codes(given, codes))
+    for name, spec in zip(Operands._fields, specs, strict=False):
+        attributes[f"{name}_is_made"] = np.int64(spec is not None)
+        attributes[f"{name}_per_tensor"] = np.int64(
+            spec is not None and spec.granularity == "tensor"
+        )
+    out, row_maximum, log2_sum, *made = _ffi_call(_ATTENTION_FORWARD, [*results, *made])(
+        *_arguments(given), **attributes
     )
-    out, row_maximum, log2_sum = _ffi_call(_ATTENTION_FORWARD, results)(
-        *_arguments(operands), **_attributes(problem, operands)
-    )
-    return out, _log_sum_exp(row_maximum, log2_sum, math.log(2.0)), row_maximum, log2_sum
+    residuals = Residuals(_with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
+    return _log_sum_exp(row_maximum, log2_sum, math.log(2.0)), residuals
 
 
 def _backward_call(
@@ -306,7 +369,7 @@ def _backward_call(
         residuals.row_maximum,
         residuals.log_sum,
         *cotangents,
-        **_attributes(problem, operands),
+        **_attributes(problem, problem.backward_pipelines, operands),
         has_d_log_sum_exp=np.int64(d_log_sum_exp is not None),
     )
 
@@ -353,15 +416,8 @@ def _backward_bias_plugin(
 def _quantize_plugin(
     spec: QuantSpec, implementation: str | None, x: jax.Array, lengths: jax.Array | None
 ) -> QuantizedTensor:
-    *leading, H = x.shape
-    scale = jax.ShapeDtypeStruct(spec.scale_shape(x.shape), spec.scale_dtype)
-    code = (jnp.uint8, H // 2) if spec.bits == 4 else (jnp.int8, H)
-    results = [jax.ShapeDtypeStruct((*leading, code[1]), code[0]), scale]
-    if not spec.symmetric:
-        results.append(scale if spec.float_minimum else jax.ShapeDtypeStruct(scale.shape, jnp.int8))
-    if spec.center:
-        results.append(jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[2:]), jnp.float32))
-    data, scale, *rest = _ffi_call(_QUANTIZE, results)(
+    results, unflatten = _flatten(_codes(spec, x))
+    leaves = _ffi_call(_QUANTIZE, results)(
         *([x] if lengths is None else [x, lengths]),
         device=_DEVICES[implementation],
         bits=np.int64(spec.bits),
@@ -374,10 +430,30 @@ def _quantize_plugin(
         rotate=np.int64(spec.rotate),
         has_lengths=np.int64(lengths is not None),
     )
-    offset = None if spec.symmetric else rest[0]
-    zero_point, minimum = (None, offset) if spec.float_minimum else (offset, None)
-    mean = rest[-1] if spec.center else None
-    return QuantizedTensor(data, scale, zero_point, minimum, mean, spec, x.dtype, H)
+    return unflatten(leaves)
+
+
+def _flatten(tree: _Result) -> tuple[list[Any], Callable[[Any], _Result]]:
+    """The leaves of `tree`, and what makes such a tree of others."""
+    leaves, structure = cast(tuple[list[Any], Any], jax.tree.flatten(tree))
+    return leaves, functools.partial(jax.tree.unflatten, structure)
+
+
+def _codes(spec: QuantSpec, x: jax.Array) -> QuantizedTensor:
+    """The shapes and dtypes of the codes of `x`."""
+    *leading, H = x.shape
+    array = jax.ShapeDtypeStruct
+    scale = array(spec.scale_shape(x.shape), spec.scale_dtype)
+    data = array((*leading, H // 2), jnp.uint8) if spec.bits == 4 else array(x.shape, jnp.int8)
+    zero_point = minimum = mean = None
+    if spec.float_minimum:
+        minimum = scale
+    elif not spec.symmetric:
+        zero_point = array(scale.shape, jnp.int8)
+    if spec.center:
+        mean = array((x.shape[0], 1, *x.shape[2:]), jnp.float32)
+    make = cast(Any, QuantizedTensor)
+    return make(data, scale, zero_point, minimum, mean, spec, x.dtype, H)
 
 
 # The XLA implementation sees float operands only: codes are dequantized for it.
@@ -400,9 +476,11 @@ def _quantize_xla(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> Q
 
 def _forward_xla(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Residuals]:
+    operands = _quantize_operands(problem, "xla", operands)
     out, row_maximum, log_sum = xla.forward(problem, _float_operands(operands, dtype))
-    return out.astype(dtype), _log_sum_exp(row_maximum, log_sum, 1.0), row_maximum, log_sum
+    residuals = Residuals(operands, out.astype(dtype), row_maximum, log_sum)
+    return _log_sum_exp(row_maximum, log_sum, 1.0), residuals
 
 
 def _backward_xla(

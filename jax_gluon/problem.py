@@ -18,6 +18,16 @@ from jax_gluon.formats import AttentionQuantization, QuantizedTensor
 EMPTY_ROW_LOG_SUM_EXP = -3.0e38
 
 
+class Pipelines(NamedTuple):
+    """`"baseline"` or `"gluon"` for each device that a call may run on."""
+
+    cpu: str = "baseline"
+    metal: str = "baseline"
+
+
+DEFAULT_PIPELINES = Pipelines()
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """The static part of a problem: `softmax(mask(soft_cap(scale * q k^T + bias))) v`.
@@ -25,6 +35,7 @@ class AttentionProblem:
     `local_window` is `(left, right)`: key j is visible to query i where
     `i - left <= j <= i + right`. `soft_cap` c turns a logit x into `c * tanh(x / c)`.
     `implementation` None leaves the choice to the platform that the program is lowered for.
+    The pipelines are those of the plugin's kernels.
     """
 
     scale: float
@@ -33,6 +44,8 @@ class AttentionProblem:
     soft_cap: float | None = None
     quantization: AttentionQuantization | None = None
     implementation: str | None = None
+    forward_pipelines: Pipelines = DEFAULT_PIPELINES
+    backward_pipelines: Pipelines = DEFAULT_PIPELINES
 
 
 #: A bias below this hides its key like -inf, unless there is a soft cap. It is about the least

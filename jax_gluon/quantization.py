@@ -14,6 +14,8 @@ from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _IMPLEMENTATIONS = (None, "cpu", "metal", "xla")
+# That its quantizer has room for.
+_WIDEST_ROW_OF_METAL = 512
 
 
 def quantize(
@@ -68,6 +70,9 @@ def quantize(
         raise ValueError(_text("implementation", repr(implementation), allowed))
     if implementation == "metal":
         check_metal("quantize")
+        if array.shape[-1] > _WIDEST_ROW_OF_METAL:
+            allowed = f'at most {_WIDEST_ROW_OF_METAL} where implementation is "metal"'
+            raise ValueError(_text("x", f"of head dim {array.shape[-1]}", allowed))
     is_batched = array.ndim == 4
     checked = None if lengths is None else _lengths(lengths, array.shape[:-3])
     array = jax.lax.stop_gradient(array)

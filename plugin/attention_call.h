@@ -61,7 +61,15 @@ struct QuantizableOperand : Operand {
   Quantization quantization;
 };
 
+// How kernels walk the keys: a block is loaded, then computed on, its softmax in one piece; or
+// blocks are filled ahead of their use, and the softmax is taken a subtile at a time. Results agree
+// up to rounding.
+enum class Pipeline : uint8_t { kBaseline, kGluon };
+
 struct AttentionCall {
+  // One for each device, since a call may leave open where it runs.
+  Pipeline cpu_pipeline = Pipeline::kBaseline, metal_pipeline = Pipeline::kBaseline;
+
   // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.
   int64_t B = 0, T = 0, S = 0, N = 0, K = 0, H = 0, V = 0;
 
@@ -94,7 +102,31 @@ struct AttentionCall {
 // side turns it into -inf.
 constexpr float kEmptyRowLog2Sum = -3.0e38f;
 
+// Codes of float rows; a block of elements that share a scale may span rows and heads.
+struct QuantizeCall {
+  // B = L * batch: an entry of the L vmap axes is quantized by itself.
+  int64_t L = 1, B = 0, S = 0, K = 0, H = 0;
+  Operand x;  // [B, S, K, H], float
+
+  int64_t bits = 8;
+  bool symmetric = true;
+  bool float_minimum = false;  // offset is the least element instead of a zero point
+  int64_t token_block = 1, head_block = 0;
+  bool per_tensor = false;  // one scale for everything but L
+  bool rotate = false;      // by the randomised Hadamard matrix along H, before all else
+  bool center = false;  // subtract the mean over the first lengths[b] tokens (finite values only)
+  const int32_t* lengths = nullptr;  // optional
+  std::vector<int64_t> lengths_offset;
+
+  Result data;    // [B, S, K, H], int8, or [B, S, K, H / 2], kU4x2
+  Result scale;   // [B, S', K', H'], float32 or bfloat16
+  Result offset;  // as scale, zero points int8; only if not symmetric
+  Result mean;    // [B, 1, K, H], float32; only if center
+};
+
 struct AttentionForwardCall : AttentionCall {
+  // What runs first: the quantizer, whose results are operands of this call.
+  std::vector<QuantizeCall> quantize;
   Result out;                    // [B, T, N, V], float
   Result row_maximum, log2_sum;  // [B, T, N], float32
 };
@@ -118,28 +150,6 @@ struct AttentionBackwardBiasCall : AttentionCall {
   Result d_bias;
   int64_t L = 1;  // B == L * real batch
   int64_t b = 1, n = 1, t = 1, s = 1;
-};
-
-// Codes of float rows; a block of elements that share a scale may span rows and heads.
-struct QuantizeCall {
-  // B = L * batch: an entry of the L vmap axes is quantized by itself.
-  int64_t L = 1, B = 0, S = 0, K = 0, H = 0;
-  Operand x;  // [B, S, K, H], float
-
-  int64_t bits = 8;
-  bool symmetric = true;
-  bool float_minimum = false;  // offset is the least element instead of a zero point
-  int64_t token_block = 1, head_block = 0;
-  bool per_tensor = false;  // one scale for everything but L
-  bool rotate = false;      // by the randomised Hadamard matrix along H, before all else
-  bool center = false;  // subtract the mean over the first lengths[b] tokens (finite values only)
-  const int32_t* lengths = nullptr;  // optional
-  std::vector<int64_t> lengths_offset;
-
-  Result data;    // [B, S, K, H], int8, or [B, S, K, H / 2], kU4x2
-  Result scale;   // [B, S', K', H'], float32 or bfloat16
-  Result offset;  // as scale, zero points int8; only if not symmetric
-  Result mean;    // [B, 1, K, H], float32; only if center
 };
 
 }  // namespace jax_gluon

@@ -37,6 +37,21 @@ PYBIND11_MODULE(_plugin, module) {
       "Name of the Metal device, or an empty string and why there is none.");
   module.def("prefers_metal", &jax_gluon::prefers_metal, py::arg("products"), py::arg("widest"),
              "Whether a call that may run on either device is for Metal.");
+  module.def(
+      "metal_pin",
+      [](uintptr_t address, size_t bytes) {
+        std::string why;
+        // Python's name for an array's memory is an integer.
+        // NOLINTNEXTLINE(performance-no-int-to-ptr)
+        const auto* memory = reinterpret_cast<const void*>(address);
+        const int64_t pin = jax_gluon::metal_pin(memory, bytes, &why);
+        return py::make_tuple(pin, why);
+      },
+      py::arg("address"), py::arg("bytes"),
+      "Number of the pin that keeps memory as a buffer of Metal's, or 0 and why there is none.");
+  module.def("metal_unpin", &jax_gluon::metal_unpin, py::arg("pin"), "Lets a pin go.");
+  module.def("metal_pin_uses", &jax_gluon::metal_pin_uses, py::arg("pin"),
+             "How many operands of calls were read from a pin.");
   module.def("metal_counters", &jax_gluon::metal_counters, py::arg("reset"),
              "Work of the software Metal device, as JSON.");
 }

@@ -15,6 +15,7 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   threadgroup float partial[kSimdgroups * Sizes::kTileRows];
 
   const AttentionParameters p = parameters;
+  const uint3 group = JAX_GLUON_GROUP;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
   const Place place(lane);
@@ -58,7 +59,7 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
             const int first = key0 + 8 * t, own = first + place.column;
             if (first >= seen.end || first + 8 <= seen.begin) continue;
             const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
-            if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
+            if (p.has_mask != 0 && !simd_any(is_seen.x || is_seen.y)) continue;
             float2 products, probability_gradients;
             rows.multiply(p, tiles, 8 * t, products, probability_gradients);
             for (int i = 0; i < 2; ++i) {

@@ -23,6 +23,7 @@ kernel void attention_backward_key_value(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENT
   threadgroup bool gradients_dirty[kThreads];
 
   const AttentionParameters p = parameters;
+  const uint3 group = JAX_GLUON_GROUP;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
   const int k = group.y, b = group.z, heads = p.N / p.K;
@@ -70,7 +71,7 @@ kernel void attention_backward_key_value(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENT
         const RowRules rules[2] = {head_rules.row(p, first + place.column),
                                    head_rules.row(p, first + place.column + 1)};
         const bool2 is_seen = bool2(rules[0].sees(p, key_row), rules[1].sees(p, key_row));
-        if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
+        if (p.has_mask != 0 && !simd_any(is_seen.x || is_seen.y)) continue;
         Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         for (int d = 0; d < D / 8; ++d) {

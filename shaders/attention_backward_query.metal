@@ -15,6 +15,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   JAX_GLUON_KEY_VALUE_TILES(M, D);
 
   const AttentionParameters p = parameters;
+  const uint3 group = JAX_GLUON_GROUP;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const Cotangents cotangents = JAX_GLUON_MAKE_COTANGENTS;
   const int n = group.y, b = group.z, k = n / (p.N / p.K);
@@ -46,7 +47,7 @@ kernel void attention_backward_query(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
       const int first = key0 + t, own = first + place.column;
       if (first >= seen.end || first + 8 <= seen.begin) continue;
       const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
-      if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
+      if (p.has_mask != 0 && !simd_any(is_seen.x || is_seen.y)) continue;
       float2 products, probability_gradients;
       rows.multiply(p, tiles, t, products, probability_gradients);
       float gradients[2];

@@ -20,6 +20,7 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
   JAX_GLUON_KEY_VALUE_TILES(M, D);
 
   const AttentionParameters p = parameters;
+  const uint3 group = JAX_GLUON_GROUP;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const int k = group.y, b = group.z, heads = p.N / p.K, rows = p.T * heads;
   const int split = group.x % p.splits, first_row = group.x / p.splits * 8;
@@ -47,7 +48,7 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
                    values_are_dirty, lane);
   }
 
-  const float sum = row_sum(softmax.sum);
+  const float sum = softmax.total();
   if (row >= rows) return;
   const int parts = p.splits * kSimdgroups, part = split * kSimdgroups + simdgroup;
   const Int64 index = ((Int64(b) * p.K + k) * parts + part) * rows + row;
@@ -71,6 +72,7 @@ kernel void attention_decode_combine(
     device uchar* out [[buffer(kOut)]], device float* row_maximum [[buffer(kRowMaximum)]],
     device float* log2_sum [[buffer(kLog2Sum)]], JAX_GLUON_THREAD) {
   const AttentionParameters p = parameters;
+  const uint3 group = JAX_GLUON_GROUP;
   const Operands operands = JAX_GLUON_MAKE_OPERANDS;
   const int row = group.x, k = group.y, b = group.z, heads = p.N / p.K, rows = p.T * heads;
   const int parts = p.splits * kSimdgroups;

@@ -13,6 +13,17 @@ typedef int64_t Int64;
 // Letters: B batch (with the axes of vmap), T query length, S key length, N query heads, K kv
 // heads, H head dim, V value head dim. Query head n reads kv head n / (N / K).
 
+// Sizes that kernels and the grids of the host agree on; block_sizes.h says what they cost.
+enum BlockSize : int {
+  kSimdgroups = 4,
+  kThreads = 128,     // of a threadgroup
+  kBlockRows = 32,    // of queries or keys that a threadgroup owns
+  kTileBytes = 8192,  // of the other side, in threadgroup memory
+  kChunkTokens = 32,  // that a simdgroup of quantize_extremes looks at
+  kMostQuantizedColumns = 512,
+  kMostHeadDim = 256,
+};
+
 // How elements are stored; the order is that of plugin/attention_call.h. An operand of kU4x2 holds
 // two codes biased by 8 in a byte, low nibble first; its strides count bytes.
 enum ElementType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kS8 = 3, kU4x2 = 4 };
@@ -86,8 +97,6 @@ enum FunctionConstant : int {
   kQueryType = 0,  // ElementType
   kKeyType = 1,
   kValueType = 2,
-  kHasBias = 3,
-  kHasMask = 4,
 };
 
 // A row that sees no key stores 0 and this log2_sum; see plugin/attention_call.h.
@@ -122,6 +131,13 @@ struct ScoreStrides {
   Int64 key;
 };
 
+// The first threadgroup of a dispatch in the whole grid.
+struct FirstGroup {
+  int x;
+  int y;
+  int z;
+};
+
 struct AttentionParameters {
   RowStrides query;
   RowStrides key;
@@ -143,6 +159,8 @@ struct AttentionParameters {
   int is_causal;
   int window_left;  // -1: no limit
   int window_right;
+  int has_bias;
+  int has_mask;
   int has_query_lengths;
   int has_key_value_lengths;
   int has_log_sum_exp_gradient;
@@ -157,6 +175,7 @@ struct AttentionParameters {
   int batch_per_map;  // B / L, where L is the product of the axes of vmap
   int splits;         // decode: parts of the keys
   int split_keys;     // keys in each
+  FirstGroup first_group;
 };
 
 // Of a query row, from the dQ pass to the dK/dV pass. Logits are in base 2.

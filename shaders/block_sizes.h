@@ -23,13 +23,13 @@
 // its rows sees).
 #pragma once
 
-constant constexpr int kSimdgroups = 4;
-constant constexpr int kThreads = 32 * kSimdgroups;
-constant constexpr int kBlockRows = 8 * kSimdgroups;
+#include "bindings.h"
+
+static_assert(kThreads == 32 * kSimdgroups && kBlockRows == 8 * kSimdgroups, "sizes");
 
 template <typename M, int D>
 struct BlockSizes {
-  static constant constexpr int kTileRows = 8192 / (D * int(sizeof(M)));
+  static constant constexpr int kTileRows = kTileBytes / (D * int(sizeof(M)));
   // Elements from a tile's row to the next.
   static constant constexpr int kStride = D + 16 / int(sizeof(M));
   static constant constexpr int kTileElements = kTileRows * kStride;
@@ -39,4 +39,37 @@ struct BlockSizes {
   static_assert(2 * kTileElements * sizeof(M) + 32 * kTileRows + 8 * kColumnParameters + 256 <=
                     32768,
                 "threadgroup memory");
+};
+
+// The gluon pipeline of forward. Granules of a ring are filled ahead, and used one subtile at a
+// time; a slot takes another granule only after a barrier that follows its last use. Logits are
+// bytes of a lane's (of two subtiles where scores are made ahead), those of baseline in brackets;
+// ring is bytes of rows, columns, scales and flags; barriers are those of 64 keys, as many as
+// baseline's. A walk may have one more where columns are staged.
+//
+// | element | D   | granule | subtile | ahead | logits  | ring   | barriers |
+// |---------|-----|---------|---------|-------|---------|--------|----------|
+// | 16 bits |  64 | 32      | 16      | yes   | 32 (64) | 23,948 | 2        |
+// | 16 bits | 128 | 16      | 8       | yes   | 16 (32) | 22,348 | 4        |
+// | 16 bits | 256 | 8       | 8       | no    | 8 (16)  | 17,292 | 8        |
+// | float   |  64 | 16      | 8       | yes   | 16 (32) | 24,900 | 4        |
+// | float   | 128 | 8       | 8       | no    | 8 (16)  | 21,380 | 8        |
+// | float   | 256 | 8       | 8       | no    | 8 (8)   | 25,028 | 16       |
+//
+// Half of baseline's logits are alive, but for float at 256, where a tile has one matrix in a row
+// and there is room for one slot of keys and of values: there a granule is only read ahead, into
+// registers, and two barriers enclose its writing. Scores are not made ahead where two subtiles
+// would be a whole tile of baseline's.
+template <typename M, int D>
+struct RingSizes {
+  static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;
+  static constant constexpr bool kHasRoom = kTileRows > 8;
+  static constant constexpr int kGranuleRows = kHasRoom ? kTileRows / 2 : 8;
+  // Of values.
+  static constant constexpr int kSlots = kHasRoom ? 2 : 1;
+  // Whether scores of the next subtile are made before those at hand are used, across granules:
+  // keys are filled two granules ahead.
+  static constant constexpr bool kLooksAhead = kGranuleRows > 8;
+  static constant constexpr int kKeySlots = kLooksAhead ? 3 : kSlots;
+  static constant constexpr int kSubtileRows = kLooksAhead ? kGranuleRows / 2 : 8;
 };

@@ -39,8 +39,8 @@ struct KeyValueTiles {
     const int alignment = stages_keys || stages_values ? kRows : 8;
     const int first = range.begin / alignment * alignment;
     if (range.is_empty()) return first;
-    if (stages_keys) stage_columns<D>(key_rows, first, key_columns, thread_index);
-    if (stages_values) stage_columns<D>(value_rows, first, value_columns, thread_index);
+    if (stages_keys) stage(key_rows, first, key_columns, thread_index);
+    if (stages_values) stage(value_rows, first, value_columns, thread_index);
     return first;
   }
 
@@ -65,12 +65,17 @@ struct KeyValueTiles {
   }
 
  private:
+  void stage(thread const Rows& rows, int token, threadgroup float* columns,
+             ushort thread_index) const thread {
+    stage_columns<D>(rows, token, columns_of_block<D>(columns, rows.token_block(token)),
+                     thread_index);
+  }
   void stage_next(thread const Rows& rows, int first, int end, threadgroup float* columns,
                   ushort thread_index) const thread {
     const int next = first + kRows;
     if (!stages_columns<M, D>(rows) || next >= end) return;
     if (rows.token_block(next) != rows.token_block(first)) {
-      stage_columns<D>(rows, next, columns, thread_index);
+      stage(rows, next, columns, thread_index);
     }
   }
 };

@@ -15,7 +15,7 @@ struct RowRules {
 
   bool sees(thread const AttentionParameters& p, int key) const thread {
     if (key < visible.begin || key >= visible.end) return false;
-    return !has_mask || mask[key * p.mask.key] != 0;
+    return p.has_mask == 0 || mask[key * p.mask.key] != 0;
   }
 
   // The logit of a key that the row sees, from its scaled product in base 2. `slope` takes the
@@ -24,7 +24,7 @@ struct RowRules {
               thread float& slope) const thread {
     slope = 1.0f;
     bool is_hidden = false;
-    if (has_bias) {
+    if (p.has_bias != 0) {
       const float b = load_float(bias, p.bias_type, key * p.bias.key);
       // Such a bias hides its key even if the product is NaN, unless a cap makes it finite.
       is_hidden = b < kLeastBias && p.soft_cap == 0.0f;
@@ -50,17 +50,17 @@ struct HeadRules {
     thread const AttentionParameters& p = *operands.parameters;
     bias = operands.bias;
     mask = operands.mask;
-    if (has_bias) {
+    if (p.has_bias != 0) {
       bias += (operands.batch_offset(kBiasBatch, b) + n * p.bias.head) * bias_size(p);
     }
-    if (has_mask) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
+    if (p.has_mask != 0) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
   }
 
   RowRules row(thread const AttentionParameters& p, int i) const thread {
     RowRules rules;
     rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
-    rules.bias = has_bias ? bias + i * p.bias.row * bias_size(p) : bias;
-    rules.mask = has_mask ? mask + i * p.mask.row : mask;
+    rules.bias = p.has_bias != 0 ? bias + i * p.bias.row * bias_size(p) : bias;
+    rules.mask = p.has_mask != 0 ? mask + i * p.mask.row : mask;
     return rules;
   }
 
@@ -71,5 +71,5 @@ struct HeadRules {
 // Whether logits get back what centring took from their keys before bias and soft cap; else the
 // row's maximum gets it.
 inline bool needs_whole_logits(thread const AttentionParameters& p) {
-  return has_bias || p.soft_cap != 0.0f;
+  return p.has_bias != 0 || p.soft_cap != 0.0f;
 }

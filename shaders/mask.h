@@ -3,9 +3,6 @@
 
 #include "operands.h"
 
-constant bool has_bias [[function_constant(kHasBias)]];
-constant bool has_mask [[function_constant(kHasMask)]];
-
 // [begin, end)
 struct Range {
   int begin;

@@ -1,13 +1,36 @@
 // Eight query rows and their softmax so far: what a simdgroup of the forward kernels keeps in
 // registers.
+//
+// Probabilities are relative to the row's largest logit so far, rounded up to a whole number, and
+// are made as 2^fraction * 2^whole: a new maximum scales what there is by a power of two, exactly.
+// So a result does not depend on how many keys are taken in at once, but for probabilities that
+// are too small for the elements of the matrices.
 #pragma once
 
 #include "key_value_tiles.h"
 
+// 2^n of a whole n in [-126, 0].
+inline float power_of_two(float n) { return as_type<float>((int(n) + 127) << 23); }
+// The least power of two that is not below a positive x.
+inline float up_to_power_of_two(float x) {
+  return as_type<float>((as_type<uint>(x) + 0x7fffffu) & 0x7f800000u);
+}
+// 2^(x - whole_maximum), where x is not above the whole number, or NaN, or +inf.
+inline float probability(float x, float whole_maximum) {
+  const float whole = clamp(floor(x), whole_maximum - 126.0f, whole_maximum);
+  return exp2(x - whole) * power_of_two(max(whole - whole_maximum, -126.0f));
+}
+
+// Logits of eight rows at as many keys; the lane's.
+template <int kKeys>
+struct Scores {
+  float2 logits[kKeys / 8];
+  uint used;  // a bit for each matrix that has them
+};
+
 template <typename M, int D>
 struct OnlineSoftmax {
-  // Whose inverse is finite; smaller values lose digits.
-  static constant constexpr float kLeastUnit = 1e-30f;
+  static constant constexpr float kLeastUnit = 0x1p-100f;
   static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;
   static constant constexpr int kStride = BlockSizes<M, D>::kStride;
 
@@ -16,10 +39,10 @@ struct OnlineSoftmax {
   Matrix<float> out[D / 8];
   float factor;   // of products, without the scale of the key
   float centre;   // what centring took from the logits of the lane's row
-  float maximum;  // of the row's logits
+  float maximum;  // of the row's logits, rounded up to a whole number
   float sum;      // of the lane's probabilities relative to it
-  // Of exact codes: the row's largest product of a probability and a value's scale so far, so that
-  // those products can be rounded to half.
+  // Of exact codes: a power of two not below the row's largest product of a probability and a
+  // value's scale so far, so that those products can be rounded to half.
   float unit;
 
   // Row `token` of `rows`, the lane's; rows at `end` and past it are zeros.
@@ -55,94 +78,125 @@ struct OnlineSoftmax {
     unit = has_exact_codes<M>(value_type) ? kLeastUnit : 1.0f;
   }
 
-  // Takes in the keys of a tile, which stand for keys key0 and the following; only those matrices
-  // that have one of `seen`, the keys that any of the eight rows sees. `is_dirty`: the tile of
-  // values has zeros for what is not finite.
-  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen,
-              int key0, thread const KeyValueTiles<M, D>& tiles, thread const Rows& keys,
-              thread const Rows& values, bool is_dirty, ushort lane) thread {
+  // Logits of kKeys keys, which stand for keys key0 and the following and have their rows at
+  // `tile`, their scales at `scales`; only of those matrices that have one of `seen`, the keys that
+  // any of the eight rows sees.
+  template <int kKeys>
+  Scores<kKeys> score(thread const AttentionParameters& p, thread const RowRules& rules, Range seen,
+                      int key0, threadgroup const M* tile, threadgroup const float* scales,
+                      thread const Rows& keys, ushort lane) thread {
     const Place place(lane);
-    const bool key_is_exact = has_exact_codes<M>(keys.type);
-    const bool value_is_exact = has_exact_codes<M>(values.type);
+    const bool is_exact = has_exact_codes<M>(keys.type);
     const bool adds_centre = centre != 0.0f && needs_whole_logits(p);
-    float2 logits[kTileRows / 8];
-    uint used = 0;
-    float largest = maximum;
-    for (int t = 0; t < kTileRows / 8; ++t) {
+    Scores<kKeys> scores;
+    scores.used = 0;
+    for (int t = 0; t < kKeys / 8; ++t) {
       const int first = key0 + 8 * t;
       if (first >= seen.end || first + 8 <= seen.begin) continue;
       const int own = first + place.column;
       const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
-      if (has_mask && !simd_any(is_seen.x || is_seen.y)) continue;
-      used |= 1u << t;
+      if (p.has_mask != 0 && !simd_any(is_seen.x || is_seen.y)) continue;
+      scores.used |= 1u << t;
       Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
         Matrix<M> right;
-        simdgroup_load(right, tiles.keys + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
+        simdgroup_load(right, tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
         simdgroup_multiply_accumulate(product, query[d], right, product);
       }
       for (int i = 0; i < 2; ++i) {
         float x = -INFINITY;
         if (is_seen[i]) {
           x = product.thread_elements()[i] * factor;
-          if (key_is_exact) x *= tiles.key_scales[8 * t + place.column + i];
+          if (is_exact) x *= scales[8 * t + place.column + i];
           if (adds_centre) x += centre;
           float slope;
           x = rules.logit(p, x, own + i, slope);
         }
-        logits[t][i] = x;
-        largest = max(largest, x);
+        scores.logits[t][i] = x;
       }
     }
-    if (used == 0) return;
-    largest = row_max(largest);
-    // A row that has seen no key keeps a finite number to subtract.
-    const float subtracted = largest == -INFINITY ? 0.0f : largest;
-    float rescale = exp2(maximum - subtracted);
+    return scores;
+  }
+
+  // Takes in keys key0 and the following, whose values have their rows at `tile`, their scales at
+  // `scales`. `is_dirty`: the tile has zeros for what is not finite.
+  template <int kKeys>
+  void accumulate(thread const AttentionParameters& p, Scores<kKeys> scores, int key0,
+                  threadgroup const M* tile, threadgroup const float* scales,
+                  thread const Rows& values, bool is_dirty, ushort lane) thread {
+    if (scores.used == 0) return;
+    const Place place(lane);
+    const bool is_exact = has_exact_codes<M>(values.type);
+    float largest = maximum;
+    for (int t = 0; t < kKeys / 8; ++t) {
+      if ((scores.used >> t & 1) == 0) continue;
+      largest = max(max(largest, scores.logits[t].x), scores.logits[t].y);
+    }
+    largest = ceil(row_max(largest));
+    float rescale =
+        largest == maximum ? 1.0f : power_of_two(clamp(maximum - largest, -126.0f, 0.0f));
     maximum = largest;
+    // A row that has seen no key, or one at infinity, keeps a finite number to subtract.
+    const float subtracted = isinf(largest) ? 0.0f : largest;
     sum *= rescale;
-    // From here on, `logits` holds what values are weighted with.
+    // From here on, logits are what values are weighted with.
     float largest_weight = 0.0f;
-    for (int t = 0; t < kTileRows / 8; ++t) {
-      if ((used >> t & 1) == 0) continue;
+    for (int t = 0; t < kKeys / 8; ++t) {
+      if ((scores.used >> t & 1) == 0) continue;
       for (int i = 0; i < 2; ++i) {
-        float weight = exp2(logits[t][i] - subtracted);
+        float weight = probability(scores.logits[t][i], subtracted);
         sum += weight;
         // What a hidden key's scale is does not matter, NaN neither.
-        if (value_is_exact && weight != 0.0f) {
-          weight *= tiles.value_scales[8 * t + place.column + i];
+        if (is_exact && weight != 0.0f) {
+          weight *= scales[8 * t + place.column + i];
           largest_weight = max(largest_weight, weight);
         }
-        logits[t][i] = weight;
+        scores.logits[t][i] = weight;
       }
     }
     float inverse_unit = 1.0f;
-    if (value_is_exact) {
+    if (is_exact) {
       const float before = unit * rescale;
-      unit = max(max(before, row_max(largest_weight)), kLeastUnit);
+      unit = max(max(before, up_to_power_of_two(row_max(largest_weight))), kLeastUnit);
       inverse_unit = 1.0f / unit;
       rescale = before * inverse_unit;
     }
-    for (int d = 0; d < D / 8; ++d) {
-      if (8 * d >= p.V) continue;
-      out[d].thread_elements()[0] *= rescale;
-      out[d].thread_elements()[1] *= rescale;
+    if (simd_any(rescale != 1.0f)) {
+      for (int d = 0; d < D / 8; ++d) {
+        if (8 * d >= p.V) continue;
+        out[d].thread_elements()[0] *= rescale;
+        out[d].thread_elements()[1] *= rescale;
+      }
     }
-    for (int t = 0; t < kTileRows / 8; ++t) {
-      if ((used >> t & 1) == 0) continue;
-      const float weights[2] = {logits[t][0] * inverse_unit, logits[t][1] * inverse_unit};
+    for (int t = 0; t < kKeys / 8; ++t) {
+      if ((scores.used >> t & 1) == 0) continue;
+      const float weights[2] = {scores.logits[t][0] * inverse_unit,
+                                scores.logits[t][1] * inverse_unit};
       const Matrix<M> left = matrix_of<M>(weights[0], weights[1]);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.V) continue;
         Matrix<M> right;
-        simdgroup_load(right, tiles.values + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
+        simdgroup_load(right, tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
         simdgroup_multiply_accumulate(out[d], left, right, out[d]);
       }
-      if (is_dirty) {
-        add_nonfinite<D>(values, key0 + 8 * t, p.S, weights, out, lane);
-      }
+      if (is_dirty) add_nonfinite<D>(values, key0 + 8 * t, p.S, weights, out, lane);
     }
+  }
+
+  // Takes in the keys of a tile.
+  void attend(thread const AttentionParameters& p, thread const RowRules& rules, Range seen,
+              int key0, thread const KeyValueTiles<M, D>& tiles, thread const Rows& keys,
+              thread const Rows& values, bool is_dirty, ushort lane) thread {
+    const Scores<kTileRows> scores =
+        score<kTileRows>(p, rules, seen, key0, tiles.keys, tiles.key_scales, keys, lane);
+    accumulate(p, scores, key0, tiles.values, tiles.value_scales, values, is_dirty, lane);
+  }
+
+  // Of the row's probabilities; NaN where a logit is +inf.
+  float total() const thread {
+    const float total = row_sum(sum);
+    return maximum == INFINITY ? NAN : total;
   }
 
   // The lane's two elements of column block d of the result, without the values' mean.

@@ -55,60 +55,89 @@ inline float load_element(device const uchar* data, int type, Int64 row, int col
   }
 }
 
-// Eight of them, from a column that is a multiple of 8, zeros past `columns`. Each stored byte is
-// read once.
-inline void load_eight(device const uchar* data, int type, Int64 row, int column, int columns,
-                       thread float* x) {
+// Eight elements as they are stored, in as many words as they fill, first ones first.
+struct StoredEight {
+  uint words[8];
+};
+
+// Eight of them, from a column that is a multiple of 8; past `columns` what stands for 0. Each
+// stored byte is read once.
+inline StoredEight read_eight(device const uchar* data, int type, Int64 row, int column,
+                              int columns) {
+  StoredEight x;
   if (column + 8 <= columns) {
     switch (type) {
       case kF32:
         for (int i = 0; i < 8; i += 4) {
-          const float4 four = reinterpret_cast<device const packed_float4*>(
-              reinterpret_cast<device const float*>(data) + row + column + i)[0];
-          for (int c = 0; c < 4; ++c) x[i + c] = four[c];
+          const uint4 four = as_type<uint4>(float4(reinterpret_cast<device const packed_float4*>(
+              reinterpret_cast<device const float*>(data) + row + column + i)[0]));
+          for (int c = 0; c < 4; ++c) x.words[i + c] = four[c];
         }
-        return;
+        return x;
       case kBF16:
-        for (int i = 0; i < 8; i += 4) {
-          const ushort4 four = reinterpret_cast<device const packed_ushort4*>(
-              reinterpret_cast<device const ushort*>(data) + row + column + i)[0];
-          for (int c = 0; c < 4; ++c) x[i + c] = float_from_bfloat16(four[c]);
-        }
-        return;
       case kF16:
         for (int i = 0; i < 8; i += 4) {
-          const half4 four = reinterpret_cast<device const packed_half4*>(
-              reinterpret_cast<device const half*>(data) + row + column + i)[0];
-          for (int c = 0; c < 4; ++c) x[i + c] = float(four[c]);
+          const uint2 four = as_type<uint2>(ushort4(reinterpret_cast<device const packed_ushort4*>(
+              reinterpret_cast<device const ushort*>(data) + row + column + i)[0]));
+          for (int c = 0; c < 2; ++c) x.words[i / 2 + c] = four[c];
         }
-        return;
+        return x;
       case kS8:
         for (int i = 0; i < 8; i += 4) {
-          const char4 four =
-              reinterpret_cast<device const packed_char4*>(data + row + column + i)[0];
-          for (int c = 0; c < 4; ++c) x[i + c] = float(four[c]);
+          x.words[i / 4] = as_type<uint>(
+              uchar4(reinterpret_cast<device const packed_uchar4*>(data + row + column + i)[0]));
         }
-        return;
-      default: {
-        const uchar4 four =
-            reinterpret_cast<device const packed_uchar4*>(data + row + column / 2)[0];
-        for (int c = 0; c < 4; ++c) {
-          x[2 * c] = float(int(four[c] & 15) - 8);
-          x[2 * c + 1] = float(int(four[c] >> 4) - 8);
-        }
-        return;
-      }
+        return x;
+      default:
+        x.words[0] = as_type<uint>(
+            uchar4(reinterpret_cast<device const packed_uchar4*>(data + row + column / 2)[0]));
+        return x;
     }
   }
-  for (int i = 0; i < 8; ++i) x[i] = 0.0f;
-  if (type == kU4x2) {
-    for (int i = 0; column + i < columns; i += 2) {
-      const int byte = data[row + (column + i) / 2];
-      x[i] = float((byte & 15) - 8);
-      x[i + 1] = float((byte >> 4) - 8);
+  for (int i = 0; i < 8; ++i) x.words[i] = type == kU4x2 ? 0x88888888u : 0u;
+  for (int i = 0; i < 8 && column + i < columns; ++i) {
+    const Int64 at = row + column + i;
+    switch (type) {
+      case kF32:
+        x.words[i] = reinterpret_cast<device const uint*>(data)[at];
+        break;
+      case kBF16:
+      case kF16:
+        x.words[i / 2] |= uint(reinterpret_cast<device const ushort*>(data)[at]) << (i % 2 * 16);
+        break;
+      case kS8:
+        x.words[i / 4] |= uint(data[at]) << (i % 4 * 8);
+        break;
+      default:
+        // Of the first of two codes.
+        if (i % 2 == 0) {
+          x.words[0] ^= uint(data[row + (column + i) / 2] ^ 0x88) << (i * 4);
+        }
     }
-  } else {
-    for (int i = 0; column + i < columns; ++i) x[i] = load_element(data, type, row, column + i);
+  }
+  return x;
+}
+
+// As numbers.
+inline void decode_eight(StoredEight x, int type, thread float* decoded) {
+  for (int i = 0; i < 8; ++i) {
+    const ushort half_word = ushort(x.words[i / 2] >> (i % 2 * 16));
+    switch (type) {
+      case kF32:
+        decoded[i] = as_type<float>(x.words[i]);
+        break;
+      case kBF16:
+        decoded[i] = float_from_bfloat16(half_word);
+        break;
+      case kF16:
+        decoded[i] = float(as_type<half>(half_word));
+        break;
+      case kS8:
+        decoded[i] = float(int(x.words[i / 4] << (24 - i % 4 * 8)) >> 24);
+        break;
+      default:
+        decoded[i] = float(int(x.words[0] >> (i * 4) & 15) - 8);
+    }
   }
 }
 

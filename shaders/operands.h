@@ -30,10 +30,13 @@
            query_lengths, key_value_lengths}
 
 #define JAX_GLUON_THREAD                                                                           \
-  uint3 group [[threadgroup_position_in_grid]],                                                    \
+  uint3 group_of_part [[threadgroup_position_in_grid]],                                            \
   ushort simdgroup [[simdgroup_index_in_threadgroup]],                                             \
   ushort lane [[thread_index_in_simdgroup]],                                                       \
   ushort thread_index [[thread_index_in_threadgroup]]
+// Of the whole grid, which the host may cut into several dispatches.
+#define JAX_GLUON_GROUP                                                                            \
+  (group_of_part + uint3(p.first_group.x, p.first_group.y, p.first_group.z))
 // clang-format on
 
 struct Operands {

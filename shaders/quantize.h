@@ -5,10 +5,7 @@
 
 #include "operand.h"
 
-// Columns that a simdgroup has room for.
-constant constexpr int kMostColumns = 512;
-constant constexpr int kQuantizeSimdgroups = 4;
-static_assert(kQuantizeSimdgroups * 3 * kMostColumns * sizeof(float) <= 32768,
+static_assert(kSimdgroups * 3 * kMostQuantizedColumns * sizeof(float) <= 32768,
               "threadgroup memory");
 // A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 constant constexpr float kLeastScale = 2.35098870164e-38f;  // 2^-125

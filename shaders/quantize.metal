@@ -22,12 +22,12 @@ using namespace metal;
   ushort lane [[thread_index_in_simdgroup]]
 
 #define JAX_GLUON_MAKE_QUANTIZER                                                                   \
-  threadgroup float memory[kQuantizeSimdgroups * 3 * kMostColumns];                                \
-  threadgroup float* own = memory + simdgroup * 3 * kMostColumns;                                  \
+  threadgroup float memory[kSimdgroups * 3 * kMostQuantizedColumns];                                \
+  threadgroup float* own = memory + simdgroup * 3 * kMostQuantizedColumns;                                  \
   constant QuantizeParameters& p = parameters;                                                     \
   const Quantizer quantizer{                                                                       \
       {&parameters, batch_offsets, x, lengths, data, scale, offset, mean},                         \
-      {own, own + kMostColumns, own + 2 * kMostColumns},                                           \
+      {own, own + kMostQuantizedColumns, own + 2 * kMostQuantizedColumns},                                           \
       lane}
 // clang-format on
 
@@ -46,7 +46,7 @@ kernel void quantize_mean(JAX_GLUON_QUANTIZE) {
   for (int h = lane; h < p.H; h += 32) {
     float sum = 0.0f, lost = 0.0f;
     int count = 0;
-    for (int i = simdgroup; i < tokens; i += kQuantizeSimdgroups) {
+    for (int i = simdgroup; i < tokens; i += kSimdgroups) {
       const float element =
           load_float(x, p.x_type, batch_offsets[b] + i * p.x.token + k * p.x.head + h);
       if (!isfinite(element)) continue;
@@ -62,9 +62,9 @@ kernel void quantize_mean(JAX_GLUON_QUANTIZE) {
   if (simdgroup != 0) return;
   for (int h = lane; h < p.H; h += 32) {
     float sum = 0.0f, count = 0.0f;
-    for (int s = 0; s < kQuantizeSimdgroups; ++s) {
-      sum += sums[s * 3 * kMostColumns + h];
-      count += counts[s * 3 * kMostColumns + h];
+    for (int s = 0; s < kSimdgroups; ++s) {
+      sum += sums[s * 3 * kMostQuantizedColumns + h];
+      count += counts[s * 3 * kMostQuantizedColumns + h];
     }
     quantizer.columns.row[h] = count > 0.0f ? sum * (float(tokens) / count) : 0.0f;
   }
@@ -77,7 +77,7 @@ kernel void quantize_mean(JAX_GLUON_QUANTIZE) {
 // Scales and codes of blocks of tokens: one of a head in each simdgroup.
 kernel void quantize_blocks(JAX_GLUON_QUANTIZE) {
   JAX_GLUON_MAKE_QUANTIZER;
-  const int block = group.x * kQuantizeSimdgroups + simdgroup, k = group.y, b = group.z;
+  const int block = group.x * kSimdgroups + simdgroup, k = group.y, b = group.z;
   const int begin = block * p.token_block, end = min(begin + p.token_block, p.S);
   if (begin >= p.S) return;
   quantizer.clear_extremes();
@@ -100,7 +100,7 @@ kernel void quantize_blocks(JAX_GLUON_QUANTIZE) {
 kernel void quantize_extremes(JAX_GLUON_QUANTIZE,
                               device float* extremes [[buffer(kQuantizeExtremes)]]) {
   JAX_GLUON_MAKE_QUANTIZER;
-  const int chunk = group.x * kQuantizeSimdgroups + simdgroup, k = group.y, b = group.z;
+  const int chunk = group.x * kSimdgroups + simdgroup, k = group.y, b = group.z;
   if (chunk >= p.chunks) return;
   const int tokens = (p.S + p.chunks - 1) / p.chunks;
   quantizer.clear_extremes();
@@ -139,7 +139,7 @@ kernel void quantize_parameters(JAX_GLUON_QUANTIZE,
 // Codes of rows whose scales are stored: one row in each simdgroup.
 kernel void quantize_codes(JAX_GLUON_QUANTIZE) {
   JAX_GLUON_MAKE_QUANTIZER;
-  const int i = group.x * kQuantizeSimdgroups + simdgroup, k = group.y, b = group.z;
+  const int i = group.x * kSimdgroups + simdgroup, k = group.y, b = group.z;
   if (i >= p.S) return;
   quantizer.load_parameters(quantizer.scale_index(b, 0, k));
   quantizer.load(b, i, k);

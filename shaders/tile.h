@@ -63,9 +63,8 @@ inline threadgroup float* columns_of_block(threadgroup float* columns, int block
 
 // Reads scales and offsets of the block of tokens that `token` is in.
 template <int D>
-inline void stage_columns(thread const Rows& rows, int token, threadgroup float* columns,
+inline void stage_columns(thread const Rows& rows, int token, threadgroup float* staged,
                           ushort thread_index) {
-  threadgroup float* staged = columns_of_block<D>(columns, rows.token_block(token));
   for (int c = thread_index; c < rows.columns; c += kThreads) {
     const float scale = rows.scale_at(token, c);
     staged[c] = scale;
@@ -73,80 +72,134 @@ inline void stage_columns(thread const Rows& rows, int token, threadgroup float*
   }
 }
 
-// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end` and
-// past the columns. Of exact codes, `scales` takes those of the rows, or 1 where they differ along
-// a row; where columns are staged, `columns` has their scales and offsets. A tile whose rows are
-// summed takes zeros for what is not finite, since it would meet the zeros of hidden pairs there;
-// returns whether this thread has found any.
+// The part of a tile's row that a thread brings: eight columns of every kStep-th row.
+template <int D>
+struct TilePart {
+  static constant constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
+  ushort row;
+  ushort chunk;
+  ushort column;
+  ushort lane;
+  explicit TilePart(ushort thread_index) thread {
+    row = thread_index / kChunks;
+    chunk = thread_index % kChunks;
+    column = 8 * chunk;
+    lane = thread_index & 31;
+  }
+};
+
+// How far a chunk is into its block of columns, in chunks; blocks are whole chunks.
+inline ushort chunk_in_block(int head_block, ushort chunk) {
+  return head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
+}
+inline bool shares_scales(thread const Rows& rows) {
+  return is_code(rows.type) &&
+         (rows.quantization.head_block == 0 || rows.quantization.head_block % 8 == 0);
+}
+
+// What a thread has read from device memory and not yet written to a tile. One lane has the scale
+// and the offset that the chunks of a block share.
+struct HeldPart {
+  StoredEight elements;
+  float scale;
+  float offset;
+};
+
+// Of row `token`, nothing if it is not inside.
+template <typename M, int D>
+inline HeldPart read_part(thread const Rows& rows, int token, bool is_inside, TilePart<D> part) {
+  const int head_block = rows.quantization.head_block;
+  const bool is_exact = has_exact_codes<M>(rows.type);
+  HeldPart held;
+  held.scale = held.offset = 0.0f;
+  if (!is_inside) return held;
+  held.elements = read_eight(rows.data, rows.type, token * rows.stride, part.column, rows.columns);
+  if (shares_scales(rows) && chunk_in_block(head_block, part.chunk) == 0 &&
+      part.column < rows.columns) {
+    const int block = rows.column_block(part.column);
+    if (!is_exact || head_block == 0) held.scale = rows.scale_at(token, block);
+    held.offset =
+        is_exact ? rows.code_offset_at(token, block) : rows.offset_at(token, block, held.scale);
+  }
+  return held;
+}
+
+// Writes a part to a tile's row `out`, zeros if the row is not inside, and past the columns. Of
+// exact codes, `scale_of_row` takes the row's, or 1 where scales differ along it; where columns are
+// staged, `columns` has scales and offsets of the tile's tokens. A tile whose rows are summed takes
+// zeros for what is not finite, since it would meet the zeros of hidden pairs there; returns
+// whether there was any.
+template <typename M, int D, bool kIsSummed>
+inline bool write_part(HeldPart held, thread const Rows& rows, int token, bool is_inside,
+                       TilePart<D> part, threadgroup M* out, threadgroup float* scale_of_row,
+                       bool is_staged, threadgroup const float* columns) {
+  const int head_block = rows.quantization.head_block;
+  const bool is_exact = has_exact_codes<M>(rows.type);
+  const int column = part.column;
+  float x[8];
+  if (is_inside) {
+    decode_eight(held.elements, rows.type, x);
+  } else {
+    for (int i = 0; i < 8; ++i) x[i] = 0.0f;
+  }
+  if (shares_scales(rows)) {
+    const ushort source = part.lane - chunk_in_block(head_block, part.chunk);
+    const float factor = is_exact ? 1.0f : simd_shuffle(held.scale, source);
+    float offset = held.offset;
+    if (rows.quantization.offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
+    if (is_exact && part.chunk == 0) *scale_of_row = head_block == 0 ? held.scale : 1.0f;
+    for (int i = 0; i < 8; ++i) {
+      x[i] = is_inside && column + i < rows.columns ? x[i] * factor + offset : 0.0f;
+    }
+  } else if (is_code(rows.type) && is_staged) {
+    threadgroup const float* staged = columns + column;
+    for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
+      x[i] = x[i] * staged[i] + staged[D + i];
+    }
+  } else if (is_code(rows.type)) {
+    if (is_exact && part.chunk == 0) *scale_of_row = 1.0f;
+    for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
+      const int block = rows.column_block(column + i);
+      if (is_exact) {
+        x[i] += rows.code_offset_at(token, block);
+      } else {
+        const float scale = rows.scale_at(token, block);
+        x[i] = x[i] * scale + rows.offset_at(token, block, scale);
+      }
+    }
+  }
+  if (rows.adds_mean && rows.has_mean() && is_inside) {
+    for (int i = 0; i < 8; ++i) x[i] += rows.mean_at(column + i);
+  }
+  bool is_dirty = false;
+  for (int i = 0; i < 8; ++i) {
+    const bool is_bad = kIsSummed && !isfinite(x[i]);
+    is_dirty |= is_bad;
+    out[column + i] = M(is_bad ? 0.0f : x[i]);
+  }
+  return is_dirty;
+}
+
+// Tile rows [0, kRows) = rows [first, first + kRows) of an operand, zeros at and past `end`; see
+// `write_part`. Returns whether this thread has found what is not finite.
 template <typename M, int D, bool kIsSummed>
 inline bool load_tile(thread const Rows& rows, int first, int end, threadgroup M* tile,
                       threadgroup float* scales, bool is_staged, threadgroup float* columns,
                       ushort thread_index) {
-  constexpr int kRows = BlockSizes<M, D>::kTileRows;
-  constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
-  static_assert(kRows % kStep == 0, "all threads take part in each step");
-  const ushort chunk = thread_index % kChunks;
-  const int column = 8 * chunk;
-  // The lane with the row's first chunk.
-  const ushort leader = (thread_index & 31) - chunk;
-  const int head_block = rows.quantization.head_block;
-  const bool is_exact = has_exact_codes<M>(rows.type);
+  using Sizes = BlockSizes<M, D>;
+  constexpr int kStep = TilePart<D>::kStep;
+  static_assert(Sizes::kTileRows % kStep == 0, "all threads take part in each step");
+  const TilePart<D> part(thread_index);
+  threadgroup const float* staged =
+      is_staged ? columns_of_block<D>(columns, rows.token_block(first)) : columns;
   bool is_dirty = false;
-  for (int r = thread_index / kChunks; r < kRows; r += kStep) {
+  for (int r = part.row; r < Sizes::kTileRows; r += kStep) {
     const int token = first + r;
     const bool is_inside = token < end;
-    float x[8];
-    if (is_inside) {
-      load_eight(rows.data, rows.type, token * rows.stride, column, rows.columns, x);
-    } else {
-      for (int i = 0; i < 8; ++i) x[i] = 0.0f;
-    }
-    if (is_code(rows.type)) {
-      if (head_block == 0 || head_block % 8 == 0) {
-        // One lane reads what the chunks of a block share.
-        const ushort offset_in_block = head_block == 0 ? chunk : ushort(chunk % (head_block / 8));
-        const ushort source = head_block == 0 ? leader : leader + chunk - offset_in_block;
-        float scale = 0.0f, offset = 0.0f;
-        if (is_inside && offset_in_block == 0 && column < rows.columns) {
-          const int block = rows.column_block(column);
-          if (!is_exact || head_block == 0) scale = rows.scale_at(token, block);
-          offset =
-              is_exact ? rows.code_offset_at(token, block) : rows.offset_at(token, block, scale);
-        }
-        const float factor = is_exact ? 1.0f : simd_shuffle(scale, source);
-        if (rows.quantization.offset_kind != kNoOffset) offset = simd_shuffle(offset, source);
-        if (is_exact && chunk == 0) scales[r] = head_block == 0 ? scale : 1.0f;
-        for (int i = 0; i < 8; ++i) {
-          x[i] = is_inside && column + i < rows.columns ? x[i] * factor + offset : 0.0f;
-        }
-      } else if (is_staged) {
-        threadgroup const float* staged =
-            columns_of_block<D>(columns, rows.token_block(first)) + column;
-        for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
-          x[i] = x[i] * staged[i] + staged[D + i];
-        }
-      } else {
-        if (is_exact && chunk == 0) scales[r] = 1.0f;
-        for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
-          const int block = rows.column_block(column + i);
-          if (is_exact) {
-            x[i] += rows.code_offset_at(token, block);
-          } else {
-            const float scale = rows.scale_at(token, block);
-            x[i] = x[i] * scale + rows.offset_at(token, block, scale);
-          }
-        }
-      }
-    }
-    if (rows.adds_mean && rows.has_mean() && is_inside) {
-      for (int i = 0; i < 8; ++i) x[i] += rows.mean_at(column + i);
-    }
-    threadgroup M* out = tile + r * BlockSizes<M, D>::kStride + column;
-    for (int i = 0; i < 8; ++i) {
-      const bool is_bad = kIsSummed && !isfinite(x[i]);
-      is_dirty |= is_bad;
-      out[i] = M(is_bad ? 0.0f : x[i]);
-    }
+    const HeldPart held = read_part<M, D>(rows, token, is_inside, part);
+    is_dirty |=
+        write_part<M, D, kIsSummed>(held, rows, token, is_inside, part, tile + r * Sizes::kStride,
+                                    scales + r, is_staged, staged);
   }
   return is_dirty;
 }

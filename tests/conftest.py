@@ -23,11 +23,32 @@ def _cache_folder(tmp_path_factory):
         os.environ["JAX_GLUON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(params=["cpu", "xla"])
-def implementation(request):
-    """Each implementation; the CPU's is skipped only in a checkout without the compiled plugin."""
-    if request.param == "cpu" and _plugin_is_missing():
-        pytest.skip("jax_gluon._plugin is not built")
+@pytest.fixture(scope="session")
+def require():
+    """`require(implementation)` skips the test where it is not there.
+
+    That is a checkout without the compiled plugin, or no Metal device; with SOFTMETAL_REQUIRED the
+    test then fails.
+    """
+
+    def check(implementation):
+        if implementation not in ("cpu", "metal"):
+            return
+        if _plugin_is_missing():
+            pytest.skip("jax_gluon._plugin is not built")
+        from jax_gluon import _plugin
+
+        name, why = _plugin.metal_device()
+        if implementation == "metal" and not name:
+            (pytest.fail if os.environ.get("SOFTMETAL_REQUIRED") else pytest.skip)(why)
+
+    return check
+
+
+@pytest.fixture(params=["cpu", "metal", "xla"])
+def implementation(request, require):
+    """Each implementation."""
+    require(request.param)
     return request.param
 
 

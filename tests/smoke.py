@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_gluon
+from jax_gluon import _plugin
 
 B, T, S, N, K, H = 2, 37, 45, 4, 2, 24
 SCALE = H**-0.5
@@ -135,11 +136,29 @@ def check_transformations() -> None:
     check("implementation xla", xla, out, 2e-6)
 
 
+def check_metal() -> None:
+    """Right where there is a GPU; elsewhere an error that says why, and no other kernel."""
+    query, key, value, d_out = operands()
+    name, why = _plugin.metal_device()
+    try:
+        out = jax_gluon.dot_product_attention(
+            *map(jnp.asarray, (query, key, value)), implementation="metal"
+        )
+    except RuntimeError as error:
+        if name or not why or why not in str(error):
+            sys.exit(f"Metal's device is {name!r} ({why}), and the error: {error}")
+        return
+    if not name:
+        sys.exit(f"no error, although there is no Metal device: {why}")
+    check(f"Metal on {name}", out, attention(query, key, value, d_out, causal=False)[0], 3e-6)
+
+
 def main() -> None:
     for quantization in (None, "int8"):
         for causal in (False, True):
             check_gradients(quantization, causal=causal)
     check_transformations()
+    check_metal()
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"smoke: jax_gluon is right under jax {jax.__version__}, Python {python}")
 

@@ -222,11 +222,12 @@ CASES = {
         {"implementation": 1}, TypeError, "implementation", "int", 'None, "cpu", "metal", "xla"'
     ),
     "kernel_unknown": (
-        {"kernel": "fast"}, ValueError, "kernel", '"fast"', 'None, "baseline"'
+        {"kernel": "fast"}, ValueError, "kernel", '"fast"', 'None, "baseline", "gluon"'
     ),
     "kernel_type": ({"kernel": 2}, TypeError, "kernel", "int", 'None, "baseline"'),
     "kernel_gluon": (
-        {"kernel": "gluon"}, NotImplementedError, "kernel", '"gluon"', 'None, "baseline"'
+        {"kernel": "gluon"}, ValueError, "kernel", '"gluon"',
+        'None, "baseline": XLA has no kernels to choose from',
     ),
     "dropout": (
         {"dropout_rate": 0.1},

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import attention, implementations, report
+from benchmarks import attention, gluon, implementations, report
 from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
 
 TINY = Problem(B=1, N=2, T=40, H=16, is_causal=True)
@@ -83,3 +83,25 @@ def test_a_malformed_shape_is_refused(text, capsys):
     with pytest.raises(SystemExit):
         attention.parse_arguments(["--shapes", text])
     assert "B1,N8,T2048,H64" in capsys.readouterr().err
+
+
+def test_the_pipelines_take_turns_and_write_their_files(tmp_path):
+    command = [
+        sys.executable, "-m", "benchmarks.gluon", "--lengths", "40", "--head-dims", "16",
+        "--heads", "2", "--rounds", "2", "--least", "0", "--formats", "float32", "int8",
+        "--json", str(tmp_path / "gluon.json"), "--plot", str(tmp_path / "gluon.png"),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    comparisons = json.loads((tmp_path / "gluon.json").read_text())["comparisons"]
+    # Two directions, causal or not, two formats.
+    assert len(comparisons) == 8
+    assert all(len(times) == 2 for c in comparisons for times in c["times"].values())
+    assert run.stdout.count("| both B1 N2 T40 H16 causal | int8 |") == 1
+    assert (tmp_path / "gluon.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ratio_of_pipelines_is_of_medians():
+    times = {"baseline": [3.0, 4.0, 9.0], "gluon": [2.0, 2.0, 1.0]}
+    comparison = gluon.Comparison(TINY, "float32", times)
+    assert comparison.ratio == 2.0
+    assert comparison.quartiles == (1.5, 9.0)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,9 @@ def weak_functions(symbols: str) -> set[str]:
 def test_instruction_set_files_share_no_code_with_the_baseline():
     """A weak function compiled for AVX-512 could be linked into code that runs without it."""
     nm = shutil.which("nm")
-    objects = {path.name: path for path in ROOT.glob("build/*/CMakeFiles/_plugin.dir/**/*.o")}
+    # Of this system: a wheel may have been built for another.
+    folder = f"build/*-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+    objects = {path.name: path for path in ROOT.glob(f"{folder}/CMakeFiles/_plugin.dir/**/*.o")}
     variants = [objects[name] for name in ("avx2.cc.o", "avx512.cc.o") if name in objects]
     if nm is None or not variants:
         pytest.skip("needs nm and a build with x86-64 variants in build/")

@@ -19,7 +19,9 @@ def examples(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.name)
-def test_examples_of_a_page_run_in_order(page):
+def test_examples_of_a_page_run_in_order(page, require):
+    if page.name == "metal.md":
+        require("metal")
     namespace: dict[str, object] = {}
     for number, example in enumerate(examples(page)):
         exec(compile(example, f"{page.name}, example {number}", "exec"), namespace)
@@ -49,7 +51,9 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_examples_of_a_docstring(name):
+def test_examples_of_a_docstring(name, require):
+    if name == "jax_gluon.pin":
+        require("metal")
     tests = doctest.DocTestFinder(exclude_empty=True).find(PUBLIC[name], name)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for test in tests:

@@ -78,6 +78,10 @@ def test_vmap_over_an_axis_of_extent_0(implementation):
 )
 def test_awkward_extents(shape, implementation, oracle, relative_error, random_operands):
     q, k, v, d_out = random_operands(**shape)
+    if implementation == "metal" and shape.get("V") == 257:
+        with pytest.raises(ValueError, match="a head dim of 257"):
+            jax_gluon.dot_product_attention(q, k, v, implementation=implementation)
+        return
     (out, _), gradients = attention_and_gradients((q, k, v), d_out, implementation=implementation)
     expected = oracle(q, k, v, d_out=d_out, d_log_sum_exp=np.ones(out.shape[:-1]))
     assert relative_error(out, expected.out) <= 2e-6
@@ -307,7 +311,11 @@ def test_rows_whose_logits_are_all_large_and_negative(
         assert relative_error(gradient, exact) <= backward
 
 
-ATTENTIONS = pytest.mark.parametrize("attention", ["cpu", "xla", "reference"])
+@pytest.fixture(params=["cpu", "metal", "xla", "reference"])
+def attention(request, require):
+    """Each implementation, and the oracle of the package."""
+    require(request.param)
+    return request.param
 
 
 def run_attention(attention, d_out, *operands):
@@ -321,7 +329,6 @@ def run_attention(attention, d_out, *operands):
     return *outputs, *pullback((d_out, seen))
 
 
-@ATTENTIONS
 @pytest.mark.parametrize("T", [8, 2])
 @pytest.mark.parametrize("operand", ["query", "key", "value_of_hidden"])
 def test_a_logit_of_minus_infinity_hides_its_key(
@@ -347,7 +354,6 @@ def test_a_logit_of_minus_infinity_hides_its_key(
         assert relative_error(x, y) <= 3e-6
 
 
-@ATTENTIONS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("logit", [np.nan, np.inf])
 @pytest.mark.parametrize("T", [8, 2])
@@ -362,7 +368,6 @@ def test_a_logit_of_nan_or_infinity_makes_its_row_nan(T, logit, dtype, attention
         np.testing.assert_array_equal(np.isnan(x), np.broadcast_to(touched[..., None], x.shape))
 
 
-@ATTENTIONS
 @pytest.mark.parametrize("T", [8, 2])
 @pytest.mark.parametrize("least", [np.finfo(np.float32).min, -2.36e38, -np.inf])
 def test_the_least_bias_hides_its_key(least, T, attention, oracle, relative_error, random_operands):
@@ -379,7 +384,6 @@ def test_the_least_bias_hides_its_key(least, T, attention, oracle, relative_erro
         assert relative_error(x, y) <= 3e-6
 
 
-@ATTENTIONS
 def test_the_least_bias_under_a_soft_cap_is_the_cap(attention, random_operands):
     q, k, v, _ = random_operands(T=3, S=4)
     bias = jnp.full((1, 1, 3, 4), np.finfo(np.float32).min)

@@ -63,23 +63,39 @@ def result(*shape, dtype=np.float32):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one operand is stored: bits 0 is float; block 0 is the whole axis."""
+    """How one operand is stored: bits 0 is float; block 0 is the whole axis.
+
+    Codes that `is_made` are results of the forward call, which takes floats.
+    """
 
     bits: int = 0
     token_block: int = 0
     head_block: int = 0
     offset: int = 0
     has_mean: int = 0
+    is_made: int = 0
+    per_tensor: int = 0
 
     def operands(self, name, shape):
-        if self.bits == 0:
+        if self.bits == 0 or self.is_made:
             return {name: draw(*shape)}
+        return self.codes(name, shape)
+
+    def results(self, name, shape):
+        if not self.is_made:
+            return {}
+        parts = {f"{name}_data" if x == name else x: y for x, y in self.codes(name, shape).items()}
+        return {x: result(*y.shape, dtype=y.dtype) for x, y in parts.items()}
+
+    def codes(self, name, shape):
         batch, tokens, heads, columns = shape
         packed = self.bits == 4
         scale = (
-            batch, math.ceil(tokens / (self.token_block or tokens)), heads,
+            batch,
+            math.ceil(tokens / (self.token_block or tokens)),
+            1 if self.per_tensor else heads,
             math.ceil(columns / (self.head_block or columns)),
-        )  # fmt: skip
+        )
         width = columns // 2 if packed else columns
         parts = {
             name: draw(batch, tokens, heads, width, dtype=np.uint8 if packed else np.int8),
@@ -93,8 +109,11 @@ class Format:
             parts[f"{name}_mean"] = draw(batch, 1, heads, columns)
         return parts
 
-    def attributes(self, name):
-        return {f"{name}_{field}": np.int64(x) for field, x in dataclasses.asdict(self).items()}
+    def attributes(self, name, target):
+        fields = dataclasses.asdict(self)
+        if target != FORWARD:
+            del fields["is_made"], fields["per_tensor"]
+        return {f"{name}_{field}": np.int64(x) for field, x in fields.items()}
 
 
 ROW = Format(8, token_block=1)
@@ -103,6 +122,12 @@ FORMATS = {
     "int8": (ROW, Format(8, token_block=1, has_mean=1), ROW),
     "int4": (Format(8, 2, offset=1), Format(4, 4, 1, 2), Format(4, 1, 4, 1, has_mean=1)),
     "mixed": (Format(), Format(8, 0, 3, 2, 1), Format(8, 0, 1)),
+    "made": (
+        Format(8, 2, offset=1, has_mean=1, is_made=1),
+        Format(4, 4, 1, 2, is_made=1),
+        Format(8, 1, has_mean=1, is_made=1),
+    ),
+    "made_in_part": (Format(), Format(8, 0, is_made=1, per_tensor=1), ROW),
 }
 
 
@@ -112,7 +137,7 @@ def attention(target, formats="float", *, full=True):
     operands, attributes = {}, {}
     for format_, (name, shape) in zip(FORMATS[formats], shapes.items(), strict=True):
         operands |= format_.operands(name, shape)
-        attributes |= format_.attributes(name)
+        attributes |= format_.attributes(name, target)
     if full:
         operands |= {
             "bias": draw(B, N, T, S),
@@ -122,6 +147,8 @@ def attention(target, formats="float", *, full=True):
         }
     attributes |= {
         "device": np.int64(0),
+        "cpu_pipeline": np.int64(0),
+        "metal_pipeline": np.int64(0),
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
         "causal": np.int64(0),
@@ -134,6 +161,8 @@ def attention(target, formats="float", *, full=True):
     }
     row = result(B, T, N)
     results = {"out": result(B, T, N, V), "row_maximum": row, "log2_sum": row}
+    for format_, (name, shape) in zip(FORMATS[formats], shapes.items(), strict=True):
+        results |= format_.results(name, shape)
     if target != FORWARD:
         operands |= {
             "out": draw(B, T, N, V),
@@ -184,6 +213,8 @@ CALLS = {
     "forward_int8": lambda: attention(FORWARD, "int8"),
     "forward_int4": lambda: attention(FORWARD, "int4"),
     "forward_mixed": lambda: attention(FORWARD, "mixed"),
+    "forward_made": lambda: attention(FORWARD, "made"),
+    "forward_made_in_part": lambda: attention(FORWARD, "made_in_part"),
     "backward": lambda: attention(BACKWARD),
     "backward_int4": lambda: attention(BACKWARD, "int4"),
     "backward_bias": lambda: attention(BACKWARD_BIAS),
@@ -338,6 +369,8 @@ def test_every_attribute_must_be_there_and_of_its_type(name):
 
 ATTRIBUTES = {
     "device": ("device", np.int64(3), "is 3, expected 0 to 2"),
+    "cpu_pipeline": ("cpu_pipeline", np.int64(2), "is 2, expected 0 to 1"),
+    "metal_pipeline": ("metal_pipeline", np.int64(-1), "is -1, expected 0 to 1"),
     "scale_nan": ("scale", np.float32("nan"), "is nan, expected a finite number"),
     "scale_inf": ("scale", np.float32("inf"), "is inf, expected a finite number"),
     "soft_cap_nan": ("soft_cap", np.float32("nan"), "is nan, expected a finite number"),
@@ -397,6 +430,66 @@ def test_quantize_an_odd_head_dim_to_4_bits():
     call = quantize(bits=4)
     call.operands["x"] = draw(B, S, K, 7)
     assert "x has shape [2, 7, 2, 7], expected a head dim of at least 1, even" in call.error()
+
+
+def test_codes_that_a_call_makes_are_those_of_the_quantizer():
+    """The same bits, and the same output as that of a call that is given them."""
+    call = attention(FORWARD, "made")
+    found = dict(zip(call.results, call.run(), strict=True))
+    given = attention(FORWARD, "made")
+    given.results = {name: given.results[name] for name in ("out", "row_maximum", "log2_sum")}
+    given.operands = {}
+    for format_, name in zip(FORMATS["made"], ("query", "key", "value"), strict=True):
+        quantizer = quantize(
+            bits=format_.bits, symmetric=int(format_.offset == 0), center=format_.has_mean,
+            token_block=format_.token_block, head_block=format_.head_block,
+        )  # fmt: skip
+        quantizer.attributes["float_minimum"] = np.int64(format_.offset == 2)
+        x = call.operands[name]
+        lengths = call.operands["query_seq_lengths" if name == "query" else "key_value_seq_lengths"]
+        quantizer.operands = {"x": x, "lengths": lengths}
+        quantizer.results = {
+            part.removeprefix(f"{name}_"): shape
+            for part, shape in call.results.items()
+            if part.startswith(f"{name}_")
+        }
+        for part, y in zip(quantizer.results, quantizer.run(), strict=True):
+            np.testing.assert_array_equal(found[f"{name}_{part}"], y)
+            given.operands[name if part == "data" else f"{name}_{part}"] = np.asarray(y)
+        given.attributes[f"{name}_is_made"] = np.int64(0)
+    given.operands |= {
+        name: x for name, x in call.operands.items() if name not in ("query", "key", "value")
+    }
+    for part, y in zip(given.results, given.run(), strict=True):
+        np.testing.assert_array_equal(found[part], y)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "setting", "complaint"),
+    [
+        ("query_is_made", 2, "attribute query_is_made is 2, expected 0 to 1"),
+        ("value_per_tensor", -1, "attribute value_per_tensor is -1, expected 0 to 1"),
+        ("key_bits", 0, "attribute key_bits is 0, expected 4 or 8 where key_is_made is 1"),
+        ("key_per_tensor", 1, "attribute key_per_tensor is 1, expected 0 where blocks are not"),
+        ("key_token_block", 2, "result key_scale has shape [2, 2, 2, 8], expected [2, 4, 2, 8]"),
+        ("key_offset", 1, "result key_zero_point "),
+    ],
+)
+def test_made_codes_whose_attributes_contradict(attribute, setting, complaint):
+    call = attention(FORWARD, "made")
+    call.attributes[attribute] = np.int64(setting)
+    assert complaint in call.error()
+
+
+def test_codes_are_made_where_there_is_no_row():
+    """The output is empty, the codes are not."""
+    call = attention(FORWARD, "made_in_part", full=False)
+    call.operands["query"] = draw(B, 0, N, H)
+    call.results |= {"out": result(B, 0, N, V), "row_maximum": result(B, 0, N),
+                     "log2_sum": result(B, 0, N)}  # fmt: skip
+    found = dict(zip(call.results, call.run(), strict=True))
+    codes = np.asarray(found["key_data"], np.float32) * np.asarray(found["key_scale"])
+    np.testing.assert_allclose(codes, call.operands["key"], atol=float(found["key_scale"].max()))
 
 
 @pytest.mark.parametrize("window", [(2**61 - 1, 0), (0, 2**61 - 1), (2**61 - 1, 2**61 - 1)])

@@ -137,7 +137,6 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
 @pytest.mark.parametrize("specs", ["int8", "int4", MIXED], ids=["int8", "int4", "mixed"])
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_apply_to_codes(rule, specs, implementation, oracle, relative_error, random_operands):

@@ -34,13 +34,13 @@ def operands(seed=0):
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def attention(quantization, query, key, value, bias, d_out):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="kernel")
+def attention(quantization, query, key, value, bias, d_out, kernel="baseline"):
     """Every kernel at once: output, log-sum-exp and the gradients of query, key, value and bias."""
 
     def function(*inputs):
         return jax_gluon.attention_with_log_sum_exp(
-            *inputs, is_causal=True, quantization=quantization, implementation="cpu"
+            *inputs, is_causal=True, quantization=quantization, implementation="cpu", kernel=kernel
         )
 
     results, pullback = jax.vjp(function, query, key, value, bias)
@@ -70,8 +70,9 @@ def pool_threads():
 
 
 def main():
-    for quantization in (None, "int8"):
-        print(digest(attention(quantization, *operands())))
+    for kernel in ("baseline", "gluon"):
+        for quantization in (None, "int8"):
+            print(digest(attention(quantization, *operands(), kernel=kernel)))
     print(digest(independent_calls(*operands())))
     print(pool_threads())
 
@@ -96,7 +97,7 @@ def digests(threads):
 def test_results_are_the_same_bits_for_any_number_of_threads(threads):
     one, _ = digests(1)
     many, _ = digests(threads)
-    assert len(one) == 3
+    assert len(one) == 5
     assert many == one
 
 

@@ -80,18 +80,19 @@ def main() -> int:
     results = outcomes()
     messages = dict(re.findall(r'^MISUSE\((\w+),\s*"([^"]*)"', misuse_text(), re.MULTILINE))
     words = str.maketrans("_-", "  ")
+    areas = sorted(path.stem for path in (TESTS / "language").glob("test_*.py"))
     page = INTRODUCTION
     page += table(
         "The language",
-        "One small kernel with a known answer for each feature (`test_language.py`).",
-        list(matching(results, "test_language", "test_feature")),
+        "One small kernel with a known answer for each feature (`language/`).",
+        [row for area in areas for row in matching(results, area, "test_feature")],
     )
     page += table(
         "Refused with a message",
-        "What the device lacks or Metal does not allow (`test_language.py`).",
+        "What the device lacks or Metal does not allow (`language/test_refused.py`).",
         [
             (f"`{name}`", result)
-            for name, result in matching(results, "test_language", "test_refused")
+            for name, result in matching(results, "test_refused", "test_refused")
         ],
     )
     page += table(

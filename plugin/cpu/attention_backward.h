@@ -12,19 +12,25 @@
 namespace jax_gluon::cpu {
 namespace {
 
-template <class Isa>
+// In the gluon pipeline packed blocks of keys are a ring that is filled ahead, a tile is one
+// subtile of a block's keys, and the products of a row group come before the softmax of the one
+// before it.
+template <class Isa, Pipeline kPipeline>
 class AttentionBackward {
   using Core = F32Core<Isa>;
   static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns;
   // A tile of S and one of dP, 96 x 192 x 4 bytes each, stay in L2 with the block's K and V.
   static constexpr int64_t kRows = 96, kKeys = 192;
+  static constexpr bool kGluon = kPipeline == Pipeline::kGluon;
+  // Keys of a tile, and blocks of keys that are packed at once.
+  static constexpr int64_t kTileKeys = kGluon ? 96 : kKeys, kStages = kGluon ? 2 : 1;
   static constexpr int64_t kGroupRows = R >= 12 ? R : 2 * R;
   // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
   static constexpr int64_t kColumnStep = std::lcm(R, C);
-  static_assert(kRows % kGroupRows == 0 && kKeys % kColumnStep == 0);
+  static_assert(kRows % kGroupRows == 0 && kKeys % kTileKeys == 0 && kTileKeys % kColumnStep == 0);
   // Tasks wanted, so that several cores are busy; a kv head's keys are split no finer than this.
   static constexpr int64_t kTasks = 16, kLeastChunk = 1024;
-  using Rules = LogitRules<Isa, kKeys>;
+  using Rules = LogitRules<Isa, kTileKeys>;
   using Rows = BackwardRows<Isa, AttentionBackwardCall>;
 
  public:
@@ -62,9 +68,9 @@ class AttentionBackward {
     Buffer<float> d_out_tiles, d_out_panels;
     Buffer<float> d_query;                   // [T][head_columns], when there is one chunk
     Buffer<float> d_key, d_value;            // [chunk keys][columns]
-    Buffer<float> key_scores, value_scores;  // score panels of a key block
-    Buffer<float> key_panels;                // value panels (columns of K) of a key block
-    Buffer<float> scores, d_probability;     // [kRows][kKeys]
+    Buffer<float> key_scores, value_scores;  // score panels of each packed key block
+    Buffer<float> key_panels;                // value panels (columns of K) of each
+    Buffer<float> scores, d_probability;     // [kRows][kTileKeys]
     Buffer<float> rows, cap_slope, row_sum;
     Buffer<typename Rows::Statistics> statistics;
   };
@@ -78,13 +84,13 @@ class AttentionBackward {
     if (chunks_ == 1) s.d_query.allocate(query_rows_ * head_columns_);
     s.d_key.allocate(chunk_keys_ * head_columns_);
     s.d_value.allocate(chunk_keys_ * value_columns_);
-    s.key_scores.allocate(kKeys * H);
-    s.value_scores.allocate(kKeys * V);
-    s.key_panels.allocate(kKeys * head_columns_);
-    s.scores.allocate(kRows * kKeys);
-    s.d_probability.allocate(kRows * kKeys);
+    s.key_scores.allocate(kStages * kKeys * H);
+    s.value_scores.allocate(kStages * kKeys * V);
+    s.key_panels.allocate(kStages * kKeys * head_columns_);
+    s.scores.allocate(kRows * kTileKeys);
+    s.d_probability.allocate(kRows * kTileKeys);
     s.rows.allocate((2 * std::max(R, C) + 1) * (std::max(H, V) + Isa::kLanes));
-    s.cap_slope.allocate(kKeys);
+    s.cap_slope.allocate(kTileKeys);
     s.row_sum.allocate(query_rows_);
     s.statistics.allocate(query_rows_);
   }
@@ -112,9 +118,12 @@ class AttentionBackward {
       if (!rows.empty()) {
         const Rules rules(call_, b, n);
         load_queries(b, n, rows, s);
+        int64_t packed = keys.begin;
         for (int64_t key0 = keys.begin; key0 < keys.end; key0 += kKeys) {
-          key_block(visibility, rules, b, k, {key0, std::min(key0 + kKeys, keys.end)}, keys.begin,
-                    dq, s);
+          for (; packed < std::min(keys.end, key0 + kStages * kKeys); packed += kKeys) {
+            load_keys(visibility, b, k, {packed, std::min(packed + kKeys, keys.end)}, s);
+          }
+          key_block(visibility, rules, {key0, std::min(key0 + kKeys, keys.end)}, keys.begin, dq, s);
         }
         add_key_mean(b, k, rows, dq, s);
       }
@@ -191,8 +200,12 @@ class AttentionBackward {
     }
   }
 
-  void load_keys(int64_t b, int64_t k, Range keys, Scratch& s) const {
-    const int64_t H = call_.H, V = call_.V;
+  // Where a block of keys is packed.
+  static int64_t stage(int64_t key0) { return key0 / kKeys % kStages; }
+
+  void load_keys(const Visibility& visibility, int64_t b, int64_t k, Range keys, Scratch& s) const {
+    if (visibility.rows_of_keys(keys).empty()) return;
+    const int64_t H = call_.H, V = call_.V, place = stage(keys.begin) * kKeys;
     float* key = s.rows.get();
     float* value = key + C * H;
     for (int64_t j0 = 0; j0 < round_up(keys.end - keys.begin, C); j0 += C) {
@@ -208,89 +221,127 @@ class AttentionBackward {
           std::fill(v, v + V, 0.0f);
         }
       }
-      interleave<C>(key, H, H, s.key_scores.get() + j0 * H);
-      interleave<C>(value, V, V, s.value_scores.get() + j0 * V);
+      interleave<C>(key, H, H, s.key_scores.get() + (place + j0) * H);
+      interleave<C>(value, V, V, s.value_scores.get() + (place + j0) * V);
       for (int64_t c = 0; c < C; ++c) {
         float* x = key + c * H;
         if (!all_finite<Isa>(x, H)) replace_nonfinite(x, H);
         const float* row[1] = {x};
-        pack_value_line<Core, float>(row, H, s.key_panels.get() + (j0 + c) * C, kKeys * C);
+        pack_value_line<Core, float>(
+            row, H, s.key_panels.get() + place * head_columns_ + (j0 + c) * C, kKeys * C);
       }
     }
   }
 
-  void key_block(const Visibility& visibility, const Rules& rules, int64_t b, int64_t k, Range keys,
-                 int64_t chunk_begin, float* dq, Scratch& s) const {
+  void key_block(const Visibility& visibility, const Rules& rules, Range keys, int64_t chunk_begin,
+                 float* dq, Scratch& s) const {
     const Range rows = visibility.rows_of_keys(keys);
     if (rows.empty()) return;
-    load_keys(b, k, keys, s);
-    float* dk = s.d_key.get() + (keys.begin - chunk_begin) * head_columns_;
-    float* dv = s.d_value.get() + (keys.begin - chunk_begin) * value_columns_;
     for (int64_t i0 = rows.begin / kRows * kRows; i0 < rows.end; i0 += kRows) {
-      tile(visibility, rules, keys, {i0, std::min(i0 + kRows, call_.T)}, dq, dk, dv, s);
+      for (int64_t key0 = keys.begin; key0 < keys.end; key0 += kTileKeys) {
+        const int64_t at = key0 - chunk_begin;
+        tile(visibility, rules, {key0, std::min(key0 + kTileKeys, keys.end)}, key0 - keys.begin,
+             {i0, std::min(i0 + kRows, call_.T)}, dq, s.d_key.get() + at * head_columns_,
+             s.d_value.get() + at * value_columns_, s);
+      }
     }
   }
 
-  void tile(const Visibility& visibility, const Rules& rules, Range keys, Range rows, float* dq,
-            float* dk, float* dv, Scratch& s) const {
-    const int64_t H = call_.H, V = call_.V, key0 = keys.begin;
+  // Columns of a tile that one group of its rows sees.
+  struct Group {
+    int64_t g = 0;
+    bool used = false;
+    Range columns;
+  };
+
+  // Keys `keys` stand at `column` of their packed block.
+  void tile(const Visibility& visibility, const Rules& rules, Range keys, int64_t column,
+            Range rows, float* dq, float* dk, float* dv, Scratch& s) const {
+    const int64_t key0 = keys.begin, packed = stage(key0 - column) * kKeys + column;
     const Range seen = intersect(visibility.of_rows(rows), keys);
     if (seen.empty()) return;
     // Columns of the tile that any row uses, and the rows that use any.
     const int64_t first = (seen.begin - key0) / kColumnStep * kColumnStep;
     const int64_t last = round_up(seen.end - key0, kColumnStep);
     int64_t row_begin = kRows, row_end = 0;
-    for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
+    const auto multiply = [&](int64_t g) {
       const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
       const Range keys_seen = intersect(visibility.of_rows(group), keys);
-      const bool used = !keys_seen.empty() && rules.any_visible(group, keys_seen);
-      const int64_t begin = used ? (keys_seen.begin - key0) / C * C : first;
-      const int64_t end = used ? round_up(keys_seen.end - key0, C) : first;
-      zero_outside(s, g, first, last, begin, end);
-      if (!used) continue;
-      row_begin = std::min(row_begin, g);
-      row_end = g + kGroupRows;
-      for (int64_t j = begin; j < end; j += C) {
-        for (int64_t t = g; t < g + kGroupRows; t += R) {
-          score_tile<Core>(s.query_tiles.get() + (rows.begin + t) * H, s.key_scores.get() + j * H,
-                           H, s.scores.get() + t * kKeys + j, kKeys);
-          score_tile<Core>(s.d_out_tiles.get() + (rows.begin + t) * V, s.value_scores.get() + j * V,
-                           V, s.d_probability.get() + t * kKeys + j, kKeys);
-        }
+      Group out{g, !keys_seen.empty() && rules.any_visible(group, keys_seen), {first, first}};
+      if (out.used) {
+        out.columns = {(keys_seen.begin - key0) / C * C, round_up(keys_seen.end - key0, C)};
+        row_begin = std::min(row_begin, g);
+        row_end = g + kGroupRows;
       }
-      for (int64_t r = g; r < g + kGroupRows; ++r) {
-        const int64_t i = rows.begin + r;
-        const Range visible = i < rows.end ? visibility.of_row(i) : Range{};
-        if (visible.empty() || s.statistics[i].empty) {
-          zero_row(s, r, begin, end);
-          continue;
-        }
-        s.row_sum[i] += softmax_backward_row<Isa>(
-            rules, s.statistics[i], i, key0, begin, end, visible, call_.soft_cap,
-            s.scores.get() + r * kKeys, s.d_probability.get() + r * kKeys, s.cap_slope.get());
-      }
-      accumulate_d_query(g, begin, end, rows, dq, s);
+      zero_outside(s, g, first, last, out.columns.begin, out.columns.end);
+      multiply_keys(out, packed, rows, s);
+      return out;
+    };
+    const auto finish = [&](const Group& group) {
+      if (!group.used) return;
+      softmax(visibility, rules, group, key0, rows, s);
+      accumulate_d_query(group.g, group.columns.begin, group.columns.end, packed, rows, dq, s);
+    };
+    const int64_t count = rows.end - rows.begin;
+    Group next = multiply(0);
+    for (int64_t g = 0; g < count; g += kGroupRows) {
+      const Group group = next;
+      if (!kGluon) finish(group);
+      if (g + kGroupRows < count) next = multiply(g + kGroupRows);
+      if (kGluon) finish(group);
     }
     if (row_begin >= row_end) return;
     for (int64_t j = first; j < last; j += R) {
-      const float* p = s.scores.get() + row_begin * kKeys + j;
-      const float* ds = s.d_probability.get() + row_begin * kKeys + j;
-      const int64_t at = (rows.begin + row_begin) * C, count = row_end - row_begin;
+      const float* p = s.scores.get() + row_begin * kTileKeys + j;
+      const float* ds = s.d_probability.get() + row_begin * kTileKeys + j;
+      const int64_t at = (rows.begin + row_begin) * C, depth = row_end - row_begin;
       for (int64_t c = 0; c < value_columns_; c += C) {
-        transposed_tile<Isa, kKeys>(p, s.d_out_panels.get() + c * query_rows_ + at, count,
-                                    dv + j * value_columns_ + c, value_columns_);
+        transposed_tile<Isa, kTileKeys>(p, s.d_out_panels.get() + c * query_rows_ + at, depth,
+                                        dv + j * value_columns_ + c, value_columns_);
       }
       for (int64_t c = 0; c < head_columns_; c += C) {
-        transposed_tile<Isa, kKeys>(ds, s.query_panels.get() + c * query_rows_ + at, count,
-                                    dk + j * head_columns_ + c, head_columns_);
+        transposed_tile<Isa, kTileKeys>(ds, s.query_panels.get() + c * query_rows_ + at, depth,
+                                        dk + j * head_columns_ + c, head_columns_);
       }
     }
   }
 
+  // S and dP of a group.
+  void multiply_keys(const Group& group, int64_t packed, Range rows, Scratch& s) const {
+    const int64_t H = call_.H, V = call_.V;
+    for (int64_t j = group.columns.begin; j < group.columns.end; j += C) {
+      for (int64_t t = group.g; t < group.g + kGroupRows; t += R) {
+        score_tile<Core>(s.query_tiles.get() + (rows.begin + t) * H,
+                         s.key_scores.get() + (packed + j) * H, H,
+                         s.scores.get() + t * kTileKeys + j, kTileKeys);
+        score_tile<Core>(s.d_out_tiles.get() + (rows.begin + t) * V,
+                         s.value_scores.get() + (packed + j) * V, V,
+                         s.d_probability.get() + t * kTileKeys + j, kTileKeys);
+      }
+    }
+  }
+
+  // P and dS of a group, in their place.
+  void softmax(const Visibility& visibility, const Rules& rules, const Group& group, int64_t key0,
+               Range rows, Scratch& s) const {
+    const int64_t begin = group.columns.begin, end = group.columns.end;
+    for (int64_t r = group.g; r < group.g + kGroupRows; ++r) {
+      const int64_t i = rows.begin + r;
+      const Range visible = i < rows.end ? visibility.of_row(i) : Range{};
+      if (visible.empty() || s.statistics[i].empty) {
+        zero_row(s, r, begin, end);
+        continue;
+      }
+      s.row_sum[i] += softmax_backward_row<Isa>(
+          rules, s.statistics[i], i, key0, begin, end, visible, call_.soft_cap,
+          s.scores.get() + r * kTileKeys, s.d_probability.get() + r * kTileKeys, s.cap_slope.get());
+    }
+  }
+
   static void zero_row(Scratch& s, int64_t r, int64_t begin, int64_t end) {
-    std::fill(s.scores.get() + r * kKeys + begin, s.scores.get() + r * kKeys + end, 0.0f);
-    std::fill(s.d_probability.get() + r * kKeys + begin, s.d_probability.get() + r * kKeys + end,
-              0.0f);
+    std::fill(s.scores.get() + r * kTileKeys + begin, s.scores.get() + r * kTileKeys + end, 0.0f);
+    std::fill(s.d_probability.get() + r * kTileKeys + begin,
+              s.d_probability.get() + r * kTileKeys + end, 0.0f);
   }
 
   // A row group's share of columns [first, last) that it does not compute.
@@ -302,18 +353,20 @@ class AttentionBackward {
     }
   }
 
-  void accumulate_d_query(int64_t g, int64_t begin, int64_t end, Range rows, float* dq,
-                          Scratch& s) const {
+  void accumulate_d_query(int64_t g, int64_t begin, int64_t end, int64_t packed, Range rows,
+                          float* dq, Scratch& s) const {
     static constexpr float kOne[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     static_assert(R <= 16);
+    const int64_t at = packed % kKeys + begin;
+    const float* keys = s.key_panels.get() + packed / kKeys * kKeys * head_columns_ + at * C;
     for (int64_t t = g; t < g + kGroupRows; t += R) {
       const int64_t i = rows.begin + t;
       if (i >= rows.end) break;
-      const float* ds = s.d_probability.get() + t * kKeys + begin;
+      const float* ds = s.d_probability.get() + t * kTileKeys + begin;
       if (i + R <= call_.T) {
         for (int64_t c = 0; c < head_columns_; c += C) {
-          value_tile<Core, kKeys>(ds, s.key_panels.get() + c * kKeys + begin * C, end - begin,
-                                  dq + i * head_columns_ + c, head_columns_, kOne);
+          value_tile<Core, kTileKeys>(ds, keys + c * kKeys, end - begin, dq + i * head_columns_ + c,
+                                      head_columns_, kOne);
         }
         continue;
       }
@@ -321,8 +374,7 @@ class AttentionBackward {
       alignas(kAlignment) float edge[R * C];
       for (int64_t c = 0; c < head_columns_; c += C) {
         std::fill(edge, edge + R * C, 0.0f);
-        value_tile<Core, kKeys>(ds, s.key_panels.get() + c * kKeys + begin * C, end - begin, edge,
-                                C, kOne);
+        value_tile<Core, kTileKeys>(ds, keys + c * kKeys, end - begin, edge, C, kOne);
         for (int64_t r = 0; i + r < call_.T; ++r) {
           for (int64_t x = 0; x < C; ++x) dq[(i + r) * head_columns_ + c + x] += edge[r * C + x];
         }

@@ -67,6 +67,9 @@ Status unsupported() {
 class CpuDevice : public Device {
  public:
   Status forward(const AttentionForwardCall& call, Parallel& parallel) override {
+    for (const QuantizeCall& each : call.quantize) {
+      if (Status status = quantize(each, parallel)) return status;
+    }
     return run(&Kernels::forward, call, parallel);
   }
   Status backward(const AttentionBackwardCall& call, Parallel& parallel) override {

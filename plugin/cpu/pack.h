@@ -6,6 +6,12 @@
 namespace jax_gluon::cpu {
 namespace {
 
+inline int32_t sum_of(const int8_t* codes, int64_t n) {
+  int32_t total = 0;
+  for (int64_t h = 0; h < n; ++h) total += codes[h];
+  return total;
+}
+
 // One row of an operand as lanes, zero-padded; `bias` is added to int8 codes.
 template <class Core>
 void row_to_lanes(const void* row, DType dtype, int64_t n, int32_t bias, typename Core::Lane* out) {

@@ -5,6 +5,7 @@
 #include "attention_backward_bias.h"
 #include "attention_decode.h"
 #include "attention_forward.h"
+#include "gluon_forward.h"
 #include "kernels.h"
 #include "quantize.h"
 
@@ -13,26 +14,38 @@ namespace {
 
 template <class Isa, bool kBf16Dot = false>
 struct Variant {
+  template <class Core>
+  static void forward_of(const AttentionForwardCall& call, Parallel& parallel) {
+    if (call.cpu_pipeline == Pipeline::kGluon) {
+      GluonForward<Core>(call, parallel).run();
+    } else {
+      AttentionForward<Core>(call, parallel).run();
+    }
+  }
   static Status forward(const AttentionForwardCall& call, Parallel& parallel) {
     if (AttentionDecode<Isa>::takes(call)) {
       AttentionDecode<Isa>::run(call, parallel);
       return {};
     }
-    if (AttentionForward<Int8Core<Isa>>::takes(call)) {
-      AttentionForward<Int8Core<Isa>>(call, parallel).run();
+    if (ForwardBlocks<Int8Core<Isa>>::takes(call)) {
+      forward_of<Int8Core<Isa>>(call, parallel);
       return {};
     }
     if constexpr (kBf16Dot) {
-      if (AttentionForward<Bf16Core<Isa>>::takes(call)) {
-        AttentionForward<Bf16Core<Isa>>(call, parallel).run();
+      if (ForwardBlocks<Bf16Core<Isa>>::takes(call)) {
+        forward_of<Bf16Core<Isa>>(call, parallel);
         return {};
       }
     }
-    AttentionForward<F32Core<Isa>>(call, parallel).run();
+    forward_of<F32Core<Isa>>(call, parallel);
     return {};
   }
   static Status backward(const AttentionBackwardCall& call, Parallel& parallel) {
-    AttentionBackward<Isa>(call, parallel).run();
+    if (call.cpu_pipeline == Pipeline::kGluon) {
+      AttentionBackward<Isa, Pipeline::kGluon>(call, parallel).run();
+    } else {
+      AttentionBackward<Isa, Pipeline::kBaseline>(call, parallel).run();
+    }
     return {};
   }
   static Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel) {

@@ -4,38 +4,39 @@
 #import <Metal/Metal.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "metal/context.h"
 
 namespace jax_gluon::metal {
 
-// The buffers of one call. Memory is lent without a copy, in whole pages around it, which is all
-// that Metal takes; where Metal refuses, it is copied, and results are copied back.
+// The buffers of one call. Memory is lent without a copy; where Metal refuses, it is copied, and
+// results are copied back.
 class Buffers {
  public:
   explicit Buffers(Context& context) : context_(context) {}
 
-  struct Range {
-    id<MTLBuffer> buffer = nil;
-    size_t offset = 0;
-  };
+  using Range = BufferRange;
+  // What was written before is read from the buffer that it was written to: Metal orders kernels by
+  // the buffers that they share.
   Range read(const void* address, size_t bytes);
   Range write(void* address, size_t bytes);
+  Range copy(const void* address, size_t bytes);
 
   // Results that were copied, to where they belong. After the last command buffer has run.
   void copy_back();
 
  private:
-  struct Copy {
-    id<MTLBuffer> from;
-    void* to;
+  struct Written {
+    Range range;
+    void* address;
     size_t bytes;
+    bool is_copied;
   };
-  Range lend(const void* address, size_t bytes);
 
   Context& context_;
-  std::vector<Copy> copies_;
+  std::vector<Written> written_;
 };
 
 }  // namespace jax_gluon::metal

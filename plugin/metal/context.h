@@ -7,32 +7,17 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
-#include <vector>
 
 #include "metal/archive.h"
+#include "metal/error.h"
+#include "metal/pins.h"
 
 namespace jax_gluon::metal {
 
-// What went wrong, in Metal's words and with a hint. Devices turn it into a Status.
-class Error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-// Function constants by index: ints, and bools where `is_bool`.
-struct Constant {
-  uint32_t index;
-  int value;
-  bool is_bool;
-  bool operator<(const Constant& other) const {
-    return std::tie(index, value, is_bool) < std::tie(other.index, other.value, other.is_bool);
-  }
-};
-using Constants = std::vector<Constant>;
+// Function constants, all ints, by index.
+using Constants = std::map<uint32_t, int>;
 
 class Context {
  public:
@@ -40,27 +25,35 @@ class Context {
   Context();
 
   id<MTLDevice> device() const { return device_; }
-  bool is_software() const { return is_software_; }
 
   // Of kernel `name` in shaders/`stem`.metal. Compiled once for each set of constants, by whichever
   // thread asks first.
   id<MTLComputePipelineState> pipeline(const std::string& stem, const std::string& name,
                                        const Constants& constants);
 
-  // Runs a command buffer to its end.
+  // Whether this GPU's compiler has kernel `name`: those of bfloat need MSL 3.1.
+  bool has_kernel(const std::string& stem, const std::string& name);
+
   id<MTLCommandBuffer> command_buffer();
-  void run(id<MTLCommandBuffer> commands);
+  // Throws what went wrong in a command buffer that has ended.
+  static void check(id<MTLCommandBuffer> commands);
+  // Multiply-accumulates that a command buffer may be given: JAX_GLUON_METAL_COMMAND_PRODUCTS, else
+  // 2^40.
+  int64_t products_of_a_command_buffer() const { return products_of_a_command_buffer_; }
 
   id<MTLBuffer> scratch(size_t bytes);
+
+  Pins& pins() { return pins_; }
 
  private:
   id<MTLLibrary> library(const std::string& stem);
 
   id<MTLDevice> device_;
   id<MTLCommandQueue> queue_;
-  bool is_software_ = false;
+  int64_t products_of_a_command_buffer_ = int64_t{1} << 40;
   std::mutex mutex_;
   std::unique_ptr<Archive> archive_;
+  Pins pins_;
   std::map<std::string, id<MTLLibrary>> libraries_;
   std::map<std::pair<std::string, Constants>, id<MTLComputePipelineState>> pipelines_;
 };

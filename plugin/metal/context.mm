@@ -1,5 +1,7 @@
 #include "metal/context.h"
 
+#include <cstdlib>
+
 #include "metal/shader_sources.h"
 
 namespace jax_gluon::metal {
@@ -27,20 +29,34 @@ const char* hint(NSInteger code) {
   }
 }
 
+// A virtual machine's GPU may know more than the families that it reports.
+bool accepts_any_family() {
+  const char* given = std::getenv("JAX_GLUON_METAL_ANY_FAMILY");
+  return given && std::string(given) == "1";
+}
+
 }  // namespace
 
-Context::Context() : device_(find_device()) {
+Context::Context() : device_(find_device()), pins_(device_) {
   if (!device_) throw Error("no Metal device; implementation=\"cpu\" does without");
-  if (![device_ supportsFamily:MTLGPUFamilyApple7]) {
+  if (![device_ supportsFamily:MTLGPUFamilyApple7] && !accepts_any_family()) {
     throw Error("the GPU \"" + std::string(device_.name.UTF8String) +
                 "\" has no simdgroup matrices (MTLGPUFamilyApple7, of M1 and A14 and later); "
                 "implementation=\"cpu\" does without");
   }
-  is_software_ = [device_.name isEqualToString:@"Software Metal"];
   queue_ = [device_ newCommandQueue];
   if (!queue_) throw Error("the Metal device made no command queue");
   archive_ =
       std::make_unique<Archive>(device_, std::string("metal-") + kShaderSourcesDigest + ".archive");
+  if (const char* given = std::getenv("JAX_GLUON_METAL_COMMAND_PRODUCTS")) {
+    char* end = nullptr;
+    const long long value = std::strtoll(given, &end, 10);
+    if (*given == '\0' || *end != '\0' || value < 1) {
+      throw Error("JAX_GLUON_METAL_COMMAND_PRODUCTS is \"" + std::string(given) +
+                  "\", expected an integer of at least 1");
+    }
+    products_of_a_command_buffer_ = value;
+  }
 }
 
 id<MTLLibrary> Context::library(const std::string& stem) {
@@ -49,7 +65,11 @@ id<MTLLibrary> Context::library(const std::string& stem) {
   const char* source = shader_source(stem.c_str());
   if (!source) throw Error("no shader " + stem);
   MTLCompileOptions* options = [[MTLCompileOptions alloc] init];
-  options.languageVersion = MTLLanguageVersion3_1;
+  if (@available(macOS 14.0, *)) {
+    options.languageVersion = MTLLanguageVersion3_1;
+  } else {
+    options.languageVersion = MTLLanguageVersion3_0;
+  }
   // Infinities and NaN are what they are. (From macOS 15 on the name of this is mathMode.)
   options.fastMathEnabled = NO;
   NSError* error = nil;
@@ -61,18 +81,19 @@ id<MTLLibrary> Context::library(const std::string& stem) {
   return library;
 }
 
+bool Context::has_kernel(const std::string& stem, const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  return [library(stem).functionNames containsObject:@(name.c_str())];
+}
+
 id<MTLComputePipelineState> Context::pipeline(const std::string& stem, const std::string& name,
                                               const Constants& constants) {
   const std::lock_guard lock(mutex_);
   __strong id<MTLComputePipelineState>& pipeline = pipelines_[{name, constants}];
   if (pipeline) return pipeline;
   MTLFunctionConstantValues* values = [[MTLFunctionConstantValues alloc] init];
-  for (const Constant& each : constants) {
-    const bool flag = each.value != 0;
-    const void* value = each.is_bool ? static_cast<const void*>(&flag) : &each.value;
-    [values setConstantValue:value
-                        type:each.is_bool ? MTLDataTypeBool : MTLDataTypeInt
-                     atIndex:each.index];
+  for (const auto& [index, value] : constants) {
+    [values setConstantValue:&value type:MTLDataTypeInt atIndex:index];
   }
   NSError* error = nil;
   id<MTLFunction> function = [library(stem) newFunctionWithName:@(name.c_str())
@@ -97,9 +118,7 @@ id<MTLCommandBuffer> Context::command_buffer() {
   return commands;
 }
 
-void Context::run(id<MTLCommandBuffer> commands) {
-  [commands commit];
-  [commands waitUntilCompleted];
+void Context::check(id<MTLCommandBuffer> commands) {
   if (commands.status == MTLCommandBufferStatusCompleted) return;
   throw Error(text_of(commands.error) + hint(commands.error.code));
 }

@@ -41,7 +41,7 @@ Loaded load() {
 }
 
 // A failure is looked at again: the library may be built, or the device come, while we run.
-const Loaded& loaded() {
+Loaded loaded() {
   static std::mutex& mutex = *new std::mutex;
   static Loaded& kept = *new Loaded;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -52,19 +52,35 @@ const Loaded& loaded() {
 }  // namespace
 
 Device* metal_device(std::string* why) {
-  const Loaded& found = loaded();
+  const Loaded found = loaded();
   if (found.metal) return found.metal->device;
   if (why) *why = found.why;
   return nullptr;
 }
 
 std::string metal_device_name() {
-  const Loaded& found = loaded();
+  const Loaded found = loaded();
   return found.metal ? found.metal->name : "";
 }
 
+int64_t metal_pin(const void* address, size_t bytes, std::string* why) {
+  const Loaded found = loaded();
+  if (found.metal) return found.metal->pin(address, bytes, why);
+  *why = found.why;
+  return 0;
+}
+
+void metal_unpin(int64_t pin) {
+  if (const Loaded found = loaded(); found.metal) found.metal->unpin(pin);
+}
+
+int64_t metal_pin_uses(int64_t pin) {
+  const Loaded found = loaded();
+  return found.metal ? found.metal->pin_uses(pin) : 0;
+}
+
 std::string metal_counters(bool reset) {
-  const Loaded& found = loaded();
+  const Loaded found = loaded();
   if (!found.metal || !found.metal->counters_json) return "[]";
   std::vector<char> text(found.metal->counters_json(nullptr, 0));
   // Another dispatch may end in between.

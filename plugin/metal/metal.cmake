@@ -8,10 +8,14 @@ add_custom_command(
           ${CMAKE_CURRENT_SOURCE_DIR}/shaders ${shader_sources}
   DEPENDS plugin/metal/embed_shaders.py ${shader_files}
   VERBATIM)
-set(metal_sources plugin/metal/archive.mm plugin/metal/buffers.mm plugin/metal/context.mm plugin/metal/device.mm
-                  plugin/metal/encoder.mm)
+include(plugin/metal/sources.cmake)
+list(TRANSFORM host_sources PREPEND plugin/metal/ OUTPUT_VARIABLE metal_sources)
 set_source_files_properties(${metal_sources} PROPERTIES COMPILE_OPTIONS -fobjc-arc)
-set_target_properties(_plugin PROPERTIES OBJCXX_STANDARD 20 OBJCXX_STANDARD_REQUIRED ON)
+set_target_properties(_plugin PROPERTIES
+                      OBJCXX_STANDARD 20 OBJCXX_STANDARD_REQUIRED ON OBJCXX_EXTENSIONS OFF
+                      OBJCXX_VISIBILITY_PRESET hidden)
 target_sources(_plugin PRIVATE ${metal_sources} ${shader_sources})
 target_include_directories(_plugin PRIVATE shaders ${CMAKE_CURRENT_BINARY_DIR})
 target_link_libraries(_plugin PRIVATE "-framework Foundation" "-framework Metal")
+# Python looks for this symbol alone.
+target_link_options(_plugin PRIVATE LINKER:-exported_symbol,_PyInit__plugin)

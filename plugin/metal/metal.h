@@ -1,6 +1,7 @@
 // The way from the handlers to Metal.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "device.h"
@@ -31,6 +32,13 @@ std::string metal_device_name();
 // real GPU, which does not count.
 std::string metal_counters(bool reset);
 
+// Keeps memory as a buffer of Metal's, for all calls until it is let go; its owner keeps it alive
+// and unchanged. Returns the pin's number, or 0 and why there is none.
+int64_t metal_pin(const void* address, size_t bytes, std::string* why);
+void metal_unpin(int64_t pin);
+// How many operands of calls were read from it.
+int64_t metal_pin_uses(int64_t pin);
+
 }  // namespace jax_gluon
 
 // What the library of Metal host code exports, where the plugin loads it at run time.
@@ -39,6 +47,9 @@ struct JaxGluonMetal {
   jax_gluon::Device* device;  // null: `why` says so
   const char* why;
   const char* name;
+  int64_t (*pin)(const void* address, size_t bytes, std::string* why);
+  void (*unpin)(int64_t pin);
+  int64_t (*pin_uses)(int64_t pin);
   size_t (*counters_json)(char* text, size_t capacity);  // null on a real GPU
   void (*counters_reset)();
 };

@@ -10,7 +10,8 @@ extern "C" {
 #endif
 
 // Work of each dispatch since the last reset, oldest first, as a JSON array of objects with the
-// fields of softmetal::Counters and "kernel"; at most the last 65,536. Returns the length needed,
+// fields of softmetal::Counters, "kernel" and "command_buffer", a number that dispatches of one
+// command buffer share; at most the last 65,536. Returns the length needed,
 // with the terminator; writes at most `capacity` bytes.
 size_t softmetal_counters_json(char* text, size_t capacity);
 void softmetal_counters_reset(void);
@@ -19,9 +20,11 @@ void softmetal_counters_reset(void);
 // SOFTMETAL_FAULT="name[:count][,name...]". Returns 0 for a name it does not know. Names:
 //   nil_device                     MTLCreateSystemDefaultDevice returns nil
 //   old_family                     a GPU without simdgroup matrices
+//   old_language                   newLibraryWithSource compiles as MSL 3.0, without bfloat
 //   compile_failure                newLibraryWithSource fails
 //   pipeline_failure               newComputePipelineState fails
 //   out_of_memory                  newBuffer returns nil
+//   no_copy_refused                newBufferWithBytesNoCopy returns nil
 //   command_buffer_error           a command buffer ends with an internal error
 //   command_buffer_out_of_memory   a command buffer ends out of memory
 //   watchdog                       a command buffer is ended by the watchdog

@@ -6,6 +6,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "plugin" / "softmetal" / "python"), str(Path(__file__).parent)]
 
@@ -18,3 +20,8 @@ _softmetal = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_softmetal)
 if sys.platform != "darwin":
     device = _softmetal.device
+else:
+
+    @pytest.fixture(scope="session")
+    def device():
+        pytest.skip("of the software device alone")

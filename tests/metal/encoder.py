@@ -14,7 +14,6 @@ import numpy as np
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 
 SHADERS = Path(__file__).resolve().parents[2] / "shaders"
-BLOCK_ROWS, THREADS = 32, 128
 EMPTY_ROW_LOG2_SUM = np.float32(-3.0e38)
 _SCALARS = {"Int64": np.int64, "int": np.int32, "float": np.float32}
 _TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
@@ -45,6 +44,10 @@ def enum(name: str) -> dict[str, int]:
 def struct(name: str) -> np.dtype[Any]:
     """A struct of bindings.h, laid out as C++ and Metal lay it out."""
     return _table()[1][name]
+
+
+SIZES = enum("BlockSize")
+BLOCK_ROWS, THREADS, SIMDGROUPS = (SIZES[f"k{x}"] for x in ("BlockRows", "Threads", "Simdgroups"))
 
 
 @functools.cache
@@ -154,6 +157,7 @@ class Encoder:
                 continue
             strides = self._bind(f"k{name.title()}", x)
             p[name]["head"], p[name]["row"], p[name]["key"] = strides[1:]
+            p[f"has_{name}"] = 1
             if name == "bias":
                 p["bias_type"] = type_code(x)
         for name, slot in (("query", "kQueryLengths"), ("key_value", "kKeyValueLengths")):
@@ -212,9 +216,7 @@ class Encoder:
         types = [
             type_code(x.data if isinstance(x, QuantizedTensor) else x) for x in problem.operands()
         ]
-        names = ("kQueryType", "kKeyType", "kValueType", "kHasBias", "kHasMask")
-        values = (*types, problem.bias is not None, problem.mask is not None)
-        return dict(zip(names, map(int, values), strict=True))
+        return dict(zip(("kQueryType", "kKeyType", "kValueType"), types, strict=True))
 
     def dispatch(
         self,
@@ -234,6 +236,11 @@ class Encoder:
         constants = tuple((indices[key], value) for key, value in self.constants().items())
         kernel = pipeline(stem, name, constants, instrumentation)
         return kernel(grid=grid, threads=threads, buffers=buffers, **options)
+
+
+def kernel_of(stem: str, pipeline: str) -> str:
+    """The first part of the name of a kernel in `stem`.metal that walks as `pipeline` says."""
+    return stem if pipeline == "baseline" else f"{stem}_{pipeline}"
 
 
 def blocks(extent: int, size: int) -> int:
@@ -257,6 +264,7 @@ class Forward:
 def forward(
     problem: Problem,
     *,
+    pipeline: str = "baseline",
     matrix: str | None = None,
     instrumentation: str | None = None,
     **options: Any,
@@ -269,7 +277,8 @@ def forward(
         encoder.bind(slot, x)
     counters = encoder.dispatch(
         "attention_forward",
-        f"attention_forward_{matrix or matrix_type(problem)}_{head_dim_class(problem)}",
+        f"{kernel_of('attention_forward', pipeline)}_{matrix or matrix_type(problem)}"
+        f"_{head_dim_class(problem)}",
         (blocks(problem.T, BLOCK_ROWS), problem.N, problem.B),
         instrumentation=instrumentation,
         **options,
@@ -359,7 +368,7 @@ def backward_bias(
     p["bias_batches"], p["bias_heads"], p["bias_rows"], p["bias_keys"] = b, n, t, s
     p["batch_per_map"], p["bias_gradient_type"] = batch, type_code(d_bias)
     head_dim = head_dim_class(problem)
-    key_block = 8192 // (4 * head_dim)
+    key_block = SIZES["kTileBytes"] // (4 * head_dim)
     encoder.dispatch(
         "attention_backward_bias",
         f"attention_backward_bias_float_{head_dim}",
@@ -388,7 +397,7 @@ def quantize(
         is_symmetric=spec.symmetric, has_minimum=spec.float_minimum, token_block=spec.token_block,
         head_block=spec.head_block, is_per_tensor=spec.granularity == "tensor",
         has_mean=spec.center, has_lengths=lengths is not None, is_rotated=spec.rotate,
-        is_bfloat16=spec.scale_dtype == ml_dtypes.bfloat16, chunks=blocks(S, 32),
+        is_bfloat16=spec.scale_dtype == ml_dtypes.bfloat16, chunks=blocks(S, SIZES["kChunkTokens"]),
     ).items():  # fmt: skip
         p[name] = value
     scale_dtype = np.dtype(spec.scale_dtype)
@@ -420,11 +429,11 @@ def quantize(
     if spec.center:
         run("quantize_mean", (K, B, 1))
     if spec.token_block != 0:
-        run("quantize_blocks", (blocks(blocks(S, spec.token_block), 4), K, B))
+        run("quantize_blocks", (blocks(blocks(S, spec.token_block), SIMDGROUPS), K, B))
     else:
-        run("quantize_extremes", (blocks(int(p["chunks"]), 4), K, B))
+        run("quantize_extremes", (blocks(int(p["chunks"]), SIMDGROUPS), K, B))
         run("quantize_parameters", (1 if spec.granularity == "tensor" else K, B, 1))
-        run("quantize_codes", (blocks(S, 4), K, B))
+        run("quantize_codes", (blocks(S, SIMDGROUPS), K, B))
     return QuantizedTensor(data, scale, zero_point, minimum, mean, spec, np.dtype(x.dtype), H)
 
 
@@ -437,7 +446,7 @@ def decode(
     p = encoder.parameters
     p["splits"], p["split_keys"] = splits, blocks(blocks(problem.S, splits), 8) * 8
     heads = T * N // K
-    parts = splits * THREADS // 32
+    parts = splits * SIMDGROUPS
     out = nan((B, T, N, V), problem.out_dtype)
     row_maximum, log2_sum = nan((B, T, N)), nan((B, T, N))
     for slot, x in (

@@ -5,40 +5,75 @@ python -m softmetal run --sanitize thread -- python tests/metal/every_kernel.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from encoder import Problem, backward, backward_bias, decode, forward, quantize
+from encoder import SHADERS, Problem, backward, backward_bias, decode, forward, library, quantize
 from problems import DTYPES, QUANTIZED, draw, feature
 
 from jax_gluon.formats import GRANULARITIES, QuantSpec
 
-WHOLE = (QuantSpec(symmetric=False, center=True),) * 3
-PLAIN = (None, None, None)
-CASES = (
+Specs = tuple[QuantSpec | None, ...]
+Case = tuple[str, Specs, str, dict[str, int]]
+
+WHOLE: Specs = (QuantSpec(symmetric=False, center=True),) * 3
+PLAIN: Specs = (None, None, None)
+CASES: tuple[Case, ...] = (
     ("float32", PLAIN, "everything", {}),
     ("float16", PLAIN, "causal", {}),
     ("bfloat16", PLAIN, "plain", {}),
     ("float32", WHOLE, "everything", {}),
+    ("float32", QUANTIZED["int4"][0], "everything", {}),
     ("float32", QUANTIZED["int4"][0], "window", {}),
+    ("float32", QUANTIZED["int4_group"][0], "everything", {}),
     ("float32", QUANTIZED["int4_zero_point"][0], "mask", {}),
     ("float32", PLAIN, "lengths", dict(H=72, V=100)),
     ("float16", PLAIN, "plain", dict(H=130, V=129)),
 )
+# Of few rows: what decode is for.
+DECODE_CASES: tuple[Case, ...] = (
+    *((dtype, specs, name, {**shape, "T": 12}) for dtype, specs, name, shape in CASES),
+    ("float32", QUANTIZED["int8"][0], "plain", dict(T=1, S=200, H=64, V=64)),
+)
+
+
+def problem_of(case: Case) -> tuple[Problem, np.ndarray[Any, Any]]:
+    """The problem, and the cotangent of its output."""
+    dtype, specs, name, shape = case
+    *operands, d_out = draw(dtype, specs, **shape)
+    options = {} if name == "plain" else feature(name, **shape)
+    return Problem(*operands, out_dtype=DTYPES[dtype], **options), d_out
+
+
+def written(*outputs: np.ndarray[Any, Any]) -> None:
+    """Raises where an output, NaN before, was not written."""
+    for x in outputs:
+        assert np.isfinite(x.astype(np.float32)).all()
 
 
 def main() -> None:
-    for dtype, specs, name, shape in CASES:
-        q, k, v, d_out = draw(dtype, specs, **shape)
-        problem = Problem(q, k, v, out_dtype=DTYPES[dtype], **feature(name))
+    for case in CASES:
+        problem, d_out = problem_of(case)
         found = forward(problem)
-        decode(problem, 3)
-        backward(problem, found, d_out, np.ones((problem.B, problem.T, problem.N), np.float32))
+        written(forward(problem, pipeline="gluon").out)
+        d_log_sum_exp = None
+        if case[1] == PLAIN:
+            d_log_sum_exp = np.ones((problem.B, problem.T, problem.N), np.float32)
+        gradients = backward(problem, found, d_out, d_log_sum_exp)
+        written(found.out, gradients.d_query, gradients.d_key, gradients.d_value)
         if problem.bias is not None:
-            backward_bias(problem, found, d_out)
-    x = np.random.default_rng(0).standard_normal((2, 37, 3, 46)).astype(np.float32)
+            written(backward_bias(problem, found, d_out))
+    for case in DECODE_CASES:
+        written(decode(problem_of(case)[0], 3).out)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 37, 3, 46)).astype(np.float32)
     for granularity in GRANULARITIES:
         for bits in (8, 4):
             spec = QuantSpec(bits, False, granularity, 12, center=True, rotate=True)
-            quantize(x, spec, lengths=[37, 20])
+            written(quantize(x, spec, lengths=[37, 20]).scale)
+    x = rng.standard_normal((2, 40, 2, 64)).astype(np.float32)
+    written(quantize(x, QuantSpec(center=True, rotate=True)).scale)
+    assert library.cache_info().currsize == len(list(SHADERS.glob("*.metal")))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import QuantSpec
+from jax_gluon import QuantSpec, lowering
 from jax_gluon.formats import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,60 @@ def test_centred_and_rotated_codes():
         assert float(jnp.mean(jnp.abs(difference) > 1e-5)) < 0.01
 
 
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_codes_are_made_in_the_forward_call(preset):
+    """Those of the quantizer, and so is what becomes of them."""
+    x = operands(T=33, S=65)
+    specs = PRESETS[preset]
+    lengths = dict(query_seq_lengths=np.array([33, 9]), key_value_seq_lengths=np.array([40, 65]))
+    codes = [
+        jax_gluon.quantize(
+            array,
+            spec,
+            lengths=lengths[f"{name}_seq_lengths"] if spec.center else None,
+            implementation="metal",
+        )
+        for array, spec, name in zip(
+            x, (specs.query, specs.key, specs.value), ("query", "key_value", "key_value"),
+            strict=True,
+        )
+    ]  # fmt: skip
+    keywords = dict(**lengths, implementation="metal")
+    made = jax_gluon.dot_product_attention(*x, **keywords, quantization=preset)
+    given = jax_gluon.dot_product_attention(*codes, **keywords)
+    np.testing.assert_array_equal(made, given)
+
+
+def test_vmap_quantizes_what_it_does_not_map(relative_error):
+    query, key, value = draw(7, (3, 2, 20, 4, 16), (2, 30, 2, 16), (3, 2, 30, 2, 8))
+
+    def function(implementation):
+        def loss(query, key, value):
+            attend = functools.partial(
+                jax_gluon.dot_product_attention, quantization="int8", implementation=implementation
+            )
+            return jnp.sum(jax.vmap(attend, in_axes=(0, None, 0))(query, key, value) ** 2)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+    for actual, expected in zip(function("metal"), function("cpu"), strict=True):
+        assert relative_error(actual, expected) <= 2e-2
+
+
+def test_rotated_operands_are_quantized_before(relative_error):
+    x = operands()
+    rotated = QuantSpec(rotate=True)
+    for specs in (
+        jax_gluon.AttentionQuantization(rotated, rotated, QuantSpec()),
+        jax_gluon.AttentionQuantization(None, rotated, rotated),
+    ):
+        (_, out), grads = gradients("metal", quantization=specs)(*x)
+        (_, cpu_out), cpu_grads = gradients("cpu", quantization=specs)(*x)
+        assert relative_error(out, cpu_out) <= 1.3e-2
+        for actual, expected in zip(grads, cpu_grads, strict=True):
+            assert relative_error(actual, expected) <= 2e-2
+
+
 def test_vmap_over_every_operand(relative_error):
     query, key, value = draw(3, (3, 2, 20, 4, 16), (2, 30, 2, 16), (3, 2, 30, 2, 8))
     (bias,) = draw(4, (3, 1, 4, 20, 30))
@@ -159,6 +214,87 @@ def test_head_dims_over_256_are_refused():
         jax_gluon.dot_product_attention(*operands(H=257), implementation="metal")
 
 
+def test_rows_over_512_are_not_quantized():
+    (x,) = draw(8, (1, 4, 1, 514))
+    with pytest.raises(ValueError, match="x is of head dim 514; allowed: at most 512 where impl"):
+        jax_gluon.quantize(x, QuantSpec(), implementation="metal")
+    widest = x[..., :512]
+    metal, cpu = (
+        jax_gluon.quantize(widest, QuantSpec(), implementation=i) for i in ("metal", "cpu")
+    )
+    np.testing.assert_array_equal(metal.data, cpu.data)
+
+
+def test_the_plugin_refuses_rows_over_512():
+    """Whoever goes round Python's own checks."""
+    (x,) = draw(8, (1, 4, 1, 514))
+    spec = QuantSpec()
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"the head dim is 514; the quantizer takes"
+    ):
+        jax.block_until_ready(lowering.quantize(spec, "metal", x, None))
+
+
+# --- Pinned arrays ---
+
+
+def test_pinned_arrays_are_found():
+    query, key, value = operands(T=3, S=300)
+    attend = jax.jit(functools.partial(jax_gluon.dot_product_attention, implementation="metal"))
+    expected = attend(query, key, value)
+    with jax_gluon.pin({"key": key, "value": value}) as pin:
+        assert pin.nbytes == key.nbytes + value.nbytes
+        assert pin.uses == 0
+        np.testing.assert_array_equal(attend(query, key, value), expected)
+        assert pin.uses == 2
+        np.testing.assert_array_equal(attend(query, key, value), expected)
+        assert pin.uses == 4
+        # Another array is not taken for it.
+        other = np.asarray(attend(query, key + 1, value))
+        assert pin.uses == 5
+    np.testing.assert_array_equal(other, attend(query, key + 1, value))
+    assert pin.uses == pin.nbytes == 0
+    pin.release()
+    np.testing.assert_array_equal(attend(query, key, value), expected)
+
+
+def test_pinned_codes():
+    query, key, value = operands(T=3, S=300)
+    codes = [jax_gluon.quantize(x, QuantSpec(), implementation="metal") for x in (key, value)]
+    attend = jax.jit(functools.partial(jax_gluon.dot_product_attention, implementation="metal"))
+    expected = attend(query, *codes)
+    with jax_gluon.pin(codes) as pin:
+        np.testing.assert_array_equal(attend(query, *codes), expected)
+        assert pin.uses == 4  # data and scales
+
+
+def test_a_pinned_array_outlives_deletion_and_donation():
+    query, key, value = operands(T=3, S=300)
+    attend = jax.jit(functools.partial(jax_gluon.dot_product_attention, implementation="metal"))
+    kept = np.array(key)
+    with jax_gluon.pin([key, value]) as pin:
+        moved = jax.jit(lambda x: x + 1, donate_argnums=0)(key)
+        value.delete()
+        junk = [jnp.full(key.shape, 7.0) for _ in range(20)]
+        (view, _) = pin._views
+        np.testing.assert_array_equal(view, kept)
+        # What was made of the donated array is elsewhere, and read from there.
+        fresh = jnp.asarray(np.ones_like(operands(T=3, S=300)[2]))
+        expected = attend(query, jnp.asarray(kept + 1), fresh)
+        np.testing.assert_array_equal(attend(query, moved, fresh), expected)
+        del junk
+
+
+def test_what_can_not_be_pinned():
+    (x,) = draw(9, (4, 4))
+    with pytest.raises(TypeError, match=r"jax_gluon.pin: tree\['a'\] is a ndarray; allowed: jax.A"):
+        jax_gluon.pin({"a": np.zeros(3)})
+    with pytest.raises(TypeError, match=r"Tracer; allowed: jax.Array, outside of jit"):
+        jax.jit(jax_gluon.pin)(x)
+    with jax_gluon.pin([x, jnp.zeros((0, 3))]) as pin:
+        assert pin.nbytes == x.nbytes
+
+
 def test_float64_is_refused(configure):
     with configure(jax_enable_x64=True):
         x = operands(dtype=jnp.float64)
@@ -168,14 +304,21 @@ def test_float64_is_refused(configure):
 
 # --- In a process of its own ---
 
-PROGRAM = """
-import json, sys
+# What each of these programs prints is checked.
+
+HEAD = """
+import json
 import jax, jax.numpy as jnp, numpy as np
 import jax_gluon
+attention = jax_gluon.dot_product_attention
+"""
+
+TWICE = (
+    HEAD
+    + """
 x = jax.random.normal(jax.random.key(0), (1, 64, 2, 64), jnp.float16)
 for i in range(2):
     try:
-        attention = jax_gluon.dot_product_attention
         out = attention(x, x, x, is_causal=True, implementation="metal")
         expected = attention(x, x, x, is_causal=True, implementation="cpu")
         assert np.allclose(out, expected, atol=2e-3)
@@ -185,11 +328,51 @@ for i in range(2):
 print(json.dumps(jax_gluon.debug.metal_counters()))
 print(json.dumps(jax_gluon.debug.metal_counters()))
 """
+)
+
+# Every kernel but those of the quantizer's extremes, odd sizes, batch and heads over 1; decode too.
+EVERY_CALL = (
+    HEAD
+    + """
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+def function(implementation):
+    def loss(query, key, value, bias, one):
+        out = attention(query, key, value, bias, is_causal=True, implementation=implementation)
+        few = attention(one, key, value, quantization="int8", implementation=implementation)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(few))
+    return jax.jit(jax.value_and_grad(loss, argnums=range(5)))
+
+x = [draw(0, 2, 70, 4, 24), draw(1, 2, 300, 2, 24), draw(2, 2, 300, 2, 16), draw(3, 1, 4, 70, 300)]
+x.append(draw(4, 2, 1, 4, 24))
+expected = function("cpu")(*x)
+found = function("metal")(*x)
+for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    error = jnp.linalg.norm(actual - wanted) / jnp.linalg.norm(wanted)
+    print(bool(error <= 5e-3), float(error), sep=", ")
+print(json.dumps(jax_gluon.debug.metal_counters()))
+"""
+)
+
+BFLOAT = (
+    HEAD
+    + """
+x = jax.random.normal(jax.random.key(0), (1, 64, 2, 64), jnp.bfloat16)
+one = x[:, :1]
+y = jnp.tile(x, (1, 5, 1, 1))
+for query in (x, one):
+    out = attention(query, y, y, implementation="metal").astype(jnp.float32)
+    expected = attention(query, y, y, implementation="cpu").astype(jnp.float32)
+    print(np.allclose(out, expected, atol=2e-2))
+print(json.dumps(jax_gluon.debug.metal_counters()))
+"""
+)
 
 
-def run(**environment):
+def run(program=TWICE, **environment):
     finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         check=False,
@@ -225,6 +408,97 @@ def test_a_fault_is_an_error_and_poisons_nothing(fault, messages):
         assert message in first
     assert 'implementation="cpu"' in first or '"cpu"' in first
     assert second == "ok"
+
+
+def command_buffers(dispatches):
+    """The kernels of each command buffer, in order."""
+    numbers = dict.fromkeys(each["command_buffer"] for each in dispatches)
+    return [
+        [each["kernel"] for each in dispatches if each["command_buffer"] == number]
+        for number in numbers
+    ]
+
+
+@SOFTWARE
+def test_a_call_is_one_command_buffer():
+    *checks, counted = run(EVERY_CALL)
+    assert all(check.startswith("True") for check in checks), checks
+    assert sorted(command_buffers(json.loads(counted))) == [
+        ["attention_backward_bias_float_64"],
+        ["attention_backward_query_float_64", "attention_backward_key_value_float_64"],
+        ["attention_backward_query_float_64", "attention_backward_key_value_float_64"],
+        ["attention_forward_float_64"],
+        [
+            "quantize_blocks",
+            "quantize_mean",
+            "quantize_blocks",
+            "quantize_blocks",
+            "attention_decode_half_64",
+            "attention_decode_combine",
+        ],
+    ]
+
+
+@SOFTWARE
+@pytest.mark.parametrize(
+    # Of the forward call: batch entries, heads of one, and single threadgroups.
+    "products", [3_400_000, 900_000, 1],
+)  # fmt: skip
+def test_long_work_is_cut_into_command_buffers(products):
+    *checks, counted = run(EVERY_CALL, JAX_GLUON_METAL_COMMAND_PRODUCTS=str(products))
+    assert all(check.startswith("True") for check in checks), checks
+    dispatches = json.loads(counted)
+    forward = [each for each in dispatches if each["kernel"] == "attention_forward_float_64"]
+    # Two batch entries of four heads of three blocks of rows.
+    each_has = max(1, products // (2 * 4 * 70 * 300 * (24 + 16) // 24))
+    if each_has >= 12:
+        parts = 2 // min(2, each_has // 12)
+    else:
+        parts = 2 * -(-4 // (each_has // 3)) if each_has >= 3 else 2 * 4 * -(-3 // each_has)
+    assert len(forward) == parts
+    assert sum(each["threads"] for each in forward) == 128 * 24
+    assert len({each["command_buffer"] for each in forward}) == parts
+    assert len(command_buffers(dispatches)) >= parts
+
+
+@SOFTWARE
+def test_a_bad_number_of_products_is_an_error():
+    for text in ("0", "many", ""):
+        first, second, *_ = run(JAX_GLUON_METAL_COMMAND_PRODUCTS=text)
+        assert f'JAX_GLUON_METAL_COMMAND_PRODUCTS is "{text}", expected an integer' in first
+        assert second == first
+
+
+@SOFTWARE
+def test_memory_that_metal_does_not_take_is_copied():
+    program = EVERY_CALL.replace(
+        "found = function", "pin = jax_gluon.pin(x[1])\nfound = function"
+    ).replace("print(json", "print(pin.uses > 0)\nprint(json")
+    *checks, _ = run(
+        program, SOFTMETAL_FAULT="no_copy_refused", JAX_GLUON_METAL_COMMAND_PRODUCTS="900000"
+    )
+    assert len(checks) == 7
+    assert all(check.startswith("True") for check in checks), checks
+
+
+@SOFTWARE
+def test_a_compiler_without_bfloat():
+    def kernels(**environment):
+        *checks, counted = run(BFLOAT, **environment)
+        assert checks == ["True", "True"]
+        return [each["kernel"] for each in json.loads(counted)]
+
+    native = ["attention_forward_bfloat_64", "attention_decode_bfloat_64"]
+    assert kernels() == [*native, "attention_decode_combine"]
+    without = [name.replace("bfloat", "float") for name in native]
+    assert kernels(SOFTMETAL_FAULT="old_language") == [*without, "attention_decode_combine"]
+
+
+@SOFTWARE
+@pytest.mark.parametrize(("setting", "outcome"), [("1", "ok"), ("0", "no simdgroup matrices")])
+def test_any_family_is_taken_where_told(setting, outcome):
+    first, *_ = run(SOFTMETAL_FAULT="old_family:1", JAX_GLUON_METAL_ANY_FAMILY=setting)
+    assert outcome in first
 
 
 @SOFTWARE

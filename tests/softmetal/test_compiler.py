@@ -212,6 +212,26 @@ def test_errors_are_at_the_line_of_the_text(line, message):
         softmetal.Library(f"{HEAD}// a comment\nkernel void f(device float* out) {{\n{line}\n}}\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kernel decltype f;", "program_source:1:"),
+        ("kernel void f{i}(device int* x) { { } x[0] = 1; }", "a kernel without a name"),
+        ("template kernel void f(device int* x) {}", "program_source:1:"),
+        ("[[function_constant(0)]];", "a function constant without a name"),
+        ("struct alignas", "program_source:1:"),
+        ("void f() { threadgroup alignas int x; }", "program_source:1:"),
+        (f"kernel void f(device int* x [[buffer({10**30})]], device int* y) {{}}", "too large"),
+    ],
+)
+def test_malformed_text_is_an_error(text, message):
+    import softmetal
+
+    for compiled in (softmetal.Library, softmetal.check):
+        with pytest.raises(softmetal.Error, match=message):
+            compiled(text)
+
+
 def test_a_library_comes_from_the_cache(tmp_path, monkeypatch):
     import softmetal
 

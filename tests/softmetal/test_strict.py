@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import subprocess
 
 import pytest
 
@@ -493,3 +494,29 @@ def test_command(tmp_path, capsys):
     assert f"{bad}:3:10: error: {POINTER}" in capsys.readouterr().err
     good.write_text(f"{HEAD}{OUT}) {{ auto f = [](int x) {{ return x; }}; out[0] = f(1); }}\n")
     assert softmetal.main(["check", str(good), "--std", "metal3.1"]) == 1
+
+
+def test_program(tmp_path, device):
+    file = tmp_path / "lambda.metal"
+    file.write_text(f"{HEAD}{OUT}) {{ auto f = [](int x) {{ return x; }}; out[0] = f(1); }}\n")
+
+    def run(*options):
+        finished = subprocess.run(
+            [device / "softmetal", "check", file, *options],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return finished.returncode, finished.stderr
+
+    assert run() == run("--std", "metal3.2") == (0, "")
+    status, text = run("--std", "metal3.1")
+    assert status == 1
+    assert f"{file}:3:" in text
+    assert "error: lambda expressions" in text
+    assert run("--std") == (1, "softmetal: --std needs a value\n")
+    for std in ("c++17", "metal3", "metal3.11"):
+        assert run("--std", std) == (
+            1,
+            f"softmetal: --std {std}; allowed: metal2.3, metal3.1 and the like\n",
+        )

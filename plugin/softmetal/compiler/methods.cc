@@ -11,7 +11,7 @@ std::string Methods::class_name(Index begin, Index body) const {
     } else if (syntax_.opens_attribute(i)) {
       i = syntax_.partner(i);
     } else if (syntax_.at(i, "alignas") || syntax_.at(i, "__attribute__")) {
-      i = syntax_.partner(syntax_.next(i));
+      i = syntax_.skip_parentheses(i);
     } else if (syntax_.at(i, ":") || syntax_.at(i, "<")) {
       break;
     } else if (syntax_.identifier(i) &&
@@ -33,7 +33,7 @@ void Methods::find(Index begin, Index end, const std::string& in_class) {
       i = syntax_.partner(i);
     } else if (syntax_.at(i, "alignas") || syntax_.at(i, "decltype") ||
                syntax_.at(i, "__attribute__")) {
-      i = syntax_.partner(syntax_.next(i));
+      i = syntax_.skip_parentheses(i);
     } else if (one_of(syntax_.token(i),
                       {"static", "friend", "using", "typedef", "=", "static_assert"})) {
       return;

@@ -12,6 +12,15 @@ bool is_address_space(const Token& token) {
          one_of(token, {"device", "constant", "threadgroup", "thread"});
 }
 
+std::string quoted(const std::string& text) {
+  std::string out = "\"";
+  for (char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out + "\"";
+}
+
 Syntax::Syntax(const std::string& text, const std::string& name, bool keeps_columns)
     : keeps_columns_(keeps_columns) {
   TokenizedText tokenized = tokenize(text, name);
@@ -87,6 +96,11 @@ void Syntax::match_brackets() {
     open.pop_back();
   }
   if (!open.empty()) error(open.back(), "unmatched '" + tokens_[open.back()].text + "'");
+}
+
+Index Syntax::skip_parentheses(Index i) const {
+  const Index open = next(i);
+  return at(open, "(") ? partner_[open] : i;
 }
 
 Index Syntax::closing_angle(Index i, Index end) const {

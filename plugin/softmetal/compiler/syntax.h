@@ -17,6 +17,8 @@ constexpr Index kNone = static_cast<Index>(-1);
 
 bool one_of(const Token& token, std::initializer_list<std::string_view> names);
 bool is_address_space(const Token& token);
+// As a string literal.
+std::string quoted(const std::string& text);
 
 struct Attribute {
   std::string name;
@@ -40,6 +42,8 @@ class Syntax {
   Index previous(Index i) const;
   bool at(Index i, std::string_view text) const;
   bool identifier(Index i) const;
+  // The ) of the parentheses that follow i; i where none do.
+  Index skip_parentheses(Index i) const;
   // The > that closes the < at i, or kNone.
   Index closing_angle(Index i, Index end) const;
   // The text of [begin, end) on one line.

@@ -96,9 +96,8 @@ std::vector<std::string> preprocess_command(const CompileOptions& options) {
   const uint32_t version = options.language_version == 0 ? 0x30002 : options.language_version;
   out.push_back("-D__METAL_VERSION__=" +
                 std::to_string((version >> 16) * 100 + (version & 0xffff) * 10));
-  for (const char* each : {"-D__METAL__=1", "-D__METAL_MACOS__=1", "-D__HAVE_BFLOAT__=1"}) {
-    out.emplace_back(each);
-  }
+  for (const char* each : {"-D__METAL__=1", "-D__METAL_MACOS__=1"}) out.emplace_back(each);
+  if (version >= 0x30001) out.emplace_back("-D__HAVE_BFLOAT__=1");
   if (options.fast_math) out.emplace_back("-D__FAST_MATH__=1");
   for (const auto& [name, value] : options.macros) out.push_back("-D" + name + "=" + value);
   for (const std::string& folder : options.include_directories) out.push_back("-I" + folder);

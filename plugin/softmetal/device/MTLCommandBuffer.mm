@@ -322,6 +322,7 @@ NSError* injected_error() {
 
 - (NSError*)softmetal_runPasses {
   if (NSError* error = softmetal::injected_error()) return error;
+  softmetal::begin_command_buffer();
   const double limit = softmetal::time_limit();
   const double deadline = limit > 0 ? softmetal::now() + limit : 0;
   for (size_t i = 0; i < _passes.size(); ++i) {

@@ -211,7 +211,7 @@ using softmetal::misuse;
   if ((options >> MTLResourceStorageModeShift & 15) == MTLStorageModePrivate) {
     misuse(method, "Buffer Validation: storage mode must not be private.");
   }
-  if (fault(Fault::kOutOfMemory)) return nil;
+  if (fault(Fault::kOutOfMemory) || fault(Fault::kNoCopyRefused)) return nil;
   auto memory = softmetal::Memory::wrap(pointer, length, deallocator);
   return [[SoftmetalBuffer alloc] initWithDevice:self memory:std::move(memory) options:options];
 }

@@ -70,7 +70,8 @@ SoftmetalLibrary* library_from_source(SoftmetalDevice* device, NSString* source,
   }
   CompileOptions own;
   own.fast_math = options.mathMode != MTLMathModeSafe;
-  own.language_version = static_cast<uint32_t>(options.languageVersion);
+  own.language_version = static_cast<uint32_t>(
+      fault(Fault::kOldLanguage) ? MTLLanguageVersion3_0 : options.languageVersion);
   own.instrumentation = instrumentation();
   for (NSString* name in options.preprocessorMacros) {
     own.macros.emplace_back(to_string(name),

@@ -6,9 +6,11 @@ namespace softmetal {
 enum class Fault {
   kNilDevice,            // MTLCreateSystemDefaultDevice returns nil
   kOldFamily,            // a GPU without simdgroup matrices
+  kOldLanguage,          // newLibraryWithSource compiles as MSL 3.0, without bfloat
   kCompileFailure,       // newLibraryWithSource fails
   kPipelineFailure,      // newComputePipelineState fails
   kOutOfMemory,          // newBuffer returns nil
+  kNoCopyRefused,        // newBufferWithBytesNoCopy returns nil
   kCommandBufferError,   // a command buffer ends with an internal error
   kCommandBufferMemory,  // a command buffer ends out of memory
   kWatchdog,             // a command buffer is ended by the watchdog

@@ -80,6 +80,15 @@ double time_limit() {
   return value;
 }
 
+namespace {
+thread_local uint64_t command_buffer = 0;
+}  // namespace
+
+void begin_command_buffer() {
+  static std::atomic<uint64_t> last = 0;
+  command_buffer = ++last;
+}
+
 void log_work(const std::string& kernel, const Counters& counters) {
   std::string entry = "{\"kernel\": \"";
   for (const char c : kernel) {
@@ -90,6 +99,7 @@ void log_work(const std::string& kernel, const Counters& counters) {
   const auto add = [&entry](const char* name, uint64_t value) {
     entry += std::string(", \"") + name + "\": " + std::to_string(value);
   };
+  add("command_buffer", command_buffer);
   add("device_bytes_read", counters.device_bytes_read);
   add("device_bytes_written", counters.device_bytes_written);
   add("device_bytes_read_unique", counters.device_bytes_read_unique);

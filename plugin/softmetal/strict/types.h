@@ -339,69 +339,8 @@ constexpr uniform<T> make_uniform(T value) {
 
 }  // namespace metal
 
-// clang-format off
-#define SOFTMETAL_VECTOR_TYPES(T)                \
-  using T##2 = metal::vec<T, 2>;                 \
-  using T##3 = metal::vec<T, 3>;                 \
-  using T##4 = metal::vec<T, 4>;                 \
-  using packed_##T##2 = metal::packed_vec<T, 2>; \
-  using packed_##T##3 = metal::packed_vec<T, 3>; \
-  using packed_##T##4 = metal::packed_vec<T, 4>; \
-  namespace metal {                              \
-  using ::T##2;                                  \
-  using ::T##3;                                  \
-  using ::T##4;                                  \
-  using ::packed_##T##2;                         \
-  using ::packed_##T##3;                         \
-  using ::packed_##T##4;                         \
-  }
-SOFTMETAL_VECTOR_TYPES(bool)
-SOFTMETAL_VECTOR_TYPES(char)
-SOFTMETAL_VECTOR_TYPES(uchar)
-SOFTMETAL_VECTOR_TYPES(short)
-SOFTMETAL_VECTOR_TYPES(ushort)
-SOFTMETAL_VECTOR_TYPES(int)
-SOFTMETAL_VECTOR_TYPES(uint)
-SOFTMETAL_VECTOR_TYPES(long)
-SOFTMETAL_VECTOR_TYPES(ulong)
-SOFTMETAL_VECTOR_TYPES(half)
-SOFTMETAL_VECTOR_TYPES(float)
-SOFTMETAL_VECTOR_TYPES(bfloat)
-
-#define SOFTMETAL_MATRIX(T, C, R)            \
-  using T##C##x##R = metal::matrix<T, C, R>; \
-  namespace metal {                          \
-  using ::T##C##x##R;                        \
-  }
-#define SOFTMETAL_MATRICES(T)                                                                \
-  SOFTMETAL_MATRIX(T, 2, 2) SOFTMETAL_MATRIX(T, 2, 3) SOFTMETAL_MATRIX(T, 2, 4)              \
-  SOFTMETAL_MATRIX(T, 3, 2) SOFTMETAL_MATRIX(T, 3, 3) SOFTMETAL_MATRIX(T, 3, 4)              \
-  SOFTMETAL_MATRIX(T, 4, 2) SOFTMETAL_MATRIX(T, 4, 3) SOFTMETAL_MATRIX(T, 4, 4)
-SOFTMETAL_MATRICES(half)
-SOFTMETAL_MATRICES(float)
-SOFTMETAL_MATRICES(bfloat)
-// clang-format on
-#undef SOFTMETAL_VECTOR_TYPES
-#undef SOFTMETAL_MATRIX
-#undef SOFTMETAL_MATRICES
-
-namespace metal {
-using ::bfloat;
-using ::int16_t;
-using ::int32_t;
-using ::int64_t;
-using ::int8_t;
-using ::ptrdiff_t;
-using ::size_t;
-using ::uchar;
-using ::uint;
-using ::uint16_t;
-using ::uint32_t;
-using ::uint64_t;
-using ::uint8_t;
-using ::ulong;
-using ::ushort;
-}  // namespace metal
+#include "msl/softmetal_matrix_names.h"
+#include "msl/softmetal_type_names.h"
 
 template <typename To, typename From>
 To as_type(From) {

@@ -30,7 +30,8 @@ constexpr char kUsage[] =
     "clang++   compiles and links Objective-C++ against this device; -framework is accepted\n"
     "\n"
     "options: -D NAME[=VALUE]   -I FOLDER   --safe-math   --target aarch64-linux-gnu\n"
-    "         --instrument none|counters|address|thread|undefined\n";
+    "         --instrument none|counters|address|thread|undefined\n"
+    "         --std metal3.1 and the like; default the newest\n";
 
 constexpr const char* kInstrumentations[] = {"none", "counters", "address", "thread", "undefined"};
 constexpr size_t kTextBytes = 1 << 20;
@@ -43,8 +44,19 @@ constexpr size_t kTextBytes = 1 << 20;
 struct Options {
   std::string file, output, target, macros, folders;
   int instrumentation = 0;
+  uint32_t language_version = 0;
   bool safe_math = false;
 };
+
+// "metal3.1" as 0x30001.
+uint32_t version_of(const std::string& std) {
+  const auto digit = [&](size_t i) { return std[i] >= '0' && std[i] <= '9'; };
+  if (std.size() != 8 || std.compare(0, 5, "metal") != 0 || !digit(5) || std[6] != '.' ||
+      !digit(7)) {
+    fail("--std " + std + "; allowed: metal2.3, metal3.1 and the like");
+  }
+  return static_cast<uint32_t>(std[5] - '0') << 16 | static_cast<uint32_t>(std[7] - '0');
+}
 
 Options parse(int argc, char** argv) {
   Options out;
@@ -64,6 +76,8 @@ Options parse(int argc, char** argv) {
       out.output = value(2);
     } else if (word == "--target") {
       out.target = value(8);
+    } else if (word == "--std") {
+      out.language_version = version_of(value(5));
     } else if (word == "--safe-math") {
       out.safe_math = true;
     } else if (word == "--instrument") {
@@ -108,6 +122,7 @@ std::string compile(const Options& options, decltype(&softmetal_compile) step = 
   request.output = options.output.empty() ? nullptr : options.output.c_str();
   request.target = options.target.empty() ? nullptr : options.target.c_str();
   request.instrumentation = options.instrumentation;
+  request.language_version = options.language_version;
   request.safe_math = options.safe_math;
   std::vector<char> text(kTextBytes);
   if (step(&request, text.data(), text.size()) != 0) {

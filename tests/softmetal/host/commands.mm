@@ -1,7 +1,9 @@
 #include "check.h"
 
 #include <atomic>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "softmetal/softmetal.h"
 
@@ -459,8 +461,12 @@ TEST(counters) {
   id<MTLBuffer> x = floats({1, 2, 3});
   id<MTLCommandBuffer> commands = [queue() commandBuffer];
   encode(commands, @"twice", x, 3);
+  encode(commands, @"twice", x, 3);
   [commands commit];
-  [commands waitUntilCompleted];
+  id<MTLCommandBuffer> others = [queue() commandBuffer];
+  encode(others, @"twice", x, 3);
+  [others commit];
+  [others waitUntilCompleted];
   std::vector<char> text(softmetal_counters_json(nullptr, 0));
   CHECK(softmetal_counters_json(text.data(), text.size()) == text.size());
   NSString* json = @(text.data());
@@ -468,6 +474,14 @@ TEST(counters) {
   CHECK_CONTAINS(json, "\"device_bytes_read\": 12");
   CHECK_CONTAINS(json, "\"device_bytes_written\": 12");
   CHECK_CONTAINS(json, "\"threads\": 3");
+  std::vector<std::string> numbers;
+  const std::string all = text.data(), key = "\"command_buffer\": ";
+  for (size_t at = 0; (at = all.find(key, at)) != std::string::npos; at += key.size()) {
+    const size_t begin = at + key.size();
+    numbers.push_back(all.substr(begin, all.find(',', begin) - begin));
+  }
+  CHECK(numbers.size() == 3);
+  CHECK(numbers[0] == numbers[1] && numbers[1] != numbers[2]);
   softmetal_counters_reset();
   CHECK(softmetal_counters_json(nullptr, 0) == 3);
 }

@@ -1,5 +1,9 @@
 #include "check.h"
 
+#include <unistd.h>
+
+#include <cstdlib>
+
 #include "softmetal/softmetal.h"
 
 TEST(identity) {
@@ -171,6 +175,22 @@ TEST(fault_out_of_memory) {
   CHECK(softmetal_inject_fault("out_of_memory", 1));
   CHECK(![device() newBufferWithLength:64 options:MTLResourceStorageModeShared]);
   CHECK([device() newBufferWithLength:64 options:MTLResourceStorageModeShared]);
+}
+
+TEST(fault_no_copy_refused) {
+  const auto page = static_cast<size_t>(getpagesize());
+  void* memory = aligned_alloc(page, page);
+  const auto lend = [&] {
+    return [device() newBufferWithBytesNoCopy:memory
+                                       length:page
+                                      options:MTLResourceStorageModeShared
+                                  deallocator:nil];
+  };
+  CHECK(softmetal_inject_fault("no_copy_refused", 1));
+  CHECK([device() newBufferWithLength:64 options:MTLResourceStorageModeShared]);
+  CHECK(!lend());
+  CHECK(lend());
+  free(memory);
 }
 
 TEST(fault_of_no_such_name) { CHECK(!softmetal_inject_fault("no_such_fault", 1)); }

@@ -333,6 +333,20 @@ TEST(fault_compile_failure) {
   CHECK([device() newLibraryWithSource:kConstants options:nil error:&error]);
 }
 
+TEST(fault_old_language) {
+  NSString* source = @"#ifdef __HAVE_BFLOAT__\n"
+                      "kernel void new_kernel() {}\n"
+                      "#else\n"
+                      "kernel void old_kernel() {}\n"
+                      "#endif";
+  const auto name = [&] {
+    return [device() newLibraryWithSource:source options:nil error:nil].functionNames.firstObject;
+  };
+  CHECK(softmetal_inject_fault("old_language", 1));
+  CHECK([name() isEqualToString:@"old_kernel"]);
+  CHECK([name() isEqualToString:@"new_kernel"]);
+}
+
 TEST(fault_pipeline_failure) {
   id<MTLFunction> function = [library(kConstants) newFunctionWithName:@"k"];
   CHECK(softmetal_inject_fault("pipeline_failure", 1));

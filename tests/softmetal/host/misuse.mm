@@ -8,6 +8,13 @@
 namespace {
 
 struct Encoding {
+  Encoding() = default;
+  // With a pipeline of that kernel, and x as its buffer 0.
+  explicit Encoding(NSString* kernel) {
+    [encoder setComputePipelineState:pipeline(kernel)];
+    [encoder setBuffer:x offset:0 atIndex:0];
+  }
+
   id<MTLCommandQueue> queue = [device() newCommandQueue];
   id<MTLCommandBuffer> commands = [queue commandBuffer];
   id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoder];
@@ -128,25 +135,19 @@ MISUSE(missing_buffer, "Compute Function(twice): missing buffer binding at index
   dispatch(e);
 }
 MISUSE(buffer_taken_away, "missing buffer binding at index 0 for x[0].") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"twice")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"twice");
   [e.encoder setBuffer:nil offset:0 atIndex:0];
   dispatch(e);
 }
 MISUSE(buffer_too_small,
        "argument y[0] from buffer(1) with offset(56) and length(64) has space for 8 bytes, but "
        "argument has a length(16).") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"add_vectors")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"add_vectors");
   [e.encoder setBuffer:e.x offset:56 atIndex:1];
   dispatch(e);
 }
 MISUSE(unaligned_offset, "must be a multiple of 16 but was set to 8.") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"add_vectors")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"add_vectors");
   [e.encoder setBuffer:e.x offset:8 atIndex:1];
   dispatch(e);
 }
@@ -159,34 +160,24 @@ MISUSE(bytes_that_are_written,
   dispatch(e);
 }
 MISUSE(too_many_threads, "(2048) must be <= 1024. (device threadgroup size limit)") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"twice")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"twice");
   [e.encoder dispatchThreadgroups:kOne threadsPerThreadgroup:MTLSizeMake(64, 32, 1)];
 }
 MISUSE(too_many_threads_for_the_kernel, "(96) must be <= 64. (kernel threadgroup size limit)") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"small")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"small");
   [e.encoder dispatchThreads:kOne threadsPerThreadgroup:MTLSizeMake(96, 1, 1)];
 }
 MISUSE(no_threads, "(0) must be > 0.") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"twice")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"twice");
   [e.encoder dispatchThreadgroups:kOne threadsPerThreadgroup:MTLSizeMake(8, 0, 1)];
 }
 MISUSE(too_much_threadgroup_memory, "Threadgroup memory size(36000) must be <= 32768") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"static_memory")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"static_memory");
   [e.encoder setThreadgroupMemoryLength:16000 atIndex:0];
   dispatch(e);
 }
 MISUSE(indirect_grid_past_the_end, "must be a multiple of 4 with 12 bytes") {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"twice")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"twice");
   [e.encoder dispatchThreadgroupsWithIndirectBuffer:e.x
                                indirectBufferOffset:56
                               threadsPerThreadgroup:kOne];
@@ -279,9 +270,7 @@ MISUSE(fill_past_the_end, "offset(60) + size(8) must be <= buffer.length(64)") {
 
 // Not a misuse: shows that the program ends for what it should, and for nothing else.
 TEST(no_misuse) {
-  Encoding e;
-  [e.encoder setComputePipelineState:pipeline(@"add_vectors")];
-  [e.encoder setBuffer:e.x offset:0 atIndex:0];
+  Encoding e(@"add_vectors");
   [e.encoder setBuffer:e.x offset:48 atIndex:1];
   dispatch(e);
   [e.encoder endEncoding];

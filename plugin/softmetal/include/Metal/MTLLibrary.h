@@ -27,8 +27,8 @@ typedef NS_ENUM(NSUInteger, MTLLanguageVersion) {
   MTLLanguageVersion2_3 = (2 << 16) + 3,
   MTLLanguageVersion2_4 = (2 << 16) + 4,
   MTLLanguageVersion3_0 = (3 << 16),
-  MTLLanguageVersion3_1 = (3 << 16) + 1,
-  MTLLanguageVersion3_2 = (3 << 16) + 2,
+  MTLLanguageVersion3_1 API_AVAILABLE(macos(14.0)) = (3 << 16) + 1,
+  MTLLanguageVersion3_2 API_AVAILABLE(macos(15.0)) = (3 << 16) + 2,
 };
 
 typedef NS_ENUM(NSInteger, MTLLibraryType) {
@@ -56,9 +56,10 @@ MTL_EXPORT
 @interface MTLCompileOptions : NSObject <NSCopying>
 @property(nullable, readwrite, copy, nonatomic)
     NSDictionary<NSString*, NSObject*>* preprocessorMacros;
-@property(readwrite, nonatomic) BOOL fastMathEnabled;
-@property(readwrite, nonatomic) MTLMathMode mathMode;
-@property(readwrite, nonatomic) MTLMathFloatingPointFunctions mathFloatingPointFunctions;
+@property(readwrite, nonatomic) BOOL fastMathEnabled API_DEPRECATED("mathMode", macos(10.11, 15.0));
+@property(readwrite, nonatomic) MTLMathMode mathMode API_AVAILABLE(macos(15.0));
+@property(readwrite, nonatomic)
+    MTLMathFloatingPointFunctions mathFloatingPointFunctions API_AVAILABLE(macos(15.0));
 @property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
 @property(readwrite, nonatomic) MTLLibraryType libraryType;
 @property(nullable, readwrite, copy, nonatomic) NSString* installName;

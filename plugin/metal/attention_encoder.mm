@@ -1,31 +1,15 @@
-#include "metal/encoder.h"
-
-#include "metal/metal.h"
+#include "metal/attention_encoder.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "metal/metal.h"
+#include "metal/parameters.h"
 
 namespace jax_gluon::metal {
 namespace {
 
 constexpr int kSlots = kPartialStatistics + 1;
-constexpr int kThreadsPerThreadgroup = 128;
-
-int element_type(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return kF32;
-    case DType::kBF16:
-      return kBF16;
-    case DType::kF16:
-      return kF16;
-    case DType::kS8:
-      return kS8;
-    case DType::kU4x2:
-      return kU4x2;
-  }
-  return kF32;
-}
+static_assert(kMostHeadDim == kWidestRowOfMetal);
 
 // Elements from the first of an operand to past its last.
 int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
@@ -39,60 +23,20 @@ int64_t blocks_of(int64_t extent, int64_t size) {
   return size == 0 ? 1 : (extent + size - 1) / size;
 }
 
-int narrow(int64_t value, const char* name) {
-  if (value > INT32_MAX) {
-    throw Error(std::string(name) + " is " + std::to_string(value) +
-                "; the Metal kernels take less than 2^31");
-  }
-  return static_cast<int>(value);
-}
-
 }  // namespace
-
-// --- Bindings ---
-
-Bindings::Bindings(Context& context, Buffers& buffers, int slots)
-    : context_(context), buffers_(buffers), ranges_(slots) {
-  const Buffers::Range nothing = {context.scratch(256), 0};
-  for (Buffers::Range& range : ranges_) range = nothing;
-}
-
-void Bindings::read(int slot, const void* address, size_t bytes) {
-  if (bytes != 0) ranges_[slot] = buffers_.read(address, bytes);
-}
-
-void Bindings::write(int slot, void* address, size_t bytes) {
-  if (bytes != 0) ranges_[slot] = buffers_.write(address, bytes);
-}
-
-void Bindings::scratch(int slot, size_t bytes) { ranges_[slot] = {context_.scratch(bytes), 0}; }
-
-void Bindings::dispatch(id<MTLCommandBuffer> commands, id<MTLComputePipelineState> pipeline,
-                        MTLSize grid) {
-  id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoder];
-  if (!encoder) throw Error("the Metal device made no command encoder");
-  [encoder setComputePipelineState:pipeline];
-  for (size_t i = 0; i < ranges_.size(); ++i) {
-    [encoder setBuffer:ranges_[i].buffer offset:ranges_[i].offset atIndex:i];
-  }
-  [encoder dispatchThreadgroups:grid
-          threadsPerThreadgroup:MTLSizeMake(kThreadsPerThreadgroup, 1, 1)];
-  [encoder endEncoding];
-}
 
 // --- What all kernels share ---
 
-AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const AttentionCall& call,
-                                   BatchRange batch)
-    : context_(context), call_(call), batch_(batch), bindings_(context, buffers, kSlots) {
+AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const AttentionCall& call)
+    : context_(context), call_(call), bindings_(context, buffers, kSlots) {
   const int64_t widest = std::max(call.H, call.V);
-  if (widest > kWidestRowOfMetal) {
-    throw Error("the head dim is " + std::to_string(widest) +
-                "; the Metal kernels take at most 256: use implementation=\"cpu\"");
+  if (widest > kMostHeadDim) {
+    throw Error("the head dim is " + std::to_string(widest) + "; the Metal kernels take at most " +
+                std::to_string(kMostHeadDim) + ": use implementation=\"cpu\"");
   }
   head_dim_ = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
   AttentionParameters& p = parameters_;
-  p.B = narrow(entries(), "the batch");
+  p.B = narrow(call.B, "the batch");
   p.T = narrow(call.T, "the query length");
   p.S = narrow(call.S, "the key length");
   p.N = narrow(call.N, "the number of query heads");
@@ -118,6 +62,7 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
     bind_operand(kBias, kBiasBatch, call.bias, {call.N, call.T, call.S});
     p.bias = {call.bias.stride[0], call.bias.stride[1], call.bias.stride[2]};
     p.bias_type = element_type(call.bias.dtype);
+    p.has_bias = 1;
   }
   if (call.mask) {
     Operand mask;
@@ -127,6 +72,7 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
     std::copy(call.mask_stride, call.mask_stride + 3, mask.stride);
     bind_operand(kMask, kMaskBatch, mask, {call.N, call.T, call.S});
     p.mask = {mask.stride[0], mask.stride[1], mask.stride[2]};
+    p.has_mask = 1;
   }
   const auto bind_lengths = [&](int slot, int table, const int32_t* lengths,
                                 const std::vector<int64_t>& offsets) {
@@ -146,10 +92,7 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
 }
 
 void AttentionEncoder::bind_table(int table, const std::vector<int64_t>& offsets) {
-  for (int64_t b = batch_.begin; b < batch_.end; ++b) {
-    tables_[static_cast<size_t>(table * entries() + b - batch_.begin)] =
-        offsets[static_cast<size_t>(b)];
-  }
+  std::copy(offsets.begin(), offsets.end(), tables_.begin() + table * call_.B);
 }
 
 void AttentionEncoder::bind_operand(int slot, int table, const Operand& x,
@@ -226,12 +169,9 @@ template void AttentionEncoder::bind_cotangents(const AttentionBackwardBiasCall&
 
 void AttentionEncoder::bind_gradients(const AttentionBackwardCall& call) {
   bindings_.scratch(kRowStatistics,
-                    sizeof(RowStatistics) * static_cast<size_t>(entries() * call.N * call.T));
-  // Dense, so the first entry of this part is where the kernels' batch begins.
+                    sizeof(RowStatistics) * static_cast<size_t>(call.B * call.N * call.T));
   const auto bind = [&](int slot, const Result& x, int64_t per_entry) {
-    const size_t bytes = static_cast<size_t>(per_entry) * size_of(x.dtype);
-    bindings_.write(slot, static_cast<char*>(x.data) + static_cast<size_t>(batch_.begin) * bytes,
-                    static_cast<size_t>(entries()) * bytes);
+    bindings_.write(slot, x.data, static_cast<size_t>(call.B * per_entry) * size_of(x.dtype));
   };
   bind(kQueryGradient, call.d_query, call.T * call.N * call.H);
   bind(kKeyGradient, call.d_key, call.S * call.K * call.H);
@@ -252,60 +192,58 @@ void AttentionEncoder::bind_bias_gradient(const AttentionBackwardBiasCall& call)
 }
 
 void AttentionEncoder::bind_decode(int64_t splits) {
-  constexpr int64_t kSimdgroups = kThreadsPerThreadgroup / 32;
   AttentionParameters& p = parameters_;
   p.splits = static_cast<int>(splits);
   p.split_keys = static_cast<int>(((call_.S + splits - 1) / splits + 7) / 8 * 8);
-  const int64_t rows = entries() * call_.K * splits * kSimdgroups * (call_.T * call_.N / call_.K);
+  const int64_t rows = call_.B * call_.K * splits * kSimdgroups * (call_.T * call_.N / call_.K);
   bindings_.scratch(kPartialOut, static_cast<size_t>(rows * call_.V) * sizeof(float));
   bindings_.scratch(kPartialStatistics, static_cast<size_t>(rows) * sizeof(PartialStatistics));
 }
 
-void AttentionEncoder::dispatch(id<MTLCommandBuffer> commands, const std::string& stem,
-                                const std::string& name, MTLSize grid) {
-  bindings_.read(kParameters, &parameters_, sizeof parameters_);
-  bindings_.read(kBatchOffsets, tables_.data(), tables_.size() * sizeof(Int64));
+void AttentionEncoder::dispatch(Commands& commands, const std::string& stem,
+                                const std::string& name, MTLSize grid, int passes) {
+  bindings_.copy(kBatchOffsets, tables_.data(), tables_.size() * sizeof(Int64));
   const Constants constants = {
-      {kQueryType, element_type(call_.query.dtype), false},
-      {kKeyType, element_type(call_.key.dtype), false},
-      {kValueType, element_type(call_.value.dtype), false},
-      {kHasBias, call_.bias ? 1 : 0, true},
-      {kHasMask, call_.mask ? 1 : 0, true},
+      {kQueryType, element_type(call_.query.dtype)},
+      {kKeyType, element_type(call_.key.dtype)},
+      {kValueType, element_type(call_.value.dtype)},
   };
-  bindings_.dispatch(commands, context_.pipeline(stem, name, constants), grid);
+  const int64_t products = passes * call_.B * call_.N * call_.T * call_.S * (call_.H + call_.V);
+  commands.dispatch(context_.pipeline(stem, name, constants), bindings_, parameters_, grid,
+                    products);
 }
 
-// --- Which kernel ---
+// --- Which kernel: the type of the matrices that are multiplied ---
 
-bool AttentionEncoder::is_quantized() const {
-  return call_.query.quantization || call_.key.quantization || call_.value.quantization;
+bool AttentionEncoder::has_only(DType dtype) const {
+  return call_.query.dtype == dtype && call_.key.dtype == dtype && call_.value.dtype == dtype;
 }
 
-// The type of the matrices that are multiplied. Codes are exact in half where scale and zero point
-// are constant along the contraction, or fold into the probabilities.
-std::string AttentionEncoder::forward_type() const {
-  const QuantizableOperand* operands[] = {&call_.query, &call_.key, &call_.value};
-  const auto all = [&](auto condition) {
-    return std::all_of(std::begin(operands), std::end(operands),
-                       [&](const QuantizableOperand* x) { return condition(*x); });
-  };
-  if (!is_quantized()) {
-    if (all([](const auto& x) { return x.dtype == DType::kF16; })) return "half";
-    return all([](const auto& x) { return x.dtype == DType::kBF16; }) ? "bfloat" : "float";
+// Codes are exact in half where scale and zero point are constant along the contraction, or fold
+// into the probabilities.
+bool AttentionEncoder::has_exact_codes() const {
+  for (const QuantizableOperand* x : {&call_.query, &call_.key, &call_.value}) {
+    if (!x->quantization || x->quantization.offset_kind == Quantization::Offset::kMinimum) {
+      return false;
+    }
   }
-  const bool is_exact =
-      all([](const auto& x) {
-        return x.quantization && x.quantization.offset_kind != Quantization::Offset::kMinimum;
-      }) &&
-      !call_.query.quantization.mean && call_.query.quantization.head_block == 0 &&
-      call_.key.quantization.head_block == 0 &&
-      (call_.value.quantization.head_block == 0 || call_.value.quantization.token_block == 0);
-  return is_exact ? "half" : "float";
+  return !call_.query.quantization.mean && call_.query.quantization.head_block == 0 &&
+         call_.key.quantization.head_block == 0 &&
+         (call_.value.quantization.head_block == 0 || call_.value.quantization.token_block == 0);
+}
+
+std::string AttentionEncoder::forward_suffix(const std::string& stem) const {
+  const std::string dim = "_" + std::to_string(head_dim_);
+  if (has_only(DType::kF16) || has_exact_codes()) return "half" + dim;
+  // Not every GPU and system has the type.
+  if (has_only(DType::kBF16) && context_.has_kernel(stem, stem + "_bfloat" + dim)) {
+    return "bfloat" + dim;
+  }
+  return "float" + dim;
 }
 
 std::string AttentionEncoder::backward_suffix() const {
-  const bool is_half = !is_quantized() && forward_type() == "half";
-  return (is_half ? "half_" : "float_") + std::to_string(head_dim_);
+  return (has_only(DType::kF16) ? "half_" : "float_") + std::to_string(head_dim_);
 }
 
 }  // namespace jax_gluon::metal

@@ -1,0 +1,380 @@
+#include "call_decoder.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_gluon {
+namespace ffi = xla::ffi;
+
+namespace {
+
+const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
+                                            ffi::DataType::F16};
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
+
+// How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
+// by an offset and a mean where they have them. Or they come as floats, and the call makes codes of
+// them, which are results of its own.
+struct Format {
+  int64_t bits = 0, token_block = 0, head_block = 0, offset = 0;
+  bool has_mean = false;
+  bool is_made = false;
+  bool per_tensor = false;  // of codes that are made
+
+  Quantization::Offset offset_kind() const { return static_cast<Quantization::Offset>(offset); }
+  // Of rows of `shape`, but for its arrays.
+  Quantization quantization(const Shape& shape) const {
+    Quantization q;
+    q.bits = bits;
+    q.token_block = token_block;
+    // One group a row is one scale a row.
+    q.head_block = head_block >= shape[3] && shape[3] > 1 ? 0 : head_block;
+    q.offset_kind = offset_kind();
+    return q;
+  }
+  bool is_float() const { return bits == 0 || is_made; }
+  size_t operands() const {
+    return is_float() ? 1 : size_t{2} + (offset != 0 ? 1 : 0) + (has_mean ? 1 : 0);
+  }
+  // The shape of the elements that stand in a buffer of `shape`.
+  Shape elements(Shape shape) const {
+    if (bits == 4 && !is_made) shape.back() *= 2;
+    return shape;
+  }
+};
+
+// `may_be_made`: of a call that can make codes.
+Format decode_format(Decoder& decoder, const std::string& name, bool may_be_made) {
+  Format format;
+  format.bits = decoder.integer(name + "_bits", 0, 8);
+  if (format.bits != 0 && format.bits != 4 && format.bits != 8) {
+    decoder.fail("attribute " + name + "_bits is " + std::to_string(format.bits) +
+                 ", expected 0, 4 or 8");
+    format.bits = 0;
+  }
+  format.token_block = decoder.integer(name + "_token_block", 0, kMost);
+  format.head_block = decoder.integer(name + "_head_block", 0, kMost);
+  format.offset = decoder.integer(name + "_offset", 0, 2);
+  format.has_mean = decoder.flag(name + "_has_mean");
+  if (!may_be_made) return format;
+  format.is_made = decoder.flag(name + "_is_made");
+  format.per_tensor = decoder.flag(name + "_per_tensor");
+  if (format.is_made && format.bits == 0) {
+    decoder.fail("attribute " + name + "_bits is 0, expected 4 or 8 where " + name +
+                 "_is_made is 1");
+  }
+  if (format.per_tensor && (format.token_block != 0 || format.head_block != 0)) {
+    decoder.fail("attribute " + name +
+                 "_per_tensor is 1, expected 0 where blocks are not whole axes");
+  }
+  return format;
+}
+
+int64_t blocks(int64_t extent, int64_t size) {
+  return size == 0 ? 1 : extent / size + (extent % size != 0 ? 1 : 0);
+}
+
+// Rows of `shape` [batch, tokens, heads, columns].
+QuantizableOperand decode_rows(Decoder& decoder, const std::string& name, const Format& format,
+                               const Shape& shape) {
+  using Offset = Quantization::Offset;
+  QuantizableOperand x;
+  if (format.is_float()) {
+    static_cast<Operand&>(x) = decoder.float_operand(name, shape);
+    return x;
+  }
+  const bool packed = format.bits == 4;
+  Shape stored = shape;
+  if (packed) stored.back() /= 2;
+  static_cast<Operand&>(x) =
+      decoder.operand_of(name, stored, {packed ? ffi::DataType::U8 : ffi::DataType::S8});
+  Quantization& q = x.quantization;
+  q = format.quantization(shape);
+  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
+  const Shape blocked = {shape[0], blocks(shape[1], q.token_block), shape[2],
+                         blocks(shape[3], q.head_block)};
+  q.scale = decoder.operand_of(name + "_scale", blocked, floats, true);
+  if (q.offset_kind == Offset::kZeroPoint) {
+    q.offset = decoder.operand_of(name + "_zero_point", blocked, {ffi::DataType::S8}, true);
+  } else if (q.offset_kind == Offset::kMinimum) {
+    q.offset = decoder.operand_of(name + "_minimum", blocked, floats, true);
+  }
+  if (format.has_mean) {
+    q.mean =
+        decoder.operand_of(name + "_mean", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
+  }
+  // Kernels read a scale for each element of a row as a contiguous run.
+  const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);
+  if (!decoder.failed() && q.head_block != 0 && blocked[3] > 1 && is_short) {
+    decoder.fail("operand " + name + "_scale has one scale a row, expected " +
+                 std::to_string(blocked[3]));
+  }
+  return x;
+}
+
+// The results of the quantizer for rows of `shape`, whose call says all but them.
+void decode_codes(Decoder& decoder, const std::string& prefix, const Shape& shape,
+                  QuantizeCall& call) {
+  if (call.H < 1 || (call.bits == 4 && call.H % 2 != 0)) {
+    decoder.fail(prefix + "x has shape " + to_string(shape) +
+                 ", expected a head dim of at least 1, even for 4 bits");
+  }
+  Shape stored = shape;
+  if (call.bits == 4) stored.back() /= 2;
+  call.data = decoder.result(prefix + "data", stored,
+                             {call.bits == 4 ? ffi::DataType::U8 : ffi::DataType::S8});
+  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
+  const Shape scale = {shape[0], blocks(call.S, call.token_block), call.per_tensor ? 1 : call.K,
+                       blocks(call.H, call.head_block)};
+  call.scale = decoder.result(prefix + "scale", scale, floats);
+  if (call.float_minimum) {
+    call.offset = decoder.result(prefix + "minimum", scale, floats);
+  } else if (!call.symmetric) {
+    call.offset = decoder.result(prefix + "zero_point", scale, {ffi::DataType::S8});
+  }
+  if (call.center) {
+    call.mean =
+        decoder.result(prefix + "mean", {shape[0], 1, call.K, call.H}, {ffi::DataType::F32});
+  }
+}
+
+// A result as an operand of what runs after it.
+Operand as_operand(const Result& result, int64_t entries, const Shape& shape) {
+  Operand x;
+  x.data = result.data;
+  x.dtype = result.dtype;
+  int64_t step = 1;
+  for (size_t d = 3; d > 0; --d) {
+    x.stride[d - 1] = shape[d] == 1 ? 0 : step;
+    step *= shape[d];
+  }
+  for (int64_t b = 0; b < entries; ++b) x.batch_offset.push_back(b * step);
+  return x;
+}
+
+// What an attention call makes of one operand's floats: codes, which become the operand. `made`
+// says whose they are, and which tokens its mean is of.
+void decode_made_codes(Decoder& decoder, const std::string& name, const Format& format,
+                       const Shape& shape, QuantizableOperand& x, QuantizeCall& made) {
+  made.S = shape[1];
+  made.K = shape[2];
+  made.H = shape[3];
+  made.x = x;
+  made.bits = format.bits;
+  made.symmetric = format.offset_kind() == Quantization::Offset::kNone;
+  made.float_minimum = format.offset_kind() == Quantization::Offset::kMinimum;
+  made.token_block = format.token_block;
+  made.head_block = format.head_block;
+  made.per_tensor = format.per_tensor;
+  made.center = format.has_mean;
+  decode_codes(decoder, name + "_", shape, made);
+  if (decoder.failed()) return;
+
+  Shape stored = shape, blocked = shape;
+  if (made.bits == 4) stored.back() /= 2;
+  blocked[1] = blocks(made.S, made.token_block);
+  if (made.per_tensor) blocked[2] = 1;
+  blocked[3] = blocks(made.H, made.head_block);
+  static_cast<Operand&>(x) = as_operand(made.data, made.B, stored);
+  Quantization& q = x.quantization;
+  q = format.quantization(shape);
+  q.scale = as_operand(made.scale, made.B, blocked);
+  if (made.offset) q.offset = as_operand(made.offset, made.B, blocked);
+  if (made.mean) q.mean = as_operand(made.mean, made.B, {shape[0], 1, made.K, made.H});
+}
+
+// The operands that every attention call starts with; returns the length of its real batch axis.
+// With `made`, which takes how they are stored, codes may be the call's to make.
+int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_exp,
+                    Shape* bias_shape, std::vector<Format>* made = nullptr) {
+  call.cpu_pipeline = static_cast<Pipeline>(decoder.integer("cpu_pipeline", 0, 1));
+  call.metal_pipeline = static_cast<Pipeline>(decoder.integer("metal_pipeline", 0, 1));
+  call.scale = decoder.finite("scale");
+  call.soft_cap = decoder.finite("soft_cap");
+  if (call.soft_cap < 0.0f) {
+    decoder.fail("attribute soft_cap is " + std::to_string(call.soft_cap) +
+                 ", expected 0 (none) or more");
+  }
+  call.causal = decoder.flag("causal");
+  call.window_left = decoder.integer("window_left", -1, kMost);
+  call.window_right = decoder.integer("window_right", -1, kMost);
+  const bool has_bias = decoder.flag("has_bias");
+  const bool has_mask = decoder.flag("has_mask");
+  const bool has_query_seq_lengths = decoder.flag("has_query_seq_lengths");
+  const bool has_key_value_seq_lengths = decoder.flag("has_key_value_seq_lengths");
+  const std::vector<Format> formats = {decode_format(decoder, "query", made != nullptr),
+                                       decode_format(decoder, "key", made != nullptr),
+                                       decode_format(decoder, "value", made != nullptr)};
+  if (made) *made = formats;
+  if (has_d_log_sum_exp) *has_d_log_sum_exp = decoder.flag("has_d_log_sum_exp");
+
+  decoder.set_leading(4);
+  if (bias_shape && !has_bias) decoder.fail("attribute has_bias is 0, expected 1");
+  const size_t key_at = formats[0].operands(), value_at = key_at + formats[1].operands();
+  const Shape query = formats[0].elements(decoder.peek_shape(0, "query", 4));
+  const Shape key = formats[1].elements(decoder.peek_shape(key_at, "key", 4));
+  const Shape value = formats[2].elements(decoder.peek_shape(value_at, "value", 4));
+  if (decoder.failed()) return 0;
+  const int64_t batch = query[0];
+  call.B = decoder.flat_batch(batch);
+  call.T = query[1];
+  call.N = query[2];
+  call.H = query[3];
+  call.S = key[1];
+  call.K = key[2];
+  call.V = value[3];
+  if (call.H < 1 || call.V < 1) {
+    decoder.fail("query has shape " + to_string(query) + " and value " + to_string(value) +
+                 ", expected head dims of at least 1");
+    return 0;
+  }
+  if (call.K == 0 ? call.N != 0 : call.N % call.K != 0) {
+    decoder.fail("query has " + std::to_string(call.N) + " heads, expected a multiple of key's " +
+                 std::to_string(call.K));
+    return 0;
+  }
+  const Shape key_shape = {batch, call.S, call.K, call.H};
+  const Shape value_shape = {batch, call.S, call.K, call.V};
+  call.query = decode_rows(decoder, "query", formats[0], query);
+  call.key = decode_rows(decoder, "key", formats[1], key_shape);
+  call.value = decode_rows(decoder, "value", formats[2], value_shape);
+  const Shape logits = {batch, call.N, call.T, call.S};
+  if (has_bias) call.bias = decoder.float_operand("bias", logits, true, bias_shape);
+  ffi::DataType dtype;
+  std::vector<int64_t> strides;
+  if (has_mask) {
+    call.mask = static_cast<const uint8_t*>(decoder.operand(
+        "mask", logits, true, {ffi::DataType::PRED}, &dtype, &call.mask_batch_offset, &strides));
+    std::copy(strides.begin(), strides.begin() + 3, call.mask_stride);
+  }
+  const std::vector<ffi::DataType> ints = {ffi::DataType::S32};
+  if (has_query_seq_lengths) {
+    call.query_seq_lengths = static_cast<const int32_t*>(
+        decoder.operand("query_seq_lengths", {batch}, false, ints, &dtype,
+                        &call.query_seq_lengths_offset, &strides));
+  }
+  if (has_key_value_seq_lengths) {
+    call.key_value_seq_lengths = static_cast<const int32_t*>(
+        decoder.operand("key_value_seq_lengths", {batch}, false, ints, &dtype,
+                        &call.key_value_seq_lengths_offset, &strides));
+  }
+  return batch;
+}
+
+// What a backward call reads besides: the forward call's results and the cotangents.
+template <class Call>
+void decode_cotangents(Decoder& decoder, Call& call, int64_t batch, bool has_d_log_sum_exp) {
+  const Shape rows = {batch, call.T, call.N};
+  const Shape out = {batch, call.T, call.N, call.V};
+  call.out = decoder.float_operand("out", out);
+  call.row_maximum = decoder.operand_of("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = decoder.operand_of("log2_sum", rows, {ffi::DataType::F32});
+  call.d_out = decoder.float_operand("d_out", out);
+  if (has_d_log_sum_exp) {
+    call.d_log_sum_exp = decoder.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
+  }
+}
+
+}  // namespace
+
+AttentionForwardCall decode_forward(Decoder& decoder) {
+  AttentionForwardCall call;
+  std::vector<Format> formats;
+  const int64_t batch = decode_call(decoder, call, nullptr, nullptr, &formats);
+  call.out = decoder.result("out", {batch, call.T, call.N, call.V}, kFloats);
+  const Shape rows = {batch, call.T, call.N};
+  call.row_maximum = decoder.result("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = decoder.result("log2_sum", rows, {ffi::DataType::F32});
+  if (decoder.failed()) return call;
+  const auto make = [&](const char* name, const Format& format, const Shape& shape,
+                        QuantizableOperand& x, const int32_t* lengths,
+                        const std::vector<int64_t>& lengths_offset) {
+    if (!format.is_made || decoder.failed()) return;
+    QuantizeCall made;
+    made.L = decoder.leading_count();
+    made.B = call.B;
+    if (format.has_mean) {
+      made.lengths = lengths;
+      made.lengths_offset = lengths_offset;
+    }
+    decode_made_codes(decoder, name, format, shape, x, made);
+    call.quantize.push_back(std::move(made));
+  };
+  make("query", formats[0], {batch, call.T, call.N, call.H}, call.query, call.query_seq_lengths,
+       call.query_seq_lengths_offset);
+  make("key", formats[1], {batch, call.S, call.K, call.H}, call.key, call.key_value_seq_lengths,
+       call.key_value_seq_lengths_offset);
+  make("value", formats[2], {batch, call.S, call.K, call.V}, call.value, call.key_value_seq_lengths,
+       call.key_value_seq_lengths_offset);
+  return call;
+}
+
+AttentionBackwardCall decode_backward(Decoder& decoder) {
+  AttentionBackwardCall call;
+  bool has_d_log_sum_exp = false;
+  const int64_t batch = decode_call(decoder, call, &has_d_log_sum_exp, nullptr);
+  decode_cotangents(decoder, call, batch, has_d_log_sum_exp);
+  call.d_query = decoder.result("d_query", {batch, call.T, call.N, call.H}, kFloats);
+  call.d_key = decoder.result("d_key", {batch, call.S, call.K, call.H}, kFloats);
+  call.d_value = decoder.result("d_value", {batch, call.S, call.K, call.V}, kFloats);
+  return call;
+}
+
+AttentionBackwardBiasCall decode_backward_bias(Decoder& decoder) {
+  AttentionBackwardBiasCall call;
+  bool has_d_log_sum_exp = false;
+  Shape bias(4, 1);
+  const int64_t batch = decode_call(decoder, call, &has_d_log_sum_exp, &bias);
+  decode_cotangents(decoder, call, batch, has_d_log_sum_exp);
+  call.d_bias = decoder.result("d_bias", bias, kFloats);
+  call.L = decoder.leading_count();
+  call.b = bias[0];
+  call.n = bias[1];
+  call.t = bias[2];
+  call.s = bias[3];
+  return call;
+}
+
+QuantizeCall decode_quantize(Decoder& decoder) {
+  QuantizeCall call;
+  call.bits = decoder.integer("bits", 4, 8);
+  if (call.bits != 4 && call.bits != 8) {
+    decoder.fail("attribute bits is " + std::to_string(call.bits) + ", expected 4 or 8");
+  }
+  call.symmetric = decoder.flag("symmetric");
+  call.float_minimum = decoder.flag("float_minimum");
+  if (call.symmetric && call.float_minimum) {
+    decoder.fail("attribute float_minimum is 1, expected 0 where symmetric is 1");
+  }
+  call.token_block = decoder.integer("token_block", 0, kMost);
+  call.head_block = decoder.integer("head_block", 0, kMost);
+  call.per_tensor = decoder.flag("per_tensor");
+  if (call.per_tensor && (call.token_block != 0 || call.head_block != 0)) {
+    decoder.fail("attribute per_tensor is 1, expected 0 where blocks are not whole axes");
+  }
+  call.center = decoder.flag("center");
+  call.rotate = decoder.flag("rotate");
+  const bool has_lengths = decoder.flag("has_lengths");
+  decoder.set_leading(4);
+  const Shape shape = decoder.peek_shape(0, "x", 4);
+  call.L = decoder.leading_count();
+  call.B = decoder.flat_batch(shape[0]);
+  call.S = shape[1];
+  call.K = shape[2];
+  call.H = shape[3];
+  call.x = decoder.float_operand("x", shape);
+  if (has_lengths) {
+    ffi::DataType dtype;
+    std::vector<int64_t> strides;
+    call.lengths = static_cast<const int32_t*>(decoder.operand("lengths", {shape[0]}, false,
+                                                               {ffi::DataType::S32}, &dtype,
+                                                               &call.lengths_offset, &strides));
+  }
+  decode_codes(decoder, "", shape, call);
+  return call;
+}
+
+}  // namespace jax_gluon

@@ -1,0 +1,89 @@
+// Keys and values of a forward pass before any of them is packed: what is taken from their rows,
+// and the units that value scales are folded in.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../device.h"
+#include "centred_rows.h"
+#include "forward_blocks.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+template <class Core>
+class KeyValueRows {
+  using Isa = typename Core::Isa;
+  static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8;
+
+ public:
+  explicit KeyValueRows(const AttentionForwardCall& call)
+      : call_(call),
+        has_offsets_(kInt8 && (has_offset(call.query) || has_offset(call.key))),
+        has_value_offsets_(kInt8 && has_offset(call.value)),
+        keys_(call, call.key, call.H),
+        values_(call, call.value, call.V) {}
+
+  // INT8: finds means and units.
+  void prepare(Parallel& parallel) {
+    if constexpr (kInt8) {
+      // Rows that are rounded again are rounded without their mean.
+      if (call_.key.quantization.head_block != 0) keys_.find_means(parallel);
+      if (call_.value.quantization.head_block != 0) values_.find_means(parallel);
+      const int64_t heads = call_.B * call_.K;
+      ScratchPool<RowScratch<Core>> scratch(parallel.threads());
+      value_unit_.allocate(heads);
+      parallel.run(heads, [&](int64_t head) {
+        auto lease = scratch.acquire();
+        lease->prepare(call_);
+        find_value_unit(head, *lease);
+      });
+    }
+  }
+
+  // The scale that value row (b, j, k) has as INT8 codes.
+  float value_scale(int64_t b, int64_t j, int64_t k, RowScratch<Core>& s) const {
+    ScaleAndOffset scale;
+    if (call_.value.quantization.head_block == 0) {
+      scale = scale_at(call_.value, b, j, k);
+    } else {
+      values_.codes_of(b, j, k, s.row, s.codes, &scale);
+    }
+    return scale.scale;
+  }
+
+  // What the value scales of a head are folded in units of.
+  float value_unit(int64_t head) const { return kInt8 ? value_unit_[head] : 1.0f; }
+  // INT8: whether keys or queries, and whether values, are stored with offsets.
+  bool has_offsets() const { return has_offsets_; }
+  bool has_value_offsets() const { return has_value_offsets_; }
+  const CentredRows<Isa>& keys() const { return keys_; }
+  const CentredRows<Isa>& values() const { return values_; }
+
+ private:
+  static bool has_offset(const QuantizableOperand& x) {
+    return x.quantization.offset && x.quantization.head_block == 0;
+  }
+
+  // A power of two near the head's largest value scale: folded in units of it, no scale, reciprocal
+  // or sum of reciprocals leaves float32's range.
+  void find_value_unit(int64_t head, RowScratch<Core>& s) {
+    const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
+    float largest = 0.0f;
+    for (int64_t j = 0; j < keys; ++j) {
+      const float scale = value_scale(b, j, k, s);
+      if (scale <= std::numeric_limits<float>::max()) largest = std::max(largest, scale);
+    }
+    value_unit_[head] = largest > 0.0f ? std::exp2(std::round(std::log2(largest))) : 1.0f;
+  }
+
+  const AttentionForwardCall& call_;
+  const bool has_offsets_, has_value_offsets_;
+  CentredRows<Isa> keys_, values_;
+  Buffer<float> value_unit_;  // of each head
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,165 @@
+"""The gluon pipeline of forward against the baseline: results, counted work, and races."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoder import SHADERS, Problem, forward
+from problems import DTYPES, QUANTIZED, draw, expected, feature
+
+COUNT = dict(instrumentation="counters")
+# What gluon may differ from the baseline by: relative L2, and of the output's elements one unit in
+# the last place of the row's largest.
+PARITY = {"float32": 1e-6, "float16": 3e-4, "bfloat16": 2e-3}
+ORACLE = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}
+DIGITS = {"float32": 23, "float16": 10, "bfloat16": 7}
+
+
+def check_parity(oracle, relative_error, problem, dtype, bound):
+    baseline, gluon = (forward(problem, pipeline=x) for x in ("baseline", "gluon"))
+    assert relative_error(gluon.out, expected(oracle, problem).out) <= bound
+    assert relative_error(gluon.out, baseline.out) <= PARITY[dtype]
+    wanted, found = (x.out.astype(np.float64) for x in (baseline, gluon))
+    largest = np.abs(wanted).max(-1, keepdims=True, initial=0.0)
+    unit = 2.0 ** (np.floor(np.log2(np.maximum(largest, 1e-30))) - DIGITS[dtype])
+    if not problem.is_quantized():
+        assert (np.abs(found - wanted) <= unit).all()
+    sums = (x.row_maximum + x.log2_sum.astype(np.float64) for x in (gluon, baseline))
+    np.testing.assert_allclose(*sums, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "lengths", "bias", "soft_cap", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rules(oracle, relative_error, dtype, name):
+    shape = dict(T=67, S=301)
+    q, k, v, _ = draw(dtype, **shape)
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], **feature(name, **shape))
+    check_parity(oracle, relative_error, problem, dtype, ORACLE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("H", "V"), [(72, 128), (130, 256)])
+def test_head_dim(oracle, relative_error, dtype, H, V):
+    q, k, v, _ = draw(dtype, H=H, V=V, T=41, S=150)
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True)
+    check_parity(oracle, relative_error, problem, dtype, ORACLE[dtype])
+
+
+@pytest.mark.parametrize("name", ["plain", "mask"])
+@pytest.mark.parametrize(
+    "kind", ["int8", "int8_zero_point", "int8_channel", "int4", "int4_row", "float_query"]
+)
+def test_format(oracle, relative_error, kind, name):
+    specs, _, bound = QUANTIZED[kind]
+    q, k, v, _ = draw("float32", specs, S=150)
+    problem = Problem(q, k, v, **feature(name, S=150))
+    check_parity(oracle, relative_error, problem, "float32", bound)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_not_finite(dtype):
+    """Visible numbers reach the rows that see them, in either pipeline alike; no others."""
+    q, k, v, _ = draw(dtype, S=150)
+    k[0, 40], v[0, 70, :, 3], v[1, 100, 0, 5] = np.nan, np.inf, np.nan
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True, window=(9, 0))
+    baseline, gluon = (forward(problem, pipeline=x).out for x in ("baseline", "gluon"))
+    assert np.isnan(gluon).any()
+    assert np.isfinite(gluon).any()
+    np.testing.assert_array_equal(np.isfinite(gluon), np.isfinite(baseline))
+    np.testing.assert_allclose(gluon, baseline, rtol=1e-3, atol=1e-3)
+
+
+#: What shaders/block_sizes.h says: bytes of the ring, and barriers of 64 keys.
+RING = {
+    ("float16", 64): (23948, 2),
+    ("float16", 128): (22348, 4),
+    ("float16", 256): (17292, 8),
+    ("float32", 64): (24900, 4),
+    ("float32", 128): (21380, 8),
+    ("float32", 256): (25028, 16),
+}
+
+
+@pytest.mark.parametrize(("dtype", "H"), RING)
+def test_work(dtype, H):
+    """No more products, device bytes and barriers than the baseline's, and a ring that fits."""
+
+    def count(S, pipeline):
+        q, k, v, _ = draw(dtype, B=1, N=1, K=1, T=32, S=S, H=H, V=H)
+        problem = Problem(q, k, v, out_dtype=DTYPES[dtype])
+        return forward(problem, pipeline=pipeline, **COUNT).counters
+
+    size, barriers = RING[dtype, H]
+    assert f"{size:,}" in (SHADERS / "block_sizes.h").read_text(encoding="utf-8")
+    baseline, gluon = count(256, "baseline"), count(256, "gluon")
+    assert gluon.threadgroup_memory_peak == size <= 32768
+    assert gluon.multiply_accumulates <= 1.02 * baseline.multiply_accumulates
+    assert gluon.device_bytes_read <= baseline.device_bytes_read
+    assert gluon.device_bytes_written == baseline.device_bytes_written
+    assert gluon.threadgroup_barriers <= baseline.threadgroup_barriers
+    longer = count(320, "gluon").threadgroup_barriers - gluon.threadgroup_barriers
+    assert longer == barriers
+
+
+PROGRAM = """
+import encoder, pathlib, sys
+from problems import QUANTIZED, draw
+encoder.SHADERS = pathlib.Path(sys.argv[1])
+kind, H = sys.argv[2], int(sys.argv[3])
+specs = QUANTIZED[kind][0] if kind in QUANTIZED else (None,) * 3
+q, k, v, _ = draw("float32", specs, B=1, N=1, K=1, T=32, S=150, H=H, V=H)
+encoder.forward(encoder.Problem(q, k, v), pipeline="gluon")
+"""
+#: The barriers of the ring by what they say, and a problem that needs each.
+BARRIERS = {
+    "columns are staged": ("int4", 64),
+    "the first granules are filled": ("float32", 64),
+    "the only slot is free": ("float32", 256),
+    "the next granule is filled": ("float32", 64),
+}
+
+
+def run_under_thread_sanitizer(shaders: Path, kind: str, head_dim: int) -> str:
+    import softmetal
+
+    environment = softmetal.sanitizer_environment("thread")
+    folders = (os.path.dirname(softmetal.__file__), str(Path(__file__).parent))
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(shaders), kind, str(head_dim)],
+        capture_output=True, text=True, check=False, env=environment, timeout=300,
+    )  # fmt: skip
+    return finished.stdout + finished.stderr
+
+
+def test_every_barrier_is_planted():
+    text = (SHADERS / "ring.h").read_text(encoding="utf-8")
+    assert set(re.findall(r"threadgroup_barrier\(.*\);  // (.*)", text)) == set(BARRIERS)
+
+
+@pytest.mark.parametrize("problem", sorted(set(BARRIERS.values())))
+def test_no_race(device, problem):
+    assert run_under_thread_sanitizer(SHADERS, *problem) == ""
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_missing_barrier_is_a_race(device, tmp_path, barrier):
+    shaders = tmp_path / "shaders"
+    shutil.copytree(SHADERS, shaders)
+    # Of the kernels, those for float are enough.
+    forward_text = (shaders / "attention_forward.metal").read_text(encoding="utf-8")
+    floats = re.sub(r"(?m)^JAX_GLUON_INSTANTIATE_ALL\((half|bfloat)\)$", "", forward_text)
+    assert floats != forward_text
+    (shaders / "attention_forward.metal").write_text(floats, encoding="utf-8")
+    text = (shaders / "ring.h").read_text(encoding="utf-8")
+    planted, count = re.subn(rf"threadgroup_barrier\(.*\);(?=  // {barrier})", "", text)
+    assert count == 1
+    (shaders / "ring.h").write_text(planted, encoding="utf-8")
+    assert "data race" in run_under_thread_sanitizer(shaders, *BARRIERS[barrier])

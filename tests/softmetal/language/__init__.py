@@ -1,0 +1,1 @@
+"""The Metal language: one small kernel with a known answer per feature."""

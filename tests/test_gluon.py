@@ -1,0 +1,357 @@
+"""The gluon pipeline of the CPU kernels against baseline: the same numbers, whatever else runs.
+
+Results and scratch start as NaN (JAX_GLUON_POISON), so that nothing unwritten passes.
+"""
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+from jax_gluon.formats import PRESETS, AttentionQuantization, QuantSpec
+
+plugin = pytest.importorskip("jax_gluon._plugin")
+
+RNG = np.random.default_rng(11)
+# Relative L2 between the pipelines. Where probabilities have 16 bits, or results are stored with
+# 16, the pipelines may round the same number to neighbours.
+BARS = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 3e-4}
+EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+def _mask(B, N, T, S):
+    mask = RNG.random((B, N, T, S)) < 0.6
+    mask[0, 0, T // 2] = False
+    mask[:, :, : T // 3, 64:200] = False  # whole subtiles and whole groups of rows
+    return mask
+
+
+# Sizes around the tiles (4, 6 or 12 rows; 8, 16 or 32 keys), the subtiles (64 and 96 keys), the
+# blocks (96 rows, 192 and 256 keys) and the tasks.
+CASES = {
+    "blocks": dict(T=200, S=530, N=2, K=1, H=64, V=64),
+    "many_blocks": dict(B=1, T=300, S=1500, N=1, K=1, H=16, V=16),
+    "many_rows": dict(B=1, T=4300, S=70, N=1, K=1, H=8, V=8),
+    "many_heads": dict(B=1, T=100, S=300, N=12, K=1, H=16, V=16),
+    "odd": dict(T=71, S=91, H=22, V=26),
+    "one_column": dict(T=100, S=257, N=2, H=2, V=1),
+    "wide": dict(B=1, T=20, S=140, N=2, K=1, H=258, V=130),
+    "one_key": dict(T=70, S=1),
+    "one_key_more": dict(T=97, S=257, N=2),
+    "causal": dict(T=330, S=330, N=2, is_causal=True),
+    "causal_T_over_S": dict(T=300, S=150, N=2, is_causal=True),
+    "causal_S_over_T": dict(T=150, S=300, N=2, is_causal=True),
+    "window": dict(T=400, S=530, N=2, local_window_size=(20, 5)),
+    "window_left_of_causal": dict(T=400, S=400, N=2, is_causal=True, local_window_size=(33, 0)),
+    "window_past_the_keys": dict(T=300, S=40, N=2, local_window_size=(3, 3)),
+    "lengths": dict(
+        T=170, S=600,
+        query_seq_lengths=np.array([0, 165], np.int32),
+        key_value_seq_lengths=np.array([599, 65], np.int32),
+    ),
+    "no_keys": dict(T=70, S=100, key_value_seq_lengths=np.array([0, 100], np.int32)),
+    "bias": dict(T=133, S=300, bias=RNG.standard_normal((2, 4, 133, 300), np.float32)),
+    "bias_keys": dict(T=100, S=270, bias=RNG.standard_normal((1, 4, 1, 270), np.float32)),
+    "bias_rows": dict(T=100, S=70, bias=RNG.standard_normal((2, 1, 100, 1), np.float32)),
+    "bias_large": dict(T=133, S=300, bias=1e4 * RNG.standard_normal((1, 1, 133, 300), np.float32)),
+    "mask": dict(T=170, S=300, mask=_mask(2, 4, 170, 300)),
+    "soft_cap": dict(T=170, S=290, scale=1.0, logits_soft_cap=2.0),
+    "negative_scale": dict(T=70, S=290, scale=-0.7),
+    "everything": dict(
+        T=150, S=370, is_causal=True, local_window_size=(120, 9), logits_soft_cap=4.0, scale=-0.4,
+        bias=RNG.standard_normal((2, 1, 150, 370), np.float32), mask=_mask(2, 4, 150, 370),
+        key_value_seq_lengths=np.array([360, 100], np.int32),
+    ),
+}  # fmt: skip
+
+ROW = QuantSpec(granularity="row")
+FORMATS = {
+    **PRESETS,
+    # Integer zero points and float minima, of queries, keys and values.
+    "int8_zero_points": AttentionQuantization(
+        *(QuantSpec(symmetric=False, granularity="row") for _ in range(3))
+    ),
+    "int8_minima": AttentionQuantization(
+        ROW, *(QuantSpec(symmetric=False, float_minimum=True, granularity="head"),) * 2
+    ),
+    "int8_blocks": AttentionQuantization(
+        QuantSpec(granularity="tensor"), QuantSpec(granularity="block", block_size=50), ROW
+    ),
+    # Scales that vary along a row: float32 products.
+    "int8_groups": AttentionQuantization(*(QuantSpec(granularity="group", block_size=16),) * 3),
+    "int8_channels": AttentionQuantization(
+        ROW, QuantSpec(granularity="channel"), QuantSpec(granularity="channel_block")
+    ),
+    "int4_rows": AttentionQuantization(*(QuantSpec(bits=4, granularity="row"),) * 3),
+    "values_only": AttentionQuantization(value=ROW),
+}
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    monkeypatch.setenv("JAX_GLUON_POISON", "1")
+
+
+def _operands(case, dtype="float32", seed=3):
+    rng = np.random.default_rng(seed)
+    size = {"B": 2, "N": 4, "K": 2, "H": 24, "V": 24} | case
+    B, T, S, N, K, H, V = (size[letter] for letter in "BTSNKHV")
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    # Keys off centre, so that removing their mean matters.
+    key = draw(B, S, K, H) + jnp.asarray(0.5, dtype)
+    operands = [draw(B, T, N, H), key, draw(B, S, K, V)]
+    if "bias" in case:
+        operands.append(jnp.asarray(case["bias"]))
+    keywords = {name: x for name, x in case.items() if len(name) > 1 and name != "bias"}
+    cotangents = draw(B, T, N, V), jnp.asarray(rng.standard_normal((B, T, N)), jnp.float32)
+    return operands, keywords, cotangents
+
+
+def _both(operands, keywords, cotangents, **more):
+    """Output, log-sum-exp and gradients by each pipeline."""
+
+    def run(kernel):
+        def attention(*x):
+            return jax_gluon.attention_with_log_sum_exp(
+                *x, **keywords, **more, implementation="cpu", kernel=kernel
+            )
+
+        def function(inputs, cotangents):
+            results, pullback = jax.vjp(attention, *inputs)
+            d_out, d_log_sum_exp = cotangents
+            # The -inf of an empty row takes no cotangent.
+            finite = jnp.where(jnp.isfinite(results[1]), d_log_sum_exp, 0)
+            return *results, *pullback((d_out, finite))
+
+        return jax.jit(function)(operands, cotangents)
+
+    return run("baseline"), run("gluon")
+
+
+LABELS = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
+def _assert_alike(relative_error, baseline, gluon, dtype="float32"):
+    for label, x, y in zip(LABELS, gluon, baseline, strict=False):
+        if label == "lse":
+            # Exponentials of bfloat16 are good to 7.5e-5, relative to maxima of the pipeline's own.
+            np.testing.assert_allclose(x, y, atol=1e-4 if dtype == "bfloat16" else 2e-6, rtol=1e-6)
+            continue
+        actual, expected = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        # Where one key is all there is, dS is zero and only rounding is left of it.
+        size = max(np.linalg.norm(expected), 1e-6 * np.linalg.norm(np.asarray(baseline[0])))
+        assert np.isfinite(actual).all()
+        assert np.linalg.norm(actual - expected) <= BARS[dtype] * size, label
+        if dtype in EPSILON and label != "dbias":
+            row = np.abs(expected).max(-1, keepdims=True)
+            assert (np.abs(actual - expected) <= EPSILON[dtype] * row).all(), label
+
+
+def _variants():
+    best, *others = plugin.cpu_isas_supported()
+    for name in CASES:
+        for variant in (best, *others):
+            # The emulated variant is slow and shares every line but the intrinsics.
+            if not variant.startswith("emulated") or name in ("odd", "causal", "everything"):
+                yield pytest.param(variant, name, id=f"{variant}-{name}")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(("variant", "name"), list(_variants()))
+def test_pipelines_agree(monkeypatch, relative_error, variant, name, quantization):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    baseline, gluon = _both(*_operands(CASES[name]), quantization=quantization)
+    _assert_alike(relative_error, baseline, gluon)
+
+
+@pytest.mark.parametrize("name", ["blocks", "odd", "everything", "causal"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_pipelines_agree_in_every_format(relative_error, format_name, name):
+    operands, keywords, cotangents = _operands(CASES[name])
+    baseline, gluon = _both(
+        operands, keywords, cotangents, quantization=FORMATS[format_name]
+    )  # fmt: skip
+    _assert_alike(relative_error, baseline, gluon)
+
+
+def _variants_in_16_bits():
+    for variant in plugin.cpu_isas_supported():
+        # The emulated variant multiplies bfloat16 as such, most others float32.
+        short = variant.startswith("emulated")
+        for name in ("odd", "causal") if short else ("blocks", "odd", "everything", "causal"):
+            yield pytest.param(variant, name, id=f"{variant}-{name}")
+
+
+@pytest.mark.parametrize(("variant", "name"), list(_variants_in_16_bits()))
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_pipelines_agree_in_16_bits(monkeypatch, relative_error, dtype, variant, name):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    baseline, gluon = _both(*_operands(CASES[name], dtype))
+    _assert_alike(relative_error, baseline, gluon, dtype)
+
+
+@pytest.mark.parametrize("variant", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_gluon_matches_float64(
+    monkeypatch, relative_error, oracle, fake_quantize, variant, quantization
+):
+    """The bars of the design, which baseline's own tests have too."""
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    case = dict(B=1, T=110, S=300, N=2, K=1, H=16, V=16, is_causal=True)
+    operands, keywords, (d_out, d_log_sum_exp) = _operands(case)
+    _, gluon = _both(operands, keywords, (d_out, d_log_sum_exp), quantization=quantization)
+    point = operands
+    if quantization:
+        point = [
+            fake_quantize(x, center=center)
+            for x, center in zip(operands, (False, True, False), strict=True)
+        ]
+    exact = oracle(*point, **keywords, d_out=d_out, d_log_sum_exp=d_log_sum_exp)
+    forward, backward = (8e-3, 1e-2) if quantization else (2e-6, 3e-6)
+    np.testing.assert_allclose(gluon[1], exact.log_sum_exp, atol=2e-4 if quantization else 2e-5)
+    assert relative_error(gluon[0], exact.out) <= forward
+    for x, y in zip(gluon[2:], exact[2:5], strict=True):
+        assert relative_error(x, y) <= backward
+
+
+@pytest.mark.parametrize("variant", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("least", [-1e9, -1e30])
+def test_rows_whose_logits_are_all_large_and_negative(
+    monkeypatch, relative_error, variant, least, quantization
+):
+    """A mask of finite numbers: such rows are uniform over what they see."""
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    bias = np.zeros((1, 1, 70, 200), np.float32)
+    bias[:, :, 20:50] = least
+    bias[:, :, :, :90] = least
+    case = dict(T=70, S=200, N=2, K=1, H=16, V=16, bias=bias)
+    baseline, gluon = _both(*_operands(case), quantization=quantization)
+    _assert_alike(relative_error, baseline, gluon)
+
+
+@pytest.mark.parametrize("variant", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(
+    monkeypatch, variant, quantization, bad
+):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    operands, keywords, _ = _operands(dict(T=290, S=290, is_causal=True))
+    query, key, value = operands
+    value = value.at[0, 150, 1, 3].set(bad)
+    out = jax_gluon.dot_product_attention(
+        query, key, value, **keywords, quantization=quantization, implementation="cpu",
+        kernel="gluon",
+    )  # fmt: skip
+    expected = np.zeros(out.shape, bool)
+    # kv head 1 serves query heads 2 and 3; an INT8 row has one scale, so all of it is lost.
+    expected[0, 150:, 2:, slice(3, 4) if quantization is None else slice(None)] = True
+    np.testing.assert_array_equal(~np.isfinite(out), expected)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_what_is_hidden_never_leaks(quantization):
+    """NaN and infinities in hidden keys and values change no bit of outputs and gradients."""
+    operands, keywords, (d_out, _) = _operands(dict(T=140, S=350, is_causal=True))
+    lengths = np.array([130, 20], np.int32)
+
+    def run(key, value):
+        def attention(*x):
+            return jax_gluon.dot_product_attention(
+                *x, **keywords, key_value_seq_lengths=lengths, quantization=quantization,
+                implementation="cpu", kernel="gluon",
+            )  # fmt: skip
+
+        out, pullback = jax.vjp(attention, operands[0], key, value)
+        return out, *pullback(d_out)
+
+    _, key, value = operands
+    key, value = key.at[:, 130:].set(0), value.at[:, 130:].set(0)
+    plain = run(key, value)
+    for bad in (np.nan, np.inf, -np.inf):
+        hidden = run(key.at[:, 130:].set(bad), value.at[:, 130:].set(bad))
+        for x, y in zip(hidden, plain, strict=True):
+            assert np.isfinite(y).all()
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_toggling_changes_nothing_else(quantization):
+    """Threads that use one pipeline each, at once, get the bits that a call alone gets."""
+    case = dict(T=150, S=300, is_causal=True, H=32, V=32)
+    operands, keywords, cotangents = _operands(case)
+    compiled = {}
+    for kernel in ("baseline", "gluon"):
+
+        def attention(*x, kernel=kernel):
+            return jax_gluon.dot_product_attention(
+                *x, **keywords, quantization=quantization, implementation="cpu", kernel=kernel
+            )
+
+        def function(x, d_out, attention=attention):
+            out, pullback = jax.vjp(attention, *x)
+            return out, *pullback(d_out)
+
+        compiled[kernel] = jax.jit(function).lower(operands, cotangents[0]).compile()
+    alone = {kernel: run(operands, cotangents[0]) for kernel, run in compiled.items()}
+    # The pipelines sum in another order: this test compares what differs.
+    assert (np.asarray(alone["baseline"][0]) != np.asarray(alone["gluon"][0])).any()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        kernels = ["baseline", "gluon"] * 40
+        runs = [pool.submit(compiled[kernel], operands, cotangents[0]) for kernel in kernels]
+        for kernel, run in zip(kernels, runs, strict=True):
+            for x, y in zip(run.result(), alone[kernel], strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+PEAK = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+import jax_gluon
+
+kernel, S = sys.argv[1], int(sys.argv[2])
+rng = np.random.default_rng(0)
+query = jnp.asarray(rng.standard_normal((1, 96, 2, 64), np.float32))
+key, value = (jnp.asarray(rng.standard_normal((1, S, 2, 64), np.float32)) for _ in range(2))
+attention = jax.jit(lambda q, k, v: jax_gluon.dot_product_attention(
+    q, k, v, implementation="cpu", kernel=kernel))
+small = [x[:, :96] for x in (query, key, value)]
+jax.block_until_ready(attention(*small))  # what a first call loads
+compiled = attention.lower(query, key, value).compile()
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")  # resets VmHWM
+before = status("VmRSS:")
+jax.block_until_ready(compiled(query, key, value))
+print(json.dumps(status("VmHWM:") - before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_scratch_does_not_grow_with_the_keys():
+    """Baseline packs all keys and values; the ring holds two blocks of them."""
+    S = 1 << 16
+
+    def growth(kernel):
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, kernel, str(S)], capture_output=True, text=True, check=True
+        )
+        return json.loads(run.stdout)
+
+    operands = 2 * S * 2 * 64 * 4
+    assert growth("baseline") > operands / 2
+    assert growth("gluon") < operands / 8

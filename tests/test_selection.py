@@ -1,0 +1,233 @@
+"""The choice of a pipeline, as a table."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+from jax_gluon import tuned_table
+from jax_gluon.selection import KernelProblem, Measurement, kernel_config, select_kernel
+
+LARGE = KernelProblem(T=1024, S=1024, H=64, V=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, 1024),
+        ({"S": 300}, 300),
+        ({"T": 300}, 1024),
+        ({"T": 300, "is_causal": True}, 300),
+        ({"S": 300, "is_causal": True}, 300),
+        ({"local_window": (100, 20)}, 121),
+        ({"local_window": (100, 20), "is_causal": True}, 101),
+        ({"local_window": (5000, 5000)}, 1024),
+        ({"T": 1, "is_causal": True}, 1),
+        ({"S": 0}, 0),
+    ],
+)
+def test_the_most_keys_that_a_row_sees(changes, keys):
+    problem = dataclasses.replace(LARGE, **changes)
+    assert problem.keys == keys
+    # One row after another, as the mask says it.
+    left, right = problem.local_window or (problem.T, problem.S)
+    seen = [
+        sum(
+            i - left <= j <= i + right and (j <= i or not problem.is_causal)
+            for j in range(problem.S)
+        )
+        for i in range(problem.T)
+    ]
+    assert max(seen, default=0) <= keys
+    if problem.S + left <= problem.T:
+        assert max(seen) == keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "words"),
+    [
+        ({}, "gluon", "at most 1024 keys, and the head dim is 64"),
+        ({"S": 512}, "gluon", "512"),
+        ({"S": 511}, "baseline", "at most 511 keys"),
+        ({"H": 63}, "baseline", "the head dim is 63"),
+        ({"H": 128}, "gluon", "128"),
+        ({"T": 511, "is_causal": True}, "baseline", "at most 511 keys"),
+        ({"T": 1}, "gluon", "1024"),
+        ({"local_window": (255, 255)}, "baseline", "at most 511 keys"),
+        ({"local_window": (256, 255)}, "gluon", "at most 512 keys"),
+        ({"direction": "backward"}, "baseline", "no other pipeline"),
+        ({"S": 0}, "baseline", "at most 0 keys"),
+    ],
+)
+def test_the_default_on_metal(changes, expected, words):
+    config, reason = select_kernel(dataclasses.replace(LARGE, **changes), "metal")
+    assert config.pipeline == expected
+    assert words in reason
+
+
+def row(operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9):
+    return Measurement(operands, direction, H, S, baseline, gluon)
+
+
+def test_what_was_measured_decides():
+    config, reason = select_kernel(LARGE, "cpu", [row()])
+    assert config.pipeline == "gluon"
+    assert reason == (
+        "measured here at 1024 keys and head dim 64: gluon takes 0.90 times as long as baseline"
+    )
+    assert select_kernel(LARGE, "metal", [row(gluon=1.1)])[0].pipeline == "baseline"
+    assert select_kernel(LARGE, "metal", [row(gluon=1.0)])[0].pipeline == "baseline"  # as fast
+    # Of other operands or the other direction: the default.
+    others = [row(operands="int8", gluon=2.0), row(direction="backward", gluon=2.0)]
+    assert "measured" not in select_kernel(LARGE, "metal", others)[1]
+    assert select_kernel(LARGE, "metal", others)[0].pipeline == "gluon"
+
+
+def test_the_nearest_row_decides():
+    rows = [
+        row(S=256, gluon=3.0),
+        row(S=2048, gluon=0.5),
+        row(H=128, S=1024, gluon=4.0),
+    ]
+    for S, pipeline in ((128, "baseline"), (700, "baseline"), (800, "gluon"), (10**6, "gluon")):
+        assert select_kernel(dataclasses.replace(LARGE, S=S), "cpu", rows)[0].pipeline == pipeline
+    # The head dim goes before the keys.
+    problem = dataclasses.replace(LARGE, S=2048, H=100)
+    assert "head dim 128" in select_kernel(problem, "cpu", rows)[1]
+    # No keys, no distance.
+    assert "at most 0 keys" in select_kernel(dataclasses.replace(LARGE, S=0), "cpu", rows)[1]
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def numbers(file: str, pattern: str) -> list[int]:
+    """The groups of the first match in a source."""
+    found = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"))
+    assert found, f"{file} has no {pattern}"
+    return [int(group) for group in found.groups()]
+
+
+def sizes(config):
+    return config.block_q, config.block_k, config.subtile, config.stages
+
+
+def test_the_sizes_are_those_of_the_cpu_kernels():
+    blocks = "plugin/cpu/forward_blocks.h"
+    (rows,) = numbers(blocks, r"kBlockRows = (\d+)")
+    (keys,) = numbers(blocks, r"kBlockKeys = (\d+)")
+    (codes,) = numbers(blocks, r"kSubtileKeys = (\d+)")
+    (floats,) = numbers(blocks, r"kSubtileColumns = kInt8 \? kSubtileKeys : (\d+)")
+    (stages,) = numbers("plugin/cpu/key_value_ring.h", r"kStages = (\d+)")
+    int8 = dataclasses.replace(LARGE, operands="int8")
+    assert sizes(kernel_config(LARGE, "cpu", "baseline")) == (rows, keys, keys, 1)
+    assert sizes(kernel_config(LARGE, "cpu", "gluon")) == (rows, keys, floats, stages)
+    assert sizes(kernel_config(int8, "cpu", "baseline")) == (rows, keys, codes, 1)
+    assert sizes(kernel_config(int8, "cpu", "gluon")) == (rows, keys, codes, stages)
+    backward = "plugin/cpu/attention_backward.h"
+    rows, keys = numbers(backward, r"kRows = (\d+), kKeys = (\d+)")
+    subtile, stages = numbers(
+        backward, r"kTileKeys = kGluon \? (\d+) : kKeys, kStages = kGluon \? (\d+) : 1"
+    )
+    problem = dataclasses.replace(LARGE, direction="backward")
+    assert sizes(kernel_config(problem, "cpu", "baseline")) == (rows, keys, keys, 1)
+    assert sizes(kernel_config(problem, "cpu", "gluon")) == (rows, keys, subtile, stages)
+
+
+@pytest.mark.parametrize("operands", ["float16", "bfloat16", "int8", "float32"])
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_the_sizes_are_those_of_the_shaders(operands, H):
+    problem = dataclasses.replace(LARGE, operands=operands, H=H, V=H)
+    element = "float " if operands == "float32" else "16 bits"
+    table = "shaders/block_sizes.h"
+    _, tile, _ = numbers(table, rf"\| {element} +\| +({H}) \| (\d+) +\| (\d+),")
+    granule, subtile = numbers(table, rf"\| {element} +\| +{H} \| (\d+) +\| (\d+) +\| (?:yes|no)")
+    (rows,) = numbers("shaders/bindings.h", r"kBlockRows = (\d+)")
+    assert sizes(kernel_config(problem, "metal", "baseline")) == (rows, tile, tile, 1)
+    assert sizes(kernel_config(problem, "metal", "gluon"))[:3] == (rows, granule, subtile)
+    inexact = dataclasses.replace(problem, operands="int4", has_exact_codes=False)
+    floats = dataclasses.replace(problem, operands="float32")
+    for pipeline in ("baseline", "gluon"):
+        assert kernel_config(inexact, "metal", pipeline) == kernel_config(floats, "metal", pipeline)
+
+
+@pytest.fixture
+def shape(tmp_path, monkeypatch):
+    """A large problem, where no table is."""
+    pytest.importorskip("jax_gluon._plugin")
+    monkeypatch.setenv("JAX_GLUON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("JAX_GLUON_KERNEL", raising=False)
+    return jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
+
+
+def chosen(x, **keywords):
+    plan = jax_gluon.explain(x, x, x, **keywords)
+    assert plan.forward is not None
+    assert plan.backward is not None
+    return plan.forward.pipeline, plan.backward.pipeline, plan.reasons
+
+
+def test_the_argument_goes_before_the_environment(shape, monkeypatch):
+    assert chosen(shape)[:2] == ("baseline", "baseline")
+    monkeypatch.setenv("JAX_GLUON_KERNEL", "gluon")
+    *pipelines, reasons = chosen(shape)
+    assert pipelines == ["gluon", "gluon"]
+    assert reasons[1:] == (
+        "forward: JAX_GLUON_KERNEL is gluon",
+        "backward: JAX_GLUON_KERNEL is gluon",
+    )
+    *pipelines, reasons = chosen(shape, kernel="baseline")
+    assert pipelines == ["baseline", "baseline"]
+    assert 'kernel="baseline" was asked for' in reasons[1]
+    monkeypatch.setenv("JAX_GLUON_KERNEL", "fast")
+    with pytest.raises(
+        ValueError, match='JAX_GLUON_KERNEL is "fast"; allowed: "baseline", "gluon"'
+    ):
+        chosen(shape)
+
+
+def test_the_environment_goes_before_the_table(shape, monkeypatch):
+    path = tuned_table.table_path("cpu")
+    assert path is not None
+    tuned_table.save(path, "cpu", [row(), row(direction="backward", gluon=1.5)])
+    *pipelines, reasons = chosen(shape)
+    assert pipelines == ["gluon", "baseline"]
+    assert "measured here" in reasons[1]
+    assert "1.50 times" in reasons[2]
+    monkeypatch.setenv("JAX_GLUON_KERNEL", "baseline")
+    assert chosen(shape)[:2] == ("baseline", "baseline")
+
+
+@pytest.mark.parametrize("kernel", ["baseline", "gluon"])
+def test_the_choice_reaches_the_kernels(shape, kernel):
+    def loss(x):
+        out = jax_gluon.dot_product_attention(x, x, x, implementation="cpu", kernel=kernel)
+        return out.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(shape).as_text()
+    found = re.findall(r"cpu_pipeline = (\d)", text)
+    assert found == [str(int(kernel == "gluon"))] * 2
+
+
+def test_gluon_on_metal_is_that_of_forward(shape, require):
+    require("metal")
+    *pipelines, reasons = chosen(shape, implementation="metal")
+    assert pipelines == ["gluon", "baseline"]
+    assert "no other pipeline" in reasons[2]
+    x = np.random.default_rng(0).standard_normal((3, 2, 70, 2, 40)).astype(np.float32)
+    out = {
+        kernel: jax_gluon.dot_product_attention(*x, implementation="metal", kernel=kernel)
+        for kernel in ("baseline", "gluon")
+    }
+    np.testing.assert_allclose(out["gluon"], out["baseline"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_wish_for_operands(shape):
+    plan = jax_gluon.explain(shape, shape, shape, quantization="int8")
+    assert plan.forward is not None
+    assert plan.forward.subtile == 64
