@@ -32,20 +32,24 @@ def least_products(length: int, head_dim: int, is_causal: bool, products: int) -
     return visible * 64 * head_dim * products
 
 
-def counted(length: int, head_dim: int, is_causal: bool, name: str) -> list[dict[str, int]]:
+def dispatches(length: int, head_dim: int, is_causal: bool, name: str) -> list[dict[str, int]]:
     dtype, quantization = FORMATS[name]
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (1, length, 1, head_dim), dtype) for k in keys)
 
-    def loss(*x):
+    def loss(kernel, *x):
         out = jax_gluon.dot_product_attention(
-            *x, is_causal=is_causal, quantization=quantization, implementation="metal"
+            *x, is_causal=is_causal, quantization=quantization, implementation="metal", kernel=kernel
         )
         return jnp.sum(out.astype(jnp.float32))
 
-    jax_gluon.debug.metal_counters()
-    jax.block_until_ready(jax.grad(loss, argnums=(0, 1, 2))(query, key, value))
-    return jax_gluon.debug.metal_counters()
+    work = []
+    for kernel in ("baseline", "gluon"):
+        jax_gluon.debug.metal_counters(reset=True)
+        gradient = jax.grad(loss, argnums=(1, 2, 3))
+        jax.block_until_ready(gradient(kernel, query, key, value))
+        work += jax_gluon.debug.metal_counters(reset=True)
+    return work
 
 
 def main() -> int:
@@ -70,7 +74,7 @@ def main() -> int:
             )
             print("|---|---|---|---|---|---|---|")
             for name in FORMATS:
-                for work in counted(length, head_dim, is_causal, name):
+                for work in dispatches(length, head_dim, is_causal, name):
                     stem = next((x for x in products if work["kernel"].startswith(x)), None)
                     if stem is None:
                         continue

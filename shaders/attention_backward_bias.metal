@@ -57,15 +57,14 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
           tiles.template load<false, false>(keys, values, key0, block_keys.end, thread_index);
           for (int t = 0; t < Sizes::kTileRows / 8; ++t) {
             const int first = key0 + 8 * t, own = first + place.column;
-            if (first >= seen.end || first + 8 <= seen.begin) continue;
-            const bool2 is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
-            if (p.has_mask != 0 && !simd_any(is_seen.x || is_seen.y)) continue;
-            float2 products, probability_gradients;
-            rows.multiply(p, tiles, 8 * t, products, probability_gradients);
+            const int at = 8 * t * Sizes::kStride;
+            const ScoreProducts made =
+                rows.multiply(p, rules, seen, first, tiles.keys + at, tiles.values + at, lane);
+            if (!made.is_used) continue;
             for (int i = 0; i < 2; ++i) {
               const ScoreGradient score =
-                  score_gradient(p, rules, rows.statistics, own + i, is_seen[i], products[i],
-                                 probability_gradients[i]);
+                  score_gradient(p, rules, rows.statistics, own + i, made.is_seen[i],
+                                 made.product[i], made.probability_gradient[i]);
               sum[sums_keys ? 0 : t][i] += score.gradient;
             }
           }

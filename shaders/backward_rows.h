@@ -66,6 +66,41 @@ inline ScoreGradient score_gradient(thread const AttentionParameters& p,
   return {probability, gradient};
 }
 
+// What a lane has of a matrix of scores before their gradients: q k^T and dO v^T.
+struct ScoreProducts {
+  bool is_used;  // else no row of the matrix sees any of its keys
+  bool2 is_seen;
+  float2 product;
+  float2 probability_gradient;
+};
+
+// The products of eight rows in registers, which meet H columns and V columns, with eight rows of a
+// tile for each.
+template <typename M, int D>
+inline void multiply_scores(thread const AttentionParameters& p, thread const Matrix<M>* left,
+                            threadgroup const M* right_rows, thread const Matrix<M>* left_gradient,
+                            threadgroup const M* right_gradient_rows,
+                            thread ScoreProducts& made) {
+  constexpr int kStride = BlockSizes<M, D>::kStride;
+  Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  for (int d = 0; d < D / 8; ++d) {
+    Matrix<M> right;
+    if (8 * d < p.H) {
+      simdgroup_load(right, right_rows + 8 * d, kStride, ulong2(0), true);
+      simdgroup_multiply_accumulate(product, left[d], right, product);
+    }
+    if (8 * d < p.V) {
+      simdgroup_load(right, right_gradient_rows + 8 * d, kStride, ulong2(0), true);
+      simdgroup_multiply_accumulate(gradient, left_gradient[d], right, gradient);
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    made.product[i] = product.thread_elements()[i];
+    made.probability_gradient[i] = gradient.thread_elements()[i];
+  }
+}
+
 // Eight query rows in the registers of a simdgroup.
 template <typename M, int D>
 struct BackwardRows {
@@ -122,24 +157,20 @@ struct BackwardRows {
     }
   }
 
-  // q k^T and dO v^T of the lane's two elements of a matrix, whose keys start at tile row `t`.
-  void multiply(thread const AttentionParameters& p, thread const KeyValueTiles<M, D>& tiles, int t,
-                thread float2& products, thread float2& probability_gradients) thread {
-    constexpr int kStride = BlockSizes<M, D>::kStride;
-    Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    for (int d = 0; d < D / 8; ++d) {
-      Matrix<M> right;
-      if (8 * d < p.H) {
-        simdgroup_load(right, tiles.keys + t * kStride + 8 * d, kStride, ulong2(0), true);
-        simdgroup_multiply_accumulate(product, query[d], right, product);
-      }
-      if (8 * d < p.V) {
-        simdgroup_load(right, tiles.values + t * kStride + 8 * d, kStride, ulong2(0), true);
-        simdgroup_multiply_accumulate(gradient, out_gradient[d], right, gradient);
-      }
-    }
-    products = float2(product.thread_elements()[0], product.thread_elements()[1]);
-    probability_gradients = float2(gradient.thread_elements()[0], gradient.thread_elements()[1]);
+  // Of keys `first` and the following, whose rows of keys and of values are given, unless none of
+  // the eight rows sees any of them. `seen`: the keys that any of the rows sees; `rules` are those
+  // of the lane's row.
+  ScoreProducts multiply(thread const AttentionParameters& p, thread const RowRules& rules,
+                         Range seen, int first, threadgroup const M* keys,
+                         threadgroup const M* values, ushort lane) thread {
+    ScoreProducts made;
+    made.is_used = false;
+    if (first >= seen.end || first + 8 <= seen.begin) return made;
+    const int own = first + Place(lane).column;
+    made.is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
+    if (p.has_mask != 0 && !simd_any(made.is_seen.x || made.is_seen.y)) return made;
+    made.is_used = true;
+    multiply_scores<M, D>(p, query, keys, out_gradient, values, made);
+    return made;
   }
 };

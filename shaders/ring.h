@@ -7,8 +7,9 @@
 
 // Granules 0, 1, ... of one operand. Granule i has slot i % kSlots; while granule i is in use,
 // granule i + kAhead is filled. A slot is written kSlots - kAhead barriers or more after its last
-// use: with one slot, `KeyValueRing` and its like have a barrier before they write.
-template <typename M, int D, int kSlots, bool kIsSummed>
+// use: with one slot, `KeyValueRing` and its like have a barrier before they write. `kHasColumns`:
+// there is room for scales and offsets of columns.
+template <typename M, int D, int kSlots, bool kIsSummed, bool kHasColumns>
 struct Ring {
   static constant constexpr int kRows = RingSizes<M, D>::kGranuleRows;
   static constant constexpr int kStride = BlockSizes<M, D>::kStride;
@@ -20,7 +21,7 @@ struct Ring {
     M rows[kSlots * kRows * kStride];
     float scales[kSlots * kRows];
     // Scales and offsets of columns, of the blocks of tokens that granules at hand are in.
-    float columns[sizeof(M) == 4 ? (kAhead + 1) * 2 * D : 1];
+    float columns[kHasColumns && sizeof(M) == 4 ? (kAhead + 1) * 2 * D : 1];
     bool is_dirty[kIsSummed ? kSlots * kThreads : 1];
   };
 
@@ -82,8 +83,8 @@ struct Ring {
 template <typename M, int D, int kKeySlots, bool kSumsKeys, bool kSumsValues>
 struct KeyValueRing {
   using Sizes = RingSizes<M, D>;
-  using Keys = Ring<M, D, kKeySlots, kSumsKeys>;
-  using Values = Ring<M, D, Sizes::kSlots, kSumsValues>;
+  using Keys = Ring<M, D, kKeySlots, kSumsKeys, true>;
+  using Values = Ring<M, D, Sizes::kSlots, kSumsValues, true>;
   static constant constexpr int kRows = Sizes::kGranuleRows;
 
   struct Memory {

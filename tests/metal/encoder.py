@@ -322,6 +322,7 @@ def backward(
     d_out: Any,
     d_log_sum_exp: Any = None,
     *,
+    pipeline: str = "baseline",
     matrix: str | None = None,
     instrumentation: str | None = None,
     **options: Any,
@@ -337,7 +338,13 @@ def backward(
         encoder.bind(f"k{slot}Gradient", x)
     suffix = f"{matrix or backward_matrix_type(problem)}_{head_dim_class(problem)}"
     counters = [
-        encoder.dispatch(stem, f"{stem}_{suffix}", grid, instrumentation=instrumentation, **options)
+        encoder.dispatch(
+            stem,
+            f"{kernel_of(stem, pipeline)}_{suffix}",
+            grid,
+            instrumentation=instrumentation,
+            **options,
+        )
         for stem, grid in (
             ("attention_backward_query", (blocks(T, BLOCK_ROWS), N, B)),
             ("attention_backward_key_value", (blocks(S, BLOCK_ROWS), K, B)),
