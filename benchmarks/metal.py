@@ -39,7 +39,11 @@ def dispatches(length: int, head_dim: int, is_causal: bool, name: str) -> list[d
 
     def loss(kernel, *x):
         out = jax_gluon.dot_product_attention(
-            *x, is_causal=is_causal, quantization=quantization, implementation="metal", kernel=kernel
+            *x,
+            is_causal=is_causal,
+            quantization=quantization,
+            implementation="metal",
+            kernel=kernel,
         )
         return jnp.sum(out.astype(jnp.float32))
 

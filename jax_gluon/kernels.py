@@ -13,7 +13,6 @@ from jax_gluon.selection import (
     KernelConfig,
     KernelProblem,
     kernel_config,
-    pipelines,
     select_kernel,
 )
 
@@ -35,9 +34,6 @@ def choose(problem: KernelProblem, device: str, kernel: str | None) -> tuple[Ker
             raise ValueError(f'jax_gluon: {ENVIRONMENT} is "{wish}"; allowed: {_names()}.')
     if wish is None:
         return select_kernel(problem, device, tuned_table.measured(device))
-    if wish not in pipelines(problem, device):
-        source += f", but the {device} kernels of {problem.direction} have no other pipeline"
-        wish = PIPELINES[0]
     return kernel_config(problem, device, wish), source
 
 

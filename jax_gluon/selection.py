@@ -26,6 +26,8 @@ class KernelConfig:
     - `block_k`: keys that are loaded at a time.
     - `subtile`: keys that share a step of the softmax.
     - `stages`: blocks of keys that are kept at a time; over 1, they are filled ahead.
+
+    Where dK and dV are made, on Metal, queries and keys change places.
     """
 
     pipeline: str
@@ -105,8 +107,6 @@ def select_kernel(
 def _select_pipeline(
     problem: KernelProblem, device: str, measured: Sequence[Measurement]
 ) -> tuple[str, str]:
-    if "gluon" not in pipelines(problem, device):
-        return "baseline", f"the {device} kernels of {problem.direction} have no other pipeline"
     rows = [
         row
         for row in measured
@@ -130,12 +130,6 @@ def _select_pipeline(
     return "gluon", f"{seen}: {LEAST_KEYS} and {LEAST_HEAD_DIM} or more"
 
 
-def pipelines(problem: KernelProblem, device: str) -> tuple[str, ...]:
-    """The pipelines that a device has for a problem's direction."""
-    has_one = device == "metal" and problem.direction == "backward"
-    return PIPELINES[:1] if has_one else PIPELINES
-
-
 def kernel_config(problem: KernelProblem, device: str, pipeline: str) -> KernelConfig:
     """A pipeline with the sizes of the blocks that its kernel has for a problem."""
     is_gluon = pipeline == "gluon"
@@ -156,8 +150,11 @@ def _metal_config(problem: KernelProblem, is_gluon: bool) -> KernelConfig:
         is_half |= problem.operands in ("int8", "int4") and problem.has_exact_codes
     head_dim = next((d for d in (64, 128) if d >= max(problem.H, problem.V)), 256)
     tile = 8192 // (head_dim * (2 if is_half else 4))
+    is_backward = problem.direction == "backward"
     if not is_gluon:
-        return KernelConfig("baseline", 32, tile, tile, 1)
+        return KernelConfig("baseline", 32, tile, 8 if is_backward else tile, 1)
     granule = max(tile // 2, 8)
+    if is_backward:
+        return KernelConfig("gluon", 32, granule, 8, 1 if tile == 8 else 2)
     stages = 1 if tile == 8 else 2 if granule == 8 else 3
     return KernelConfig("gluon", 32, granule, max(granule // 2, 8), stages)

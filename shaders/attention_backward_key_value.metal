@@ -84,8 +84,8 @@ struct KeyValueGradientRows {
       if (gradients_are_dirty && made.is_seen[i]) {
         y = product_of_rows(value_rows, key, gradients, own + i, y);
       }
-      const ScoreGradient score = score_gradient(p, head_rules.row(p, own + i), statistics[i], key,
-                                                 made.is_seen[i], x, y);
+      const ScoreGradient score =
+          score_gradient(p, head_rules.row(p, own + i), statistics[i], key, made.is_seen[i], x, y);
       probabilities[i] = score.probability;
       score_gradients[i] = score.gradient;
     }

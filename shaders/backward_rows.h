@@ -79,8 +79,7 @@ struct ScoreProducts {
 template <typename M, int D>
 inline void multiply_scores(thread const AttentionParameters& p, thread const Matrix<M>* left,
                             threadgroup const M* right_rows, thread const Matrix<M>* left_gradient,
-                            threadgroup const M* right_gradient_rows,
-                            thread ScoreProducts& made) {
+                            threadgroup const M* right_gradient_rows, thread ScoreProducts& made) {
   constexpr int kStride = BlockSizes<M, D>::kStride;
   Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);

@@ -41,7 +41,7 @@ struct BlockSizes {
                 "threadgroup memory");
 };
 
-// The gluon pipeline of forward. Granules of a ring are filled ahead, and used one subtile at a
+// The gluon pipelines. Granules of a ring are filled ahead, and used one subtile at a
 // time; a slot takes another granule only after a barrier that follows its last use. Logits are
 // bytes of a lane's (of two subtiles where scores are made ahead), those of baseline in brackets;
 // ring is bytes of rows, columns, scales and flags; barriers are those of 64 keys, as many as
@@ -60,6 +60,19 @@ struct BlockSizes {
 // and there is room for one slot of keys and of values: there a granule is only read ahead, into
 // registers, and two barriers enclose its writing. Scores are not made ahead where two subtiles
 // would be a whole tile of baseline's.
+//
+// Backward's subtile is one matrix in either pipeline: P and dS of 8 x 8 scores are made and used
+// at once. Its gluon pipelines have two slots (one for float at 256), and make the products of the
+// next matrix ahead where a granule has one. Their rings:
+//
+// | element | D   | dQ ring | dK, dV ring | barriers |
+// |---------|-----|---------|-------------|----------|
+// | 16 bits |  64 | 19,212  | 20,488      | 2        |
+// | 16 bits | 128 | 17,932  | 18,696      | 4        |
+// | 16 bits | 256 | 17,292  | 17,800      | 8        |
+// | float   |  64 | 19,972  | 18,696      | 4        |
+// | float   | 128 | 21,380  | 17,800      | 8        |
+// | float   | 256 | 25,028  | 17,096      | 16       |
 template <typename M, int D>
 struct RingSizes {
   static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;

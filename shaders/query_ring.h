@@ -22,9 +22,7 @@ struct QueryWalk {
   }
   int head(int i) const thread { return first_head + i / granules; }
   bool begins_head(int i) const thread { return i % granules == 0; }
-  int row(int i, int granule_rows) const thread {
-    return first_row + i % granules * granule_rows;
-  }
+  int row(int i, int granule_rows) const thread { return first_row + i % granules * granule_rows; }
 };
 
 template <typename M, int D>

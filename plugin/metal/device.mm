@@ -50,8 +50,7 @@ class MetalDevice : public Device {
         encoder.dispatch(commands, stem, stem + "_combine", grid(rows, call.K, call.B), 0);
       } else {
         const std::string stem = "attention_forward";
-        const std::string pipeline = call.metal_pipeline == Pipeline::kGluon ? "_gluon_" : "_";
-        encoder.dispatch(commands, stem, stem + pipeline + encoder.forward_suffix(stem),
+        encoder.dispatch(commands, stem, stem + infix(call) + encoder.forward_suffix(stem),
                          grid(blocks(call.T, kBlockRows), call.N, call.B), 1);
       }
     });
@@ -63,10 +62,10 @@ class MetalDevice : public Device {
       encoder.bind_cotangents(call);
       encoder.bind_gradients(call);
       const std::string first = "attention_backward_query";
-      encoder.dispatch(commands, first, first + "_" + encoder.backward_suffix(),
+      encoder.dispatch(commands, first, first + infix(call) + encoder.backward_suffix(),
                        grid(blocks(call.T, kBlockRows), call.N, call.B), 2);
       const std::string second = "attention_backward_key_value";
-      encoder.dispatch(commands, second, second + "_" + encoder.backward_suffix(),
+      encoder.dispatch(commands, second, second + infix(call) + encoder.backward_suffix(),
                        grid(blocks(call.S, kBlockRows), call.K, call.B), 2);
     });
   }
@@ -91,6 +90,11 @@ class MetalDevice : public Device {
   }
 
  private:
+  // Between a kernel's stem and its suffix.
+  static const char* infix(const AttentionCall& call) {
+    return call.metal_pipeline == Pipeline::kGluon ? "_gluon_" : "_";
+  }
+
   // What `encode` puts into command buffers, to its end.
   template <class Encode>
   Status run(Encode encode) {

@@ -61,6 +61,8 @@ def main() -> None:
             d_log_sum_exp = np.ones((problem.B, problem.T, problem.N), np.float32)
         gradients = backward(problem, found, d_out, d_log_sum_exp)
         written(found.out, gradients.d_query, gradients.d_key, gradients.d_value)
+        gradients = backward(problem, found, d_out, d_log_sum_exp, pipeline="gluon")
+        written(gradients.d_query, gradients.d_key, gradients.d_value)
         if problem.bias is not None:
             written(backward_bias(problem, found, d_out))
     for case in DECODE_CASES:

@@ -370,6 +370,23 @@ print(json.dumps(jax_gluon.debug.metal_counters()))
 )
 
 
+PIPELINES = (
+    HEAD
+    + """
+x = [jax.random.normal(jax.random.key(i), (1, 70, 2, 40)) for i in range(3)]
+def loss(*x, kernel):
+    return jnp.sum(attention(*x, kernel=kernel, implementation="metal") ** 2)
+
+baseline, gluon = (
+    jax.grad(loss, argnums=(0, 1, 2))(*x, kernel=kernel) for kernel in ("baseline", "gluon")
+)
+for wanted, found in zip(baseline, gluon, strict=True):
+    print(bool(jnp.linalg.norm(found - wanted) <= 1e-6 * jnp.linalg.norm(wanted)))
+print(json.dumps(jax_gluon.debug.metal_counters()))
+"""
+)
+
+
 def run(program=TWICE, **environment):
     finished = subprocess.run(
         [sys.executable, "-c", program],
@@ -436,6 +453,17 @@ def test_a_call_is_one_command_buffer():
             "attention_decode_half_64",
             "attention_decode_combine",
         ],
+    ]
+
+
+@SOFTWARE
+def test_each_pipeline_has_its_kernels():
+    *checks, counted = run(PIPELINES)
+    assert checks == ["True"] * 3
+    stems = ["attention_forward", "attention_backward_query", "attention_backward_key_value"]
+    assert [each["kernel"] for each in json.loads(counted)] == [
+        *(f"{stem}_float_64" for stem in stems),
+        *(f"{stem}_gluon_float_64" for stem in stems),
     ]
 
 

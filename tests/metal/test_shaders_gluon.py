@@ -1,4 +1,4 @@
-"""The gluon pipeline of forward against the baseline: results, counted work, and races."""
+"""The gluon pipelines against the baseline: results, counted work, and races."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoder import SHADERS, Problem, forward
+from encoder import SHADERS, Problem, backward, forward
 from problems import DTYPES, QUANTIZED, draw, expected, feature
 
 COUNT = dict(instrumentation="counters")
@@ -76,6 +76,103 @@ def test_what_is_not_finite(dtype):
     np.testing.assert_allclose(gluon, baseline, rtol=1e-3, atol=1e-3)
 
 
+def check_backward(problem, d_out, *, found=None):
+    """Both pipelines add the same numbers in the same order: their bits are the same."""
+    found = found or forward(problem)
+    d_lse = np.random.default_rng(5).standard_normal((problem.B, problem.T, problem.N))
+    results = [
+        backward(problem, found, d_out, d_lse.astype(np.float32), pipeline=x)
+        for x in ("baseline", "gluon")
+    ]
+    for name in ("d_query", "d_key", "d_value"):
+        baseline, gluon = (getattr(x, name) for x in results)
+        np.testing.assert_array_equal(gluon, baseline, err_msg=name)
+    return results[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("float32", "everything"), ("float32", "window"), ("float32", "plain"),
+        ("float16", "lengths"), ("float16", "mask"), ("float16", "causal"),
+        ("bfloat16", "soft_cap"), ("bfloat16", "bias"),
+    ],
+)  # fmt: skip
+def test_backward_rules(oracle, relative_error, dtype, name):
+    q, k, v, d_out = draw(dtype, T=67, S=101)
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], **feature(name, T=67, S=101))
+    result = check_backward(problem, d_out)
+    for x in (result.d_query, result.d_key, result.d_value):
+        assert np.isfinite(x.astype(np.float32)).all()
+    if name != "plain":
+        return
+    plain = backward(problem, forward(problem), d_out, pipeline="gluon")
+    wanted = expected(oracle, problem, d_out=np.asarray(d_out, np.float64))
+    for each in ("d_query", "d_key", "d_value"):
+        assert relative_error(getattr(plain, each), getattr(wanted, each)) <= 3e-6, each
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("H", "V"), [(72, 128), (130, 256)])
+def test_backward_head_dim(dtype, H, V):
+    q, k, v, d_out = draw(dtype, H=H, V=V, T=41, S=50)
+    check_backward(Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True), d_out)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_zero_point", "int4", "int4_row", "float_query"])
+def test_backward_format(kind):
+    q, k, v, d_out = draw("float32", QUANTIZED[kind][0])
+    check_backward(Problem(q, k, v, **feature("soft_cap")), d_out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_backward_of_what_is_not_finite(dtype):
+    q, k, v, d_out = draw(dtype, T=67, S=101)
+    k[0, 40], v[0, 70, :, 3], q[1, 20], d_out[1, 50, 0, 5] = np.nan, np.inf, np.nan, np.inf
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=True, window=(9, 0))
+    gluon = check_backward(problem, d_out)
+    for x in (gluon.d_query, gluon.d_key, gluon.d_value):
+        assert np.isnan(x).any()
+        assert np.isfinite(x).any()
+
+
+#: What shaders/block_sizes.h says: bytes of the rings of dQ and of dK and dV, and barriers.
+BACKWARD_RINGS = {
+    ("float16", 64): (19212, 20488, 2),
+    ("float16", 128): (17932, 18696, 4),
+    ("float16", 256): (17292, 17800, 8),
+    ("float32", 64): (19972, 18696, 4),
+    ("float32", 128): (21380, 17800, 8),
+    ("float32", 256): (25028, 17096, 16),
+}
+
+
+@pytest.mark.parametrize(("dtype", "H"), BACKWARD_RINGS)
+def test_work_of_backward(dtype, H):
+    """No more products, device bytes and barriers than the baseline's; one head after another."""
+    *rings, barriers = BACKWARD_RINGS[dtype, H]
+    table = (SHADERS / "block_sizes.h").read_text(encoding="utf-8")
+    assert re.search(rf"{rings[0]:,} +\| {rings[1]:,} +\| {barriers} ", table)
+    q, k, v, d_out = draw(dtype, B=1, N=2, K=1, T=128, S=128, H=H, V=H)
+
+    def count(problem, gradient, pipeline):
+        found = backward(problem, forward(problem), gradient, pipeline=pipeline, **COUNT)
+        return found.query_counters, found.key_value_counters
+
+    few_rows = Problem(q[:, :32], k, v, out_dtype=DTYPES[dtype])
+    few_keys = Problem(q, k[:, :32], v[:, :32], out_dtype=DTYPES[dtype])
+    for which, problem, gradient in ((0, few_rows, d_out[:, :32]), (1, few_keys, d_out)):
+        baseline, gluon = (count(problem, gradient, x)[which] for x in ("baseline", "gluon"))
+        assert gluon.threadgroup_memory_peak == rings[which]
+        assert gluon.multiply_accumulates == baseline.multiply_accumulates
+        assert gluon.device_bytes_read <= baseline.device_bytes_read
+        assert gluon.device_bytes_written == baseline.device_bytes_written
+        assert gluon.threadgroup_barriers <= baseline.threadgroup_barriers
+        # Threadgroups of dQ: two, of 128 keys each; of dK and dV: one, of 256 rows.
+        most = {0: 2 * 2 * barriers, 1: 4 * barriers}[which]
+        assert most - 2 <= gluon.threadgroup_barriers <= most
+
+
 #: What shaders/block_sizes.h says: bytes of the ring, and barriers of 64 keys.
 RING = {
     ("float16", 64): (23948, 2),
@@ -114,33 +211,42 @@ from problems import QUANTIZED, draw
 encoder.SHADERS = pathlib.Path(sys.argv[1])
 kind, H = sys.argv[2], int(sys.argv[3])
 specs = QUANTIZED[kind][0] if kind in QUANTIZED else (None,) * 3
-q, k, v, _ = draw("float32", specs, B=1, N=1, K=1, T=32, S=150, H=H, V=H)
-encoder.forward(encoder.Problem(q, k, v), pipeline="gluon")
+shape = dict(T=150, S=32) if "backward" in sys.argv[4] else dict(T=32, S=150)
+q, k, v, d_out = draw("float32", specs, B=1, N=2, K=1, H=H, V=H, **shape)
+problem = encoder.Problem(q, k, v)
+found = encoder.forward(problem, pipeline="gluon")
+if "backward" in sys.argv[4]:
+    encoder.backward(problem, found, d_out, pipeline="gluon")
 """
-#: The barriers of the ring by what they say, and a problem that needs each.
+FORWARD, BACKWARD = "attention_forward", "attention_backward_key_value"
+#: The barriers of the rings by what they say, and a problem that needs each.
 BARRIERS = {
-    "columns are staged": ("int4", 64),
-    "the first granules are filled": ("float32", 64),
-    "the only slot is free": ("float32", 256),
-    "the next granule is filled": ("float32", 64),
+    "columns are staged": ("int4", 64, FORWARD),
+    "the first granules are filled": ("float32", 64, FORWARD),
+    "the only slot is free": ("float32", 256, FORWARD),
+    "the next granule is filled": ("float32", 64, FORWARD),
+    "the first rows are filled": ("float32", 64, BACKWARD),
+    "the only rows are free": ("float32", 256, BACKWARD),
+    "the next rows are filled": ("float32", 64, BACKWARD),
 }
+RINGS = ("ring.h", "query_ring.h")
 
 
-def run_under_thread_sanitizer(shaders: Path, kind: str, head_dim: int) -> str:
+def run_under_thread_sanitizer(shaders: Path, kind: str, head_dim: int, stem: str) -> str:
     import softmetal
 
     environment = softmetal.sanitizer_environment("thread")
     folders = (os.path.dirname(softmetal.__file__), str(Path(__file__).parent))
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(shaders), kind, str(head_dim)],
+        [sys.executable, "-c", PROGRAM, str(shaders), kind, str(head_dim), stem],
         capture_output=True, text=True, check=False, env=environment, timeout=300,
     )  # fmt: skip
     return finished.stdout + finished.stderr
 
 
 def test_every_barrier_is_planted():
-    text = (SHADERS / "ring.h").read_text(encoding="utf-8")
+    text = "".join((SHADERS / name).read_text(encoding="utf-8") for name in RINGS)
     assert set(re.findall(r"threadgroup_barrier\(.*\);  // (.*)", text)) == set(BARRIERS)
 
 
@@ -154,12 +260,15 @@ def test_missing_barrier_is_a_race(device, tmp_path, barrier):
     shaders = tmp_path / "shaders"
     shutil.copytree(SHADERS, shaders)
     # Of the kernels, those for float are enough.
-    forward_text = (shaders / "attention_forward.metal").read_text(encoding="utf-8")
-    floats = re.sub(r"(?m)^JAX_GLUON_INSTANTIATE_ALL\((half|bfloat)\)$", "", forward_text)
-    assert floats != forward_text
-    (shaders / "attention_forward.metal").write_text(floats, encoding="utf-8")
-    text = (shaders / "ring.h").read_text(encoding="utf-8")
-    planted, count = re.subn(rf"threadgroup_barrier\(.*\);(?=  // {barrier})", "", text)
+    for kernels in shaders.glob("*.metal"):
+        text = kernels.read_text(encoding="utf-8")
+        floats = re.sub(r"(?m)^JAX_GLUON_INSTANTIATE_ALL\((half|bfloat)\)$", "", text)
+        kernels.write_text(floats, encoding="utf-8")
+    count = 0
+    for name in RINGS:
+        text = (shaders / name).read_text(encoding="utf-8")
+        planted, found = re.subn(rf"threadgroup_barrier\(.*\);(?=  // {barrier})", "", text)
+        (shaders / name).write_text(planted, encoding="utf-8")
+        count += found
     assert count == 1
-    (shaders / "ring.h").write_text(planted, encoding="utf-8")
     assert "data race" in run_under_thread_sanitizer(shaders, *BARRIERS[barrier])
