@@ -15,6 +15,8 @@ PIPELINES = ("baseline", "gluon")
 #: GLUON is chosen from this many keys in a row's sight and this head dim on, where nothing was
 #: measured on the device.
 LEAST_KEYS, LEAST_HEAD_DIM = 512, 64
+#: On the CPU alone forward in INT8, from this many keys on, was measured to be faster so.
+LEAST_INT8_KEYS = 4096
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ def _select_pipeline(
     if problem.keys < LEAST_KEYS or problem.H < LEAST_HEAD_DIM:
         return "baseline", f"{seen}: gluon is for {LEAST_KEYS} and {LEAST_HEAD_DIM} on"
     if device == "cpu":
+        is_int8 = problem.operands == "int8" and problem.direction == "forward"
+        if is_int8 and problem.keys >= LEAST_INT8_KEYS:
+            return "gluon", f"{seen}: gluon is faster in INT8 from {LEAST_INT8_KEYS} keys on"
         return "baseline", f"{seen}, but gluon is no faster on the CPUs that were measured"
     return "gluon", f"{seen}: {LEAST_KEYS} and {LEAST_HEAD_DIM} or more"
 

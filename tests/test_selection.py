@@ -70,6 +70,24 @@ def test_the_default_on_metal(changes, expected, words):
     assert words in reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected", "words"),
+    [
+        ({}, "baseline", "no faster on the CPUs that were measured"),
+        ({"S": 10**5}, "baseline", "no faster"),
+        ({"S": 4096, "operands": "int8"}, "gluon", "faster in INT8 from 4096 keys on"),
+        ({"S": 4095, "operands": "int8"}, "baseline", "no faster"),
+        ({"S": 4096, "operands": "int4"}, "baseline", "no faster"),
+        ({"S": 4096, "operands": "int8", "direction": "backward"}, "baseline", "no faster"),
+        ({"S": 4096, "operands": "int8", "H": 63}, "baseline", "gluon is for 512 and 64 on"),
+    ],
+)
+def test_the_default_on_the_cpu(changes, expected, words):
+    config, reason = select_kernel(dataclasses.replace(LARGE, **changes), "cpu")
+    assert config.pipeline == expected
+    assert words in reason
+
+
 def row(operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9):
     return Measurement(operands, direction, H, S, baseline, gluon)
 
