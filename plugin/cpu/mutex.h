@@ -1,5 +1,6 @@
-// std::mutex behind functions compiled once, for any CPU: its inline members, where a compiler leaves
-// them as functions, would be compiled for the instruction set of the file that includes this.
+// std::mutex behind functions compiled once, for any CPU: its inline members, where a compiler
+// leaves them as functions, would be compiled for the instruction set of the file that includes
+// this.
 #pragma once
 
 #include <mutex>
