@@ -23,13 +23,14 @@ from benchmarks.problem import REQUIREMENTS, SUITES, Problem
 
 
 class Worker:
-    """One implementation in its process."""
+    """One implementation in its process; `checkout` is a tree with an environment of its own."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, checkout: Path | None = None) -> None:
         self.name = name
+        python = sys.executable if checkout is None else str(checkout / ".venv/bin/python")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", name, str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, "-m", "benchmarks.worker", name, str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout,
         )  # fmt: skip
 
     def measure(self, problem: Problem, calls: int) -> dict:

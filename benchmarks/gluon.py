@@ -2,12 +2,14 @@
 
 They take turns in one process on one core, on the same random operands; times are those of the
 processor, quantization included. A ratio is that of the medians, over 1 where gluon is faster; its
-spread is the interquartile range of the ratios of the turns.
+spread is the interquartile range of the ratios of the turns. With `--landed`, the kernels of
+another checkout take their turns too, in a process of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import jax_gluon
+from benchmarks.attention import Worker
 from benchmarks.problem import Problem
 from benchmarks.report import machine
 
@@ -45,6 +48,11 @@ class Comparison:
     @property
     def ratio(self) -> float:
         return self.median("baseline") / self.median("gluon")
+
+    @property
+    def landed_ratio(self) -> float | None:
+        """Time of the other checkout's kernel over that of baseline."""
+        return self.median("landed") / self.median("baseline") if "landed" in self.times else None
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -75,7 +83,9 @@ def make(problem: Problem, format_name: str, pipeline: str) -> Callable[[], Any]
     return lambda: jax.block_until_ready(forward(*inputs))
 
 
-def compare(problem: Problem, format_name: str, rounds: int, least: float) -> Comparison:
+def compare(
+    problem: Problem, format_name: str, rounds: int, least: float, landed: Worker | None = None
+) -> Comparison:
     """`rounds` turns of each pipeline, each of as many calls as take `least` seconds."""
     runs = {name: make(problem, format_name, name) for name in PIPELINES}
     for run in runs.values():
@@ -84,6 +94,9 @@ def compare(problem: Problem, format_name: str, rounds: int, least: float) -> Co
     runs["baseline"]()
     calls = max(1, round(least / (time.process_time() - start)))
     times: dict[str, list[float]] = {name: [] for name in PIPELINES}
+    if landed is not None:
+        landed.measure(problem, 1)
+        times["landed"] = []
     for turn in range(rounds):
         # What a pipeline leaves in the caches is not always the same one's loss.
         for name in PIPELINES if turn % 2 else PIPELINES[::-1]:
@@ -91,19 +104,24 @@ def compare(problem: Problem, format_name: str, rounds: int, least: float) -> Co
             for _ in range(calls):
                 runs[name]()
             times[name].append((time.process_time() - start) / calls)
+        if landed is not None:
+            times["landed"].append(statistics.mean(landed.measure(problem, calls)["times"]))
     return Comparison(problem, format_name, times)
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
     lines = [
-        "| problem | operands | baseline ms | gluon ms | baseline / gluon | spread |",
-        "|---|---|---|---|---|---|",
+        "| problem | operands | baseline ms | gluon ms | baseline / gluon | spread |"
+        " landed / baseline |",
+        "|---|---|---|---|---|---|---|",
     ]
     for c in comparisons:
         low, high = c.quartiles
         lines.append(
             f"| {c.problem} | {c.format} | {1e3 * c.median('baseline'):.2f} | "
-            f"{1e3 * c.median('gluon'):.2f} | {c.ratio:.3f} | {low:.3f} to {high:.3f} |"
+            f"{1e3 * c.median('gluon'):.2f} | {c.ratio:.3f} | {low:.3f} to {high:.3f} | "
+            + ("" if c.landed_ratio is None else f"{c.landed_ratio:.3f} ")
+            + "|"
         )
     return "\n".join(lines)
 
@@ -146,6 +164,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=9, help="turns of each pipeline, 2 or more")
     parser.add_argument("--least", type=float, default=0.05, help="seconds of a turn")
+    parser.add_argument(
+        "--landed", type=Path, metavar="CHECKOUT",
+        help="a tree with other kernels and its environment in .venv, to time beside (not INT4)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write every time to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this file")
     return parser.parse_args(arguments)
@@ -169,10 +191,17 @@ def main(arguments: list[str] | None = None) -> int:
         for is_causal in (False, True)
     ]
     work = [(problem, name) for problem in problems for name in options.formats]
-    comparisons = [
-        compare(problem, name, options.rounds, options.least)
-        for problem, name in tqdm(work, unit="comparison", file=sys.stderr)
-    ]
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        if options.landed:
+            for name in options.formats:
+                if name != "int4":
+                    workers[name] = Worker(f"gluon {name}", 1, options.landed)
+                    stack.callback(workers[name].close)
+        comparisons = [
+            compare(problem, name, options.rounds, options.least, workers.get(name))
+            for problem, name in tqdm(work, unit="comparison", file=sys.stderr)
+        ]
     print(table(comparisons))
     if options.json:
         document = {

@@ -12,9 +12,11 @@ from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec
 from jax_gluon.kv_cache import QuantizedKVCache
 from jax_gluon.pinning import Pin, pin
 from jax_gluon.quantization import quantize
+from jax_gluon.selection import KernelConfig
 
 __all__ = [
     "AttentionQuantization",
+    "KernelConfig",
     "Pin",
     "Plan",
     "QuantSpec",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax_gluon.formats import (
     preset,
 )
 from jax_gluon.problem import AttentionOperands, AttentionProblem, Operands
-from jax_gluon.selection import PIPELINES
+from jax_gluon.selection import PIPELINES, KernelConfig
 
 IMPLEMENTATIONS = ("cpu", "metal", "xla")
 _WIDEST_ROW_OF_METAL = 256
@@ -53,7 +53,7 @@ class AttentionKeywords(TypedDict, total=False):
     dropout_rng: jax.Array | None
     sinks: ArrayLike | None
     implementation: str | None
-    kernel: str | None
+    kernel: kernels.Wishes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def check_arguments(
     dropout_rng: jax.Array | None = None,
     sinks: ArrayLike | None = None,
     implementation: str | None = None,
-    kernel: str | None = None,
+    kernel: kernels.Wishes = None,
 ) -> CheckedArguments:
     """Check the arguments of the public function named `function`.
 
@@ -205,10 +205,12 @@ def check_arguments(
         implementation="xla" if is_float64 else implementation,
     )
     if problem.implementation != "xla" and lowering.has_plugin():
+        if refused := kernels.refused(problem, operands, kernel):
+            check.value_error("kernel", *refused)
         problem = dataclasses.replace(
             problem,
-            forward_pipelines=kernels.of_devices(problem, operands, "forward", kernel),
-            backward_pipelines=kernels.of_devices(problem, operands, "backward", kernel),
+            forward_kernels=kernels.of_devices(problem, operands, "forward", kernel),
+            backward_kernels=kernels.of_devices(problem, operands, "backward", kernel),
         )
     return CheckedArguments(problem, operands, scale_array, is_batched)
 
@@ -241,11 +243,30 @@ def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel
     if implementation == "metal":
         check_metal(check.function)
     check.name("implementation", implementation, IMPLEMENTATIONS)
-    check.name("kernel", kernel, PIPELINES)
-    if kernel == "gluon" and implementation == "xla":
+    _check_kernel(check, kernel, implementation)
+
+
+def _check_kernel(check: _Checker, kernel: Any, implementation: Any) -> None:
+    if isinstance(kernel, tuple) and len(cast(tuple[Any, ...], kernel)) != 2:
         check.value_error(
-            "kernel", '"gluon"', 'None, "baseline": XLA has no kernels to choose from'
-        )
+            "kernel", f"of length {len(cast(tuple[Any, ...], kernel))}",
+            "a pair, of forward and of backward",
+        )  # fmt: skip
+    wishes = cast(tuple[Any, ...], kernel) if isinstance(kernel, tuple) else (kernel,)
+    for wish in wishes:
+        if isinstance(wish, KernelConfig):
+            if wish.pipeline not in PIPELINES:
+                check.value_error("kernel", f"{wish}", "pipelines " + " and ".join(PIPELINES))
+        elif wish is not None and not isinstance(wish, str):
+            allowed = 'None, "baseline", "gluon", a KernelConfig, or a pair of these'
+            check.type_error("kernel", f"a {type(wish).__name__}", allowed)
+        else:
+            check.name("kernel", wish, PIPELINES)
+        is_gluon = "gluon" in (wish, getattr(wish, "pipeline", None))
+        if is_gluon and implementation == "xla":
+            check.value_error(
+                "kernel", '"gluon"', 'None, "baseline": XLA has no kernels to choose from'
+            )
 
 
 def _specs(

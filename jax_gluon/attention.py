@@ -68,7 +68,7 @@ def dot_product_attention(
     dropout_rng: jax.Array | None = None,
     sinks: ArrayLike | None = None,
     implementation: str | None = None,
-    kernel: str | None = None,
+    kernel: kernels.Wishes = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention `softmax(scale * query key^T + bias) value`, as `jax.nn.dot_product_attention`.
 
@@ -104,10 +104,12 @@ def dot_product_attention(
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.
     - `kernel`: the pipeline of the plugin's kernels: `"baseline"`; `"gluon"`, which takes the
-      softmax in subtiles and fills keys and values ahead of their use (on Metal in the forward
-      pass; a few queries over many keys have kernels of their own); or None, which chooses when the
-      call is traced: by the environment variable JAX_GLUON_KERNEL, by the table of `jax-gluon
-      tune`, else by the problem. `explain` says which.
+      softmax in subtiles and fills keys and values ahead of their use; or a `KernelConfig`, a
+      pipeline with sizes of blocks, which forward takes (backward its pipeline alone); or a pair of
+      these, for forward and for backward. None chooses when the call is traced: by the environment
+      variable JAX_GLUON_KERNEL, by the table of `jax-gluon tune`, else by the problem. A few
+      queries over many keys, and the gradient of a bias, have kernels of their own. `explain` says
+      which.
 
     **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
     pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, -inf where a
@@ -247,7 +249,7 @@ def explain(
     return plans[0]
 
 
-def _plan(arguments: CheckedArguments, implementation: str | None, kernel: str | None) -> Plan:
+def _plan(arguments: CheckedArguments, implementation: str | None, kernel: kernels.Wishes) -> Plan:
     platform = jax.default_backend()
     if implementation is not None:
         reason = f'implementation="{implementation}" was asked for'

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_gluon import lowering, tuned_table, tuning
-from jax_gluon.selection import Measurement
+from jax_gluon.selection import KernelConfig, Measurement
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,13 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     tune = commands.add_parser(
         "tune",
-        help="measure which pipeline is faster here, for kernel=None to choose by",
-        description="Times both pipelines over a grid of lengths, head dims, operands and "
-        "directions. What was measured is kept: run it again to go on.",
+        help="measure which kernel is fastest here, for kernel=None to choose by",
+        description="Times both pipelines, with several sizes of blocks, over a grid of lengths, head "
+        "dims, operands and directions. What was measured is kept: run it again to go on.",
     )
     tune.add_argument("--device", choices=["cpu", "metal"], default="cpu")
     tune.add_argument("--seconds", type=float, default=600.0, help="stop after as many")
-    tune.add_argument("--rounds", type=int, default=5, help="turns of each pipeline")
+    tune.add_argument("--rounds", type=int, default=5, help="turns of each kernel")
     tune.add_argument("--table", type=Path, help="the file; default in the user's cache folder")
     tune.add_argument("--show", action="store_true", help="print the table, measure nothing")
     tune.add_argument("--plot", type=Path, help="with --show: draw the crossover to this file")
@@ -57,11 +57,15 @@ def _tune(options: argparse.Namespace, path: Path) -> int:
             if row is not None:
                 bar.write(
                     f"{case.operands} {case.direction} H{case.H} S{case.S}: "
-                    f"gluon / baseline {row.gluon / row.baseline:.3f}"
+                    f"gluon / baseline {row.ratio:.3f}, fastest {_describe(row.fastest)}"
                 )
     if done < total:
         print(f"{done} of {total} measured in the time; run it again to go on")
     return 0
+
+
+def _describe(config: KernelConfig) -> str:
+    return f"{config.pipeline} {config.block_k}/{config.subtile}"
 
 
 class _Lines:
@@ -97,12 +101,12 @@ def _show(options: argparse.Namespace, path: Path) -> int:
     except (OSError, ValueError, TypeError, KeyError) as error:
         print(f"jax-gluon tune: {path} is no table of this device: {error}")
         return 1
-    print("| operands | direction | H | S | baseline ms | gluon ms | gluon / baseline |")
+    print("| operands | direction | H | S | gluon / baseline | fastest | ms |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row.operands} | {row.direction} | {row.H} | {row.S} | {1e3 * row.baseline:.3f} "
-            f"| {1e3 * row.gluon:.3f} | {row.gluon / row.baseline:.3f} |"
+            f"| {row.operands} | {row.direction} | {row.H} | {row.S} | {row.ratio:.3f} "
+            f"| {_describe(row.fastest)} | {1e3 * row.seconds[row.fastest]:.3f} |"
         )
     if options.plot:
         try:
@@ -125,7 +129,7 @@ def plot(rows: tuple[Measurement, ...], path: Path, title: str) -> None:
         lines = sorted({(row.operands, row.H) for row in rows if row.direction == direction})
         for operands, H in lines:
             points = sorted(
-                (row.S, row.gluon / row.baseline)
+                (row.S, row.ratio)
                 for row in rows
                 if (row.operands, row.H, row.direction) == (operands, H, direction)
             )

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jax_gluon.attention import dot_product_attention
 from jax_gluon.formats import AttentionQuantization
+from jax_gluon.kernels import Wishes
 
 
 def attention_fn(
@@ -23,7 +24,7 @@ def attention_fn(
     logits_soft_cap: float | None = None,
     quantization: str | AttentionQuantization | None = None,
     implementation: str | None = None,
-    kernel: str | None = None,
+    kernel: Wishes = None,
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.linen` and `flax.nnx` multi-head attention modules.
 

@@ -27,8 +27,8 @@ from jax_gluon.problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionProblem,
     FloatOperands,
+    Kernels,
     Operands,
-    Pipelines,
 )
 
 
@@ -237,14 +237,15 @@ def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
     return cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
 
 
-def _attributes(
-    problem: AttentionProblem, pipelines: Pipelines, operands: Operands
-) -> dict[str, Any]:
+def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands) -> dict[str, Any]:
     left, right = problem.local_window or (-1, -1)
     return {
         "device": _DEVICES[problem.implementation],
-        "cpu_pipeline": np.int64(pipelines.cpu == "gluon"),
-        "metal_pipeline": np.int64(pipelines.metal == "gluon"),
+        "cpu_pipeline": np.int64(kernels.cpu.pipeline == "gluon"),
+        "cpu_block_k": np.int64(kernels.cpu.block_k),
+        "cpu_subtile": np.int64(kernels.cpu.subtile),
+        "cpu_stages": np.int64(kernels.cpu.stages),
+        "metal_pipeline": np.int64(kernels.metal.pipeline == "gluon"),
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
         "causal": np.int64(problem.is_causal),
@@ -340,7 +341,7 @@ def _forward_plugin(
         for x, spec in zip(given[:3], specs, strict=True)
     ]
     made, unflatten = _flatten(codes)
-    attributes = _attributes(problem, problem.forward_pipelines, _with_codes(given, codes))
+    attributes = _attributes(problem, problem.forward_kernels, _with_codes(given, codes))
     for name, spec in zip(Operands._fields, specs, strict=False):
         attributes[f"{name}_is_made"] = np.int64(spec is not None)
         attributes[f"{name}_per_tensor"] = np.int64(
@@ -369,7 +370,7 @@ def _backward_call(
         residuals.row_maximum,
         residuals.log_sum,
         *cotangents,
-        **_attributes(problem, problem.backward_pipelines, operands),
+        **_attributes(problem, problem.backward_kernels, operands),
         has_d_log_sum_exp=np.int64(d_log_sum_exp is not None),
     )
 

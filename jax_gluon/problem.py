@@ -12,20 +12,21 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor
+from jax_gluon.selection import KernelConfig
 
 #: What a row that sees no key has as its log-sum-exp, and stores as the logarithm of its sum beside
 #: a maximum of 0. An infinity would trip `jax_debug_infs`; only the public value is -inf.
 EMPTY_ROW_LOG_SUM_EXP = -3.0e38
 
 
-class Pipelines(NamedTuple):
-    """`"baseline"` or `"gluon"` for each device that a call may run on."""
+class Kernels(NamedTuple):
+    """The kernel for each device that a call may run on."""
 
-    cpu: str = "baseline"
-    metal: str = "baseline"
+    cpu: KernelConfig = KernelConfig("baseline", 96, 192, 192, 1)
+    metal: KernelConfig = KernelConfig("baseline", 32, 64, 64, 1)
 
 
-DEFAULT_PIPELINES = Pipelines()
+_DEFAULT_KERNELS = Kernels()
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class AttentionProblem:
     `local_window` is `(left, right)`: key j is visible to query i where
     `i - left <= j <= i + right`. `soft_cap` c turns a logit x into `c * tanh(x / c)`.
     `implementation` None leaves the choice to the platform that the program is lowered for.
-    The pipelines are those of the plugin's kernels.
+    The kernels are those of the plugin.
     """
 
     scale: float
@@ -44,8 +45,8 @@ class AttentionProblem:
     soft_cap: float | None = None
     quantization: AttentionQuantization | None = None
     implementation: str | None = None
-    forward_pipelines: Pipelines = DEFAULT_PIPELINES
-    backward_pipelines: Pipelines = DEFAULT_PIPELINES
+    forward_kernels: Kernels = _DEFAULT_KERNELS
+    backward_kernels: Kernels = _DEFAULT_KERNELS
 
 
 #: A bias below this hides its key like -inf, unless there is a soft cap. It is about the least

@@ -7,7 +7,7 @@ GLUON is the pipeline of subtiled softmax and of keys and values that are filled
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PIPELINES = ("baseline", "gluon")
@@ -15,8 +15,6 @@ PIPELINES = ("baseline", "gluon")
 #: GLUON is chosen from this many keys in a row's sight and this head dim on, where nothing was
 #: measured on the device.
 LEAST_KEYS, LEAST_HEAD_DIM = 512, 64
-#: On the CPU alone forward in INT8, from this many keys on, was measured to be faster so.
-LEAST_INT8_KEYS = 4096
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class KernelConfig:
     - `pipeline`: `"baseline"` or `"gluon"`.
     - `block_q`: queries that share what is loaded of keys and values.
     - `block_k`: keys that are loaded at a time.
-    - `subtile`: keys that share a step of the softmax.
+    - `subtile`: keys that share a step of the softmax, at most: the CPU's kernels take fewer where
+      vectors are short. In backward on the CPU, keys whose P and dS are kept at a time.
     - `stages`: blocks of keys that are kept at a time; over 1, they are filled ahead.
 
     Where dK and dV are made, on Metal, queries and keys change places.
@@ -45,8 +44,9 @@ class KernelProblem:
 
     `operands` is what is multiplied: `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` or `"int4"`,
     where codes beside floats are multiplied as `"float32"`; `has_exact_codes` says that scales and
-    zero points of codes are constant along the contraction. `direction` is `"forward"` or
-    `"backward"`. `local_window` is `(left, right)`.
+    zero points of codes are constant along the contraction, `has_integer_rows` that forward on the
+    CPU multiplies them as integers. `direction` is `"forward"` or `"backward"`. `local_window` is
+    `(left, right)`.
     """
 
     T: int
@@ -58,6 +58,13 @@ class KernelProblem:
     is_causal: bool = False
     local_window: tuple[int, int] | None = None
     has_exact_codes: bool = True
+    has_integer_rows: bool = True
+
+    @property
+    def is_integer_on_cpu(self) -> bool:
+        """Whether the CPU multiplies integers: in forward, rows of codes."""
+        is_codes = self.operands in ("int8", "int4")
+        return is_codes and self.has_integer_rows and self.direction == "forward"
 
     @property
     def keys(self) -> int:
@@ -71,19 +78,27 @@ class KernelProblem:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds that each pipeline took on a device, for T = S."""
+    """Seconds that kernels took on a device, for T = S: for each that was measured."""
 
     operands: str
     direction: str
     H: int
     S: int
-    baseline: float
-    gluon: float
+    seconds: Mapping[KernelConfig, float]
 
     @property
-    def faster(self) -> str:
-        """The faster pipeline; `"baseline"` where they are equal."""
-        return "gluon" if self.gluon < self.baseline else "baseline"
+    def fastest(self) -> KernelConfig:
+        """The fastest kernel; the first of those that are equal."""
+        return min(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def ratio(self) -> float:
+        """Time of the fastest gluon kernel over that of the fastest baseline one."""
+        gluon, baseline = (
+            min(s for config, s in self.seconds.items() if config.pipeline == pipeline)
+            for pipeline in ("gluon", "baseline")
+        )
+        return gluon / baseline
 
 
 def select_kernel(
@@ -92,9 +107,9 @@ def select_kernel(
     """The kernel for a problem on `"cpu"` or `"metal"`, and the reason.
 
     `measured` is the table of `jax-gluon tune` for this device: the row with the same operands and
-    direction that is nearest in head dim, then in keys, decides. Without one the default does: on
-    Metal the pipelines differ in counted work alone, and GLUON is for large problems; on the CPU
-    it is what was measured (`docs/gluon.md`).
+    direction that is nearest in head dim, then in keys, decides. Without one the default does:
+    GLUON is for large problems, where it was measured on CPUs (`docs/gluon.md`); on Metal the
+    pipelines differ in counted work alone so far.
 
     >>> from jax_gluon.selection import KernelProblem, select_kernel
     >>> select_kernel(KernelProblem(T=1024, S=1024, H=64, V=64), "metal")[0].pipeline
@@ -102,13 +117,6 @@ def select_kernel(
     >>> select_kernel(KernelProblem(T=1024, S=256, H=64, V=64), "metal")[0].pipeline
     'baseline'
     """
-    pipeline, reason = _select_pipeline(problem, device, measured)
-    return kernel_config(problem, device, pipeline), reason
-
-
-def _select_pipeline(
-    problem: KernelProblem, device: str, measured: Sequence[Measurement]
-) -> tuple[str, str]:
     rows = [
         row
         for row in measured
@@ -120,31 +128,107 @@ def _select_pipeline(
             return abs(math.log2(row.H / problem.H)), abs(math.log2(row.S / problem.keys))
 
         row = min(rows, key=distance)
-        return row.faster, (
-            f"measured here at {row.S} keys and head dim {row.H}: gluon takes "
-            f"{row.gluon / row.baseline:.2f} times as long as baseline"
+        config = row.fastest
+        if is_allowed(config, problem, device):
+            return config, (
+                f"measured here at {row.S} keys and head dim {row.H}: gluon takes "
+                f"{row.ratio:.2f} times as long as baseline"
+            )
+        # Measured on kernels of other sizes, such as those of another head dim.
+        pipeline = config.pipeline
+        return kernel_config(problem, device, pipeline), (
+            f"measured here at {row.S} keys and head dim {row.H}: {pipeline} is faster"
         )
+    pipeline, reason = _default_pipeline(problem)
+    return kernel_config(problem, device, pipeline), reason
+
+
+def _default_pipeline(problem: KernelProblem) -> tuple[str, str]:
     seen = f"a row sees at most {problem.keys} keys, and the head dim is {problem.H}"
     if problem.keys < LEAST_KEYS or problem.H < LEAST_HEAD_DIM:
         return "baseline", f"{seen}: gluon is for {LEAST_KEYS} and {LEAST_HEAD_DIM} on"
-    if device == "cpu":
-        is_int8 = problem.operands == "int8" and problem.direction == "forward"
-        if is_int8 and problem.keys >= LEAST_INT8_KEYS:
-            return "gluon", f"{seen}: gluon is faster in INT8 from {LEAST_INT8_KEYS} keys on"
-        return "baseline", f"{seen}, but gluon is no faster on the CPUs that were measured"
     return "gluon", f"{seen}: {LEAST_KEYS} and {LEAST_HEAD_DIM} or more"
 
 
 def kernel_config(problem: KernelProblem, device: str, pipeline: str) -> KernelConfig:
-    """A pipeline with the sizes of the blocks that its kernel has for a problem."""
+    """A pipeline with the sizes of blocks that are best for a problem, as far as is known."""
     is_gluon = pipeline == "gluon"
     if device == "metal":
         return _metal_config(problem, is_gluon)
     if problem.direction == "backward":
-        return KernelConfig(pipeline, 96, 192, *((96, 2) if is_gluon else (192, 1)))
-    # 8-bit probabilities have a maximum of 64 keys of their own.
-    subtile = 64 if problem.operands in ("int8", "int4") else 128 if is_gluon else 256
-    return KernelConfig(pipeline, 96, 256, subtile, 2 if is_gluon else 1)
+        # A larger block is for long rows, which every block reads again.
+        is_long = problem.H > 64 and problem.keys >= 2048
+        sizes = (192, 192, 1) if not is_gluon else (768, 192, 2) if is_long else (192, 96, 2)
+    elif problem.is_integer_on_cpu:
+        sizes = (512, 64, 2) if is_gluon else (256, 64, 1)
+    else:
+        sizes = (512, 256, 2) if is_gluon else (256, 256, 1)
+    return KernelConfig(pipeline, _CPU_ROWS, *sizes)
+
+
+_BACKWARD_SIZES = ((192, 96), (384, 192), (768, 192))
+
+
+def kernel_configs(problem: KernelProblem, device: str) -> tuple[KernelConfig, ...]:
+    """The kernels among which `jax-gluon tune` looks for the fastest."""
+    defaults = tuple(kernel_config(problem, device, pipeline) for pipeline in PIPELINES)
+    if device == "metal":
+        return defaults
+    if problem.direction == "backward":
+        sizes = [("baseline", 96, 96, 1), *(("gluon", k, n, 2) for k, n in _BACKWARD_SIZES)]
+    elif problem.is_integer_on_cpu:
+        sizes = [("baseline", 128, 64, 1), ("gluon", 256, 64, 2), ("gluon", 1024, 64, 2)]
+    else:
+        sizes = [("baseline", 128, 128, 1), ("gluon", 256, 128, 2), ("gluon", 1024, 256, 2)]
+    others = (KernelConfig(name, _CPU_ROWS, *rest) for name, *rest in sizes)
+    return *defaults, *(config for config in others if config not in defaults)
+
+
+#: Queries of a block in all kernels of the CPU, and its largest blocks of keys and rings.
+_CPU_ROWS, _MOST_KEYS, _MOST_STAGES = 96, 4096, 8
+
+
+def allowed_configs(problem: KernelProblem, device: str, pipeline: str) -> str:
+    """The sizes that a pipeline can have, in words."""
+    if device == "metal":
+        sizes = kernel_config(problem, device, pipeline)
+        return f"{sizes}, whose sizes are compiled in"
+    is_gluon = pipeline == "gluon"
+    subtile, block_k = "block_k", "64, 128, 192 or 256"
+    if problem.direction == "backward":
+        block_k = "96 or 192"
+        if is_gluon:
+            subtile = "96 or 192"
+    elif problem.is_integer_on_cpu:
+        subtile = "64"
+    elif is_gluon:
+        subtile = "128 or 256"
+    if is_gluon:
+        block_k = f"a multiple of subtile, at least twice it and at most {_MOST_KEYS}"
+    stages = f"2 to {_MOST_STAGES}" if is_gluon else "1"
+    return f"block_q {_CPU_ROWS}, subtile {subtile}, block_k {block_k}, stages {stages}"
+
+
+def is_allowed(config: KernelConfig, problem: KernelProblem, device: str) -> bool:
+    """Whether the device has a kernel of these sizes for a problem; see `allowed_configs`."""
+    if device == "metal":
+        return config == kernel_config(problem, device, config.pipeline)
+    is_gluon = config.pipeline == "gluon"
+    if problem.direction == "backward":
+        subtiles = (96, 192)
+    elif problem.is_integer_on_cpu:
+        subtiles = (64,)
+    else:
+        subtiles = (128, 256) if is_gluon else (64, 128, 192, 256)
+    if config.block_q != _CPU_ROWS or config.subtile not in subtiles:
+        return False
+    if is_gluon:
+        blocks = range(2 * config.subtile, _MOST_KEYS + 1, config.subtile)
+        return config.block_k in blocks and 2 <= config.stages <= _MOST_STAGES
+    blocks = (64, 128, 192, 256) if problem.is_integer_on_cpu else (config.subtile,)
+    if problem.direction == "backward":
+        blocks = (config.subtile,)
+    return config.block_k in blocks and config.stages == 1
 
 
 def _metal_config(problem: KernelProblem, is_gluon: bool) -> KernelConfig:

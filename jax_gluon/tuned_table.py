@@ -1,4 +1,4 @@
-"""The table that `jax-gluon tune` keeps: how long each pipeline took on this device."""
+"""The table that `jax-gluon tune` keeps: how long each kernel took on this device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_gluon import lowering
-from jax_gluon.selection import Measurement
+from jax_gluon.selection import PIPELINES, KernelConfig, Measurement
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 def cache_folder() -> Path | None:
@@ -104,11 +104,29 @@ def load(path: Path, device: str) -> tuple[Measurement, ...]:
     for name, value in wanted.items():
         if document[name] != value:
             raise ValueError(f'its {name} is "{document[name]}", not "{value}"')
-    rows = tuple(Measurement(**row) for row in document["rows"])
-    for row in rows:
-        if not (row.H > 0 and row.S > 0 and row.baseline > 0 and row.gluon > 0):
-            raise ValueError(f"a row has a number that is not positive: {row}")
-    return rows
+    return tuple(_from_json(**row) for row in document["rows"])
+
+
+def _from_json(operands: str, direction: str, H: int, S: int, kernels: list[Any]) -> Measurement:
+    seconds = {KernelConfig(**kernel["config"]): kernel["seconds"] for kernel in kernels}
+    row = Measurement(operands, direction, H, S, seconds)
+    pipelines = {config.pipeline for config in seconds}
+    if pipelines != set(PIPELINES):
+        raise ValueError(f"a row has kernels of the pipelines {sorted(pipelines)} alone")
+    if not (H > 0 and S > 0 and all(s > 0 for s in seconds.values())):
+        raise ValueError(f"a row has a number that is not positive: {row}")
+    return row
+
+
+def _to_json(row: Measurement) -> dict[str, Any]:
+    kernels = [
+        {"config": dataclasses.asdict(config), "seconds": seconds}
+        for config, seconds in row.seconds.items()
+    ]
+    return {
+        "operands": row.operands, "direction": row.direction, "H": row.H, "S": row.S,
+        "kernels": kernels,
+    }  # fmt: skip
 
 
 def save(path: Path, device: str, rows: list[Measurement]) -> None:
@@ -118,7 +136,7 @@ def save(path: Path, device: str, rows: list[Measurement]) -> None:
         "schema": _SCHEMA,
         "package": _version(),
         "device": device_name(device),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [_to_json(row) for row in rows],
     }
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(document, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Measures which pipeline is faster on this device, for the table of `jax-gluon tune`."""
+"""Measures which kernel is fastest on this device, for the table of `jax-gluon tune`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jax_gluon import tuned_table
 from jax_gluon.attention import dot_product_attention
-from jax_gluon.selection import PIPELINES, Measurement
+from jax_gluon.selection import KernelConfig, KernelProblem, Measurement, kernel_configs
 
 _OPERANDS: dict[str, tuple[Any, str | None]] = {
     "float32": (jnp.float32, None),
@@ -57,7 +57,7 @@ def tune(
     """Times the cases that the table at `path` lacks, and keeps it after each.
 
     Yields each case, with None where it was there already; ends when `seconds` are over. `rounds`
-    turns of both pipelines are timed, each of at least `least` seconds.
+    turns of every kernel are timed, each of at least `least` seconds.
     """
     try:
         rows = list(tuned_table.load(path, device))
@@ -78,23 +78,25 @@ def tune(
 
 
 def measure(case: Case, device: str, *, rounds: int, least: float) -> Measurement:
-    """Median seconds of both pipelines, in turn."""
+    """Median seconds of every kernel, in turn."""
     dtype, quantization = _OPERANDS[case.operands]
     keys = jax.random.split(jax.random.key(case.S + case.H), 3)
     shape = (1, case.S, _HEADS, case.H)
     x = [jax.random.normal(key, shape, dtype) for key in keys]
 
-    def make(pipeline: str) -> Callable[..., Any]:
+    def make(config: KernelConfig) -> Callable[..., Any]:
+        is_forward = case.direction == "forward"
+        kernel = (config, None) if is_forward else (None, config)
+
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return dot_product_attention(
                 query, key, value,
-                quantization=quantization, implementation=device, kernel=pipeline,
+                quantization=quantization, implementation=device, kernel=kernel,
             )  # fmt: skip
 
         def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return jnp.sum(attend(query, key, value).astype(jnp.float32) ** 2)
 
-        is_forward = case.direction == "forward"
         return jax.jit(attend if is_forward else jax.grad(loss, argnums=(0, 1, 2)))
 
     def turn(function: Callable[..., Any], calls: int) -> float:
@@ -103,16 +105,18 @@ def measure(case: Case, device: str, *, rounds: int, least: float) -> Measuremen
             jax.block_until_ready(function(*x))
         return (time.perf_counter() - start) / calls
 
-    functions = {name: make(name) for name in PIPELINES}
-    once: dict[str, float] = {}
-    for name, function in functions.items():
+    problem = KernelProblem(
+        case.S, case.S, case.H, case.H, case.operands, case.direction,
+        has_exact_codes=case.operands != "int4",
+    )  # fmt: skip
+    functions = {config: make(config) for config in kernel_configs(problem, device)}
+    once: dict[KernelConfig, float] = {}
+    for config, function in functions.items():
         turn(function, 1)  # compiles
-        once[name] = turn(function, 1)
-    times: dict[str, list[float]] = {name: [] for name in functions}
+        once[config] = turn(function, 1)
+    times: dict[KernelConfig, list[float]] = {config: [] for config in functions}
     for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(turn(function, max(1, round(least / once[name]))))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return Measurement(
-        case.operands, case.direction, case.H, case.S, medians["baseline"], medians["gluon"]
-    )
+        for config, function in functions.items():
+            times[config].append(turn(function, max(1, round(least / once[config]))))
+    medians = {config: statistics.median(values) for config, values in times.items()}
+    return Measurement(case.operands, case.direction, case.H, case.S, medians)

@@ -66,9 +66,19 @@ struct QuantizableOperand : Operand {
 // up to rounding.
 enum class Pipeline : uint8_t { kBaseline, kGluon };
 
+// A pipeline of the CPU's kernels and the sizes of its blocks, in keys: of those that are loaded at
+// a time, of those that share a step of the softmax; and how many blocks are kept. A kernel rounds
+// them to whole tiles, and to the most that it has room for.
+struct KernelConfig {
+  Pipeline pipeline = Pipeline::kBaseline;
+  int64_t block_k = 256, subtile = 256, stages = 1;
+};
+
 struct AttentionCall {
-  // One for each device, since a call may leave open where it runs.
-  Pipeline cpu_pipeline = Pipeline::kBaseline, metal_pipeline = Pipeline::kBaseline;
+  // One for each device, since a call may leave open where it runs. Block sizes are compiled into
+  // Metal's kernels.
+  KernelConfig cpu_kernel;
+  Pipeline metal_pipeline = Pipeline::kBaseline;
 
   // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.
   int64_t B = 0, T = 0, S = 0, N = 0, K = 0, H = 0, V = 0;

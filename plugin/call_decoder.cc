@@ -14,6 +14,8 @@ namespace {
 const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
                                             ffi::DataType::F16};
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
+// Of a kernel's blocks: what bounds its scratch.
+constexpr int64_t kMostBlockKeys = 4096, kMostStages = 8;
 
 // How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
 // by an offset and a mean where they have them. Or they come as floats, and the call makes codes of
@@ -190,7 +192,10 @@ void decode_made_codes(Decoder& decoder, const std::string& name, const Format& 
 // With `made`, which takes how they are stored, codes may be the call's to make.
 int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_exp,
                     Shape* bias_shape, std::vector<Format>* made = nullptr) {
-  call.cpu_pipeline = static_cast<Pipeline>(decoder.integer("cpu_pipeline", 0, 1));
+  call.cpu_kernel.pipeline = static_cast<Pipeline>(decoder.integer("cpu_pipeline", 0, 1));
+  call.cpu_kernel.block_k = decoder.integer("cpu_block_k", 1, kMostBlockKeys);
+  call.cpu_kernel.subtile = decoder.integer("cpu_subtile", 1, kMostBlockKeys);
+  call.cpu_kernel.stages = decoder.integer("cpu_stages", 1, kMostStages);
   call.metal_pipeline = static_cast<Pipeline>(decoder.integer("metal_pipeline", 0, 1));
   call.scale = decoder.finite("scale");
   call.soft_cap = decoder.finite("soft_cap");

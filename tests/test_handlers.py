@@ -148,6 +148,9 @@ def attention(target, formats="float", *, full=True):
     attributes |= {
         "device": np.int64(0),
         "cpu_pipeline": np.int64(0),
+        "cpu_block_k": np.int64(256),
+        "cpu_subtile": np.int64(256),
+        "cpu_stages": np.int64(1),
         "metal_pipeline": np.int64(0),
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
@@ -370,6 +373,10 @@ def test_every_attribute_must_be_there_and_of_its_type(name):
 ATTRIBUTES = {
     "device": ("device", np.int64(3), "is 3, expected 0 to 2"),
     "cpu_pipeline": ("cpu_pipeline", np.int64(2), "is 2, expected 0 to 1"),
+    "no_block": ("cpu_block_k", np.int64(0), "is 0, expected 1 to 4096"),
+    "large_block": ("cpu_block_k", np.int64(2**40), f"is {2**40}, expected 1 to 4096"),
+    "negative_subtile": ("cpu_subtile", np.int64(-64), "is -64, expected 1 to 4096"),
+    "many_stages": ("cpu_stages", np.int64(9), "is 9, expected 1 to 8"),
     "metal_pipeline": ("metal_pipeline", np.int64(-1), "is -1, expected 0 to 1"),
     "scale_nan": ("scale", np.float32("nan"), "is nan, expected a finite number"),
     "scale_inf": ("scale", np.float32("inf"), "is inf, expected a finite number"),

@@ -11,7 +11,15 @@ import pytest
 
 import jax_gluon
 from jax_gluon import tuned_table
-from jax_gluon.selection import KernelProblem, Measurement, kernel_config, select_kernel
+from jax_gluon.selection import (
+    KernelConfig,
+    KernelProblem,
+    Measurement,
+    is_allowed,
+    kernel_config,
+    kernel_configs,
+    select_kernel,
+)
 
 LARGE = KernelProblem(T=1024, S=1024, H=64, V=64)
 
@@ -64,32 +72,20 @@ def test_the_most_keys_that_a_row_sees(changes, keys):
         ({"S": 0}, "baseline", "at most 0 keys"),
     ],
 )
-def test_the_default_on_metal(changes, expected, words):
-    config, reason = select_kernel(dataclasses.replace(LARGE, **changes), "metal")
+@pytest.mark.parametrize("device", ["cpu", "metal"])
+def test_the_default(device, changes, expected, words):
+    config, reason = select_kernel(dataclasses.replace(LARGE, **changes), device)
     assert config.pipeline == expected
     assert words in reason
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected", "words"),
-    [
-        ({}, "baseline", "no faster on the CPUs that were measured"),
-        ({"S": 10**5}, "baseline", "no faster"),
-        ({"S": 4096, "operands": "int8"}, "gluon", "faster in INT8 from 4096 keys on"),
-        ({"S": 4095, "operands": "int8"}, "baseline", "no faster"),
-        ({"S": 4096, "operands": "int4"}, "baseline", "no faster"),
-        ({"S": 4096, "operands": "int8", "direction": "backward"}, "baseline", "no faster"),
-        ({"S": 4096, "operands": "int8", "H": 63}, "baseline", "gluon is for 512 and 64 on"),
-    ],
-)
-def test_the_default_on_the_cpu(changes, expected, words):
-    config, reason = select_kernel(dataclasses.replace(LARGE, **changes), "cpu")
-    assert config.pipeline == expected
-    assert words in reason
-
-
-def row(operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9):
-    return Measurement(operands, direction, H, S, baseline, gluon)
+def row(
+    operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9, device="cpu"
+):
+    problem = KernelProblem(S, S, H, H, operands, direction)
+    seconds = {"baseline": baseline, "gluon": gluon}
+    measured = {kernel_config(problem, device, name): seconds[name] for name in seconds}
+    return Measurement(operands, direction, H, S, measured)
 
 
 def test_what_was_measured_decides():
@@ -98,10 +94,14 @@ def test_what_was_measured_decides():
     assert reason == (
         "measured here at 1024 keys and head dim 64: gluon takes 0.90 times as long as baseline"
     )
-    assert select_kernel(LARGE, "metal", [row(gluon=1.1)])[0].pipeline == "baseline"
-    assert select_kernel(LARGE, "metal", [row(gluon=1.0)])[0].pipeline == "baseline"  # as fast
+    for gluon in (1.1, 1.0):  # slower, as fast
+        slower = row(gluon=gluon, device="metal")
+        assert select_kernel(LARGE, "metal", [slower])[0].pipeline == "baseline"
     # Of other operands or the other direction: the default.
-    others = [row(operands="int8", gluon=2.0), row(direction="backward", gluon=2.0)]
+    others = [
+        row(operands="int8", gluon=2.0, device="metal"),
+        row(direction="backward", gluon=2.0, device="metal"),
+    ]
     assert "measured" not in select_kernel(LARGE, "metal", others)[1]
     assert select_kernel(LARGE, "metal", others)[0].pipeline == "gluon"
 
@@ -136,25 +136,55 @@ def sizes(config):
 
 
 def test_the_sizes_are_those_of_the_cpu_kernels():
+    """The defaults, and the most that kernels have room for."""
     blocks = "plugin/cpu/forward_blocks.h"
     (rows,) = numbers(blocks, r"kBlockRows = (\d+)")
     (keys,) = numbers(blocks, r"kBlockKeys = (\d+)")
     (codes,) = numbers(blocks, r"kSubtileKeys = (\d+)")
-    (floats,) = numbers(blocks, r"kSubtileColumns = kInt8 \? kSubtileKeys : (\d+)")
-    (stages,) = numbers("plugin/cpu/key_value_ring.h", r"kStages = (\d+)")
+    (registers,) = numbers(blocks, r"kSubtileColumns = kInt8 \? kSubtileKeys : (\d+) \* Core::Isa")
+    (lanes,) = numbers("plugin/cpu/simd_avx512.h", r"kLanes = (\d+)")
     int8 = dataclasses.replace(LARGE, operands="int8")
     assert sizes(kernel_config(LARGE, "cpu", "baseline")) == (rows, keys, keys, 1)
-    assert sizes(kernel_config(LARGE, "cpu", "gluon")) == (rows, keys, floats, stages)
+    assert sizes(kernel_config(LARGE, "cpu", "gluon")) == (rows, 512, registers * lanes, 2)
     assert sizes(kernel_config(int8, "cpu", "baseline")) == (rows, keys, codes, 1)
-    assert sizes(kernel_config(int8, "cpu", "gluon")) == (rows, keys, codes, stages)
-    backward = "plugin/cpu/attention_backward.h"
-    rows, keys = numbers(backward, r"kRows = (\d+), kKeys = (\d+)")
-    subtile, stages = numbers(
-        backward, r"kTileKeys = kGluon \? (\d+) : kKeys, kStages = kGluon \? (\d+) : 1"
-    )
+    assert sizes(kernel_config(int8, "cpu", "gluon")) == (rows, 512, codes, 2)
+    rows, keys = numbers("plugin/cpu/attention_backward.h", r"kRows = (\d+), kMostTileKeys = (\d+)")
     problem = dataclasses.replace(LARGE, direction="backward")
     assert sizes(kernel_config(problem, "cpu", "baseline")) == (rows, keys, keys, 1)
-    assert sizes(kernel_config(problem, "cpu", "gluon")) == (rows, keys, subtile, stages)
+    assert sizes(kernel_config(problem, "cpu", "gluon")) == (rows, 192, 96, 2)
+    long = dataclasses.replace(problem, H=128, S=4096)
+    assert sizes(kernel_config(long, "cpu", "gluon")) == (rows, 768, keys, 2)
+    most, stages = numbers("plugin/call_decoder.cc", r"kMostBlockKeys = (\d+), kMostStages = (\d+)")
+    largest = KernelConfig("gluon", rows, most // 192 * 192, 192, stages)
+    assert is_allowed(largest, problem, "cpu")
+    assert not is_allowed(
+        dataclasses.replace(largest, block_k=most // 192 * 192 + 192), problem, "cpu"
+    )
+    assert not is_allowed(dataclasses.replace(largest, stages=stages + 1), problem, "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "metal"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("operands", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("S", [64, 4096])
+def test_what_is_tuned_is_allowed(device, direction, operands, S):
+    problem = KernelProblem(S, S, 128, 128, operands, direction)
+    configs = kernel_configs(problem, device)
+    assert len(set(configs)) == len(configs) == (2 if device == "metal" else 5)
+    assert {config.pipeline for config in configs} == {"baseline", "gluon"}
+    for config in configs:
+        assert is_allowed(config, problem, device)
+        assert not is_allowed(dataclasses.replace(config, block_q=64), problem, device)
+        assert not is_allowed(dataclasses.replace(config, subtile=5), problem, device)
+
+
+def test_sizes_of_another_problem_give_their_pipeline():
+    """A table of integers where the problem's codes have to be multiplied as floats."""
+    measured = row(operands="int8", gluon=0.5)
+    problem = dataclasses.replace(LARGE, operands="int8", has_integer_rows=False)
+    config, reason = select_kernel(problem, "cpu", [measured])
+    assert config == kernel_config(problem, "cpu", "gluon")
+    assert "gluon is faster" in reason
 
 
 @pytest.mark.parametrize("operands", ["float16", "bfloat16", "int8", "float32"])
@@ -196,17 +226,18 @@ def chosen(x, **keywords):
 
 
 def test_the_argument_goes_before_the_environment(shape, monkeypatch):
-    assert chosen(shape)[:2] == ("baseline", "baseline")
-    monkeypatch.setenv("JAX_GLUON_KERNEL", "gluon")
+    assert chosen(shape)[:2] == ("gluon", "gluon")
+    monkeypatch.setenv("JAX_GLUON_KERNEL", "baseline")
     *pipelines, reasons = chosen(shape)
-    assert pipelines == ["gluon", "gluon"]
-    assert reasons[1:] == (
-        "forward: JAX_GLUON_KERNEL is gluon",
-        "backward: JAX_GLUON_KERNEL is gluon",
-    )
-    *pipelines, reasons = chosen(shape, kernel="baseline")
     assert pipelines == ["baseline", "baseline"]
-    assert 'kernel="baseline" was asked for' in reasons[1]
+    assert reasons[1:] == (
+        "forward: JAX_GLUON_KERNEL is baseline",
+        "backward: JAX_GLUON_KERNEL is baseline",
+    )
+    *pipelines, reasons = chosen(shape, kernel="gluon")
+    assert pipelines == ["gluon", "gluon"]
+    assert 'kernel="gluon" was asked for' in reasons[1]
+    assert chosen(shape, kernel=("gluon", None))[:2] == ("gluon", "baseline")
     monkeypatch.setenv("JAX_GLUON_KERNEL", "fast")
     with pytest.raises(
         ValueError, match='JAX_GLUON_KERNEL is "fast"; allowed: "baseline", "gluon"'
@@ -235,6 +266,28 @@ def test_the_choice_reaches_the_kernels(shape, kernel):
     text = jax.jit(jax.grad(loss)).lower(shape).as_text()
     found = re.findall(r"cpu_pipeline = (\d)", text)
     assert found == [str(int(kernel == "gluon"))] * 2
+
+
+def test_sizes_reach_the_kernels(shape):
+    forward, backward = (
+        KernelConfig("gluon", 96, 768, 128, 3),
+        KernelConfig("gluon", 96, 384, 96, 4),
+    )
+
+    def loss(x):
+        out = jax_gluon.dot_product_attention(
+            x, x, x, implementation="cpu", kernel=(forward, backward)
+        )
+        return out.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(shape).as_text()
+    for name, values in {"block_k": (768, 384), "subtile": (128, 96), "stages": (3, 4)}.items():
+        assert re.findall(rf"cpu_{name} = (\d+)", text) == [str(x) for x in values]
+    plan = jax_gluon.explain(shape, shape, shape, kernel=forward)
+    assert plan.forward == forward
+    assert plan.backward is not None
+    assert plan.backward.pipeline == "gluon"
+    assert plan.reasons[1] == "forward: these sizes were asked for"
 
 
 def test_the_choice_reaches_metal(shape, require):

@@ -6,14 +6,27 @@ import warnings
 import pytest
 
 from jax_gluon import cli, tuned_table, tuning
-from jax_gluon.selection import Measurement
+from jax_gluon.selection import KernelProblem, Measurement, kernel_configs
 
 pytest.importorskip("jax_gluon._plugin")
+
+
+def _row(operands, direction, H, S, *seconds):
+    """Seconds of as many of the kernels that tune measures."""
+    configs = kernel_configs(KernelProblem(S, S, H, H, operands, direction), "cpu")
+    return Measurement(operands, direction, H, S, dict(zip(configs, seconds, strict=False)))
+
+
 ROWS = [
-    Measurement("float32", "forward", 64, 256, 1e-3, 2e-3),
-    Measurement("float32", "forward", 64, 1024, 4e-3, 3e-3),
-    Measurement("int8", "backward", 128, 1024, 5e-3, 5e-3),
+    _row("float32", "forward", 64, 256, 1e-3, 2e-3),
+    _row("float32", "forward", 64, 1024, 4e-3, 3e-3, 4.5e-3, 2.5e-3),
+    _row("int8", "backward", 128, 1024, 5e-3, 5e-3),
 ]
+
+
+def _with(document, **changes):
+    """The document as text, its first row changed."""
+    return json.dumps(document | {"rows": [document["rows"][0] | changes]})
 
 
 @pytest.fixture
@@ -40,22 +53,20 @@ def test_a_table_comes_back_as_it_was_kept(table):
     [
         (lambda document: "{", "Expecting"),
         (lambda document: "[]", "list indices"),
-        (lambda document: json.dumps(document | {"schema": 0}), 'its schema is "0", not "1"'),
+        (lambda document: json.dumps(document | {"schema": 0}), 'its schema is "0", not "2"'),
         (lambda document: json.dumps(document | {"package": "9"}), 'its package is "9"'),
         (lambda document: json.dumps(document | {"device": "Other"}), 'its device is "Other"'),
-        (lambda document: json.dumps({"schema": 1}), "'package'"),
-        (lambda document: json.dumps(document | {"rows": [{"H": 64}]}), "missing 5 required"),
+        (lambda document: json.dumps({"schema": 2}), "'package'"),
+        (lambda document: json.dumps(document | {"rows": [{"H": 64}]}), "missing 4 required"),
         (lambda document: json.dumps(document | {"rows": 3}), "not iterable"),
+        (lambda document: _with(document, H=0), "a number that is not positive"),
+        (lambda document: _with(document, H="x"), "not supported between"),
+        (lambda document: _with(document, kernels=[]), "pipelines [] alone"),
         (
-            lambda document: json.dumps(
-                document | {"rows": [document["rows"][0] | {"baseline": 0}]}
-            ),
-            "a number that is not positive",
+            lambda document: _with(document, kernels=document["rows"][0]["kernels"][:1]),
+            "pipelines ['baseline'] alone",
         ),
-        (
-            lambda document: json.dumps(document | {"rows": [document["rows"][0] | {"H": "x"}]}),
-            "not supported between",
-        ),
+        (lambda document: _with(document, kernels=[{"config": {"a": 1}}]), "unexpected keyword"),
     ],
 )
 def test_a_broken_or_foreign_table_is_ignored_with_a_warning(table, change, complaint):
@@ -98,14 +109,16 @@ def test_tune_measures_and_goes_on_where_it_was(table, few_cases, monkeypatch, c
         ("float32", "forward", 64, 64),
         ("int8", "backward", 64, 64),
     ]
-    assert all(row.baseline > 0 and row.gluon > 0 for row in first)
+    for row in first:
+        assert len(row.seconds) == 5
+        assert all(seconds > 0 for seconds in row.seconds.values())
 
     few_cases.append(tuning.Case("float16", "forward", 64, 64))
     measured = []
 
     def measure(case, device, **keywords):
         measured.append(case)
-        return Measurement("float16", "forward", 64, 64, 1.0, 2.0)
+        return _row("float16", "forward", 64, 64, 1.0, 2.0)
 
     monkeypatch.setattr(tuning, "measure", measure)
     assert cli.main(["tune"]) == 0
@@ -126,7 +139,10 @@ def test_show(table, tmp_path, capsys):
     tuned_table.save(table, "cpu", ROWS)
     plot = tmp_path / "plot.png"
     assert cli.main(["tune", "--show", "--plot", str(plot)]) == 0
-    assert "| float32 | forward | 64 | 1024 | 4.000 | 3.000 | 0.750 |" in capsys.readouterr().out
+    assert (
+        "| float32 | forward | 64 | 1024 | 0.625 | gluon 256/128 | 2.500 |"
+        in capsys.readouterr().out
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
     table.write_text("{}")
     assert cli.main(["tune", "--show"]) == 1

@@ -12,25 +12,24 @@
 namespace jax_gluon::cpu {
 namespace {
 
-// In the gluon pipeline packed blocks of keys are a ring that is filled ahead, a tile is one
-// subtile of a block's keys, and the products of a row group come before the softmax of the one
-// before it.
+// In the gluon pipeline packed blocks of keys are a ring that is filled ahead, and softmax takes one
+// register tile of products, before they leave the registers: the products of the next one do not
+// wait for it.
 template <class Isa, Pipeline kPipeline>
 class AttentionBackward {
   using Core = F32Core<Isa>;
   static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns;
-  // A tile of S and one of dP, 96 x 192 x 4 bytes each, stay in L2 with the block's K and V.
-  static constexpr int64_t kRows = 96, kKeys = 192;
+  // A tile of S and one of dP, of at most 96 x 192 x 4 bytes each, stay in L2 with the block's K
+  // and V.
+  static constexpr int64_t kRows = 96, kMostTileKeys = 192;
   static constexpr bool kGluon = kPipeline == Pipeline::kGluon;
-  // Keys of a tile, and blocks of keys that are packed at once.
-  static constexpr int64_t kTileKeys = kGluon ? 96 : kKeys, kStages = kGluon ? 2 : 1;
   static constexpr int64_t kGroupRows = R >= 12 ? R : 2 * R;
   // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
   static constexpr int64_t kColumnStep = std::lcm(R, C);
-  static_assert(kRows % kGroupRows == 0 && kKeys % kTileKeys == 0 && kTileKeys % kColumnStep == 0);
+  static_assert(kRows % kGroupRows == 0 && kMostTileKeys % kColumnStep == 0);
   // Tasks wanted, so that several cores are busy; a kv head's keys are split no finer than this.
   static constexpr int64_t kTasks = 16, kLeastChunk = 1024;
-  using Rules = LogitRules<Isa, kTileKeys>;
+  using Rules = LogitRules<Isa, kMostTileKeys>;
   using Rows = BackwardRows<Isa, AttentionBackwardCall>;
 
  public:
@@ -42,11 +41,14 @@ class AttentionBackward {
         query_rows_(round_up(call.T, kRows)),
         head_columns_(round_up(call.H, C)),
         value_columns_(round_up(call.V, C)),
+        tile_keys_(std::min(kMostTileKeys, round_up(call.cpu_kernel.subtile, kColumnStep))),
+        block_keys_(round_up(call.cpu_kernel.block_k, tile_keys_)),
+        stages_(call.cpu_kernel.stages),
         scratch_(parallel.threads()) {
     const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
     chunks_ =
         std::max<int64_t>(1, std::min(ceil_div(kTasks, heads), ceil_div(call.S, kLeastChunk)));
-    chunk_keys_ = std::max(kKeys, round_up(ceil_div(call.S, chunks_), kKeys));
+    chunk_keys_ = std::max(block_keys_, round_up(ceil_div(call.S, chunks_), block_keys_));
     chunks_ = std::max<int64_t>(1, ceil_div(call.S, chunk_keys_));
   }
 
@@ -70,7 +72,7 @@ class AttentionBackward {
     Buffer<float> d_key, d_value;            // [chunk keys][columns]
     Buffer<float> key_scores, value_scores;  // score panels of each packed key block
     Buffer<float> key_panels;                // value panels (columns of K) of each
-    Buffer<float> scores, d_probability;     // [kRows][kTileKeys]
+    Buffer<float> scores, d_probability;     // [kRows][kMostTileKeys]
     Buffer<float> rows, cap_slope, row_sum;
     Buffer<typename Rows::Statistics> statistics;
   };
@@ -84,13 +86,13 @@ class AttentionBackward {
     if (chunks_ == 1) s.d_query.allocate(query_rows_ * head_columns_);
     s.d_key.allocate(chunk_keys_ * head_columns_);
     s.d_value.allocate(chunk_keys_ * value_columns_);
-    s.key_scores.allocate(kStages * kKeys * H);
-    s.value_scores.allocate(kStages * kKeys * V);
-    s.key_panels.allocate(kStages * kKeys * head_columns_);
-    s.scores.allocate(kRows * kTileKeys);
-    s.d_probability.allocate(kRows * kTileKeys);
+    s.key_scores.allocate(stages_ * block_keys_ * H);
+    s.value_scores.allocate(stages_ * block_keys_ * V);
+    s.key_panels.allocate(stages_ * block_keys_ * head_columns_);
+    s.scores.allocate(kRows * kMostTileKeys);
+    s.d_probability.allocate(kRows * kMostTileKeys);
     s.rows.allocate((2 * std::max(R, C) + 1) * (std::max(H, V) + Isa::kLanes));
-    s.cap_slope.allocate(kTileKeys);
+    s.cap_slope.allocate(kMostTileKeys);
     s.row_sum.allocate(query_rows_);
     s.statistics.allocate(query_rows_);
   }
@@ -119,11 +121,12 @@ class AttentionBackward {
         const Rules rules(call_, b, n);
         load_queries(b, n, rows, s);
         int64_t packed = keys.begin;
-        for (int64_t key0 = keys.begin; key0 < keys.end; key0 += kKeys) {
-          for (; packed < std::min(keys.end, key0 + kStages * kKeys); packed += kKeys) {
-            load_keys(visibility, b, k, {packed, std::min(packed + kKeys, keys.end)}, s);
+        for (int64_t key0 = keys.begin; key0 < keys.end; key0 += block_keys_) {
+          for (; packed < std::min(keys.end, key0 + stages_ * block_keys_); packed += block_keys_) {
+            load_keys(visibility, b, k, {packed, std::min(packed + block_keys_, keys.end)}, s);
           }
-          key_block(visibility, rules, {key0, std::min(key0 + kKeys, keys.end)}, keys.begin, dq, s);
+          const Range block{key0, std::min(key0 + block_keys_, keys.end)};
+          key_block(visibility, rules, block, keys.begin, dq, s);
         }
         add_key_mean(b, k, rows, dq, s);
       }
@@ -201,11 +204,11 @@ class AttentionBackward {
   }
 
   // Where a block of keys is packed.
-  static int64_t stage(int64_t key0) { return key0 / kKeys % kStages; }
+  int64_t stage(int64_t key0) const { return key0 / block_keys_ % stages_; }
 
   void load_keys(const Visibility& visibility, int64_t b, int64_t k, Range keys, Scratch& s) const {
     if (visibility.rows_of_keys(keys).empty()) return;
-    const int64_t H = call_.H, V = call_.V, place = stage(keys.begin) * kKeys;
+    const int64_t H = call_.H, V = call_.V, place = stage(keys.begin) * block_keys_;
     float* key = s.rows.get();
     float* value = key + C * H;
     for (int64_t j0 = 0; j0 < round_up(keys.end - keys.begin, C); j0 += C) {
@@ -228,7 +231,7 @@ class AttentionBackward {
         if (!all_finite<Isa>(x, H)) replace_nonfinite(x, H);
         const float* row[1] = {x};
         pack_value_line<Core, float>(
-            row, H, s.key_panels.get() + place * head_columns_ + (j0 + c) * C, kKeys * C);
+            row, H, s.key_panels.get() + place * head_columns_ + (j0 + c) * C, block_keys_ * C);
       }
     }
   }
@@ -238,94 +241,117 @@ class AttentionBackward {
     const Range rows = visibility.rows_of_keys(keys);
     if (rows.empty()) return;
     for (int64_t i0 = rows.begin / kRows * kRows; i0 < rows.end; i0 += kRows) {
-      for (int64_t key0 = keys.begin; key0 < keys.end; key0 += kTileKeys) {
+      for (int64_t key0 = keys.begin; key0 < keys.end; key0 += tile_keys_) {
         const int64_t at = key0 - chunk_begin;
-        tile(visibility, rules, {key0, std::min(key0 + kTileKeys, keys.end)}, key0 - keys.begin,
+        tile(visibility, rules, {key0, std::min(key0 + tile_keys_, keys.end)}, key0 - keys.begin,
              {i0, std::min(i0 + kRows, call_.T)}, dq, s.d_key.get() + at * head_columns_,
              s.d_value.get() + at * value_columns_, s);
       }
     }
   }
 
-  // Columns of a tile that one group of its rows sees.
-  struct Group {
-    int64_t g = 0;
-    bool used = false;
-    Range columns;
-  };
-
   // Keys `keys` stand at `column` of their packed block.
   void tile(const Visibility& visibility, const Rules& rules, Range keys, int64_t column,
             Range rows, float* dq, float* dk, float* dv, Scratch& s) const {
-    const int64_t key0 = keys.begin, packed = stage(key0 - column) * kKeys + column;
+    const int64_t key0 = keys.begin, packed = stage(key0 - column) * block_keys_ + column;
     const Range seen = intersect(visibility.of_rows(rows), keys);
     if (seen.empty()) return;
     // Columns of the tile that any row uses, and the rows that use any.
     const int64_t first = (seen.begin - key0) / kColumnStep * kColumnStep;
     const int64_t last = round_up(seen.end - key0, kColumnStep);
     int64_t row_begin = kRows, row_end = 0;
-    const auto multiply = [&](int64_t g) {
+    for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
       const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
       const Range keys_seen = intersect(visibility.of_rows(group), keys);
-      Group out{g, !keys_seen.empty() && rules.any_visible(group, keys_seen), {first, first}};
-      if (out.used) {
-        out.columns = {(keys_seen.begin - key0) / C * C, round_up(keys_seen.end - key0, C)};
-        row_begin = std::min(row_begin, g);
-        row_end = g + kGroupRows;
+      if (keys_seen.empty() || !rules.any_visible(group, keys_seen)) {
+        zero_outside(s, g, first, last, first, first);
+        continue;
       }
-      zero_outside(s, g, first, last, out.columns.begin, out.columns.end);
-      multiply_keys(out, packed, rows, s);
-      return out;
-    };
-    const auto finish = [&](const Group& group) {
-      if (!group.used) return;
-      softmax(visibility, rules, group, key0, rows, s);
-      accumulate_d_query(group.g, group.columns.begin, group.columns.end, packed, rows, dq, s);
-    };
-    const int64_t count = rows.end - rows.begin;
-    Group next = multiply(0);
-    for (int64_t g = 0; g < count; g += kGroupRows) {
-      const Group group = next;
-      if (!kGluon) finish(group);
-      if (g + kGroupRows < count) next = multiply(g + kGroupRows);
-      if (kGluon) finish(group);
+      const Range columns{(keys_seen.begin - key0) / C * C, round_up(keys_seen.end - key0, C)};
+      row_begin = std::min(row_begin, g);
+      row_end = g + kGroupRows;
+      zero_outside(s, g, first, last, columns.begin, columns.end);
+      const Range padded{key0 + columns.begin, key0 + columns.end};
+      if (kGluon && sees_all(visibility, rules, group, padded, s)) {
+        multiply_subtiles(g, columns, packed, rows, s);
+      } else {
+        multiply_keys(g, columns, packed, rows, s);
+        softmax(visibility, rules, g, columns, key0, rows, s);
+      }
+      accumulate_d_query(g, columns.begin, columns.end, packed, rows, dq, s);
     }
     if (row_begin >= row_end) return;
     for (int64_t j = first; j < last; j += R) {
-      const float* p = s.scores.get() + row_begin * kTileKeys + j;
-      const float* ds = s.d_probability.get() + row_begin * kTileKeys + j;
+      const float* p = s.scores.get() + row_begin * kMostTileKeys + j;
+      const float* ds = s.d_probability.get() + row_begin * kMostTileKeys + j;
       const int64_t at = (rows.begin + row_begin) * C, depth = row_end - row_begin;
       for (int64_t c = 0; c < value_columns_; c += C) {
-        transposed_tile<Isa, kTileKeys>(p, s.d_out_panels.get() + c * query_rows_ + at, depth,
+        transposed_tile<Isa, kMostTileKeys>(p, s.d_out_panels.get() + c * query_rows_ + at, depth,
                                         dv + j * value_columns_ + c, value_columns_);
       }
       for (int64_t c = 0; c < head_columns_; c += C) {
-        transposed_tile<Isa, kTileKeys>(ds, s.query_panels.get() + c * query_rows_ + at, depth,
+        transposed_tile<Isa, kMostTileKeys>(ds, s.query_panels.get() + c * query_rows_ + at, depth,
                                         dk + j * head_columns_ + c, head_columns_);
       }
     }
   }
 
-  // S and dP of a group.
-  void multiply_keys(const Group& group, int64_t packed, Range rows, Scratch& s) const {
+  // Whether the logits of a whole group of rows with `keys` are nothing but their products.
+  bool sees_all(const Visibility& visibility, const Rules& rules, Range group, Range keys,
+                const Scratch& s) const {
+    if (rules.any() || group.end - group.begin < kGroupRows || keys.end > call_.S) return false;
+    if (rows_.key_mean_matters()) return false;
+    for (int64_t i = group.begin; i < group.end; ++i) {
+      if (s.statistics[i].empty || s.statistics[i].centre != 0.0f) return false;
+    }
+    // Ends of what rows see never decrease but to those that see nothing, which come last.
+    return contains(visibility.of_row(group.begin), keys) &&
+           contains(visibility.of_row(group.end - 1), keys);
+  }
+
+  // P and dS of a group that sees all: a register tile of products is one subtile.
+  void multiply_subtiles(int64_t g, Range columns, int64_t packed, Range rows, Scratch& s) const {
     const int64_t H = call_.H, V = call_.V;
-    for (int64_t j = group.columns.begin; j < group.columns.end; j += C) {
-      for (int64_t t = group.g; t < group.g + kGroupRows; t += R) {
+    for (int64_t t = g; t < g + kGroupRows; t += R) {
+      RowStatistics<R> statistics;
+      for (int64_t r = 0; r < R; ++r) {
+        const auto& row = s.statistics[rows.begin + t + r];
+        statistics.maximum[r] = row.maximum;
+        statistics.log2_sum[r] = row.log2_sum;
+        statistics.delta[r] = row.delta;
+      }
+      const float* query = s.query_tiles.get() + (rows.begin + t) * H;
+      const float* d_out = s.d_out_tiles.get() + (rows.begin + t) * V;
+      for (int64_t j = columns.begin; j < columns.end; j += C) {
+        float* p = s.scores.get() + t * kMostTileKeys + j;
+        backward_tile<Core, false>(query, s.key_scores.get() + (packed + j) * H, H, statistics,
+                                   nullptr, p, kMostTileKeys);
+        backward_tile<Core, true>(d_out, s.value_scores.get() + (packed + j) * V, V, statistics, p,
+                                  s.d_probability.get() + t * kMostTileKeys + j, kMostTileKeys);
+      }
+    }
+  }
+
+  // S and dP of a group.
+  void multiply_keys(int64_t g, Range columns, int64_t packed, Range rows, Scratch& s) const {
+    const int64_t H = call_.H, V = call_.V;
+    for (int64_t j = columns.begin; j < columns.end; j += C) {
+      for (int64_t t = g; t < g + kGroupRows; t += R) {
         score_tile<Core>(s.query_tiles.get() + (rows.begin + t) * H,
                          s.key_scores.get() + (packed + j) * H, H,
-                         s.scores.get() + t * kTileKeys + j, kTileKeys);
+                         s.scores.get() + t * kMostTileKeys + j, kMostTileKeys);
         score_tile<Core>(s.d_out_tiles.get() + (rows.begin + t) * V,
                          s.value_scores.get() + (packed + j) * V, V,
-                         s.d_probability.get() + t * kTileKeys + j, kTileKeys);
+                         s.d_probability.get() + t * kMostTileKeys + j, kMostTileKeys);
       }
     }
   }
 
   // P and dS of a group, in their place.
-  void softmax(const Visibility& visibility, const Rules& rules, const Group& group, int64_t key0,
-               Range rows, Scratch& s) const {
-    const int64_t begin = group.columns.begin, end = group.columns.end;
-    for (int64_t r = group.g; r < group.g + kGroupRows; ++r) {
+  void softmax(const Visibility& visibility, const Rules& rules, int64_t g, Range columns,
+               int64_t key0, Range rows, Scratch& s) const {
+    const int64_t begin = columns.begin, end = columns.end;
+    for (int64_t r = g; r < g + kGroupRows; ++r) {
       const int64_t i = rows.begin + r;
       const Range visible = i < rows.end ? visibility.of_row(i) : Range{};
       if (visible.empty() || s.statistics[i].empty) {
@@ -334,14 +360,14 @@ class AttentionBackward {
       }
       s.row_sum[i] += softmax_backward_row<Isa>(
           rules, s.statistics[i], i, key0, begin, end, visible, call_.soft_cap,
-          s.scores.get() + r * kTileKeys, s.d_probability.get() + r * kTileKeys, s.cap_slope.get());
+          s.scores.get() + r * kMostTileKeys, s.d_probability.get() + r * kMostTileKeys, s.cap_slope.get());
     }
   }
 
   static void zero_row(Scratch& s, int64_t r, int64_t begin, int64_t end) {
-    std::fill(s.scores.get() + r * kTileKeys + begin, s.scores.get() + r * kTileKeys + end, 0.0f);
-    std::fill(s.d_probability.get() + r * kTileKeys + begin,
-              s.d_probability.get() + r * kTileKeys + end, 0.0f);
+    std::fill(s.scores.get() + r * kMostTileKeys + begin, s.scores.get() + r * kMostTileKeys + end, 0.0f);
+    std::fill(s.d_probability.get() + r * kMostTileKeys + begin,
+              s.d_probability.get() + r * kMostTileKeys + end, 0.0f);
   }
 
   // A row group's share of columns [first, last) that it does not compute.
@@ -357,15 +383,16 @@ class AttentionBackward {
                           float* dq, Scratch& s) const {
     static constexpr float kOne[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     static_assert(R <= 16);
-    const int64_t at = packed % kKeys + begin;
-    const float* keys = s.key_panels.get() + packed / kKeys * kKeys * head_columns_ + at * C;
+    const int64_t at = packed % block_keys_ + begin;
+    const float* keys =
+        s.key_panels.get() + packed / block_keys_ * block_keys_ * head_columns_ + at * C;
     for (int64_t t = g; t < g + kGroupRows; t += R) {
       const int64_t i = rows.begin + t;
       if (i >= rows.end) break;
-      const float* ds = s.d_probability.get() + t * kTileKeys + begin;
+      const float* ds = s.d_probability.get() + t * kMostTileKeys + begin;
       if (i + R <= call_.T) {
         for (int64_t c = 0; c < head_columns_; c += C) {
-          value_tile<Core, kTileKeys>(ds, keys + c * kKeys, end - begin, dq + i * head_columns_ + c,
+          value_tile<Core, kMostTileKeys>(ds, keys + c * block_keys_, end - begin, dq + i * head_columns_ + c,
                                       head_columns_, kOne);
         }
         continue;
@@ -374,7 +401,7 @@ class AttentionBackward {
       alignas(kAlignment) float edge[R * C];
       for (int64_t c = 0; c < head_columns_; c += C) {
         std::fill(edge, edge + R * C, 0.0f);
-        value_tile<Core, kTileKeys>(ds, keys + c * kKeys, end - begin, edge, C, kOne);
+        value_tile<Core, kMostTileKeys>(ds, keys + c * block_keys_, end - begin, edge, C, kOne);
         for (int64_t r = 0; i + r < call_.T; ++r) {
           for (int64_t x = 0; x < C; ++x) dq[(i + r) * head_columns_ + c + x] += edge[r * C + x];
         }
@@ -386,7 +413,7 @@ class AttentionBackward {
   // logits were capped or the log-sum-exp has a cotangent.
   void add_key_mean(int64_t b, int64_t k, Range rows, float* dq, Scratch& s) const {
     const float* mean = rows_.key_mean(b, k);
-    if (!mean || (call_.soft_cap == 0.0f && !call_.d_log_sum_exp)) return;
+    if (!mean || !rows_.key_mean_matters()) return;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       for (int64_t h = 0; h < call_.H; ++h) dq[i * head_columns_ + h] += s.row_sum[i] * mean[h];
     }
@@ -396,6 +423,7 @@ class AttentionBackward {
   Parallel& parallel_;
   Rows rows_;
   const int64_t group_, query_rows_, head_columns_, value_columns_;
+  const int64_t tile_keys_, block_keys_, stages_;
   int64_t chunks_ = 1, chunk_keys_ = 0;
   Buffer<float> partial_;
   ScratchPool<Scratch> scratch_;

@@ -32,6 +32,7 @@ class AttentionForward {
         lanes_(ceil_div(call.H, G)),
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
+        block_keys_(ForwardBlocks<Core>::block_keys(call)),
         key_values_(call),
         packed_(call, key_values_),
         rows_(call, key_values_),
@@ -94,10 +95,11 @@ class AttentionForward {
     rows_.load(b, n, rows, s.load, s.query, state);
     std::fill(s.out, s.out + kBlockRows * value_columns_, 0.0f);
     const Range keys = visibility.of_rows(rows);
-    for (int64_t key0 = keys.begin / kBlockKeys * kBlockKeys; key0 < keys.end; key0 += kBlockKeys) {
+    for (int64_t key0 = keys.begin / block_keys_ * block_keys_; key0 < keys.end;
+         key0 += block_keys_) {
       for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
         const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
-        const Range seen = intersect(visibility.of_rows(group), {key0, key0 + kBlockKeys});
+        const Range seen = intersect(visibility.of_rows(group), {key0, key0 + block_keys_});
         if (seen.empty() || !rules.any_visible(group, seen)) continue;
         attend_group(visibility, rules, b, k, head, group, g, key0, seen, s, state);
       }
@@ -131,17 +133,24 @@ class AttentionForward {
       const int64_t row = g + r;
       float* scores = s.scores + r * kBlockKeys;
       const Range visible = visibility.of_row(group.begin + r);
-      const bool edit = rules.any() || key_values_.has_offsets() || visible.begin > key0 + begin ||
-                        visible.end < key0 + end;
-      if (edit) {
-        softmax_.edit(rules, key_scales, key_values_.has_offsets(), group.begin + r, key0, begin,
-                      end, visible, scores, row, state);
+      const bool edit_all = rules.any() || key_values_.has_offsets();
+      // Columns that all of the row sees, and whose products need nothing else.
+      const Range products =
+          edit_all ? Range{} : Range{visible.begin - key0, visible.end - key0};
+      const bool edit = !contains(products, {begin, end});
+      // Where probabilities have 8 bits the last bit of a logit can decide, so it is made in the
+      // same way whatever the block is: subtile by subtile.
+      const int64_t step = kInt8 ? kSubtileKeys : end - begin;
+      for (int64_t j = begin; edit && j < end; j += step) {
+        if (contains(products, {j, j + step})) continue;
+        softmax_.edit(rules, key_scales, key_values_.has_offsets(), group.begin + r, key0, j,
+                      j + step, visible, scores, row, state);
       }
       Lane* probabilities = s.probabilities + r * (kBlockKeys / G);
       if constexpr (kInt8) {
         const auto run = key_values_.has_value_offsets() ? &Softmax::template run_int8<true>
                                                          : &Softmax::template run_int8<false>;
-        (softmax_.*run)(key_scales, begin, end, edit, scores, row, r, probabilities, state,
+        (softmax_.*run)(key_scales, begin, end, products, scores, row, r, probabilities, state,
                         rescale[r], subtile_factor);
       } else if (kBf16 && !edit) {
         softmax_.template run<true>(scores, begin, end, row, probabilities, state, rescale[r]);
@@ -203,7 +212,7 @@ class AttentionForward {
 
   const AttentionForwardCall& call_;
   Parallel& parallel_;
-  const int64_t lanes_, value_panels_, value_columns_;
+  const int64_t lanes_, value_panels_, value_columns_, block_keys_;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> packed_;
   const ForwardRows<Core> rows_;

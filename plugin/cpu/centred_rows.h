@@ -4,6 +4,9 @@
 // what rounded outputs leave in delta has nothing to multiply.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "../device.h"
 #include "logits.h"
 #include "quantized_rows.h"
@@ -20,15 +23,24 @@ class CentredRows {
   // Finds the means that are not stored; without this call, rows are as they are stored.
   void find_means(Parallel& parallel) {
     if (!x_.quantization || x_.quantization.mean) return;
+    find_means_and_largest(parallel);
+  }
+  // The same, and what `largest` gives.
+  void find_means_and_largest(Parallel& parallel) {
+    if (!x_.quantization) return;
     means_.allocate(call_.B * call_.K * width_);
+    largest_.allocate(call_.B * call_.K);
     parallel.run(call_.B * call_.K, [this](int64_t head) { find_mean(head); });
-    has_means_ = true;
+    has_means_ = !x_.quantization.mean;
   }
 
   // What rows of kv head k lack, or null.
   const float* mean(int64_t b, int64_t k) const {
     return has_means_ ? means_.get() + (b * call_.K + k) * width_ : mean_of(x_, b, k);
   }
+
+  // No finite element of kv head k's rows is larger, whatever its sign.
+  float largest(int64_t b, int64_t k) const { return largest_[b * call_.K + k]; }
 
   void load(int64_t b, int64_t j, int64_t k, float* out) const {
     QuantizedRow<Isa>::load(x_, b, j, k, width_, out);
@@ -52,12 +64,14 @@ class CentredRows {
   // Over the finite elements of the keys within the lengths.
   void find_mean(int64_t head) {
     const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
-    Buffer<float> scratch(3 * (width_ + Isa::kLanes));
+    Buffer<float> scratch(4 * (width_ + Isa::kLanes));
     float* row = scratch.get();
     float* sum = row + width_ + Isa::kLanes;
     float* count = sum + width_ + Isa::kLanes;
+    float* most = count + width_ + Isa::kLanes;
     std::fill(sum, sum + width_, 0.0f);
     std::fill(count, count + width_, 0.0f);
+    std::fill(most, most + width_, 0.0f);
     const float share = 1.0f / static_cast<float>(std::max<int64_t>(keys, 1));
     for (int64_t j = 0; j < keys; ++j) {
       QuantizedRow<Isa>::load(x_, b, j, k, width_, row);
@@ -65,16 +79,23 @@ class CentredRows {
         const bool finite = std::fabs(row[h]) <= std::numeric_limits<float>::max();
         sum[h] += finite ? row[h] * share : 0.0f;
         count[h] += finite ? share : 0.0f;
+        most[h] = finite ? std::max(most[h], std::fabs(row[h])) : most[h];
       }
     }
     float* out = means_.get() + head * width_;
-    for (int64_t h = 0; h < width_; ++h) out[h] = count[h] > 0.0f ? sum[h] / count[h] : 0.0f;
+    float largest = 0.0f;
+    for (int64_t h = 0; h < width_; ++h) {
+      out[h] = count[h] > 0.0f ? sum[h] / count[h] : 0.0f;
+      // A stored mean is not in the rows that were looked at.
+      largest = std::max(largest, most[h] + (x_.quantization.mean ? 0.0f : std::fabs(out[h])));
+    }
+    largest_[head] = std::min(largest, std::numeric_limits<float>::max());
   }
 
   const AttentionCall& call_;
   const QuantizableOperand& x_;
   const int64_t width_;
-  Buffer<float> means_;
+  Buffer<float> means_, largest_;
   bool has_means_ = false;
 };
 

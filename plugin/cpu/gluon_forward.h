@@ -28,11 +28,11 @@ class GluonForward {
   static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
-  // Row blocks per task: each fills its own ring, so a kv head's rows are divided only to bound
-  // scratch, and to keep threads busy, but then not below the least.
+  // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of its
+  // own, or to keep threads busy, but then not below the least, and what is packed is shared.
   static constexpr int64_t kMostBlocks = 43, kLeastBlocks = 4;
-  static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;
-  using Rules = LogitRules<Isa, kBlockKeys>;
+  static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;  // of a subtile, at most
+  using Rules = LogitRules<Isa, kKeys>;
   using Softmax = SubtileSoftmax<Core>;
   using Yes = std::true_type;
   using No = std::false_type;
@@ -46,21 +46,25 @@ class GluonForward {
         value_columns_(value_panels_ * C),
         row_blocks_(ceil_div(call.T, kBlockRows)),
         head_blocks_(call.K == 0 ? 0 : call.N / call.K * row_blocks_),
+        subtile_keys_(ForwardBlocks<Core>::subtile_keys(call)),
         key_values_(call),
+        shared_(call, key_values_),
         rows_(call, key_values_),
         block_softmax_(call),
         scratch_(parallel.threads()) {
     const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
     const int64_t busy =
         std::min(ceil_div(2 * parallel.threads(), heads), ceil_div(head_blocks_, kLeastBlocks));
-    const int64_t tasks =
-        std::max<int64_t>({1, ceil_div(head_blocks_, kMostBlocks), std::min(busy, head_blocks_)});
+    const int64_t least = std::max<int64_t>(1, ceil_div(head_blocks_, kMostBlocks));
+    const int64_t tasks = std::max(least, std::min(busy, head_blocks_));
+    shares_ = tasks > least;
     task_blocks_ = std::max<int64_t>(1, ceil_div(head_blocks_, tasks));
   }
 
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
     key_values_.prepare(parallel_);
+    if (shares_) shared_.pack_all(parallel_);
     const int64_t tasks = ceil_div(head_blocks_, task_blocks_);
     parallel_.run(call_.B * call_.K * tasks, [this, tasks](int64_t task) {
       // Last rows first: with causal masking they are the longest.
@@ -89,9 +93,12 @@ class GluonForward {
     Buffer<typename Softmax::Group> group;
   };
 
-  // What a task's groups have in common on one block of keys.
+  // What a task's groups have in common on one block of keys, which is packed at key `place` of row
+  // `row` of `packed`.
   struct KeyBlock {
-    int64_t b, k, key0, slot;
+    int64_t b, k, key0;
+    const PackedKeyValues<Core>& packed;
+    int64_t row, place;
   };
 
   void prepare(Scratch& s) const {
@@ -133,10 +140,12 @@ class GluonForward {
       if (seen.empty()) continue;
       keys = {std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
     }
-    s.ring->start(head, keys);
-    for (int64_t key0 = keys.begin / kBlockKeys * kBlockKeys; key0 < keys.end; key0 += kBlockKeys) {
-      s.ring->fill_ahead(key0, s.load);
-      const KeyBlock at{b, k, key0, s.ring->slot(key0)};
+    KeyValueRing<Core>& ring = *s.ring;
+    if (!shares_) ring.start(head, keys);
+    for (int64_t key0 = ring.first_block(keys); key0 < keys.end; key0 += ring.block_keys()) {
+      if (!shares_) ring.fill_ahead(key0, s.load);
+      const KeyBlock at = shares_ ? KeyBlock{b, k, key0, shared_, head, key0}
+                                  : KeyBlock{b, k, key0, ring.packed(), ring.slot(key0), 0};
       for (int64_t u = 0; u < last - first; ++u) attend_block(visibility, at, u, s);
     }
     for (int64_t u = 0; u < last - first; ++u) finish(b, u, s);
@@ -144,7 +153,7 @@ class GluonForward {
 
   void attend_block(const Visibility& visibility, const KeyBlock& at, int64_t u, Scratch& s) const {
     RowBlock& block = s.blocks[u];
-    const Range rows = block.rows, keys{at.key0, at.key0 + kBlockKeys};
+    const Range rows = block.rows, keys{at.key0, at.key0 + s.ring->block_keys()};
     if (intersect(visibility.of_rows(rows), keys).empty()) return;
     const Rules rules(call_, at.b, block.n);
     for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
@@ -156,11 +165,11 @@ class GluonForward {
       float* scores = s.scores.get();
       float* next_scores = scores + kGroupRows * kKeys;
       const Lane* query = s.query.get() + (u * kBlockRows + g) * lanes_;
-      multiply_keys(query, at, begin, std::min(begin + kKeys, end), scores, s);
-      for (int64_t j = begin; j < end; j += kKeys, std::swap(scores, next_scores)) {
-        const int64_t next = j + kKeys;
+      multiply_keys(query, at, begin, std::min(begin + subtile_keys_, end), scores);
+      for (int64_t j = begin; j < end; j += subtile_keys_, std::swap(scores, next_scores)) {
+        const int64_t next = j + subtile_keys_;
         if (next < end) {
-          multiply_keys(query, at, next, std::min(next + kKeys, end), next_scores, s);
+          multiply_keys(query, at, next, std::min(next + subtile_keys_, end), next_scores);
         }
         subtile(visibility, rules, at, group, u, g, {begin, end}, j, scores, s);
       }
@@ -168,10 +177,10 @@ class GluonForward {
   }
 
   void multiply_keys(const Lane* query, const KeyBlock& at, int64_t begin, int64_t end,
-                     float* scores, const Scratch& s) const {
+                     float* scores) const {
     for (int64_t j = begin; j < end; j += C) {
       for (int t = 0; t < kGroupRows; t += R) {
-        score_tile<Core>(query + t * lanes_, s.ring->packed().key_panels(at.slot, j), lanes_,
+        score_tile<Core>(query + t * lanes_, at.packed.key_panels(at.row, at.place + j), lanes_,
                          scores + t * kKeys + j - begin, kKeys);
       }
     }
@@ -182,23 +191,33 @@ class GluonForward {
   void subtile(const Visibility& visibility, const Rules& rules, const KeyBlock& at, Range group,
                int64_t u, int64_t g, Range seen, int64_t begin, float* scores, Scratch& s) const {
     RowState& state = s.blocks[u].state;
-    const PackedKeyValues<Core>& packed = s.ring->packed();
-    const int64_t columns = std::min<int64_t>(seen.end - begin, kKeys);
+    const PackedKeyValues<Core>& packed = at.packed;
+    const int64_t place = at.place + begin;
+    const int64_t columns = std::min<int64_t>(seen.end - begin, subtile_keys_);
     const int64_t rows = group.end - group.begin, key = at.key0 + begin;
-    const uint8_t* dirty = packed.dirty(at.slot) + begin;
+    const uint8_t* dirty = packed.dirty(at.row) + place;
     Lane* probabilities = G == 1 ? reinterpret_cast<Lane*>(scores) : s.probabilities.get();
     const bool marked = std::memchr(dirty, 1, static_cast<size_t>(columns)) != nullptr;
     KeyScales scales;
-    if constexpr (kInt8) scales = packed.key_scales(at.slot, begin);
+    if constexpr (kInt8) scales = packed.key_scales(at.row, place);
     const bool edit_all = rules.any() || key_values_.has_offsets();
     const auto cuts = [&](Range visible, int64_t from, int64_t to) {
-      return visible.begin > at.key0 + from || visible.end < at.key0 + to;
+      return !contains(visible, {at.key0 + from, at.key0 + to});
     };
     // Ends of what rows see never decrease but to those that see nothing, which come last.
     const Range first = visibility.of_row(group.begin), last = visibility.of_row(group.end - 1);
     const bool inside =
         !edit_all && !cuts(first, seen.begin, seen.end) && !cuts(last, seen.begin, seen.end);
-    for (int64_t r = 0; r < rows; ++r) {
+    s.group[0].rescales = false;
+    int64_t done = 0;
+    if constexpr (kInt8 && Softmax::kRowsAtOnce > 1) {
+      constexpr int kRows = Softmax::kRowsAtOnce;
+      for (; inside && done + kRows <= rows; done += kRows) {
+        run_int8<kRows>(false, marked, scales, scores + done * kKeys, done, g + done,
+                        probabilities + done * (kKeys / G), state, s.group[0]);
+      }
+    }
+    for (int64_t r = done; r < rows; ++r) {
       const int64_t row = g + r;
       float* row_scores = scores + r * kKeys;
       Lane* out = probabilities + r * (kKeys / G);
@@ -212,14 +231,7 @@ class GluonForward {
         }
       }
       if constexpr (kInt8) {
-        // Where 8-bit probabilities are rounded, the last bit of a logit can decide: it is rounded
-        // as the other pipeline rounds it, which takes whole blocks.
-        using Scores = typename Softmax::Scores;
-        const Scores kind = edit ? Scores::kLogits
-                            : !inside && cuts(visible, seen.begin, seen.end)
-                                ? Scores::kRoundedProducts
-                                : Scores::kProducts;
-        run_int8(kind, marked, scales, row_scores, r, row, out, state, s.group[0]);
+        run_int8<1>(edit, marked, scales, row_scores, r, row, out, state, s.group[0]);
       } else if (kBf16 && !edit) {
         Softmax::template run_row<true>(row_scores, columns, r, state.factor[row],
                                         state.maximum[row], out, s.group[0]);
@@ -234,7 +246,7 @@ class GluonForward {
         key_values_.has_value_offsets() ? s.offset_sums.get() + at_row * W : nullptr;
     Softmax::finish(state.maximum + g, sums, offset_sums, s.group[0]);
     float* out = s.out.get() + at_row * value_columns_;
-    multiply_values(probabilities, columns, packed.value_lines(at.slot, begin),
+    multiply_values(probabilities, columns, packed.value_lines(at.row, place),
                     packed.value_panel_stride(), rows, s.group[0], out);
     if (!marked) return;
     rows_.add_marked_values(
@@ -253,25 +265,18 @@ class GluonForward {
         });
   }
 
-  void run_int8(typename Softmax::Scores kind, bool keep, const KeyScales& scales, float* scores,
-                int64_t r, int64_t row, Lane* out, const RowState& state,
+  // `scores` and `out` are those of row r of the group, row `row` of the block.
+  template <int kRows>
+  void run_int8(bool are_logits, bool keep, const KeyScales& scales, float* scores, int64_t r,
+                int64_t row, Lane* out, const RowState& state,
                 typename Softmax::Group& group) const {
-    using Scores = typename Softmax::Scores;
-    const float factor = state.factor[row], bias = static_cast<float>(state.key_bias[row]);
-    const auto run = [&](auto scores_are, auto keeps, auto has_offsets) {
-      Softmax::template run_row_int8<scores_are(), keeps(), has_offsets()>(
-          scales, scores, r, factor, bias, out, group);
+    const auto run = [&](auto logits, auto keeps, auto has_offsets) {
+      Softmax::template run_rows_int8<kRows, logits(), keeps(), has_offsets()>(
+          scales, scores, r, state.factor + row, state.key_bias + row,
+          state.maximum + row, out, group);
     };
     const auto run_kind = [&](auto keeps, auto has_offsets) {
-      switch (kind) {
-        case Scores::kProducts:
-          return run(std::integral_constant<Scores, Scores::kProducts>(), keeps, has_offsets);
-        case Scores::kRoundedProducts:
-          return run(std::integral_constant<Scores, Scores::kRoundedProducts>(), keeps,
-                     has_offsets);
-        case Scores::kLogits:
-          return run(std::integral_constant<Scores, Scores::kLogits>(), keeps, has_offsets);
-      }
+      are_logits ? run(Yes(), keeps, has_offsets) : run(No(), keeps, has_offsets);
     };
     if (key_values_.has_value_offsets()) {
       run_kind(Yes(), Yes());
@@ -285,7 +290,7 @@ class GluonForward {
   void multiply_values(const Lane* probabilities, int64_t columns, const Lane* values,
                        int64_t panel_stride, int64_t rows, const typename Softmax::Group& group,
                        float* out) const {
-    if constexpr (kInt8) {
+    if (kInt8 && group.rescales) {
       for (int64_t r = 0; r < rows; ++r) {
         if (group.rescale[r] != 1.0f) {
           scale_row<Isa>(out + r * value_columns_, value_columns_, group.rescale[r]);
@@ -318,8 +323,11 @@ class GluonForward {
   Parallel& parallel_;
   const int64_t lanes_, value_panels_, value_columns_;
   const int64_t row_blocks_, head_blocks_;  // of a query head, of a kv head
+  const int64_t subtile_keys_;
   int64_t task_blocks_ = 1;
+  bool shares_ = false;
   KeyValueRows<Core> key_values_;
+  PackedKeyValues<Core> shared_;  // all keys and values, where tasks share them
   const ForwardRows<Core> rows_;
   const OnlineSoftmax<Core> block_softmax_;
   ScratchPool<Scratch> scratch_;

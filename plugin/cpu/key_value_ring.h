@@ -9,31 +9,35 @@ namespace {
 template <class Core>
 class KeyValueRing {
  public:
-  static constexpr int64_t kStages = 2;
-
   KeyValueRing(const AttentionForwardCall& call, const KeyValueRows<Core>& rows)
-      : packed_(call, rows) {}
+      : packed_(call, rows),
+        block_keys_(ForwardBlocks<Core>::ring_keys(call)),
+        stages_(call.cpu_kernel.stages) {}
 
   // Blocks of kv head `head` that cover `keys`.
   void start(int64_t head, Range keys) {
-    packed_.allocate(kStages, 1);
+    packed_.allocate(stages_, block_keys_);
     head_ = head;
     end_ = keys.end;
-    filled_ = keys.begin / kBlockKeys * kBlockKeys;
+    filled_ = first_block(keys);
   }
-  // Fills slots for every block before key0 + kStages * kBlockKeys: key0 starts the block that is
+  // Fills slots for every block before key0 + stages * block_keys(): key0 starts the block that is
   // computed on next, whose predecessors are not read any more.
   void fill_ahead(int64_t key0, RowScratch<Core>& s) {
-    for (; filled_ < std::min(end_, key0 + kStages * kBlockKeys); filled_ += kBlockKeys) {
-      packed_.pack(head_, {filled_, filled_ + kBlockKeys}, {slot(filled_), filled_}, s);
+    for (; filled_ < std::min(end_, key0 + stages_ * block_keys_); filled_ += block_keys_) {
+      packed_.pack(head_, {filled_, filled_ + block_keys_}, {slot(filled_), filled_}, s);
     }
   }
+  int64_t block_keys() const { return block_keys_; }
+  // Where the first block that has one of `keys` starts.
+  int64_t first_block(Range keys) const { return keys.begin / block_keys_ * block_keys_; }
   // The slot, a row of packed(), of the block that starts at key0.
-  static int64_t slot(int64_t key0) { return key0 / kBlockKeys % kStages; }
+  int64_t slot(int64_t key0) const { return key0 / block_keys_ % stages_; }
   const PackedKeyValues<Core>& packed() const { return packed_; }
 
  private:
   PackedKeyValues<Core> packed_;
+  const int64_t block_keys_, stages_;
   int64_t head_ = 0, end_ = 0, filled_ = 0;
 };
 

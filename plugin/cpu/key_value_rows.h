@@ -31,27 +31,10 @@ class KeyValueRows {
     if constexpr (kInt8) {
       // Rows that are rounded again are rounded without their mean.
       if (call_.key.quantization.head_block != 0) keys_.find_means(parallel);
-      if (call_.value.quantization.head_block != 0) values_.find_means(parallel);
-      const int64_t heads = call_.B * call_.K;
-      ScratchPool<RowScratch<Core>> scratch(parallel.threads());
-      value_unit_.allocate(heads);
-      parallel.run(heads, [&](int64_t head) {
-        auto lease = scratch.acquire();
-        lease->prepare(call_);
-        find_value_unit(head, *lease);
-      });
+      if (call_.value.quantization.head_block != 0) values_.find_means_and_largest(parallel);
+      value_unit_.allocate(call_.B * call_.K);
+      parallel.run(call_.B * call_.K, [this](int64_t head) { find_value_unit(head); });
     }
-  }
-
-  // The scale that value row (b, j, k) has as INT8 codes.
-  float value_scale(int64_t b, int64_t j, int64_t k, RowScratch<Core>& s) const {
-    ScaleAndOffset scale;
-    if (call_.value.quantization.head_block == 0) {
-      scale = scale_at(call_.value, b, j, k);
-    } else {
-      values_.codes_of(b, j, k, s.row, s.codes, &scale);
-    }
-    return scale.scale;
   }
 
   // What the value scales of a head are folded in units of.
@@ -69,11 +52,12 @@ class KeyValueRows {
 
   // A power of two near the head's largest value scale: folded in units of it, no scale, reciprocal
   // or sum of reciprocals leaves float32's range.
-  void find_value_unit(int64_t head, RowScratch<Core>& s) {
+  void find_value_unit(int64_t head) {
     const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
     float largest = 0.0f;
-    for (int64_t j = 0; j < keys; ++j) {
-      const float scale = value_scale(b, j, k, s);
+    if (call_.value.quantization.head_block != 0) largest = values_.largest(b, k) / 127.0f;
+    for (int64_t j = 0; call_.value.quantization.head_block == 0 && j < keys; ++j) {
+      const float scale = scale_at(call_.value, b, j, k).scale;
       if (scale <= std::numeric_limits<float>::max()) largest = std::max(largest, scale);
     }
     value_unit_[head] = largest > 0.0f ? std::exp2(std::round(std::log2(largest))) : 1.0f;

@@ -25,6 +25,8 @@ inline Range intersect(Range a, Range b) {
   return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
 }
 
+inline bool contains(Range a, Range b) { return a.begin <= b.begin && b.end <= a.end; }
+
 // The keys that causal, window and lengths let each row of one batch entry see: an interval whose
 // ends never decrease from row to row.
 class Visibility {

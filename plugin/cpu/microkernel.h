@@ -47,6 +47,57 @@ JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
   }
 }
 
+// Of rows whose log-sum-exp is known, and delta: dS = P * (dP - delta).
+template <int kRows>
+struct RowStatistics {
+  float maximum[kRows], log2_sum[kRows], delta[kRows];
+};
+
+// One tile of P, from scaled products in base 2, or of dS, where P stands in `p`: what becomes of
+// the products of row tiles and score panels before they leave the registers. In float32, the
+// arithmetic is softmax_backward_row's.
+template <class Core, bool kIsGradient>
+JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int64_t lanes,
+                                      const RowStatistics<Core::kTileRows>& statistics,
+                                      const float* p, float* out, int64_t stride) {
+  using Isa = typename Core::Isa;
+  constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
+  typename Isa::F acc[R][NV];
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) acc[r][v] = Isa::zero();
+  }
+  for (int64_t d = 0; d < lanes; ++d, rows += R, panel += NV * W) {
+    typename Isa::F key[NV];
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) key[v] = Isa::load(panel + v * W);
+    JAX_GLUON_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const auto query = Isa::set1(rows[r]);
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = Isa::fma(key[v], query, acc[r][v]);
+    }
+  }
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (kIsGradient) {
+        const auto probability = Isa::load(p + r * stride + v * W);
+        const auto above = Isa::sub(acc[r][v], Isa::set1(statistics.delta[r]));
+        // Hidden keys have P = 0 exactly; their dP may be NaN.
+        acc[r][v] = Isa::where_nonzero(probability, Isa::mul(probability, above));
+      } else {
+        // In this order: log2_sum would vanish in a large maximum.
+        const auto below = Isa::sub(acc[r][v], Isa::set1(statistics.maximum[r]));
+        acc[r][v] = Isa::template exp2<5>(Isa::sub(below, Isa::set1(statistics.log2_sum[r])));
+      }
+      Isa::store(out + r * stride + v * W, acc[r][v]);
+    }
+  }
+}
+
 // out[r][c] = out[r][c] * factor[r] + sum over lanes of p[r][lane] * value panel[lane][c] where the
 // sum is float; out[r][c] += factor[r] * sum where it is int32.
 template <class Core, int kStride>

@@ -113,11 +113,11 @@ class OnlineSoftmax {
     state.sum[row] = state.sum[row] * rescale + Isa::reduce_add(Isa::add(l0, l1));
   }
 
-  // 8-bit probabilities: logits, or integer scores, become logit + log2(value scale) in place; each
-  // subtile of keys is rounded against its own maximum of them; the normaliser, and the sum of
-  // value offsets, take the unrounded probabilities.
+  // 8-bit probabilities: integer scores, or logits where a subtile is not in `products`, become
+  // logit + log2(value scale) in place; each subtile of keys is rounded against its own maximum of
+  // them; the normaliser, and the sum of value offsets, take the unrounded probabilities.
   template <bool kValueOffsets>
-  void run_int8(const KeyScales& keys, int64_t begin, int64_t end, bool are_logits, float* scores,
+  void run_int8(const KeyScales& keys, int64_t begin, int64_t end, Range products, float* scores,
                 int64_t row, int64_t r, Lane* probabilities, RowState& state, float& rescale,
                 SubtileFactors& subtile_factor) const {
     constexpr float kLog2Of255 = 7.99435344f;
@@ -135,6 +135,7 @@ class OnlineSoftmax {
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       if (call_.bias) move_origin(j0, j0 + kSubtileKeys, scores, row, state, now);
       origin[j0 / kSubtileKeys] = state.origin[row];
+      const bool are_logits = !contains(products, {j0, j0 + kSubtileKeys});
       F m = Isa::set1(kFloor);
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += W) {
         const F x = are_logits ? Isa::add(Isa::load(scores + j), Isa::load(fold + j))

@@ -29,9 +29,8 @@ struct KeyScales {
   const float* value_offset = nullptr;
 };
 
-// Places for packed keys and values: `heads` rows of `blocks` blocks. A kernel that packs
-// everything once has a place for every kv head's every key; one that fills blocks as it goes, a
-// few slots.
+// Places for packed keys and values: `heads` rows of as many keys. A kernel that packs everything
+// once has a place for every kv head's every key; one that fills blocks as it goes, a few slots.
 template <class Core>
 class PackedKeyValues {
   using Isa = typename Core::Isa;
@@ -45,9 +44,9 @@ class PackedKeyValues {
   PackedKeyValues(const AttentionForwardCall& call, const KeyValueRows<Core>& rows)
       : call_(call), rows_(rows), lanes_(ceil_div(call.H, G)), value_panels_(ceil_div(call.V, C)) {}
 
-  void allocate(int64_t heads, int64_t blocks) {
-    blocks_ = blocks;
-    const int64_t keys = blocks * kBlockKeys;
+  // `keys` is a multiple of kStep.
+  void allocate(int64_t heads, int64_t keys) {
+    keys_ = keys;
     packed_keys_.allocate(heads * keys * lanes_);
     packed_values_.allocate(heads * keys / G * value_panels_ * C);
     value_dirty_.allocate(heads * keys);
@@ -61,7 +60,7 @@ class PackedKeyValues {
   // Packs a block of every kv head's keys where its number says.
   void pack_all(Parallel& parallel) {
     const int64_t blocks = ceil_div(call_.S, kBlockKeys);
-    allocate(call_.B * call_.K, blocks);
+    allocate(call_.B * call_.K, blocks * kBlockKeys);
     ScratchPool<Scratch> scratch(parallel.threads());
     parallel.run(call_.B * call_.K * blocks, [&](int64_t task) {
       auto lease = scratch.acquire();
@@ -93,20 +92,25 @@ class PackedKeyValues {
 
     uint8_t* dirty = marks(to.head) + begin - to.shift;
     std::fill(dirty, dirty + last - begin, uint8_t(0));
-    if constexpr (kInt8) pack_value_scales(to, head, begin, end, last, s, dirty);
-    for (int64_t j = begin; j < last; j += G) {
-      pack_values(b, k, j, end, s, dirty + j - begin, value_lines(to.head, j - to.shift));
+    if constexpr (kInt8) {
+      for (int64_t j = begin; j < last; j += kSubtileKeys) {
+        pack_subtile_of_values(to, head, j, end, s, dirty + j - begin);
+      }
+    } else {
+      for (int64_t j = begin; j < last; j += G) {
+        pack_values(b, k, j, end, s, dirty + j - begin, value_lines(to.head, j - to.shift));
+      }
     }
   }
 
   Lane* key_panels(int64_t head, int64_t key) const {
-    return packed_keys_.get() + (head * blocks_ * kBlockKeys + key) * lanes_;
+    return packed_keys_.get() + (head * keys_ + key) * lanes_;
   }
   // Line of value panel 0 that holds `key`; panels are value_panel_stride() apart.
   Lane* value_lines(int64_t head, int64_t key) const {
     return packed_values_.get() + head * value_panel_stride() * value_panels_ + key / G * C;
   }
-  int64_t value_panel_stride() const { return blocks_ * kBlockKeys / G * C; }
+  int64_t value_panel_stride() const { return keys_ / G * C; }
   // INT8: those of the keys from `key` on.
   KeyScales key_scales(int64_t head, int64_t key) const {
     KeyScales out;
@@ -124,18 +128,18 @@ class PackedKeyValues {
   const uint8_t* dirty(int64_t head) const { return marks(head); }
 
  private:
-  uint8_t* marks(int64_t head) const { return value_dirty_.get() + head * blocks_ * kBlockKeys; }
+  uint8_t* marks(int64_t head) const { return value_dirty_.get() + head * keys_; }
   float* scale_of_key(int64_t head) const {
-    return row_scales_.get() + head * blocks_ * kBlockKeys * 3;
+    return row_scales_.get() + head * keys_ * 3;
   }
-  float* fold_log2(int64_t head) const { return scale_of_key(head) + blocks_ * kBlockKeys; }
-  float* fold_inverse(int64_t head) const { return fold_log2(head) + blocks_ * kBlockKeys; }
+  float* fold_log2(int64_t head) const { return scale_of_key(head) + keys_; }
+  float* fold_inverse(int64_t head) const { return fold_log2(head) + keys_; }
   float* key_offsets(int64_t head) const {
-    return key_offsets_.get() + head * blocks_ * kBlockKeys * 2;
+    return key_offsets_.get() + head * keys_ * 2;
   }
-  float* key_code_sums(int64_t head) const { return key_offsets(head) + blocks_ * kBlockKeys; }
+  float* key_code_sums(int64_t head) const { return key_offsets(head) + keys_; }
   float* value_offsets(int64_t head) const {
-    return value_offsets_.get() + head * blocks_ * kBlockKeys;
+    return value_offsets_.get() + head * keys_;
   }
 
   // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
@@ -160,18 +164,7 @@ class PackedKeyValues {
 
   void pack_values(int64_t b, int64_t k, int64_t j, int64_t end, Scratch& s, uint8_t* dirty,
                    Lane* line) {
-    if constexpr (kInt8) {
-      const int8_t* rows[G];
-      for (int g = 0; g < G; ++g) {
-        rows[g] = nullptr;
-        // A row without a scale is its offset alone.
-        if (j + g >= end || dirty[g]) continue;
-        ScaleAndOffset scale;
-        rows[g] = rows_.values().codes_of(b, j + g, k, s.row, s.codes + g * s.code_stride, &scale);
-        if (scale.scale == 0.0f) rows[g] = nullptr;
-      }
-      pack_value_line<Core, int8_t>(rows, call_.V, line, value_panel_stride());
-    } else if constexpr (kBf16) {
+    if constexpr (kBf16) {
       const uint16_t* rows[G];
       for (int g = 0; g < G; ++g) {
         rows[g] = nullptr;
@@ -193,53 +186,52 @@ class PackedKeyValues {
     }
   }
 
-  // A value row's scale is folded into its probability before that is rounded to 8 bits. Scales of
-  // zero, or so small beside their subtile's largest that the row can't show, fold as a small
-  // number instead: their codes are 0 or vanish, and the reciprocal, which takes the factor out of
-  // the normaliser again, stays finite.
-  void pack_value_scales(Place to, int64_t head, int64_t begin, int64_t end, int64_t last,
-                         Scratch& s, uint8_t* dirty) {
-    const int64_t b = head / call_.K, k = head % call_.K;
+  // INT8. A value row's scale is folded into its probability before that is rounded to 8 bits.
+  // Scales of zero, or so small beside their subtile's largest that the row can't show, fold as a
+  // small number instead: their codes are 0 or vanish, and the reciprocal, which takes the factor
+  // out of the normaliser again, stays finite.
+  void pack_subtile_of_values(Place to, int64_t head, int64_t j0, int64_t end, Scratch& s,
+                              uint8_t* dirty) {
+    constexpr float kMost = std::numeric_limits<float>::max();
+    const int64_t b = head / call_.K, k = head % call_.K, at = j0 - to.shift;
     const float unit = 1.0f / rows_.value_unit(head);
-    for (int64_t j0 = begin; j0 < last; j0 += kSubtileKeys, dirty += kSubtileKeys) {
-      const int64_t at = j0 - to.shift;
-      float scale[kSubtileKeys], largest = 0.0f;
-      for (int64_t c = 0; c < kSubtileKeys; ++c) {
-        const int64_t j = j0 + c;
-        float x = 0.0f, offset = 0.0f;
-        if (j >= end) {
-          scale_of_key(to.head)[at + c] = 0.0f;
-          if (rows_.has_offsets()) {
-            key_offsets(to.head)[at + c] = key_code_sums(to.head)[at + c] = 0.0f;
-          }
-        } else {
-          x = rows_.value_scale(b, j, k, s);
-          dirty[c] = !(x >= 0.0f && x <= std::numeric_limits<float>::max());
-          if (rows_.has_value_offsets()) {
-            offset = scale_at(call_.value, b, j, k).offset;
-            dirty[c] |= !(std::fabs(offset) <= std::numeric_limits<float>::max());
-          }
-          x = x >= 0.0f && x <= std::numeric_limits<float>::max() ? x * unit : 0.0f;
+    const int8_t* rows[kSubtileKeys] = {};
+    float scale[kSubtileKeys] = {}, largest = 0.0f;
+    for (int64_t c = 0; c < kSubtileKeys; ++c) {
+      ScaleAndOffset own;
+      if (j0 + c < end) {
+        const int8_t* codes = rows_.values().codes_of(b, j0 + c, k, s.row,
+                                                      s.codes + c * s.code_stride, &own);
+        const bool is_finite = own.scale >= 0.0f && own.scale <= kMost;
+        dirty[c] = !is_finite || !(std::fabs(own.offset) <= kMost);
+        // A row without a scale is its offset alone.
+        if (!dirty[c] && own.scale != 0.0f) rows[c] = codes;
+        scale[c] = is_finite ? own.scale * unit : 0.0f;
+        largest = std::max(largest, scale[c]);
+      } else {
+        scale_of_key(to.head)[at + c] = 0.0f;
+        if (rows_.has_offsets()) {
+          key_offsets(to.head)[at + c] = key_code_sums(to.head)[at + c] = 0.0f;
         }
-        if (rows_.has_value_offsets()) {
-          value_offsets(to.head)[at + c] = dirty[c] ? 0.0f : offset;
-        }
-        scale[c] = x;
-        largest = std::max(largest, x);
       }
-      const float least = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
-      for (int64_t c = 0; c < kSubtileKeys; ++c) {
-        const float x = std::max(scale[c], least);
-        fold_log2(to.head)[at + c] = std::log2(x);
-        fold_inverse(to.head)[at + c] = 1.0f / x;
-      }
+      if (rows_.has_value_offsets()) value_offsets(to.head)[at + c] = dirty[c] ? 0.0f : own.offset;
+    }
+    const float least = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
+    for (int64_t c = 0; c < kSubtileKeys; ++c) {
+      const float x = std::max(scale[c], least);
+      fold_log2(to.head)[at + c] = std::log2(x);
+      fold_inverse(to.head)[at + c] = 1.0f / x;
+    }
+    for (int64_t c = 0; c < kSubtileKeys; c += G) {
+      pack_value_line<Core, int8_t>(rows + c, call_.V, value_lines(to.head, at + c),
+                                    value_panel_stride());
     }
   }
 
   const AttentionForwardCall& call_;
   const KeyValueRows<Core>& rows_;
   const int64_t lanes_, value_panels_;
-  int64_t blocks_ = 0;
+  int64_t keys_ = 0;  // places in a row
   Buffer<Lane> packed_keys_, packed_values_;
   // INT8, of each head: scales, logarithms and reciprocals; offsets and sums of codes.
   Buffer<float> row_scales_, key_offsets_, value_offsets_;

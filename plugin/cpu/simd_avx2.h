@@ -10,6 +10,7 @@ namespace jax_gluon::cpu {
 namespace {
 
 struct Avx2 {
+  static constexpr int kRegisters = 16;
   static constexpr int kLanes = 8;
   // Register tile: 6 rows x 2 vectors = 12 accumulators, 2 operands, 1 broadcast of 16 registers.
   static constexpr int kTileRows = 6, kTileVectors = 2;

@@ -16,6 +16,7 @@ namespace jax_gluon::cpu {
 namespace {
 
 struct Avx512 {
+  static constexpr int kRegisters = 32;
   static constexpr int kLanes = 16;
   // Register tile: 12 rows x 2 vectors = 24 accumulators, 2 operands of 32 registers.
   static constexpr int kTileRows = 12, kTileVectors = 2;

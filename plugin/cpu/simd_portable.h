@@ -12,6 +12,7 @@ namespace jax_gluon::cpu {
 namespace {
 
 struct Portable {
+  static constexpr int kRegisters = 16;
   static constexpr int kLanes = 8;
   // 4 rows x 1 vector = 8 accumulators of four lanes, within the 16 registers of SSE2.
   static constexpr int kTileRows = 4, kTileVectors = 1;

@@ -26,6 +26,9 @@ class SubtileSoftmax {
   static constexpr int kRows = round_up(kGroupRows, W);
   // As in OnlineSoftmax: what a subtile with nothing visible has for a maximum.
   static constexpr float kFloor = -1e30f;
+  // INT8, base 2: by how much a row's maximum grows before its sums are rescaled. They have room for
+  // 2^8 more.
+  static constexpr float kLeastGrowth = 8.0f;
 
  public:
   // One subtile of a group: a number per row, or a vector of sums that are still apart.
@@ -33,6 +36,7 @@ class SubtileSoftmax {
     alignas(kAlignment) float largest[kRows] = {};
     alignas(kAlignment) float rescale[kRows] = {};  // of all that was accumulated before
     alignas(kAlignment) float factor[kRows] = {};   // INT8: of the sums of codes
+    bool rescales = true;                           // INT8: whether any row's rescale is not 1
     alignas(kAlignment) float sums[kGroupRows * W] = {};
     alignas(kAlignment) float offset_sums[kGroupRows * W] = {};
   };
@@ -45,61 +49,93 @@ class SubtileSoftmax {
     run_columns<kScale, kKeys>(scores, columns, r, factor, before, out, group);
   }
 
-  // What `scores` of codes are: products, whose logits are rounded together with log2(value scale)
-  // or by themselves, or logits.
-  enum class Scores { kProducts, kRoundedProducts, kLogits };
+  // Rows of codes that are taken at once: one row's steps wait for each other, several fill the
+  // processor.
+  static constexpr int kRowsAtOnce = Isa::kRegisters / 2 / (kSubtileKeys / W) >= 4 ? 4 : 1;
 
-  // 8-bit probabilities of a row, against the subtile's own maximum. With kKeep, scores become what
-  // they were made from: logit + log2(value scale).
-  template <Scores kScores, bool kKeep, bool kValueOffsets>
-  static void run_row_int8(const KeyScales& keys, float* scores, int64_t r, float row_factor,
-                           float key_bias, Lane* out, Group& group) {
+  // 8-bit probabilities of kRows rows, each against its own maximum of the subtile; `scores` are
+  // logits, or products of codes. With kKeep, they become what probabilities were made from: logit +
+  // log2(value scale). Rows of scores and of `out` are kKeys apart.
+  template <int kRows, bool kLogits, bool kKeep, bool kValueOffsets>
+  static void run_rows_int8(const KeyScales& keys, float* scores, int64_t r, const float* row_factor,
+                            const int32_t* key_bias, const float* before, Lane* out, Group& group) {
     constexpr float kLog2Of255 = 7.99435344f;
     constexpr int kVectors = kKeys / W;
-    F x[kVectors], m[2] = {Isa::set1(kFloor), Isa::set1(kFloor)};
+    F x[kRows][kVectors], m[kRows][2];
+    JAX_GLUON_UNROLL
+    for (int i = 0; i < kRows; ++i) m[i][0] = m[i][1] = Isa::set1(kFloor);
     JAX_GLUON_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const F fold = Isa::load(keys.fold_log2 + v * W);
-      if constexpr (kScores == Scores::kLogits) {
-        x[v] = Isa::add(Isa::load(scores + v * W), fold);
-      } else {
-        F score = Isa::to_float(Isa::load_i32(scores + v * W));
-        if constexpr (Core::kKeyBias != 0) score = Isa::sub(score, Isa::set1(key_bias));
-        const F factor = Isa::mul(Isa::load(keys.scale + v * W), Isa::set1(row_factor));
-        // Not mul: the compiler may fuse that with the sum.
-        x[v] = kScores == Scores::kProducts ? Isa::fma(score, factor, fold)
-                                            : Isa::add(Isa::fma(score, factor, Isa::zero()), fold);
+      JAX_GLUON_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        float* at = scores + i * kKeys + v * W;
+        if constexpr (kLogits) {
+          x[i][v] = Isa::add(Isa::load(at), fold);
+        } else {
+          F score = Isa::to_float(Isa::load_i32(at));
+          if constexpr (Core::kKeyBias != 0) {
+            score = Isa::sub(score, Isa::set1(static_cast<float>(key_bias[i])));
+          }
+          const F factor = Isa::mul(Isa::load(keys.scale + v * W), Isa::set1(row_factor[i]));
+          x[i][v] = Isa::fma(score, factor, fold);
+        }
+        if constexpr (kKeep) Isa::store(at, x[i][v]);
+        m[i][v % 2] = Isa::max(m[i][v % 2], x[i][v]);
       }
-      if constexpr (kKeep) Isa::store(scores + v * W, x[v]);
-      m[v % 2] = Isa::max(m[v % 2], x[v]);
     }
-    const float largest = Isa::reduce_max(Isa::max(m[0], m[1]));
-    const F shift = Isa::set1(kLog2Of255 - largest);
-    F sum = Isa::zero();
-    [[maybe_unused]] F offsets = Isa::zero();
+    F sum[kRows];
+    [[maybe_unused]] F offsets[kRows];
+    float largest[kRows];
+    JAX_GLUON_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      largest[i] = Isa::reduce_max(Isa::max(m[i][0], m[i][1]));
+      group.largest[r + i] = largest[i];
+      group.rescales |= largest[i] > before[i] + kLeastGrowth;
+      sum[i] = Isa::zero();
+      if constexpr (kValueOffsets) offsets[i] = Isa::zero();
+    }
     JAX_GLUON_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      x[v] = Isa::template exp2<kDegree>(Isa::add(x[v], shift));
       const F inverse = Isa::load(keys.fold_inverse + v * W);
-      if constexpr (kValueOffsets) {
-        const F unfolded = Isa::mul(x[v], inverse);
-        offsets = Isa::fma(unfolded, Isa::load(keys.value_offset + v * W), offsets);
-        sum = Isa::add(sum, unfolded);
-      } else {
-        sum = Isa::fma(x[v], inverse, sum);
+      JAX_GLUON_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const F shift = Isa::set1(kLog2Of255 - largest[i]);
+        x[i][v] = Isa::template exp2<kDegree>(Isa::add(x[i][v], shift));
+        if constexpr (kValueOffsets) {
+          const F unfolded = Isa::mul(x[i][v], inverse);
+          offsets[i] = Isa::fma(unfolded, Isa::load(keys.value_offset + v * W), offsets[i]);
+          sum[i] = Isa::add(sum[i], unfolded);
+        } else {
+          sum[i] = Isa::fma(x[i][v], inverse, sum[i]);
+        }
       }
     }
     JAX_GLUON_UNROLL
-    for (int v = 0; v < kVectors; v += G) {
-      Isa::store_probabilities(reinterpret_cast<char*>(out) + v * W * (4 / G), x + v);
+    for (int i = 0; i < kRows; ++i) {
+      char* row = reinterpret_cast<char*>(out + i * (kKeys / G));
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < kVectors; v += G) Isa::store_probabilities(row + v * W * (4 / G), x[i] + v);
+      Isa::store(group.sums + (r + i) * W, sum[i]);
+      if constexpr (kValueOffsets) Isa::store(group.offset_sums + (r + i) * W, offsets[i]);
     }
-    group.largest[r] = largest;
-    Isa::store(group.sums + r * W, sum);
-    if constexpr (kValueOffsets) Isa::store(group.offset_sums + r * W, offsets);
   }
 
   // After its rows: moves the maxima of the group, and adds to its sums, kept apart by lane.
   static void finish(float* maximum, float* sums, float* offset_sums, Group& group) {
+    if (kInt8 && !group.rescales) {
+      JAX_GLUON_UNROLL
+      for (int r = 0; r < kRows; r += W) {
+        alignas(kAlignment) float before[W] = {};
+        std::copy(maximum + r, maximum + std::min(r + W, kGroupRows), before);
+        const F largest = Isa::load(group.largest + r);
+        const F factor = Isa::mul(power(largest, Isa::load(before)), Isa::set1(1.0f / 255.0f));
+        Isa::store(group.factor + r, Isa::where_less(Isa::set1(kFloor), largest, factor, Isa::zero()));
+      }
+      add<false>(group.sums, group, sums);
+      if (offset_sums) add<false>(group.offset_sums, group, offset_sums);
+      return;
+    }
     alignas(kAlignment) float before[kRows] = {}, now[kRows];
     std::copy(maximum, maximum + kGroupRows, before);
     const F hidden = Isa::set1(kHidden), floor = Isa::set1(kFloor);
@@ -107,7 +143,11 @@ class SubtileSoftmax {
     for (int r = 0; r < kRows; r += W) {
       const F largest = Isa::load(group.largest + r), old = Isa::load(before + r);
       F most = Isa::max(largest, old);
-      if constexpr (kInt8) most = Isa::where_less(floor, largest, most, old);
+      if constexpr (kInt8) {
+        // What was accumulated is rescaled only where the subtile's maximum is far above it.
+        const F far = Isa::add(old, Isa::set1(kLeastGrowth));
+        most = Isa::where_less(floor, largest, Isa::where_less(far, largest, largest, old), old);
+      }
       const F reference = Isa::where_less(hidden, most, most, Isa::zero());
       Isa::store(now + r, most);
       Isa::store(group.rescale + r, power(old, reference));
@@ -117,16 +157,17 @@ class SubtileSoftmax {
       }
     }
     std::copy(now, now + kGroupRows, maximum);
-    add(group.sums, group, sums);
-    if (offset_sums) add(group.offset_sums, group, offset_sums);
+    add<true>(group.sums, group, sums);
+    if (offset_sums) add<true>(group.offset_sums, group, offset_sums);
   }
 
  private:
-  // exp2(x - reference) of an x that is not larger; 1 where they are equal, which the polynomial is
-  // not: a factor beside 1 would build up from subtile to subtile.
+  // exp2(x - reference); 1 where they are equal, which the polynomial is not: a factor beside 1
+  // would build up from subtile to subtile.
   static F power(F x, F reference) {
-    return Isa::where_less(x, reference, Isa::template exp2<5>(Isa::sub(x, reference)),
-                           Isa::set1(1.0f));
+    const F result = Isa::template exp2<5>(Isa::sub(x, reference));
+    return Isa::where_less(x, reference, result,
+                           Isa::where_less(reference, x, result, Isa::set1(1.0f)));
   }
 
   // Rows of fewer columns than a subtile: those at the end of what a group sees.
@@ -165,13 +206,18 @@ class SubtileSoftmax {
     Isa::store(group.sums + r * W, Isa::add(sum[0], sum[1]));
   }
 
+  template <bool kRescales>
   static void add(const float* subtile, const Group& group, float* sums) {
     JAX_GLUON_UNROLL
     for (int r = 0; r < kGroupRows; ++r) {
-      F sum = Isa::load(subtile + r * W);
+      F sum = Isa::load(subtile + r * W), before = Isa::load(sums + r * W);
       if constexpr (kInt8) sum = Isa::mul(sum, Isa::set1(group.factor[r]));
-      const F rescale = Isa::set1(group.rescale[r]);
-      Isa::store(sums + r * W, Isa::fma(Isa::load(sums + r * W), rescale, sum));
+      if constexpr (kRescales) {
+        sum = Isa::fma(before, Isa::set1(group.rescale[r]), sum);
+      } else {
+        sum = Isa::add(before, sum);
+      }
+      Isa::store(sums + r * W, sum);
     }
   }
 };

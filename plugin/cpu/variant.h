@@ -16,7 +16,7 @@ template <class Isa, bool kBf16Dot = false>
 struct Variant {
   template <class Core>
   static void forward_of(const AttentionForwardCall& call, Parallel& parallel) {
-    if (call.cpu_pipeline == Pipeline::kGluon) {
+    if (call.cpu_kernel.pipeline == Pipeline::kGluon) {
       GluonForward<Core>(call, parallel).run();
     } else {
       AttentionForward<Core>(call, parallel).run();
@@ -41,7 +41,7 @@ struct Variant {
     return {};
   }
   static Status backward(const AttentionBackwardCall& call, Parallel& parallel) {
-    if (call.cpu_pipeline == Pipeline::kGluon) {
+    if (call.cpu_kernel.pipeline == Pipeline::kGluon) {
       AttentionBackward<Isa, Pipeline::kGluon>(call, parallel).run();
     } else {
       AttentionBackward<Isa, Pipeline::kBaseline>(call, parallel).run();
