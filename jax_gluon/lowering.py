@@ -308,8 +308,8 @@ def _log_sum_exp(row_maximum: jax.Array, log_sum: jax.Array, unit: float) -> jax
 def _makes_codes(problem: AttentionProblem) -> bool:
     """Whether the forward call quantizes too: one command buffer instead of up to four.
 
-    An operand that vmap does not map is then quantized for each entry, so the CPU, which gains
-    nothing, quantizes in calls of its own.
+    Codes of an operand that vmap does not map are then copied to each entry, so the CPU, which
+    gains nothing, quantizes in calls of its own.
     """
     may_be_metal = problem.implementation is None and sys.platform == "darwin"
     return may_be_metal or problem.implementation == "metal"

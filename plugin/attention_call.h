@@ -132,6 +132,10 @@ struct QuantizeCall {
   Result scale;   // [B, S', K', H'], float32 or bfloat16
   Result offset;  // as scale, zero points int8; only if not symmetric
   Result mean;    // [B, 1, K, H], float32; only if center
+  // Of codes that a forward call makes: which of the L entries each entry of the vmap axes has,
+  // since what was not mapped is made once. Results have room for all; the device makes the first
+  // L.
+  std::vector<int64_t> map_made;
 };
 
 struct AttentionForwardCall : AttentionCall {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
@@ -143,8 +144,35 @@ void decode_codes(Decoder& decoder, const std::string& prefix, const Shape& shap
   }
 }
 
-// A result as an operand of what runs after it.
-Operand as_operand(const Result& result, int64_t entries, const Shape& shape) {
+// Leaves of each of the call's operands the entries of the vmap axes that differ, in order, and
+// says which of them each entry is. Offsets within an entry are the same steps in all.
+void make_distinct_maps(QuantizeCall& call, int64_t batch) {
+  if (batch == 0) return;
+  const auto stride = static_cast<size_t>(batch);
+  const std::vector<int64_t> x = std::move(call.x.batch_offset);
+  const std::vector<int64_t> lengths = std::move(call.lengths_offset);
+  call.x.batch_offset.clear();
+  call.lengths_offset.clear();
+  std::map<std::pair<int64_t, int64_t>, int64_t> seen;
+  for (size_t at = 0; at < x.size(); at += stride) {
+    const std::pair<int64_t, int64_t> key = {x[at], lengths.empty() ? 0 : lengths[at]};
+    const auto [found, is_first] = seen.emplace(key, static_cast<int64_t>(seen.size()));
+    call.map_made.push_back(found->second);
+    if (!is_first) continue;
+    const auto append = [&](std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+      if (from.empty()) return;
+      const auto begin = from.begin() + static_cast<std::ptrdiff_t>(at);
+      to.insert(to.end(), begin, begin + batch);
+    };
+    append(call.x.batch_offset, x);
+    append(call.lengths_offset, lengths);
+  }
+  call.L = static_cast<int64_t>(seen.size());
+  call.B = call.L * batch;
+}
+
+// A result of the quantizer as an operand of what runs after it, of rows of `shape`.
+Operand as_operand(const Result& result, const QuantizeCall& made, const Shape& shape) {
   Operand x;
   x.data = result.data;
   x.dtype = result.dtype;
@@ -153,12 +181,15 @@ Operand as_operand(const Result& result, int64_t entries, const Shape& shape) {
     x.stride[d - 1] = shape[d] == 1 ? 0 : step;
     step *= shape[d];
   }
-  for (int64_t b = 0; b < entries; ++b) x.batch_offset.push_back(b * step);
+  for (const int64_t map : made.map_made) {
+    for (int64_t b = 0; b < shape[0]; ++b) x.batch_offset.push_back((map * shape[0] + b) * step);
+  }
   return x;
 }
 
 // What an attention call makes of one operand's floats: codes, which become the operand. `made`
-// says whose they are, and which tokens its mean is of.
+// says whose they are, and which tokens its mean is of. What vmap did not map is made once, and its
+// codes are read by all entries.
 void decode_made_codes(Decoder& decoder, const std::string& name, const Format& format,
                        const Shape& shape, QuantizableOperand& x, QuantizeCall& made) {
   made.S = shape[1];
@@ -175,17 +206,18 @@ void decode_made_codes(Decoder& decoder, const std::string& name, const Format& 
   decode_codes(decoder, name + "_", shape, made);
   if (decoder.failed()) return;
 
+  make_distinct_maps(made, shape[0]);
   Shape stored = shape, blocked = shape;
   if (made.bits == 4) stored.back() /= 2;
   blocked[1] = blocks(made.S, made.token_block);
   if (made.per_tensor) blocked[2] = 1;
   blocked[3] = blocks(made.H, made.head_block);
-  static_cast<Operand&>(x) = as_operand(made.data, made.B, stored);
+  static_cast<Operand&>(x) = as_operand(made.data, made, stored);
   Quantization& q = x.quantization;
   q = format.quantization(shape);
-  q.scale = as_operand(made.scale, made.B, blocked);
-  if (made.offset) q.offset = as_operand(made.offset, made.B, blocked);
-  if (made.mean) q.mean = as_operand(made.mean, made.B, {shape[0], 1, made.K, made.H});
+  q.scale = as_operand(made.scale, made, blocked);
+  if (made.offset) q.offset = as_operand(made.offset, made, blocked);
+  if (made.mean) q.mean = as_operand(made.mean, made, {shape[0], 1, made.K, made.H});
 }
 
 // The operands that every attention call starts with; returns the length of its real batch axis.

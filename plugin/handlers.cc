@@ -40,6 +40,31 @@ void zero(const Result& result, int64_t count) {
   std::memset(result.data, 0, static_cast<size_t>(count) * size_of(result.dtype));
 }
 
+// Moves the codes that a forward call made to the entries of the vmap axes that have them. From the
+// last to the first: none lies before the place where it was made.
+void spread_codes(const QuantizeCall& call) {
+  if (call.B == 0) return;
+  const auto blocks = [](int64_t extent, int64_t size) {
+    return size == 0 ? 1 : (extent + size - 1) / size;
+  };
+  const int64_t batch = call.B / call.L;
+  const int64_t scales = batch * blocks(call.S, call.token_block) * (call.per_tensor ? 1 : call.K) *
+                         blocks(call.H, call.head_block);
+  const auto spread = [&](const Result& x, int64_t count) {
+    if (!x) return;
+    const size_t bytes = static_cast<size_t>(count) * size_of(x.dtype);
+    char* const data = static_cast<char*>(x.data);
+    for (size_t i = call.map_made.size(); i-- > 0;) {
+      const auto made = static_cast<size_t>(call.map_made[i]);
+      if (made != i) std::memcpy(data + i * bytes, data + made * bytes, bytes);
+    }
+  };
+  spread(call.data, batch * call.S * call.K * (call.bits == 4 ? call.H / 2 : call.H));
+  spread(call.scale, scales);
+  spread(call.offset, scales);
+  spread(call.mean, batch * call.K * call.H);
+}
+
 // Calls `handle`, which may throw: memory may run out anywhere.
 template <class Handle>
 ffi::Error guarded(const char* target, Handle handle) {
@@ -81,10 +106,13 @@ ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
                     for (const QuantizeCall& each : call.quantize) {
                       if (Status status = cpu_device().quantize(each, parallel)) return status;
                     }
-                    return {};
+                  } else if (Status status = run_on(
+                                 wanted, products_of(call), std::max(call.H, call.V),
+                                 [&](Device& device) { return device.forward(call, parallel); })) {
+                    return status;
                   }
-                  return run_on(wanted, products_of(call), std::max(call.H, call.V),
-                                [&](Device& device) { return device.forward(call, parallel); });
+                  for (const QuantizeCall& each : call.quantize) spread_codes(each);
+                  return {};
                 });
 }
 

@@ -45,7 +45,7 @@ struct BlockSizes {
 // time; a slot takes another granule only after a barrier that follows its last use. Logits are
 // bytes of a lane's (of two subtiles where scores are made ahead), those of baseline in brackets;
 // ring is bytes of rows, columns, scales and flags; barriers are those of 64 keys, as many as
-// baseline's. A walk may have one more where columns are staged.
+// baseline's, and a walk has no more.
 //
 // | element | D   | granule | subtile | ahead | logits  | ring   | barriers |
 // |---------|-----|---------|---------|-------|---------|--------|----------|

@@ -91,8 +91,9 @@ struct QueryRing {
       query_rows = operands.query_rows(b, n);
       gradient_rows = out_gradient_rows(operands, cotangents, b, n);
     }
-    queries.read(query_rows, first, walk.end_row, thread_index);
-    gradients.read(gradient_rows, first, walk.end_row, thread_index);
+    const TilePart<D> part(thread_index);
+    queries.read(query_rows, first, walk.end_row, part);
+    gradients.read(gradient_rows, first, walk.end_row, part);
     if (thread_index < kRows && first + thread_index < walk.end_row) {
       thread const AttentionParameters& p = *operands.parameters;
       held = statistics[(Int64(b) * p.N + n) * p.T + first + thread_index];
@@ -100,8 +101,9 @@ struct QueryRing {
   }
   void write(QueryWalk walk, int i, ushort thread_index) const thread {
     const int first = walk.row(i, kRows);
-    queries.write(query_rows, i, first, walk.end_row, false, thread_index);
-    gradients.write(gradient_rows, i, first, walk.end_row, false, thread_index);
+    const TilePart<D> part(thread_index);
+    queries.write(query_rows, i, first, walk.end_row, false, part, thread_index);
+    gradients.write(gradient_rows, i, first, walk.end_row, false, part, thread_index);
     if (thread_index < kRows && first + thread_index < walk.end_row) {
       memory->statistics[i % Sizes::kSlots * kRows + thread_index] = held;
     }

@@ -36,18 +36,16 @@ struct Ring {
   }
 
   // Begins to fill a granule: tokens `first` and the following, up to `end`.
-  void read(thread const Rows& rows, int first, int end, ushort thread_index) thread {
-    const TilePart<D> part(thread_index);
+  void read(thread const Rows& rows, int first, int end, TilePart<D> part) thread {
     for (int s = 0; s < kParts; ++s) {
       const int token = first + part.row + s * TilePart<D>::kStep;
       held[s] = read_part<M, D>(rows, token, token < end, part);
     }
   }
 
-  // Ends it: granule i is in use from the next barrier on.
-  void write(thread const Rows& rows, int i, int first, int end, bool is_staged,
+  // Ends it, with the same part: granule i is in use from the next barrier on.
+  void write(thread const Rows& rows, int i, int first, int end, bool is_staged, TilePart<D> part,
              ushort thread_index) const thread {
-    const TilePart<D> part(thread_index);
     const int slot = i % kSlots;
     threadgroup const float* staged = is_staged ? columns(rows, first) : memory->columns;
     bool is_dirty = false;
@@ -119,24 +117,26 @@ struct KeyValueRing {
       for (int i = 0; i <= Values::kAhead; ++i) {
         stage(values, value_rows, stages_values, i, thread_index);
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // columns are staged
+      // A simdgroup's parts take what it has staged itself: the threadgroup needs no barrier.
+      simdgroup_barrier(mem_flags::mem_threadgroup);  // columns are staged
     }
+    const TilePart<D> key_part(thread_index, stages_keys);
     for (int i = 0; i < Keys::kAhead && i < count; ++i) {
-      keys.read(key_rows, token(i), end, thread_index);
-      keys.write(key_rows, i, token(i), end, stages_keys, thread_index);
+      keys.read(key_rows, token(i), end, key_part);
+      keys.write(key_rows, i, token(i), end, stages_keys, key_part, thread_index);
     }
-    values.read(value_rows, first, end, thread_index);
-    values.write(value_rows, 0, first, end, stages_values, thread_index);
+    const TilePart<D> value_part(thread_index, stages_values);
+    values.read(value_rows, first, end, value_part);
+    values.write(value_rows, 0, first, end, stages_values, value_part, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the first granules are filled
   }
 
   // Begins what `advance` ends.
   void prefetch(thread const Rows& key_rows, thread const Rows& value_rows, int i,
                 ushort thread_index) thread {
-    if (i + Keys::kAhead < count) {
-      keys.read(key_rows, token(i + Keys::kAhead), end, thread_index);
-    }
-    if (i + 1 < count) values.read(value_rows, token(i + 1), end, thread_index);
+    const TilePart<D> part(thread_index);
+    if (i + Keys::kAhead < count) keys.read(key_rows, token(i + Keys::kAhead), end, part);
+    if (i + 1 < count) values.read(value_rows, token(i + 1), end, part);
   }
 
   // The simdgroup has used granule i; every thread takes part.
@@ -147,9 +147,10 @@ struct KeyValueRing {
     if (Sizes::kSlots == 1) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the only slot is free
     }
+    const TilePart<D> part(thread_index);
     const int key = i + Keys::kAhead;
-    if (key < count) keys.write(key_rows, key, token(key), end, stages_keys, thread_index);
-    values.write(value_rows, i + 1, token(i + 1), end, stages_values, thread_index);
+    if (key < count) keys.write(key_rows, key, token(key), end, stages_keys, part, thread_index);
+    values.write(value_rows, i + 1, token(i + 1), end, stages_values, part, thread_index);
     stage(keys, key_rows, stages_keys, key + 1, thread_index);
     stage(values, value_rows, stages_values, i + 2, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the next granule is filled

@@ -61,18 +61,22 @@ inline threadgroup float* columns_of_block(threadgroup float* columns, int block
   return columns + (block & 1) * 2 * D;
 }
 
-// Reads scales and offsets of the block of tokens that `token` is in.
+// Reads scales and offsets of the block of tokens that `token` is in. A simdgroup reads those of
+// its share of the columns, the one that its parts have `by_columns`.
 template <int D>
 inline void stage_columns(thread const Rows& rows, int token, threadgroup float* staged,
                           ushort thread_index) {
-  for (int c = thread_index; c < rows.columns; c += kThreads) {
+  constexpr int kShare = D / kSimdgroups;
+  const int share = thread_index / 32 * kShare;
+  for (int c = share + (thread_index & 31); c < min(share + kShare, rows.columns); c += 32) {
     const float scale = rows.scale_at(token, c);
     staged[c] = scale;
     staged[D + c] = rows.offset_at(token, c, scale);
   }
 }
 
-// The part of a tile's row that a thread brings: eight columns of every kStep-th row.
+// The part of a tile's row that a thread brings: eight columns of every kStep-th row. A simdgroup
+// brings whole rows, which are contiguous; or, `by_columns`, its share of the columns of each row.
 template <int D>
 struct TilePart {
   static constant constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
@@ -80,11 +84,12 @@ struct TilePart {
   ushort chunk;
   ushort column;
   ushort lane;
-  explicit TilePart(ushort thread_index) thread {
-    row = thread_index / kChunks;
-    chunk = thread_index % kChunks;
-    column = 8 * chunk;
+  explicit TilePart(ushort thread_index, bool by_columns = false) thread {
+    constexpr int kShare = kChunks / kSimdgroups;
     lane = thread_index & 31;
+    row = by_columns ? lane / kShare : thread_index / kChunks;
+    chunk = by_columns ? thread_index / 32 * kShare + lane % kShare : thread_index % kChunks;
+    column = 8 * chunk;
   }
 };
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +18,58 @@ import pytest
 
 def _plugin_is_missing() -> bool:
     return importlib.util.find_spec("jax_gluon._plugin") is None
+
+
+# The Metal pipelines of `shaders/` that a run may make: kernels with their function constants.
+MOST_PIPELINES = 150
+_RUN = pytest.StashKey[Path]()
+
+
+def pytest_configure(config):
+    """A folder for the run and all its processes: kernels compiled for the software Metal device.
+
+    Each pipeline that the device makes is a line of the folder's file `pipelines`.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    run = config.stash[_RUN] = Path(tempfile.mkdtemp(prefix="jax-gluon-tests-"))
+    os.environ.setdefault("SOFTMETAL_CACHE_DIR", str(run / "softmetal"))
+    os.environ.setdefault("SOFTMETAL_PIPELINES", str(run / "pipelines"))
+
+
+def pytest_unconfigure(config):
+    if run := config.stash.get(_RUN, None):
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _pipelines():
+    """Names and function constants of our kernels, by how they were compiled."""
+    path = Path(os.environ["SOFTMETAL_PIPELINES"])
+    made = defaultdict(set)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        name, *constants, image = line.split()
+        if name.startswith(("attention_", "quantize_")):
+            made[image.split(".")[1]].add((name, *sorted(constants)))
+    return made
+
+
+def pytest_sessionfinish(session):
+    """The suite fails where it makes more pipelines than a Mac should have to compile for it."""
+    is_worker = hasattr(session.config, "workerinput")
+    if not is_worker and len(set().union(*_pipelines().values())) > MOST_PIPELINES:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if made := _pipelines():
+        count = len(set().union(*made.values()))
+        each = ", ".join(f"{name} {len(made[name])}" for name in sorted(made))
+        is_over = count > MOST_PIPELINES
+        terminalreporter.write_line(
+            f"{'ERROR: ' if is_over else ''}Metal pipelines: {count}, at most {MOST_PIPELINES} "
+            f"(by instrumentation: {each})",
+            red=is_over,
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """The build: which FFI headers it takes, and that no instruction set leaks out of its own file."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -98,3 +99,67 @@ def test_pool_under_a_sanitizer(sanitizer, tmp_path):
     finished = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout == "0 failures\n"
+
+
+@pytest.mark.parametrize("interface", ["same", "other", None])
+def test_a_metal_library_of_other_headers_is_refused(tmp_path, interface):
+    """The two share structs and classes: nothing of such a library is called."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C++ compiler, or no library to load")
+    library, program = tmp_path / "library.so", tmp_path / "program"
+    flags = ["-std=c++17", f"-I{ROOT / 'plugin'}"]
+    sources = ROOT / "tests" / "loader"
+    given = [] if interface is None else [f'-DINTERFACE="{interface}"']
+    subprocess.run(
+        [compiler, *flags, *given, "-shared", "-fPIC", sources / "library.cc", "-o", library],
+        check=True,
+    )
+    flags += [f'-DJAX_GLUON_METAL_LIBRARY="{library}"', '-DJAX_GLUON_METAL_INTERFACE="same"']
+    loader = ROOT / "plugin" / "metal" / "loader.cc"
+    subprocess.run(
+        [compiler, *flags, sources / "main.cc", loader, "-o", program, "-ldl"], check=True
+    )
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    if interface == "same":
+        assert said == "found a stand-in\n"
+    else:
+        assert said.startswith(f'{library} is of another version than this plugin; "make metal"')
+
+
+def test_the_interface_of_metal_is_that_of_its_headers(tmp_path):
+    """Any change of a header that plugin and library share is another interface."""
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    plugin = tmp_path / "plugin"
+    shutil.copytree(ROOT / "plugin", plugin, ignore=shutil.ignore_patterns("softmetal", "cpu"))
+
+    def interface():
+        finished = subprocess.run(
+            [cmake, "-P", plugin / "metal" / "interface.cmake"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return finished.stdout
+
+    seen = [interface()]
+    assert seen[0].strip()
+    # What metal.h includes, of our own, and what that includes.
+    shared = {"metal/metal.h"}
+    while (
+        found := {
+            name
+            for header in shared
+            for name in re.findall(
+                r'#include "(.+)"', (plugin / header).read_text(encoding="utf-8")
+            )
+        }
+        - shared
+    ):
+        shared |= found
+    assert len(shared) >= 3
+    for header in sorted(shared):
+        with (plugin / header).open("a", encoding="utf-8") as file:
+            file.write("// other\n")
+        seen.append(interface())
+    assert len(set(seen)) == len(seen)

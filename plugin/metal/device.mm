@@ -166,6 +166,12 @@ Made make() {
 }  // namespace metal
 }  // namespace jax_gluon
 
+#if defined(JAX_GLUON_METAL_INTERFACE)
+extern "C" __attribute__((visibility("default"))) const char* jax_gluon_metal_interface() {
+  return JAX_GLUON_METAL_INTERFACE;
+}
+#endif
+
 extern "C" __attribute__((visibility("default"))) const JaxGluonMetal* jax_gluon_metal() {
   // Made anew until there is a device.
   static std::mutex& mutex = *new std::mutex;

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "metal/metal.h"
@@ -28,6 +29,14 @@ Loaded load() {
   using Entry = const JaxGluonMetal* (*)();
   const auto entry = reinterpret_cast<Entry>(dlsym(library, "jax_gluon_metal"));
   if (!entry) return {nullptr, std::string(JAX_GLUON_METAL_LIBRARY) + " is not jax_gluon's"};
+  // The plugin may have been built since, or before, with other structs.
+  using Interface = const char* (*)();
+  const auto interface = reinterpret_cast<Interface>(dlsym(library, "jax_gluon_metal_interface"));
+  if (!interface || std::string(interface()) != JAX_GLUON_METAL_INTERFACE) {
+    return {nullptr, std::string(JAX_GLUON_METAL_LIBRARY) +
+                         " is of another version than this plugin; \"make metal\" builds it anew "
+                         "(\"make test\" both), and Python has to be started again"};
+  }
   const JaxGluonMetal* metal = entry();
   if (!metal->device) return {nullptr, metal->why};
   return {metal, ""};

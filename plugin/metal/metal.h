@@ -54,4 +54,7 @@ struct JaxGluonMetal {
   void (*counters_reset)();
 };
 const JaxGluonMetal* jax_gluon_metal();
+// Where the two are built apart: names the headers that they share, as the library was built with
+// them. All else in the library may be read only where they are the plugin's own.
+const char* jax_gluon_metal_interface();
 }

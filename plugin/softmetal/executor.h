@@ -37,8 +37,14 @@ class Image {
   virtual ~Image() = default;
   virtual const std::vector<const Kernel*>& kernels() const = 0;
   virtual const std::vector<FunctionConstant>& function_constants() const = 0;
+  // Of a kernel: its name, the constants that the opener gave and the file's name.
+  virtual std::string pipeline(const std::string& kernel) const = 0;
   const Kernel* find(const std::string& name) const;
 };
+
+// Adds a line to the file that SOFTMETAL_PIPELINES names, the first time that this process sees the
+// pipeline.
+void record_pipeline(const std::string& pipeline);
 
 struct BufferBinding {
   void* address = nullptr;  // null: not bound

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 
-SHADERS = Path(__file__).resolve().parents[2] / "shaders"
+ROOT = Path(__file__).resolve().parents[2]
+SHADERS = ROOT / "shaders"
 EMPTY_ROW_LOG2_SUM = np.float32(-3.0e38)
 _SCALARS = {"Int64": np.int64, "int": np.int32, "float": np.float32}
 _TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
@@ -52,9 +54,12 @@ BLOCK_ROWS, THREADS, SIMDGROUPS = (SIZES[f"k{x}"] for x in ("BlockRows", "Thread
 
 @functools.cache
 def library(stem: str, instrumentation: str | None = None) -> Any:
+    """Compiled as the host compiles it, from one text, so that each is compiled once for both."""
     import softmetal
 
-    return softmetal.Library(SHADERS / f"{stem}.metal", instrumentation=instrumentation)
+    flat = runpy.run_path(str(ROOT / "plugin" / "metal" / "embed_shaders.py"))["flat"]
+    text = flat(SHADERS / f"{stem}.metal", set())
+    return softmetal.Library(text, std="metal3.1", fast_math=False, instrumentation=instrumentation)
 
 
 @functools.cache

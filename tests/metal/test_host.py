@@ -134,6 +134,56 @@ def test_vmap_quantizes_what_it_does_not_map(relative_error):
         assert relative_error(actual, expected) <= 2e-2
 
 
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_vmap_quantizes_each_operand_once(monkeypatch, relative_error, has_lengths):
+    """Codes, scales, zero points and means are those of every entry; backward reads them too."""
+    monkeypatch.setenv("JAX_GLUON_POISON", "1")
+    query, key, value = draw(7, (3, 2, 20, 4, 16), (2, 30, 2, 16), (2, 2, 30, 2, 8))
+    # Means of keys and values are of their lengths, which are mapped where there are any.
+    lengths = jnp.array([[30, 7], [12, 30], [30, 7]]) if has_lengths else None
+    spec = QuantSpec(symmetric=False, granularity="head", center=True)
+    specs = jax_gluon.AttentionQuantization(spec, QuantSpec(4, center=True), spec)
+
+    def attend(query, key, value, lengths):
+        return jax_gluon.dot_product_attention(
+            query, key, value, key_value_seq_lengths=lengths,
+            quantization=specs, implementation="metal",
+        )  # fmt: skip
+
+    def mapped(inner, outer):
+        def loss(query, key, value):
+            function = jax.vmap(attend, in_axes=(*inner, None if lengths is None else 0))
+            out = jax.vmap(function, in_axes=(*outer, None))(query, key, value, lengths)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    def run(function, *x):
+        jax_gluon.debug.metal_counters()
+        (_, out), gradients = jax.block_until_ready(function(*x))
+        groups: dict[str, int] = {}
+        for each in jax_gluon.debug.metal_counters():
+            groups[each["kernel"]] = groups.get(each["kernel"], 0) + each["threads"] // 128
+        return out, gradients, groups
+
+    # The query is mapped along the inner axis, the value along the outer one, the key along none.
+    out, gradients, groups = run(mapped((0, None, None), (None, None, 0)), query, key, value)
+    every = (
+        jnp.broadcast_to(query, (2, *query.shape)),
+        jnp.broadcast_to(key, (2, 3, *key.shape)),
+        jnp.broadcast_to(value[:, None], (2, 3, *value.shape[1:])),
+    )
+    wanted, summed, _ = run(mapped((0, 0, 0), (0, 0, 0)), *every)
+    np.testing.assert_array_equal(out, wanted)
+    for found, axes, gradient in zip(gradients, (0, (0, 1), 1), summed, strict=True):
+        assert relative_error(found, gradient.sum(axes)) <= 1e-6
+    queries, keys, values = (3, 3, 6) if has_lengths else (3, 1, 2)
+    # Threadgroups: of heads and batch; of four tokens each besides.
+    assert groups["quantize_mean"] == 4 * 2 * queries + 2 * 2 * keys + 2 * 2 * values
+    assert groups["quantize_blocks"] == 8 * 2 * 2 * keys
+    assert groups["quantize_codes"] == 5 * 4 * 2 * queries + 8 * 2 * 2 * values
+
+
 def test_rotated_operands_are_quantized_before(relative_error):
     x = operands()
     rotated = QuantSpec(rotate=True)

@@ -40,8 +40,9 @@ def test_feature(oracle, relative_error, dtype, name):
     check(relative_error, problem, d_out, wanted, bound)
 
 
-def test_axes_of_vmap(oracle, relative_error):
-    q, k, v, d_out = draw(B=4, H=72, V=100)
+@pytest.mark.parametrize(("H", "V"), [(72, 100), (130, 256)])
+def test_axes_of_vmap(oracle, relative_error, H, V):
+    q, k, v, d_out = draw(B=4, H=H, V=V)
     bias = np.random.default_rng(2).standard_normal((1, 4, 1, 77)).astype(np.float32)
     problem = Problem(q, k, v, bias=bias)
     halves = [

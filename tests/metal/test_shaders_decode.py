@@ -45,3 +45,10 @@ def test_format(oracle, relative_error, kind, head_dim):
     specs, _, bound = QUANTIZED[kind]
     q, k, v, _ = draw("float32", specs, T=1, S=200, H=head_dim, V=head_dim)
     check(oracle, relative_error, Problem(q, k, v), bound, 3)
+
+
+@pytest.mark.parametrize(("H", "V"), [(72, 128), (130, 256)])
+def test_head_dim_of_bfloat16(oracle, relative_error, H, V):
+    q, k, v, _ = draw("bfloat16", T=2, S=200, H=H, V=V)
+    problem = Problem(q, k, v, out_dtype=DTYPES["bfloat16"])
+    check(oracle, relative_error, problem, BOUNDS["bfloat16"], 3)

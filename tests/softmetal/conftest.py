@@ -45,16 +45,12 @@ def build() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The device's build folder, with an empty cache of compiled kernels."""
+def device() -> Path:
+    """The device's build folder."""
     problem = missing()
     if problem:
         (pytest.fail if os.environ.get("SOFTMETAL_REQUIRED") else pytest.skip)(problem)
     given = os.environ.get("SOFTMETAL_BUILD_DIR")
     folder = Path(given) if given else build()
     os.environ["SOFTMETAL_BUILD_DIR"] = str(folder)
-    # Empty when the run begins, and one for all its workers.
-    base = tmp_path_factory.getbasetemp()
-    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["SOFTMETAL_CACHE_DIR"] = str(run / "softmetal-cache")
     return folder

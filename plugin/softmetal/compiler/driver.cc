@@ -267,7 +267,8 @@ CompileResult compile(const std::string& source, const CompileOptions& options) 
     const fs::path folder = cache_folder();
     std::error_code problem;
     fs::create_directories(folder, problem);
-    out.image_path = (folder / (hash.text() + ".metallib")).string();
+    out.image_path =
+        (folder / (hash.text() + "." + name_of(options.instrumentation) + ".metallib")).string();
     if (access(out.image_path.c_str(), R_OK) == 0) {
       out.ok = out.from_cache = true;
       return out;

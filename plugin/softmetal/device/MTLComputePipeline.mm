@@ -273,6 +273,7 @@ constexpr NSInteger kCompilerFailure = 2;
     set_error(error, kCompilerErrorDomain, kCompilerFailure, name + ": " + problem);
     return nil;
   }
+  softmetal::record_pipeline(state->_image->pipeline(name));
   NSUInteger most = state->_kernel->max_total_threads_per_threadgroup;
   if (most == 0) most = softmetal::kMaxThreadsPerThreadgroup;
   const NSUInteger asked = descriptor.maxTotalThreadsPerThreadgroup;

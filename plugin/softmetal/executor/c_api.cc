@@ -147,6 +147,7 @@ SOFTMETAL_EXPORT int softmetal_dispatch(void* image, const softmetal_dispatch_re
     put(text, capacity, std::string("no kernel ") + request->kernel);
     return 1;
   }
+  softmetal::record_pipeline(from.pipeline(request->kernel));
   for (uint32_t i = 0; i < softmetal::kBufferSlots; ++i) {
     dispatch.buffers[i] = {request->buffers[i], request->lengths[i]};
   }

@@ -1,6 +1,7 @@
 // Images: a private copy of the file for each opening, so that every pipeline has constants of its
 // own.
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -8,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <set>
 
 #include "softmetal/executor.h"
 
@@ -22,6 +24,9 @@ class LoadedImage : public Image {
   const std::vector<const Kernel*>& kernels() const override { return kernels_; }
   const std::vector<FunctionConstant>& function_constants() const override { return constants_; }
 
+  std::string pipeline(const std::string& kernel) const override { return kernel + suffix; }
+
+  std::string suffix;  // of the names of its pipelines
   void* handle = nullptr;
   const std::vector<FunctionConstantValue>* values = nullptr;
   std::vector<const Kernel*> kernels_;
@@ -101,6 +106,15 @@ std::shared_ptr<Image> Image::open(const std::string& path,
     return nullptr;
   }
   auto image = std::make_shared<LoadedImage>();
+  for (const FunctionConstantValue& each : constants) {
+    image->suffix += " " + (each.by_name ? each.name : std::to_string(each.index)) + "=";
+    char hex[3];
+    for (const unsigned char byte : each.bytes) {
+      snprintf(hex, sizeof hex, "%02x", byte);
+      image->suffix += hex;
+    }
+  }
+  image->suffix += " " + path.substr(path.rfind('/') + 1);
   image->values = &constants;
   {
     const std::lock_guard<std::mutex> lock(opening_mutex);
@@ -113,6 +127,22 @@ std::shared_ptr<Image> Image::open(const std::string& path,
   image->values = nullptr;
   if (!image->handle) return nullptr;
   return image;
+}
+
+void record_pipeline(const std::string& pipeline) {
+  static const char* path = getenv("SOFTMETAL_PIPELINES");
+  if (!path || !*path) return;
+  static std::mutex& mutex = *new std::mutex;
+  static std::set<std::string>& seen = *new std::set<std::string>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!seen.insert(pipeline).second) return;
+  // One write for each line, since other processes add theirs.
+  const int file = ::open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  const std::string line = pipeline + "\n";
+  if (file < 0 || write(file, line.data(), line.size()) != static_cast<ssize_t>(line.size())) {
+    fprintf(stderr, "softmetal: cannot write %s, of SOFTMETAL_PIPELINES\n", path);
+  }
+  if (file >= 0) close(file);
 }
 
 }  // namespace softmetal

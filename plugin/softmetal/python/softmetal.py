@@ -205,6 +205,7 @@ class Library:
     - `source`: the text, or the path of a file `*.metal`.
     - `macros`: preprocessor definitions; `include`: folders.
     - `std`: the version of the language, "metal3.1"; default the newest.
+    - `fast_math`: as Metal's compiler has it unless it is told not to.
     - `instrumentation`: one of `INSTRUMENTATIONS`; default what SOFTMETAL_INSTRUMENT says, else
       none.
 
@@ -218,6 +219,7 @@ class Library:
         macros: Mapping[str, Any] | None = None,
         include: Sequence[str | pathlib.Path] = (),
         std: str | None = None,
+        fast_math: bool = True,
         instrumentation: str | None = None,
     ) -> None:
         chosen = instrumentation or os.environ.get("SOFTMETAL_INSTRUMENT") or "none"
@@ -229,6 +231,7 @@ class Library:
         text = ctypes.create_string_buffer(1 << 20)
         request = _request(source, macros, include, std)
         request.instrumentation = INSTRUMENTATIONS.index(chosen)
+        request.safe_math = not fast_math
         status = _device().softmetal_compile(
             ctypes.byref(request), text, ctypes.c_size_t(len(text))
         )

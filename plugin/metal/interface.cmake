@@ -1,0 +1,15 @@
+# JAX_GLUON_METAL_INTERFACE: what the plugin and the library of Metal host code both compile in,
+# where they are built apart. It changes with the headers whose structs and classes they share.
+set(interface_headers attention_call.h device.h metal/metal.h)
+list(TRANSFORM interface_headers PREPEND ${CMAKE_CURRENT_LIST_DIR}/../)
+set(JAX_GLUON_METAL_INTERFACE "")
+foreach(header IN LISTS interface_headers)
+  file(SHA256 ${header} digest)
+  string(APPEND JAX_GLUON_METAL_INTERFACE ${digest})
+endforeach()
+string(SHA256 JAX_GLUON_METAL_INTERFACE ${JAX_GLUON_METAL_INTERFACE})
+if(CMAKE_SCRIPT_MODE_FILE)
+  message(STATUS ${JAX_GLUON_METAL_INTERFACE})
+else()
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${interface_headers})
+endif()
