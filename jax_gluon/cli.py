@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     tune = commands.add_parser(
         "tune",
         help="measure which kernel is fastest here, for kernel=None to choose by",
-        description="Times both pipelines, with several sizes of blocks, over a grid of lengths, head "
-        "dims, operands and directions. What was measured is kept: run it again to go on.",
+        description="Times both pipelines, with several sizes of blocks, over a grid of lengths, "
+        "head dims, operands and directions. What was measured is kept: run it again to go on.",
     )
     tune.add_argument("--device", choices=["cpu", "metal"], default="cpu")
     tune.add_argument("--seconds", type=float, default=600.0, help="stop after as many")

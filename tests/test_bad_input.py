@@ -225,6 +225,18 @@ CASES = {
         {"kernel": "fast"}, ValueError, "kernel", '"fast"', 'None, "baseline", "gluon"'
     ),
     "kernel_type": ({"kernel": 2}, TypeError, "kernel", "int", 'None, "baseline"'),
+    "kernel_of_a_pair": (
+        {"kernel": ("baseline", "fast")}, ValueError, "kernel", '"fast"',
+        'None, "baseline", "gluon"',
+    ),
+    "kernel_triple": (
+        {"kernel": ("baseline",) * 3}, ValueError, "kernel", "of length 3",
+        "a pair, of forward and of backward",
+    ),
+    "kernel_pipeline": (
+        {"kernel": jax_gluon.KernelConfig("fast", 96, 256, 256, 1)}, ValueError, "kernel",
+        "pipeline='fast'", "baseline and gluon",
+    ),
     "kernel_gluon": (
         {"kernel": "gluon"}, ValueError, "kernel", '"gluon"',
         'None, "baseline": XLA has no kernels to choose from',

@@ -4,6 +4,7 @@ Results and scratch start as NaN (JAX_GLUON_POISON), so that nothing unwritten p
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon.formats import PRESETS, AttentionQuantization, QuantSpec
+from jax_gluon.selection import KernelConfig
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
@@ -171,6 +173,79 @@ def test_pipelines_agree(monkeypatch, relative_error, variant, name, quantizatio
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
     baseline, gluon = _both(*_operands(CASES[name]), quantization=quantization)
     _assert_alike(relative_error, baseline, gluon)
+
+
+# Sizes of forward's and backward's blocks: the smallest, odd multiples, more stages than blocks, and
+# blocks beyond the keys.
+SIZES = {
+    "baseline_small": (("baseline", 64, 64, 1), ("baseline", 96, 96, 1)),
+    "baseline_odd": (("baseline", 192, 192, 1), ("baseline", 96, 96, 1)),
+    "gluon_small": (("gluon", 256, 128, 2), ("gluon", 192, 96, 2)),
+    "gluon_odd": (("gluon", 640, 128, 3), ("gluon", 288, 96, 3)),
+    "gluon_large": (("gluon", 512, 256, 8), ("gluon", 384, 192, 8)),
+    "gluon_beyond": (("gluon", 4096, 256, 2), ("gluon", 3840, 192, 2)),
+}
+
+
+def _sizes(name, is_integer):
+    """The pair of configurations; codes have a subtile of their own."""
+    forward, backward = (KernelConfig(pipeline, 96, *rest) for pipeline, *rest in SIZES[name])
+    return dataclasses.replace(forward, subtile=64) if is_integer else forward, backward
+
+
+def _sized_cases():
+    for variant in plugin.cpu_isas_supported():
+        for name in SIZES:
+            if not variant.startswith("emulated") or name == "gluon_small":
+                yield pytest.param(variant, name, id=f"{variant}-{name}")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("variant", "name"), list(_sized_cases()))
+def test_sizes_agree(monkeypatch, relative_error, variant, name, is_causal, quantization):
+    """Blocks of any size give the same numbers.
+
+    Without a cotangent of the log-sum-exp: where the keys are centred as well, softmax of gluon's
+    backward then takes register tiles.
+    """
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    case = dict(B=1, T=205, S=1100, N=2, K=1, H=40, V=24, is_causal=is_causal)
+    operands, keywords, (d_out, _) = _operands(case)
+
+    def run(kernel):
+        def attention(*x):
+            return jax_gluon.dot_product_attention(
+                *x, **keywords, quantization=quantization, implementation="cpu", kernel=kernel,
+                return_residual=True,
+            )  # fmt: skip
+
+        out, pullback, log_sum_exp = jax.vjp(attention, *operands, has_aux=True)
+        return out, log_sum_exp, *pullback(d_out)
+
+    _assert_alike(relative_error, run("baseline"), run(_sizes(name, quantization is not None)))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_register_tiles_match_float64(relative_error, oracle, fake_quantize, quantization):
+    case = dict(B=1, T=205, S=300, N=2, K=1, H=16, V=16)
+    operands, keywords, (d_out, _) = _operands(case)
+
+    def attention(*x):
+        return jax_gluon.dot_product_attention(
+            *x, **keywords, quantization=quantization, implementation="cpu", kernel="gluon"
+        )
+
+    gradients = jax.vjp(attention, *operands)[1](d_out)
+    point = operands
+    if quantization:
+        point = [
+            fake_quantize(x, center=center)
+            for x, center in zip(operands, (False, True, False), strict=True)
+        ]
+    exact = oracle(*point, **keywords, d_out=d_out)
+    for x, y in zip(gradients, exact[2:5], strict=True):
+        assert relative_error(x, y) <= (1e-2 if quantization else 3e-6)
 
 
 @pytest.mark.parametrize("name", ["blocks", "odd", "everything", "causal"])

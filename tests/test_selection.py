@@ -268,6 +268,33 @@ def test_the_choice_reaches_the_kernels(shape, kernel):
     assert found == [str(int(kernel == "gluon"))] * 2
 
 
+@pytest.mark.parametrize(
+    ("kernel", "found", "allowed"),
+    [
+        (KernelConfig("gluon", 96, 256, 256, 2), "block_k=256", "at least twice it"),
+        (KernelConfig("gluon", 96, 512, 100, 2), "subtile=100", "subtile 128 or 256"),
+        (KernelConfig("gluon", 64, 512, 256, 2), "block_q=64", "block_q 96"),
+        (KernelConfig("gluon", 96, 8192, 256, 2), "block_k=8192", "at most 4096"),
+        (KernelConfig("gluon", 96, 512, 256, 1), "stages=1", "stages 2 to 8"),
+        (KernelConfig("baseline", 96, 512, 512, 1), "block_k=512", "64, 128, 192 or 256"),
+        ((None, KernelConfig("baseline", 96, 64, 64, 1)), "subtile=64", "backward on cpu has"),
+        ((None, KernelConfig("gluon", 96, 300, 96, 2)), "block_k=300", "a multiple of subtile"),
+    ],
+)
+def test_sizes_that_a_device_lacks(shape, kernel, found, allowed):
+    with pytest.raises(ValueError, match=r"jax_gluon\.explain: kernel is KernelConfig") as error:
+        jax_gluon.explain(shape, shape, shape, kernel=kernel)
+    assert found in str(error.value)
+    assert allowed in str(error.value)
+
+
+def test_sizes_of_metal_are_compiled_in(shape, require):
+    require("metal")
+    config = KernelConfig("gluon", 32, 64, 32, 2)
+    with pytest.raises(ValueError, match=r"forward on metal has .*whose sizes are compiled in"):
+        jax_gluon.explain(shape, shape, shape, kernel=config, implementation="metal")
+
+
 def test_sizes_reach_the_kernels(shape):
     forward, backward = (
         KernelConfig("gluon", 96, 768, 128, 3),

@@ -12,9 +12,9 @@
 namespace jax_gluon::cpu {
 namespace {
 
-// In the gluon pipeline packed blocks of keys are a ring that is filled ahead, and softmax takes one
-// register tile of products, before they leave the registers: the products of the next one do not
-// wait for it.
+// In the gluon pipeline packed blocks of keys are a ring that is filled ahead, and softmax takes
+// one register tile of products, before they leave the registers: the products of the next one do
+// not wait for it.
 template <class Isa, Pipeline kPipeline>
 class AttentionBackward {
   using Core = F32Core<Isa>;
@@ -74,6 +74,7 @@ class AttentionBackward {
     Buffer<float> key_panels;                // value panels (columns of K) of each
     Buffer<float> scores, d_probability;     // [kRows][kMostTileKeys]
     Buffer<float> rows, cap_slope, row_sum;
+    bool needs_row_sum = false;  // whether a head's dQ needs the row sums of dS
     Buffer<typename Rows::Statistics> statistics;
   };
 
@@ -110,6 +111,7 @@ class AttentionBackward {
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
     prepare(s);
+    s.needs_row_sum = rows_.key_mean(b, k) && rows_.key_mean_matters();
     std::fill(s.d_key.get(), s.d_key.get() + chunk_keys_ * head_columns_, 0.0f);
     std::fill(s.d_value.get(), s.d_value.get() + chunk_keys_ * value_columns_, 0.0f);
     for (int64_t n = k * group_; n < (k + 1) * group_; ++n) {
@@ -287,11 +289,11 @@ class AttentionBackward {
       const int64_t at = (rows.begin + row_begin) * C, depth = row_end - row_begin;
       for (int64_t c = 0; c < value_columns_; c += C) {
         transposed_tile<Isa, kMostTileKeys>(p, s.d_out_panels.get() + c * query_rows_ + at, depth,
-                                        dv + j * value_columns_ + c, value_columns_);
+                                            dv + j * value_columns_ + c, value_columns_);
       }
       for (int64_t c = 0; c < head_columns_; c += C) {
         transposed_tile<Isa, kMostTileKeys>(ds, s.query_panels.get() + c * query_rows_ + at, depth,
-                                        dk + j * head_columns_ + c, head_columns_);
+                                            dk + j * head_columns_ + c, head_columns_);
       }
     }
   }
@@ -300,7 +302,7 @@ class AttentionBackward {
   bool sees_all(const Visibility& visibility, const Rules& rules, Range group, Range keys,
                 const Scratch& s) const {
     if (rules.any() || group.end - group.begin < kGroupRows || keys.end > call_.S) return false;
-    if (rows_.key_mean_matters()) return false;
+    if (s.needs_row_sum) return false;
     for (int64_t i = group.begin; i < group.end; ++i) {
       if (s.statistics[i].empty || s.statistics[i].centre != 0.0f) return false;
     }
@@ -358,14 +360,16 @@ class AttentionBackward {
         zero_row(s, r, begin, end);
         continue;
       }
-      s.row_sum[i] += softmax_backward_row<Isa>(
-          rules, s.statistics[i], i, key0, begin, end, visible, call_.soft_cap,
-          s.scores.get() + r * kMostTileKeys, s.d_probability.get() + r * kMostTileKeys, s.cap_slope.get());
+      s.row_sum[i] +=
+          softmax_backward_row<Isa>(rules, s.statistics[i], i, key0, begin, end, visible,
+                                    call_.soft_cap, s.scores.get() + r * kMostTileKeys,
+                                    s.d_probability.get() + r * kMostTileKeys, s.cap_slope.get());
     }
   }
 
   static void zero_row(Scratch& s, int64_t r, int64_t begin, int64_t end) {
-    std::fill(s.scores.get() + r * kMostTileKeys + begin, s.scores.get() + r * kMostTileKeys + end, 0.0f);
+    std::fill(s.scores.get() + r * kMostTileKeys + begin, s.scores.get() + r * kMostTileKeys + end,
+              0.0f);
     std::fill(s.d_probability.get() + r * kMostTileKeys + begin,
               s.d_probability.get() + r * kMostTileKeys + end, 0.0f);
   }
@@ -392,8 +396,8 @@ class AttentionBackward {
       const float* ds = s.d_probability.get() + t * kMostTileKeys + begin;
       if (i + R <= call_.T) {
         for (int64_t c = 0; c < head_columns_; c += C) {
-          value_tile<Core, kMostTileKeys>(ds, keys + c * block_keys_, end - begin, dq + i * head_columns_ + c,
-                                      head_columns_, kOne);
+          value_tile<Core, kMostTileKeys>(ds, keys + c * block_keys_, end - begin,
+                                          dq + i * head_columns_ + c, head_columns_, kOne);
         }
         continue;
       }
@@ -409,11 +413,10 @@ class AttentionBackward {
     }
   }
 
-  // dQ = dS (K + mean): the mean's part is rowsum(dS) * mean, which is exactly zero unless the
-  // logits were capped or the log-sum-exp has a cotangent.
+  // dQ = dS (K + mean): the mean's part is rowsum(dS) * mean.
   void add_key_mean(int64_t b, int64_t k, Range rows, float* dq, Scratch& s) const {
+    if (!s.needs_row_sum) return;
     const float* mean = rows_.key_mean(b, k);
-    if (!mean || !rows_.key_mean_matters()) return;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       for (int64_t h = 0; h < call_.H; ++h) dq[i * head_columns_ + h] += s.row_sum[i] * mean[h];
     }

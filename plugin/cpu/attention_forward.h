@@ -135,8 +135,7 @@ class AttentionForward {
       const Range visible = visibility.of_row(group.begin + r);
       const bool edit_all = rules.any() || key_values_.has_offsets();
       // Columns that all of the row sees, and whose products need nothing else.
-      const Range products =
-          edit_all ? Range{} : Range{visible.begin - key0, visible.end - key0};
+      const Range products = edit_all ? Range{} : Range{visible.begin - key0, visible.end - key0};
       const bool edit = !contains(products, {begin, end});
       // Where probabilities have 8 bits the last bit of a logit can decide, so it is made in the
       // same way whatever the block is: subtile by subtile.

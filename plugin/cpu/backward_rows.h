@@ -29,7 +29,8 @@ class BackwardRows {
     load_row<Isa>(row_of(call_.d_out, b, i, n), call_.d_out.dtype, call_.V, out);
   }
 
-  // Whether what a mean of keys adds to dQ, rowsum(dS) times it, is not exactly zero.
+  // Whether what a mean of keys adds to dQ, rowsum(dS) times it, may not be exactly zero: the
+  // logits were capped, or the log-sum-exp has a cotangent.
   bool key_mean_matters() const { return call_.soft_cap != 0.0f || call_.d_log_sum_exp; }
   const float* key_mean(int64_t b, int64_t k) const { return keys_.mean(b, k); }
 

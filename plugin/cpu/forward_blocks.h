@@ -78,8 +78,8 @@ struct RowScratch {
     const int64_t rows_at = reserve(std::max(C, R) * ceil_div(call.H, G));
     const int64_t row_at = reserve(widest + Core::Isa::kLanes);
     code_stride = round_up(std::max(call.H, call.V), kAlignment);
-    const int64_t codes_at =
-        reserve(ForwardBlocks<Core>::kInt8 ? kSubtileKeys * code_stride / 4 + Core::Isa::kLanes : 0);
+    const int64_t codes_at = reserve(
+        ForwardBlocks<Core>::kInt8 ? kSubtileKeys * code_stride / 4 + Core::Isa::kLanes : 0);
     memory.allocate(bytes);
     rows = reinterpret_cast<Lane*>(memory.get() + rows_at);
     row = reinterpret_cast<float*>(memory.get() + row_at);

@@ -28,8 +28,8 @@ class GluonForward {
   static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
-  // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of its
-  // own, or to keep threads busy, but then not below the least, and what is packed is shared.
+  // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of
+  // its own, or to keep threads busy, but then not below the least, and what is packed is shared.
   static constexpr int64_t kMostBlocks = 43, kLeastBlocks = 4;
   static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;  // of a subtile, at most
   using Rules = LogitRules<Isa, kKeys>;
@@ -272,8 +272,8 @@ class GluonForward {
                 typename Softmax::Group& group) const {
     const auto run = [&](auto logits, auto keeps, auto has_offsets) {
       Softmax::template run_rows_int8<kRows, logits(), keeps(), has_offsets()>(
-          scales, scores, r, state.factor + row, state.key_bias + row,
-          state.maximum + row, out, group);
+          scales, scores, r, state.factor + row, state.key_bias + row, state.maximum + row, out,
+          group);
     };
     const auto run_kind = [&](auto keeps, auto has_offsets) {
       are_logits ? run(Yes(), keeps, has_offsets) : run(No(), keeps, has_offsets);

@@ -129,18 +129,12 @@ class PackedKeyValues {
 
  private:
   uint8_t* marks(int64_t head) const { return value_dirty_.get() + head * keys_; }
-  float* scale_of_key(int64_t head) const {
-    return row_scales_.get() + head * keys_ * 3;
-  }
+  float* scale_of_key(int64_t head) const { return row_scales_.get() + head * keys_ * 3; }
   float* fold_log2(int64_t head) const { return scale_of_key(head) + keys_; }
   float* fold_inverse(int64_t head) const { return fold_log2(head) + keys_; }
-  float* key_offsets(int64_t head) const {
-    return key_offsets_.get() + head * keys_ * 2;
-  }
+  float* key_offsets(int64_t head) const { return key_offsets_.get() + head * keys_ * 2; }
   float* key_code_sums(int64_t head) const { return key_offsets(head) + keys_; }
-  float* value_offsets(int64_t head) const {
-    return value_offsets_.get() + head * keys_;
-  }
+  float* value_offsets(int64_t head) const { return value_offsets_.get() + head * keys_; }
 
   // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
   void load_key(Place to, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
@@ -200,8 +194,8 @@ class PackedKeyValues {
     for (int64_t c = 0; c < kSubtileKeys; ++c) {
       ScaleAndOffset own;
       if (j0 + c < end) {
-        const int8_t* codes = rows_.values().codes_of(b, j0 + c, k, s.row,
-                                                      s.codes + c * s.code_stride, &own);
+        const int8_t* codes =
+            rows_.values().codes_of(b, j0 + c, k, s.row, s.codes + c * s.code_stride, &own);
         const bool is_finite = own.scale >= 0.0f && own.scale <= kMost;
         dirty[c] = !is_finite || !(std::fabs(own.offset) <= kMost);
         // A row without a scale is its offset alone.

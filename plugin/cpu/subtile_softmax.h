@@ -26,8 +26,8 @@ class SubtileSoftmax {
   static constexpr int kRows = round_up(kGroupRows, W);
   // As in OnlineSoftmax: what a subtile with nothing visible has for a maximum.
   static constexpr float kFloor = -1e30f;
-  // INT8, base 2: by how much a row's maximum grows before its sums are rescaled. They have room for
-  // 2^8 more.
+  // INT8, base 2: by how much a row's maximum grows before its sums are rescaled. They have room
+  // for 2^8 more.
   static constexpr float kLeastGrowth = 8.0f;
 
  public:
@@ -54,11 +54,12 @@ class SubtileSoftmax {
   static constexpr int kRowsAtOnce = Isa::kRegisters / 2 / (kSubtileKeys / W) >= 4 ? 4 : 1;
 
   // 8-bit probabilities of kRows rows, each against its own maximum of the subtile; `scores` are
-  // logits, or products of codes. With kKeep, they become what probabilities were made from: logit +
-  // log2(value scale). Rows of scores and of `out` are kKeys apart.
+  // logits, or products of codes. With kKeep, they become what probabilities were made from: logit
+  // + log2(value scale). Rows of scores and of `out` are kKeys apart.
   template <int kRows, bool kLogits, bool kKeep, bool kValueOffsets>
-  static void run_rows_int8(const KeyScales& keys, float* scores, int64_t r, const float* row_factor,
-                            const int32_t* key_bias, const float* before, Lane* out, Group& group) {
+  static void run_rows_int8(const KeyScales& keys, float* scores, int64_t r,
+                            const float* row_factor, const int32_t* key_bias, const float* before,
+                            Lane* out, Group& group) {
     constexpr float kLog2Of255 = 7.99435344f;
     constexpr int kVectors = kKeys / W;
     F x[kRows][kVectors], m[kRows][2];
@@ -115,7 +116,8 @@ class SubtileSoftmax {
     for (int i = 0; i < kRows; ++i) {
       char* row = reinterpret_cast<char*>(out + i * (kKeys / G));
       JAX_GLUON_UNROLL
-      for (int v = 0; v < kVectors; v += G) Isa::store_probabilities(row + v * W * (4 / G), x[i] + v);
+      for (int v = 0; v < kVectors; v += G)
+        Isa::store_probabilities(row + v * W * (4 / G), x[i] + v);
       Isa::store(group.sums + (r + i) * W, sum[i]);
       if constexpr (kValueOffsets) Isa::store(group.offset_sums + (r + i) * W, offsets[i]);
     }
@@ -130,7 +132,8 @@ class SubtileSoftmax {
         std::copy(maximum + r, maximum + std::min(r + W, kGroupRows), before);
         const F largest = Isa::load(group.largest + r);
         const F factor = Isa::mul(power(largest, Isa::load(before)), Isa::set1(1.0f / 255.0f));
-        Isa::store(group.factor + r, Isa::where_less(Isa::set1(kFloor), largest, factor, Isa::zero()));
+        Isa::store(group.factor + r,
+                   Isa::where_less(Isa::set1(kFloor), largest, factor, Isa::zero()));
       }
       add<false>(group.sums, group, sums);
       if (offset_sums) add<false>(group.offset_sums, group, offset_sums);
