@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -23,14 +24,20 @@ from benchmarks.problem import REQUIREMENTS, SUITES, Problem
 
 
 class Worker:
-    """One implementation in its process; `checkout` is a tree with an environment of its own."""
+    """One implementation in its process.
 
-    def __init__(self, name: str, threads: int, checkout: Path | None = None) -> None:
+    `checkout` is a tree with an environment of its own, `settings` are environment variables.
+    """
+
+    def __init__(
+        self, name: str, threads: int, checkout: Path | None = None, **settings: str
+    ) -> None:
         self.name = name
         python = sys.executable if checkout is None else str(checkout / ".venv/bin/python")
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.worker", name, str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout,
+            env=os.environ | settings,
         )  # fmt: skip
 
     def measure(self, problem: Problem, calls: int) -> dict:

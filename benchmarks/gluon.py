@@ -1,9 +1,10 @@
 """`python -m benchmarks.gluon`: the two pipelines of the CPU kernels against each other.
 
-They take turns in one process on one core, on the same random operands; times are those of the
+Each has a process of its own on one and the same core, since what one leaves in the allocator of a
+process is not the other's; they take turns on the same random operands. Times are those of the
 processor, quantization included. A ratio is that of the medians, over 1 where gluon is faster; its
 spread is the interquartile range of the ratios of the turns. With `--landed`, the kernels of
-another checkout take their turns too, in a process of their own.
+another checkout take their turns too.
 """
 
 from __future__ import annotations
@@ -11,21 +12,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
-import jax_gluon
 from benchmarks.attention import Worker
 from benchmarks.problem import Problem
 from benchmarks.report import machine
@@ -65,48 +61,30 @@ class Comparison:
         return {"problem": self.problem.to_json(), "format": self.format, "times": self.times}
 
 
-def make(problem: Problem, format_name: str, pipeline: str) -> Callable[[], Any]:
-    """A call that computes the problem and waits."""
-    dtype = jnp.bfloat16 if format_name == "bfloat16" else jnp.float32
-    *inputs, d_out = (jnp.asarray(x, dtype) for x in problem.operands())
-
-    def attention(*x: jax.Array) -> jax.Array:
-        return jax_gluon.dot_product_attention(
-            *x, is_causal=problem.is_causal, implementation="cpu", kernel=pipeline,
-            quantization=format_name if format_name.startswith("int") else None,
-        )  # fmt: skip
-
-    if problem.direction == "both":
-        both = jax.jit(lambda *x: jax.vjp(attention, *x[:3])[1](x[3]))
-        return lambda: jax.block_until_ready(both(*inputs, d_out))
-    forward = jax.jit(attention)
-    return lambda: jax.block_until_ready(forward(*inputs))
-
-
 def compare(
-    problem: Problem, format_name: str, rounds: int, least: float, landed: Worker | None = None
+    problem: Problem, format_name: str, workers: dict[str, Worker], rounds: int, least: float
 ) -> Comparison:
-    """`rounds` turns of each pipeline, each of as many calls as take `least` seconds."""
-    runs = {name: make(problem, format_name, name) for name in PIPELINES}
-    for run in runs.values():
-        run()
-    start = time.process_time()
-    runs["baseline"]()
-    calls = max(1, round(least / (time.process_time() - start)))
-    times: dict[str, list[float]] = {name: [] for name in PIPELINES}
-    if landed is not None:
-        landed.measure(problem, 1)
-        times["landed"] = []
-    for turn in range(rounds):
-        # What a pipeline leaves in the caches is not always the same one's loss.
-        for name in PIPELINES if turn % 2 else PIPELINES[::-1]:
-            start = time.process_time()
-            for _ in range(calls):
-                runs[name]()
-            times[name].append((time.process_time() - start) / calls)
-        if landed is not None:
-            times["landed"].append(statistics.mean(landed.measure(problem, calls)["times"]))
+    """`rounds` turns of each worker, each of as many calls as take `least` seconds."""
+    once = {name: min(worker.measure(problem, 2)["times"]) for name, worker in workers.items()}
+    calls = max(1, round(least / once["baseline"]))
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(statistics.mean(worker.measure(problem, calls)["times"]))
     return Comparison(problem, format_name, times)
+
+
+@contextlib.contextmanager
+def open_workers(format_name: str, landed: Path | None) -> Iterator[dict[str, Worker]]:
+    """A process for each pipeline, and for the other checkout, which knows no INT4 here."""
+    name = f"gluon {format_name}"
+    with contextlib.ExitStack() as stack:
+        workers = {pipeline: Worker(name, 1, JAX_GLUON_KERNEL=pipeline) for pipeline in PIPELINES}
+        if landed is not None and format_name != "int4":
+            workers["landed"] = Worker(name, 1, landed)
+        for worker in workers.values():
+            stack.callback(worker.close)
+        yield workers
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
@@ -175,8 +153,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     here = machine()
     command = "python -m benchmarks.gluon " + shlex.join(
         sys.argv[1:] if arguments is None else arguments
@@ -190,18 +166,17 @@ def main(arguments: list[str] | None = None) -> int:
         for H in options.head_dims
         for is_causal in (False, True)
     ]
-    work = [(problem, name) for problem in problems for name in options.formats]
-    with contextlib.ExitStack() as stack:
-        workers = {}
-        if options.landed:
-            for name in options.formats:
-                if name != "int4":
-                    workers[name] = Worker(f"gluon {name}", 1, options.landed)
-                    stack.callback(workers[name].close)
-        comparisons = [
-            compare(problem, name, options.rounds, options.least, workers.get(name))
-            for problem, name in tqdm(work, unit="comparison", file=sys.stderr)
-        ]
+    comparisons = []
+    total = len(problems) * len(options.formats)
+    with tqdm(total=total, unit="comparison", file=sys.stderr) as progress:
+        for name in options.formats:
+            with open_workers(name, options.landed) as workers:
+                for problem in problems:
+                    comparisons.append(
+                        compare(problem, name, workers, options.rounds, options.least)
+                    )
+                    progress.update()
+    comparisons.sort(key=lambda c: problems.index(c.problem))
     print(table(comparisons))
     if options.json:
         document = {

@@ -57,7 +57,7 @@ def _jax(family: str, dtype: str, problem: Problem) -> Made:
 
             return jax_gluon.dot_product_attention(
                 q, k, v, is_causal=problem.is_causal, implementation="cpu",
-                quantization="int8" if dtype == "int8" else None,
+                quantization=dtype if dtype.startswith("int") else None,
             )  # fmt: skip
         if family == "jax.nn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=problem.is_causal)

@@ -28,7 +28,16 @@ class KernelConfig:
       vectors are short. In backward on the CPU, keys whose P and dS are kept at a time.
     - `stages`: blocks of keys that are kept at a time; over 1, they are filled ahead.
 
-    Where dK and dV are made, on Metal, queries and keys change places.
+    Where dK and dV are made, on Metal, queries and keys change places. `dot_product_attention` takes
+    a configuration as `kernel=`, and says what is allowed where a device lacks its sizes: on Metal
+    they are compiled in.
+
+    >>> import jax.numpy as jnp
+    >>> import jax_gluon
+    >>> config = jax_gluon.KernelConfig("gluon", block_q=96, block_k=256, subtile=128, stages=2)
+    >>> x = jnp.ones((1, 300, 1, 64))
+    >>> jax_gluon.dot_product_attention(x, x, x, kernel=config).shape
+    (1, 300, 1, 64)
     """
 
     pipeline: str
