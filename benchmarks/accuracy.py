@@ -58,6 +58,7 @@ RECIPES: dict[str, str | AttentionQuantization] = {
     "int4 rows, symmetric": AttentionQuantization(QuantSpec(), _ROW4, _ROW4),
     "int4 K zero point": _recipe("int4", key={"float_minimum": False}),
     "int4 K block 64": _recipe("int4", key={"block_size": 64}),
+    "int4 V group 16": _recipe("int4", value={"block_size": 16}),
     "int4 V group 32": _recipe("int4", value={"block_size": 32}),
     "int4_v": replace(_recipe("int4"), key=QuantSpec(center=True)),
 }

@@ -152,7 +152,7 @@ PRESETS = {
     "int4": AttentionQuantization(
         QuantSpec(),
         QuantSpec(bits=4, granularity="channel_block", **_MINIMUM),
-        QuantSpec(bits=4, granularity="group", block_size=16, **_MINIMUM),
+        QuantSpec(bits=4, granularity="group", block_size=24, **_MINIMUM),
     ),
 }
 

@@ -527,15 +527,22 @@ class DecodeCodes {
     Isa::store(offset, offsets);
   }
 
+  // Whether the vectors that hold the groups of head k end within the scales or minima `x`: all but
+  // those of the last keys do, and what they hold besides belongs to other heads or keys.
+  bool has_whole_vectors(const Operand& x, Range keys, int64_t k) const {
+    const int64_t beside = round_up(groups_, W) - groups_;
+    return (call_.S - keys.end) * x.stride[0] + (call_.K - 1 - k) * x.stride[1] >= beside;
+  }
+
   // The same where a row of values has several scales.
   template <class Value>
   void weigh_groups(int64_t b, Range keys, Scratch& s) const {
     const Quantization& q = call_.value.quantization;
     const int64_t count = keys.end - keys.begin, stride = round_up(groups_, W);
-    const bool plain = groups_ == stride && q.token_block == 1 && is_plain(q.scale) &&
+    const bool plain = q.token_block == 1 && is_plain(q.scale) &&
                        q.offset_kind == Quantization::Offset::kMinimum && is_plain(q.offset);
     for (int64_t k = 0; k < call_.K; ++k) {
-      if (plain) {
+      if (plain && has_whole_vectors(q.scale, keys, k) && has_whole_vectors(q.offset, keys, k)) {
         const uint16_t* scales = bf16_at(q.scale, scale_offset(q.scale, q, b, keys.begin, k));
         const uint16_t* minima = bf16_at(q.offset, scale_offset(q.offset, q, b, keys.begin, k));
         const int64_t scale_step = q.scale.stride[0], minimum_step = q.offset.stride[0];

@@ -130,7 +130,7 @@ QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
         (
             INT8,
             QuantSpec(4, False, "channel_block", float_minimum=True),
-            QuantSpec(4, False, "group", 16, float_minimum=True),
+            QuantSpec(4, False, "group", 24, float_minimum=True),
         ),
         "float",
         2e-6,

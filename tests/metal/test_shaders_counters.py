@@ -120,8 +120,7 @@ def test_bytes_of_keys_and_values(H):
     assert bytes_per_key("float32", H) == 2 * half
     for kind, most in (
         ("int8", 0.55), ("int8_zero_point", 0.55), ("int4", 0.33), ("int4_group", 0.33),
-        # The preset's values have 6 bits an element: scale and minimum of 16 take 2.
-        ("int4_channel", 0.33), ("int4_preset", 0.344),
+        ("int4_channel", 0.33), ("int4_preset", 0.33),
     ):  # fmt: skip
         assert bytes_per_key(kind, H) <= most * half, kind
 
