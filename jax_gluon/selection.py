@@ -28,9 +28,9 @@ class KernelConfig:
       vectors are short. In backward on the CPU, keys whose P and dS are kept at a time.
     - `stages`: blocks of keys that are kept at a time; over 1, they are filled ahead.
 
-    Where dK and dV are made, on Metal, queries and keys change places. `dot_product_attention` takes
-    a configuration as `kernel=`, and says what is allowed where a device lacks its sizes: on Metal
-    they are compiled in.
+    Where dK and dV are made, on Metal, queries and keys change places. `dot_product_attention`
+    takes a configuration as `kernel=`, and says what is allowed where a device lacks its sizes: on
+    Metal they are compiled in.
 
     >>> import jax.numpy as jnp
     >>> import jax_gluon

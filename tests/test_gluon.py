@@ -175,8 +175,8 @@ def test_pipelines_agree(monkeypatch, relative_error, variant, name, quantizatio
     _assert_alike(relative_error, baseline, gluon)
 
 
-# Sizes of forward's and backward's blocks: the smallest, odd multiples, more stages than blocks, and
-# blocks beyond the keys.
+# Sizes of forward's and backward's blocks: the smallest, odd multiples, more stages than blocks,
+# and blocks beyond the keys.
 SIZES = {
     "baseline_small": (("baseline", 64, 64, 1), ("baseline", 96, 96, 1)),
     "baseline_odd": (("baseline", 192, 192, 1), ("baseline", 96, 96, 1)),
