@@ -352,21 +352,32 @@ class DecodeCodes {
   void fold_scales(int64_t b, int64_t j, Scratch& s) const {
     const Quantization& q = call_.key.quantization;
     const F least = Isa::set1(-least_code(q));
+    const bool is_fast = q.head_block == 1 && call_.H % W == 0 && is_plain(q.scale) &&
+                         q.offset_kind == Quantization::Offset::kMinimum && is_plain(q.offset);
     for (int64_t k = 0; k < call_.K; ++k) {
-      if (q.head_block == 1 && call_.H % Key::kStep == 0 && is_plain(q.scale) &&
-          q.offset_kind == Quantization::Offset::kMinimum && is_plain(q.offset)) {
-        const uint16_t* scales = bf16_at(q.scale, scale_offset(q.scale, q, b, j, k));
-        const uint16_t* minima = bf16_at(q.offset, scale_offset(q.offset, q, b, j, k));
-        fold<Key>(
-            k, [&](int64_t h) { return Isa::load_bf16(scales + h); },
-            [&](int64_t h, F scale) { return Isa::fma(scale, least, Isa::load_bf16(minima + h)); },
-            s);
+      const uint16_t* scales = nullptr;
+      const uint16_t* minima = nullptr;
+      if (is_fast) {
+        scales = bf16_at(q.scale, scale_offset(q.scale, q, b, j, k));
+        minima = bf16_at(q.offset, scale_offset(q.offset, q, b, j, k));
+      }
+      const auto fast_scale = [&](int64_t h) { return Isa::load_bf16(scales + h); };
+      const auto fast_offset = [&](int64_t h, F scale) {
+        return Isa::fma(scale, least, Isa::load_bf16(minima + h));
+      };
+      if (is_fast && call_.H % Key::kStep == 0) {
+        fold<Key>(k, fast_scale, fast_offset, s);
         continue;
       }
       float* scale = s.folded.get() + head_width_;
       float* offset = scale + head_width_;
       std::fill(scale, offset + head_width_, 0.0f);
-      for (int64_t h = 0; h < call_.H; ++h) {
+      for (int64_t h = 0; is_fast && h < call_.H; h += W) {
+        const F x = fast_scale(h);
+        Isa::store(scale + h, x);
+        Isa::store(offset + h, fast_offset(h, x));
+      }
+      for (int64_t h = 0; !is_fast && h < call_.H; ++h) {
         const ScaleAndOffset x = scale_at(call_.key, b, j, k, h / q.head_block);
         scale[h] = x.scale;
         offset[h] = x.offset;

@@ -6,23 +6,23 @@
 
 #if defined(__GNUC__)
 #define JAX_GLUON_NOINLINE __attribute__((noinline))
+#define JAX_GLUON_INLINE inline __attribute__((always_inline))
 #define JAX_GLUON_UNROLL _Pragma("GCC unroll 16")
 #else
 #define JAX_GLUON_NOINLINE
+#define JAX_GLUON_INLINE inline
 #define JAX_GLUON_UNROLL
 #endif
 
 namespace jax_gluon::cpu {
 namespace {
 
-// scores[r][c] = sum over lanes of row tile[r] . score panel[c], for one tile of R x C. `scores`
-// holds the accumulator type (float or int32), rows `stride` apart.
+// acc[r][c] = sum over lanes of row tile[r] . score panel[c], for one tile of R x C.
 template <class Core>
-JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
-                                   const typename Core::Lane* panel, int64_t lanes, void* scores,
-                                   int64_t stride) {
+JAX_GLUON_INLINE void multiply_panel(const typename Core::Lane* rows,
+                                     const typename Core::Lane* panel, int64_t lanes,
+                                     typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
   constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
-  typename Core::Accumulator acc[R][NV];
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
     JAX_GLUON_UNROLL
@@ -39,6 +39,17 @@ JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
       for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_keys(acc[r][v], key[v], query);
     }
   }
+}
+
+// scores[r][c] = sum over lanes of row tile[r] . score panel[c], for one tile of R x C. `scores`
+// holds the accumulator type (float or int32), rows `stride` apart.
+template <class Core>
+JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
+                                   const typename Core::Lane* panel, int64_t lanes, void* scores,
+                                   int64_t stride) {
+  constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
+  typename Core::Accumulator acc[R][NV];
+  multiply_panel<Core>(rows, panel, lanes, acc);
   char* out = static_cast<char*>(scores);
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -63,22 +74,7 @@ JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int
   using Isa = typename Core::Isa;
   constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
   typename Isa::F acc[R][NV];
-  JAX_GLUON_UNROLL
-  for (int r = 0; r < R; ++r) {
-    JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) acc[r][v] = Isa::zero();
-  }
-  for (int64_t d = 0; d < lanes; ++d, rows += R, panel += NV * W) {
-    typename Isa::F key[NV];
-    JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) key[v] = Isa::load(panel + v * W);
-    JAX_GLUON_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const auto query = Isa::set1(rows[r]);
-      JAX_GLUON_UNROLL
-      for (int v = 0; v < NV; ++v) acc[r][v] = Isa::fma(key[v], query, acc[r][v]);
-    }
-  }
+  multiply_panel<Core>(rows, panel, lanes, acc);
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
     JAX_GLUON_UNROLL
