@@ -1,5 +1,7 @@
 """The demo trains, compares and plots what it says."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -62,6 +64,24 @@ def test_the_program_writes_its_picture(tmp_path, capsys):
     assert "INT4 - float32 at the end:" in output
     assert 'The "import" statement' in output
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_program_runs_on_metal(tmp_path, capsys, require):
+    """As on the CPU: the same losses, up to rounding."""
+    require("metal")
+    losses = {}
+    for implementation in ("cpu", "metal"):
+        arguments = ["--steps", "4", "--length", "32", "--batch", "1"]
+        path = tmp_path / f"{implementation}.png"
+        arguments += ["--implementation", implementation, "--output", str(path)]
+        assert program.main(arguments) == 0
+        found = re.findall(
+            r"loss ([\d.]+) at the first step, ([\d.]+) at the end", capsys.readouterr().out
+        )
+        losses[implementation] = np.array(found, float)
+    assert losses["metal"].shape == (3, 2)
+    np.testing.assert_allclose(losses["metal"][0], losses["cpu"][0], atol=2e-4)  # float32
+    np.testing.assert_allclose(losses["metal"], losses["cpu"], atol=3e-2)
 
 
 def test_the_program_fails_where_the_plugin_is_not_called(monkeypatch, capsys):
