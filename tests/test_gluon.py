@@ -206,8 +206,8 @@ def _sized_cases():
 def test_sizes_agree(monkeypatch, relative_error, variant, name, is_causal, quantization):
     """Blocks of any size give the same numbers.
 
-    Without a cotangent of the log-sum-exp: where the keys are centred as well, softmax of gluon's
-    backward then takes register tiles.
+    The log-sum-exp has no cotangent: with one and centred keys (INT8), the softmax of gluon's
+    backward would not take register tiles.
     """
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
     case = dict(B=1, T=205, S=1100, N=2, K=1, H=40, V=24, is_causal=is_causal)
