@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,16 +87,26 @@ def test_a_malformed_shape_is_refused(text, capsys):
 
 
 def test_the_pipelines_take_turns_and_write_their_files(tmp_path):
+    # The other checkout is this one.
+    landed = tmp_path / "landed"
+    python = landed / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (landed / "benchmarks").symlink_to(Path(gluon.__file__).parent)
     command = [
         sys.executable, "-m", "benchmarks.gluon", "--lengths", "40", "--head-dims", "16",
         "--heads", "2", "--rounds", "2", "--least", "0", "--formats", "float32", "int8",
         "--json", str(tmp_path / "gluon.json"), "--plot", str(tmp_path / "gluon.png"),
+        "--landed", str(landed),
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     comparisons = json.loads((tmp_path / "gluon.json").read_text())["comparisons"]
     # Two directions, causal or not, two formats.
     assert len(comparisons) == 8
-    assert all(len(times) == 2 for c in comparisons for times in c["times"].values())
+    for c in comparisons:
+        assert set(c["times"]) == {"baseline", "gluon", "landed"}
+        assert all(len(times) == 2 and min(times) > 0 for times in c["times"].values())
     assert run.stdout.count("| both B1 N2 T40 H16 causal | int8 |") == 1
     assert (tmp_path / "gluon.png").read_bytes().startswith(b"\x89PNG")
 
