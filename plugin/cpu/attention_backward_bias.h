@@ -11,7 +11,7 @@ namespace {
 template <class Isa>
 class AttentionBackwardBias {
   using Core = F32Core<Isa>;
-  static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns;
+  static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns, W = Isa::kLanes;
   static constexpr int64_t kRows = 96, kKeys = 192;
   static_assert(kRows % R == 0 && kKeys % C == 0);
   using Rules = LogitRules<Isa, kKeys>;
@@ -23,6 +23,7 @@ class AttentionBackwardBias {
         parallel_(parallel),
         rows_(call),
         row_blocks_(call.t == 1 ? 1 : ceil_div(call.T, kRows)),
+        tiles_(ceil_div(call.S, kKeys) + 1),
         scratch_(parallel.threads()) {}
 
   void run() {
@@ -35,7 +36,9 @@ class AttentionBackwardBias {
   struct Scratch {
     Buffer<float> sum;  // [kRows or 1][s]
     Buffer<float> query_tiles, d_out_tiles, key_scores, value_scores;
-    Buffer<float> scores, d_probability, rows, cap_slope;
+    // [tiles][kRows][kKeys]; cap_slope only under a soft cap
+    Buffer<float> scores, d_probability, cap_slope;
+    Buffer<float> rows, weighted, total;  // the last two: [kRows][W]
     Buffer<typename Rows::Statistics> statistics;
   };
 
@@ -46,10 +49,12 @@ class AttentionBackwardBias {
     s.d_out_tiles.allocate(kRows * V);
     s.key_scores.allocate(kKeys * H);
     s.value_scores.allocate(kKeys * V);
-    s.scores.allocate(kRows * kKeys);
-    s.d_probability.allocate(kRows * kKeys);
+    s.scores.allocate(tiles_ * kRows * kKeys);
+    s.d_probability.allocate(tiles_ * kRows * kKeys);
+    if (call_.soft_cap != 0.0f) s.cap_slope.allocate(tiles_ * kRows * kKeys);
+    s.weighted.allocate(kRows * W);
+    s.total.allocate(kRows * W);
     s.rows.allocate((2 * std::max(R, C) + 1) * (std::max(H, V) + Isa::kLanes));
-    s.cap_slope.allocate(kKeys);
     s.statistics.allocate(kRows);
   }
 
@@ -87,13 +92,26 @@ class AttentionBackwardBias {
     const Range keys = visibility.of_rows(rows);
     if (keys.empty()) return;
     load_queries(b, n, rows, s);
-    for (int64_t key0 = keys.begin / C * C; key0 < keys.end; key0 += kKeys) {
-      const Range block{key0, std::min({key0 + kKeys, call_.S})};
-      const Range seen = intersect(keys, block);
-      if (!rules.any_visible(rows, seen)) continue;
+    std::fill(s.weighted.get(), s.weighted.get() + kRows * W, 0.0f);
+    std::fill(s.total.get(), s.total.get() + kRows * W, 0.0f);
+    const int64_t first = keys.begin / C * C;
+    // Calls body(keys, tile) for the tiles that any of the rows sees.
+    const auto each_tile = [&](const auto& body) {
+      for (int64_t key0 = first; key0 < keys.end; key0 += kKeys) {
+        const Range block{key0, std::min(key0 + kKeys, call_.S)};
+        if (rules.any_visible(rows, intersect(keys, block))) body(block, (key0 - first) / kKeys);
+      }
+    };
+    each_tile([&](Range block, int64_t tile) {
       load_keys(b, n / (call_.N / call_.K), block, s);
-      tile(visibility, rules, rows, block, s);
+      probabilities(visibility, rules, rows, block, tile, s);
+    });
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
+      if (total == 0.0f) continue;
+      s.statistics[r].delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
     }
+    each_tile([&](Range block, int64_t tile) { add_gradients(visibility, rows, block, tile, s); });
   }
 
   void load_queries(int64_t b, int64_t n, Range rows, Scratch& s) const {
@@ -109,7 +127,7 @@ class AttentionBackwardBias {
         if (i < rows.end) {
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
-          s.statistics[t + r] = rows_.statistics(b, i, n, q, d, d_out + R * V);
+          s.statistics[t + r] = rows_.statistics(b, i, n, q);
           scale_row<Isa>(q, H, call_.scale * kLog2E);
         } else {
           std::fill(q, q + H, 0.0f);
@@ -141,26 +159,44 @@ class AttentionBackwardBias {
     }
   }
 
-  void tile(const Visibility& visibility, const Rules& rules, Range rows, Range keys,
-            Scratch& s) const {
+  static int64_t place_of(int64_t tile, int64_t r) { return (tile * kRows + r) * kKeys; }
+  float* slope_of(Scratch& s, int64_t at) const {
+    return call_.soft_cap != 0.0f ? s.cap_slope.get() + at : nullptr;
+  }
+
+  // P and dP of a tile, and its share of the row sums.
+  void probabilities(const Visibility& visibility, const Rules& rules, Range rows, Range keys,
+                     int64_t tile, Scratch& s) const {
     const int64_t columns = round_up(keys.end - keys.begin, C);
     for (int64_t t = 0; t < round_up(rows.end - rows.begin, R); t += R) {
       for (int64_t j = 0; j < columns; j += C) {
+        const int64_t at = place_of(tile, t) + j;
         score_tile<Core>(s.query_tiles.get() + t * call_.H, s.key_scores.get() + j * call_.H,
-                         call_.H, s.scores.get() + t * kKeys + j, kKeys);
+                         call_.H, s.scores.get() + at, kKeys);
         score_tile<Core>(s.d_out_tiles.get() + t * call_.V, s.value_scores.get() + j * call_.V,
-                         call_.V, s.d_probability.get() + t * kKeys + j, kKeys);
+                         call_.V, s.d_probability.get() + at, kKeys);
       }
     }
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-      const int64_t i = rows.begin + r;
-      const Range visible = visibility.of_row(i);
+      const Range visible = visibility.of_row(rows.begin + r);
       if (visible.empty() || s.statistics[r].empty) continue;
-      float* ds = s.d_probability.get() + r * kKeys;
-      const float total = softmax_backward_row<Isa>(
-          rules, s.statistics[r], i, keys.begin, 0, columns, visible, call_.soft_cap,
-          s.scores.get() + r * kKeys, ds, s.cap_slope.get());
-      float* sum = s.sum.get() + (call_.t == 1 ? 0 : r % kRows) * call_.s;
+      const int64_t at = place_of(tile, r);
+      probability_row<Isa>(rules, s.statistics[r], rows.begin + r, keys.begin, 0, columns, visible,
+                           s.scores.get() + at, s.d_probability.get() + at, slope_of(s, at),
+                           s.weighted.get() + r * W, s.total.get() + r * W);
+    }
+  }
+
+  void add_gradients(const Visibility& visibility, Range rows, Range keys, int64_t tile,
+                     Scratch& s) const {
+    const int64_t columns = round_up(keys.end - keys.begin, C);
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      if (visibility.of_row(rows.begin + r).empty() || s.statistics[r].empty) continue;
+      const int64_t at = place_of(tile, r);
+      float* ds = s.d_probability.get() + at;
+      const float total = gradient_row<Isa>(s.statistics[r].delta, 0, columns, s.scores.get() + at,
+                                            slope_of(s, at), ds);
+      float* sum = s.sum.get() + (call_.t == 1 ? 0 : r) * call_.s;
       if (call_.s == 1) {
         sum[0] += total;
       } else {
@@ -172,7 +208,7 @@ class AttentionBackwardBias {
   const AttentionBackwardBiasCall& call_;
   Parallel& parallel_;
   Rows rows_;
-  const int64_t row_blocks_;
+  const int64_t row_blocks_, tiles_;
   ScratchPool<Scratch> scratch_;
 };
 

@@ -37,26 +37,19 @@ class BackwardRows {
   struct Statistics {
     bool empty = true;
     float maximum = 0.0f, log2_sum = 0.0f;  // of the logits that the kernels recompute
-    float delta = 0.0f;                     // dS = P * (dP - delta)
-    float centre = 0.0f;                    // added to every logit before bias and soft cap
+    float delta = 0.0f;   // dS = P * (dP - delta): the kernels add rowsum(P dP) / rowsum(P)
+    float centre = 0.0f;  // added to every logit before bias and soft cap
   };
 
-  // `query` and `d_out` hold row (b, i, n); `row` is scratch of V floats.
-  Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query, const float* d_out,
-                        float* row) const {
+  // `query` holds row (b, i, n).
+  Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query) const {
     Statistics s;
     s.maximum = scalar_of(call_.row_maximum, b, i, n);
     s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
     s.empty = s.log2_sum == kEmptyRowLog2Sum;
     if (s.empty) return s;
-    load_row<Isa>(row_of(call_.out, b, i, n), call_.out.dtype, call_.V, row);
-    const int64_t k = n / (call_.N / call_.K);
-    if (const float* mean = values_.mean(b, k)) {
-      for (int64_t v = 0; v < call_.V; ++v) row[v] -= mean[v];
-    }
-    s.delta = dot<Isa>(d_out, row, call_.V);
-    if (call_.d_log_sum_exp) s.delta -= scalar_of(call_.d_log_sum_exp, b, i, n);
-    if (const float* mean = key_mean(b, k)) {
+    if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    if (const float* mean = key_mean(b, n / (call_.N / call_.K))) {
       const float centre = call_.scale * kLog2E * dot<Isa>(query, mean, call_.H);
       if (needs_whole_logits(call_)) {
         s.centre = centre;
@@ -72,12 +65,13 @@ class BackwardRows {
   CentredRows<Isa> keys_, values_;
 };
 
-// Recomputes one tile of P and dS for rows that stand in `scores` (scaled products, base 2) and
-// `d_probability` (dO V^T), both row-major: P replaces the first, dS the second.
+// P of one row of a tile, in place of `scores` (scaled products, base 2); dP = dO V^T stands in
+// `d_probability`. Adds lanes of sum(P dP) to `weighted` and of sum(P) to `total`; `cap_slope`,
+// null without a soft cap, takes d logit / d (uncapped logit).
 template <class Isa, class Rules, class Statistics>
-float softmax_backward_row(const Rules& rules, const Statistics& statistics, int64_t i,
-                           int64_t key0, int64_t begin, int64_t end, Range visible, float soft_cap,
-                           float* scores, float* d_probability, float* cap_slope) {
+void probability_row(const Rules& rules, const Statistics& statistics, int64_t i, int64_t key0,
+                     int64_t begin, int64_t end, Range visible, float* scores,
+                     const float* d_probability, float* cap_slope, float* weighted, float* total) {
   constexpr int64_t W = Isa::kLanes;
   if (statistics.centre != 0.0f) {
     for (int64_t j = begin; j < end; j += W) {
@@ -89,17 +83,33 @@ float softmax_backward_row(const Rules& rules, const Statistics& statistics, int
   }
   const auto maximum = Isa::set1(statistics.maximum);
   const auto log2_sum = Isa::set1(statistics.log2_sum);
-  const auto delta = Isa::set1(statistics.delta);
-  auto sum = Isa::zero();
+  auto p_sum = Isa::load(total), weighted_sum = Isa::load(weighted);
   for (int64_t j = begin; j < end; j += W) {
     // In this order: log2_sum would vanish in a large maximum.
     const auto below_maximum = Isa::sub(Isa::load(scores + j), maximum);
     const auto p = Isa::template exp2<5>(Isa::sub(below_maximum, log2_sum));
     // Hidden keys have P = 0 exactly; their dP may be NaN.
-    auto ds = Isa::where_nonzero(p, Isa::mul(p, Isa::sub(Isa::load(d_probability + j), delta)));
-    if (soft_cap != 0.0f) ds = Isa::mul(ds, Isa::load(cap_slope + j));
-    sum = Isa::add(sum, ds);
+    const auto term = Isa::where_nonzero(p, Isa::mul(p, Isa::load(d_probability + j)));
+    p_sum = Isa::add(p_sum, p);
+    weighted_sum = Isa::add(weighted_sum, term);
     Isa::store(scores + j, p);
+  }
+  Isa::store(total, p_sum);
+  Isa::store(weighted, weighted_sum);
+}
+
+// dS = P * (dP - delta) of one row of a tile, in place of dP, and its sum.
+template <class Isa>
+float gradient_row(float delta, int64_t begin, int64_t end, const float* p, const float* cap_slope,
+                   float* d_probability) {
+  auto sum = Isa::zero();
+  for (int64_t j = begin; j < end; j += Isa::kLanes) {
+    const auto x = Isa::load(p + j);
+    auto ds = Isa::mul(x, Isa::sub(Isa::load(d_probability + j), Isa::set1(delta)));
+    if (cap_slope) ds = Isa::mul(ds, Isa::load(cap_slope + j));
+    // Where P = 0 neither dP nor the slope need be there.
+    ds = Isa::where_nonzero(x, ds);
+    sum = Isa::add(sum, ds);
     Isa::store(d_probability + j, ds);
   }
   return Isa::reduce_add(sum);

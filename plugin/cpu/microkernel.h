@@ -58,39 +58,42 @@ JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
   }
 }
 
-// Of rows whose log-sum-exp is known, and delta: dS = P * (dP - delta).
+// Of rows whose log-sum-exp is known.
 template <int kRows>
 struct RowStatistics {
-  float maximum[kRows], log2_sum[kRows], delta[kRows];
+  float maximum[kRows], log2_sum[kRows];
 };
 
-// One tile of P, from scaled products in base 2, or of dS, where P stands in `p`: what becomes of
-// the products of row tiles and score panels before they leave the registers. In float32, the
-// arithmetic is softmax_backward_row's.
+// One tile of P, from scaled products in base 2, or of dP, where P stands in `p`: what becomes of
+// the products of row tiles and score panels before they leave the registers. Lanes of the rows'
+// sums, of P or of P dP, are added to `sums`. In float32, the arithmetic is probability_row's.
 template <class Core, bool kIsGradient>
 JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int64_t lanes,
                                       const RowStatistics<Core::kTileRows>& statistics,
-                                      const float* p, float* out, int64_t stride) {
+                                      const float* p, float* out, int64_t stride, float* sums) {
   using Isa = typename Core::Isa;
   constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
   typename Isa::F acc[R][NV];
   multiply_panel<Core>(rows, panel, lanes, acc);
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
+    auto sum = Isa::load(sums + r * W);
     JAX_GLUON_UNROLL
     for (int v = 0; v < NV; ++v) {
       if constexpr (kIsGradient) {
         const auto probability = Isa::load(p + r * stride + v * W);
-        const auto above = Isa::sub(acc[r][v], Isa::set1(statistics.delta[r]));
         // Hidden keys have P = 0 exactly; their dP may be NaN.
-        acc[r][v] = Isa::where_nonzero(probability, Isa::mul(probability, above));
+        const auto term = Isa::mul(probability, acc[r][v]);
+        sum = Isa::add(sum, Isa::where_nonzero(probability, term));
       } else {
         // In this order: log2_sum would vanish in a large maximum.
         const auto below = Isa::sub(acc[r][v], Isa::set1(statistics.maximum[r]));
         acc[r][v] = Isa::template exp2<5>(Isa::sub(below, Isa::set1(statistics.log2_sum[r])));
+        sum = Isa::add(sum, acc[r][v]);
       }
       Isa::store(out + r * stride + v * W, acc[r][v]);
     }
+    Isa::store(sums + r * W, sum);
   }
 }
 
