@@ -516,7 +516,7 @@ def _apply_xla(
     return backward(
         problem,
         operands,
-        residuals.out.astype(dtype),
+        residuals.out,
         residuals.row_maximum,
         residuals.log_sum,
         d_out.astype(dtype),

@@ -103,7 +103,9 @@ def backward(
     """Gradients of query, key and value, in their dtype, from `forward`'s results.
 
     `d_out` is the cotangent of `out`, and `d_log_sum_exp` `[B, T, N]` that of the *natural*
-    log-sum-exp. P is recomputed tile by tile: `dS = P * (dO V^T - rowsum(dO * O))`.
+    log-sum-exp. P is recomputed tile by tile: `dS = P * (dO V^T - rowsum(dO * O))`. Where `out` was
+    rounded, rowsum is taken of P and dO V^T instead, in a sweep before that of the gradients: rows
+    of dS sum to 0.
     """
     query, key, value = operands[:3]
     if 0 in (*query.shape, *key.shape):
@@ -215,25 +217,50 @@ class _BackwardRows(NamedTuple):
 
 def _backward_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardRows:
     d_out = tiles.rows(cotangent.d_out, i)
-    delta = jnp.sum(d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
-    if cotangent.d_log_sum_exp is not None:
-        delta -= tiles.rows(cotangent.d_log_sum_exp[..., None], i)
     maximum = tiles.rows(cotangent.row_maximum[..., None], i)
     log_sum = tiles.rows(cotangent.log_sum[..., None], i)
     # Nothing is visible to an empty row; 0 keeps its unused exponentials finite.
     log_sum = jnp.where(log_sum == EMPTY_ROW_LOG_SUM_EXP, 0.0, log_sum)
-    return _BackwardRows(tiles.rows(tiles.query, i), d_out, maximum, log_sum, delta)
+    rows = _BackwardRows(tiles.rows(tiles.query, i), d_out, maximum, log_sum, log_sum)
+    if cotangent.out.dtype == tiles.dtype:
+        delta = jnp.sum(d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
+    else:
+        delta = _mean_d_probability(tiles, rows, i)
+    if cotangent.d_log_sum_exp is not None:
+        delta -= tiles.rows(cotangent.d_log_sum_exp[..., None], i)
+    return rows._replace(delta=delta)
+
+
+def _mean_d_probability(tiles: Tiles, rows: _BackwardRows, i: jax.Array) -> jax.Array:
+    """Each row's mean of dO V^T, weighted by P: what `rowsum(dO * O)` is for an exact O."""
+
+    def key_chunk(c: jax.Array, sums: tuple[jax.Array, jax.Array]):
+        p, d_p, visible, _ = _probabilities(tiles, rows, i, c, QUERIES_FIRST)
+        weighted, total = sums
+        weighted += jnp.sum(_hide(p * d_p, visible), axis=-1, keepdims=True)
+        return weighted, total + jnp.sum(p, axis=-1, keepdims=True)
+
+    zero = jnp.zeros_like(rows.maximum)
+    weighted, total = _loop(*tiles.chunk_range(i), key_chunk, (zero, zero))
+    return weighted / jnp.where(total == 0, 1.0, total)
+
+
+def _probabilities(
+    tiles: Tiles, rows: _BackwardRows, i: jax.Array, c: jax.Array, order: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """P and its gradient dO V^T; which are visible (None: all), and the soft cap's slope."""
+    logits, visible, slope = tiles.scores(rows.query, i, c, order)
+    # In this order: the logarithm of the sum would vanish in a large maximum.
+    below_maximum = logits - arrange(rows.maximum, order)
+    p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
+    return p, jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c)), visible, slope
 
 
 def _backward_tile(
     tiles: Tiles, rows: _BackwardRows, i: jax.Array, c: jax.Array, order: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """P, the gradient of the biased scores, and which of them are visible (None: all)."""
-    logits, visible, slope = tiles.scores(rows.query, i, c, order)
-    # In this order: the logarithm of the sum would vanish in a large maximum.
-    below_maximum = logits - arrange(rows.maximum, order)
-    p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
-    d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
+    p, d_p, visible, slope = _probabilities(tiles, rows, i, c, order)
     d_scores = p * (d_p - arrange(rows.delta, order))
     if slope is not None:
         d_scores *= slope
