@@ -411,6 +411,67 @@ def test_16_bit_operands_are_as_accurate_as_the_bars_say(relative_error, dtype):
     assert max(kernel[1:]) <= backward
 
 
+@pytest.mark.parametrize("gain", [1, 30, 100])
+@pytest.mark.parametrize(("H", "is_causal"), [(64, False), (128, True)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "xla"])
+def test_gradients_of_peaked_rows_are_as_accurate_as_those_of_jax_nn(
+    monkeypatch, relative_error, variant, dtype, H, is_causal, gain
+):
+    """An output of 16 bits takes no part in D: dS is a difference of nearly equal numbers there."""
+    implementation = "xla" if variant == "xla" else _use(monkeypatch, variant)
+    case = dict(T=65, S=65, N=3, K=3, H=H, V=H)
+    (query, key, value, _), _, d_out, d_log_sum_exp = _operands(case, dtype)
+    operands = query * gain, key, value
+    exact = _exact((*operands, None), {"is_causal": is_causal}, d_out, 0 * d_log_sum_exp)
+
+    def errors(attention, **more):
+        def function(*x):
+            return attention(*x, is_causal=is_causal, **more)
+
+        gradients = jax.vjp(function, *operands)[1](d_out)
+        return [relative_error(x, y) for x, y in zip(gradients, exact[2:5], strict=True)]
+
+    ours = errors(jax_gluon.dot_product_attention, implementation=implementation)
+    theirs = errors(jax.nn.dot_product_attention)
+    for error, bar in zip(ours, theirs, strict=True):
+        assert error <= 1.3 * bar
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "xla"])
+def test_a_bias_that_is_equal_for_all_keys_has_no_gradient(
+    monkeypatch, variant, dtype, quantization
+):
+    implementation = "xla" if variant == "xla" else _use(monkeypatch, variant)
+    case = dict(T=65, S=211, N=3, K=3, H=64, V=64)
+    (query, key, value, _), _, d_out, _ = _operands(case, dtype)
+
+    def attention(bias):
+        return jax_gluon.dot_product_attention(
+            3 * query, key, value, bias, quantization=quantization, implementation=implementation
+        )
+
+    (d_bias,) = jax.vjp(attention, jnp.zeros((1, 3, 65, 1), dtype))[1](d_out)
+    assert jnp.abs(d_bias).max() <= 2e-5
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_parts_of_a_head_add_up(monkeypatch, relative_error, is_causal):
+    """One kv head whose rows are split over tasks, each with sums over the keys that it sees."""
+    case = dict(B=1, T=1100, S=900, N=2, K=1, H=16, V=24, local_window_size=(70, 40))
+    operands, keywords, d_out, d_log_sum_exp = _operands(case | {"is_causal": is_causal}, "float32")
+    exact = _exact(operands, keywords, d_out, 0 * d_log_sum_exp)
+
+    def attention(*x):
+        return jax_gluon.dot_product_attention(*x, **keywords, implementation="cpu")
+
+    gradients = jax.vjp(attention, *operands[:3])[1](d_out)
+    for gradient, expected in zip(gradients, exact[2:5], strict=True):
+        assert relative_error(gradient, expected) <= BARS["float32"][1]
+
+
 def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", "sse9")
     query = jnp.ones((1, 2, 1, 4))
