@@ -1,5 +1,7 @@
 // Gradient of the bias: dS, summed over the axes that the bias broadcasts. A threadgroup owns a
-// block of the bias and walks everything that is summed into it, in a fixed order.
+// block of the bias and walks everything that is summed into it, in a fixed order. Where delta is
+// refined, the kernel runs twice: first with `finds_statistics`, as if for a bias [B, N, T, 1], of
+// whose blocks it writes the statistics of the rows.
 #include <metal_stdlib>
 
 using namespace metal;
@@ -8,6 +10,7 @@ using namespace metal;
 
 template <int D>
 kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
+                                    device RowStatistics* statistics [[buffer(kRowStatistics)]],
                                     device uchar* bias_gradient [[buffer(kBiasGradient)]],
                                     JAX_GLUON_THREAD) {
   using Sizes = BlockSizes<float, D>;
@@ -50,6 +53,11 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
         const RowRules rules = head_rules.row(p, row);
         BackwardRows<float, D> rows;
         rows.start(operands, cotangents, b, n, row, lane);
+        const Int64 at = (Int64(b) * p.N + n) * p.T + row;
+        if (refines_delta() && p.finds_statistics == 0 && row < p.T) {
+          rows.statistics = statistics[at];
+        }
+        DeltaRemainder remainder = {0.0f, 0.0f};
         // A tile of its own keys starts at a multiple of kTileRows; `start` may only say so too.
         const Range walked = {sums_keys ? block_keys.begin : key_begin, block_keys.end};
         for (int key0 = tiles.start(keys, values, walked, thread_index); key0 < block_keys.end;
@@ -57,22 +65,28 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
           tiles.template load<false, false>(keys, values, key0, block_keys.end, thread_index);
           for (int t = 0; t < Sizes::kTileRows / 8; ++t) {
             const int first = key0 + 8 * t, own = first + place.column;
-            const int at = 8 * t * Sizes::kStride;
-            const ScoreProducts made =
-                rows.multiply(p, rules, seen, first, tiles.keys + at, tiles.values + at, lane);
+            const int tile_at = 8 * t * Sizes::kStride;
+            const ScoreProducts made = rows.multiply(p, rules, seen, first, tiles.keys + tile_at,
+                                                     tiles.values + tile_at, lane);
             if (!made.is_used) continue;
             for (int i = 0; i < 2; ++i) {
               const ScoreGradient score =
                   score_gradient(p, rules, rows.statistics, own + i, made.is_seen[i],
                                  made.product[i], made.probability_gradient[i]);
-              sum[sums_keys ? 0 : t][i] += score.gradient;
+              sum[sums_keys ? 0 : t][i] += score.gradient();
+              if (refines_delta()) remainder.add(score);
             }
           }
+        }
+        if (refines_delta() && p.finds_statistics != 0) {
+          rows.statistics.delta += remainder.of_row(rows.log_sum_exp_gradient);
+          if (row < p.T && place.column == 0) statistics[at] = rows.statistics;
         }
       }
     }
   }
 
+  if (p.finds_statistics != 0) return;
   if (sums_keys) sum[0] = float2(row_sum(sum[0].x + sum[0].y), 0.0f);
   const int matrices = sums_keys ? 1 : Sizes::kTileRows / 8;
   const int columns = sums_keys ? 1 : Sizes::kTileRows;

@@ -1,5 +1,6 @@
 // Backward, first pass: dQ = scale * dS K of a block of query rows of one head, and the statistics
-// of the rows for the second pass. Two pipelines, as forward has.
+// of the rows for the second pass. Two pipelines, as forward has. Where delta has a remainder r
+// that is known at the end only, dQ is scale * (dS K - r P K), which leaves little to cancel.
 #include <metal_stdlib>
 
 using namespace metal;
@@ -11,8 +12,11 @@ using namespace metal;
 template <typename M, int D>
 struct QueryGradientRows {
   BackwardRows<M, D> rows;
-  Matrix<float> sum[D / 8];  // dS K
-  float gradient_sum;        // of the lane's elements of dS
+  Matrix<float> sum[D / 8];              // dS K
+  Matrix<float> probability_sum[D / 8];  // P K, where delta is refined; P times the cap's slope
+  DeltaRemainder remainder;
+  float gradient_sum;  // of the lane's elements of dS
+  float weight_sum;    // of the lane's elements of P, times the slope
   Rows queries;
   Rows keys;
   Rows values;
@@ -37,8 +41,11 @@ struct QueryGradientRows {
     const int block_row = group.x * kBlockRows, first_row = block_row + 8 * simdgroup;
     row = first_row + Place(lane).row;
     rows.start(operands, cotangents, b, n, row, lane);
-    for (int d = 0; d < D / 8; ++d) sum[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    gradient_sum = 0.0f;
+    for (int d = 0; d < D / 8; ++d) {
+      sum[d] = probability_sum[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+    remainder = {0.0f, 0.0f};
+    gradient_sum = weight_sum = 0.0f;
     rules = head_rules.row(p, row);
     block_keys = visibility.of_rows({block_row, min(block_row + kBlockRows, p.T)});
     seen = visibility.of_rows({first_row, min(first_row + 8, p.T)});
@@ -49,30 +56,46 @@ struct QueryGradientRows {
                   threadgroup const M* key_rows, bool keys_are_dirty, ushort lane) thread {
     if (!made.is_used) return;
     const int own = first + Place(lane).column;
-    float gradients[2];
+    float gradients[2], weights[2];
     for (int i = 0; i < 2; ++i) {
       float product = made.product[i];
       if (keys_are_dirty && made.is_seen[i]) {
         product = product_of_rows(queries, row, keys, own + i, product);
       }
-      gradients[i] = score_gradient(p, rules, rows.statistics, own + i, made.is_seen[i], product,
-                                    made.probability_gradient[i])
-                         .gradient;
+      const ScoreGradient score =
+          score_gradient(p, rules, rows.statistics, own + i, made.is_seen[i], product,
+                         made.probability_gradient[i]);
+      gradients[i] = score.gradient();
       gradient_sum += gradients[i];
+      if (refines_delta()) {
+        weights[i] = score.probability * score.slope;
+        weight_sum += weights[i];
+        remainder.add(score);
+      }
     }
     const Matrix<M> left = matrix_of<M>(gradients[0], gradients[1]);
+    Matrix<M> left_weights;
+    if (refines_delta()) left_weights = matrix_of<M>(weights[0], weights[1]);
     for (int d = 0; d < D / 8; ++d) {
       if (8 * d >= p.H) continue;
       Matrix<M> right;
       simdgroup_load(right, key_rows + 8 * d, BlockSizes<M, D>::kStride, ulong2(0), false);
       simdgroup_multiply_accumulate(sum[d], left, right, sum[d]);
+      if (refines_delta()) {
+        simdgroup_multiply_accumulate(probability_sum[d], left_weights, right, probability_sum[d]);
+      }
     }
   }
 
   void store(thread const AttentionParameters& p, device RowStatistics* statistics,
              device uchar* query_gradient, ushort lane) thread {
     const Place place(lane);
-    const float total = row_sum(gradient_sum);
+    float total = row_sum(gradient_sum), rest = 0.0f;
+    if (refines_delta()) {
+      rest = remainder.of_row(rows.log_sum_exp_gradient);
+      rows.statistics.delta += rest;
+      total -= rest * row_sum(weight_sum);
+    }
     if (row >= p.T) return;
     if (place.column == 0) statistics[(Int64(b) * p.N + n) * p.T + row] = rows.statistics;
     // The mean's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
@@ -84,6 +107,7 @@ struct QueryGradientRows {
         const int column = 8 * d + place.column + i;
         if (column >= p.H) continue;
         float x = sum[d].thread_elements()[i];
+        if (refines_delta()) x -= rest * probability_sum[d].thread_elements()[i];
         if (adds_mean) x += total * keys.mean_at(column);
         store_float(query_gradient, p.out_type, index + column, x * p.scale);
       }

@@ -44,27 +44,51 @@ inline Rows out_gradient_rows(thread const Operands& operands, thread const Cota
   return rows;
 }
 
+// Whether forward's output, or the probabilities that it was made of, had fewer bits than P has
+// here: rows of dS do not sum to 0 with delta from it, until sums of P * dP have refined it.
+inline bool refines_delta() { return query_type != kF32 || key_type != kF32 || value_type != kF32; }
+
 // P and dS of one element.
 struct ScoreGradient {
   float probability;
-  float gradient;
+  float centred;  // P * (dP - delta)
+  float slope;    // of the soft cap
+
+  float gradient() const thread { return centred * slope; }
 };
 
 // `product` is q k^T, `probability_gradient` dO v^T; 0 where the row does not see the key.
 inline ScoreGradient score_gradient(thread const AttentionParameters& p,
                                     thread const RowRules& rules, RowStatistics row, int key,
                                     bool is_seen, float product, float probability_gradient) {
-  if (!is_seen) return {0.0f, 0.0f};
+  if (!is_seen) return {0.0f, 0.0f, 0.0f};
   float x = product * (p.scale * kLog2E) + row.centre;
   float slope;
   x = rules.logit(p, x, key, slope);
   // In this order: log2_sum would vanish in a large maximum.
   const float probability = exp2((x - row.maximum) - row.log2_sum);
   // Where P is 0, dP may be NaN.
-  const float gradient =
-      probability == 0.0f ? 0.0f : probability * (probability_gradient - row.delta) * slope;
-  return {probability, gradient};
+  const float centred =
+      probability == 0.0f ? 0.0f : probability * (probability_gradient - row.delta);
+  return {probability, centred, slope};
 }
+
+// What a row's delta lacks: a lane's sums over the keys.
+struct DeltaRemainder {
+  float probability;
+  float centred;
+
+  void add(ScoreGradient score) thread {
+    probability += score.probability;
+    centred += score.centred;
+  }
+  // Of the lane's row. The log-sum-exp has not the last bits of logits that are large: P is divided
+  // by its sum.
+  float of_row(float log_sum_exp_gradient) const thread {
+    const float sum = row_sum(probability), product = row_sum(centred);
+    return sum == 0.0f ? 0.0f : product / sum - log_sum_exp_gradient;
+  }
+};
 
 // What a lane has of a matrix of scores before their gradients: q k^T and dO v^T.
 struct ScoreProducts {
@@ -105,7 +129,8 @@ template <typename M, int D>
 struct BackwardRows {
   Matrix<M> query[D / 8];
   Matrix<M> out_gradient[D / 8];
-  RowStatistics statistics;  // of the lane's row
+  RowStatistics statistics;    // of the lane's row
+  float log_sum_exp_gradient;  // likewise
 
   void start(thread const Operands& operands, thread const Cotangents& cotangents, int b, int n,
              int token, ushort lane) thread {
@@ -140,15 +165,16 @@ struct BackwardRows {
     centre = row_sum(centre) * (p.scale * kLog2E);
     delta = row_sum(delta);
     statistics = {0.0f, JAX_GLUON_EMPTY_ROW_LOG2_SUM, 0.0f, 0.0f};
+    log_sum_exp_gradient = 0.0f;
     if (!is_inside) return;
     const Int64 at = Int64(token) * p.N + n;
     statistics.maximum = cotangents.row_maximum[operands.batch_offset(kRowMaximumBatch, b) + at];
     statistics.log2_sum = cotangents.log2_sum[operands.batch_offset(kLog2SumBatch, b) + at];
-    statistics.delta = delta;
     if (p.has_log_sum_exp_gradient != 0) {
-      statistics.delta -=
+      log_sum_exp_gradient =
           cotangents.log_sum_exp_gradient[operands.batch_offset(kLogSumExpGradientBatch, b) + at];
     }
+    statistics.delta = delta - log_sum_exp_gradient;
     if (needs_whole_logits(p)) {
       statistics.centre = centre;
     } else {

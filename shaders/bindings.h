@@ -56,7 +56,8 @@ enum AttentionBuffer : int {
   kLog2Sum = 20,            // float32 [B, T, N]: likewise
   kOutGradient = 21,        // [B, T, N, V]
   kLogSumExpGradient = 22,  // float32 [B, T, N]
-  kRowStatistics = 23,      // RowStatistics [B, N, T]: scratch between the passes of backward
+  kRowStatistics = 23,      // RowStatistics [B, N, T]: scratch between the passes of backward,
+                            // or of the bias kernel
   kQueryGradient = 24,      // [B, T, N, H]
   kKeyGradient = 25,        // [B, S, K, H]
   kValueGradient = 26,      // [B, S, K, V]
@@ -168,17 +169,19 @@ struct AttentionParameters {
   int out_type;           // of out, and of all gradients but that of the bias
   int out_gradient_type;  // of the cotangent
   int bias_gradient_type;
-  int bias_batches;   // b: 1 where the gradient of the bias is summed over the batch, else that
-  int bias_heads;     // n: 1 or N
-  int bias_rows;      // t: 1 or T
-  int bias_keys;      // s: 1 or S
-  int batch_per_map;  // B / L, where L is the product of the axes of vmap
-  int splits;         // decode: parts of the keys
-  int split_keys;     // keys in each
+  int bias_batches;      // b: 1 where the gradient of the bias is summed over the batch, else that
+  int bias_heads;        // n: 1 or N
+  int bias_rows;         // t: 1 or T
+  int bias_keys;         // s: 1 or S
+  int batch_per_map;     // B / L, where L is the product of the axes of vmap
+  int finds_statistics;  // the bias kernel: it writes statistics of rows, and no gradient
+  int splits;            // decode: parts of the keys
+  int split_keys;        // keys in each
   FirstGroup first_group;
 };
 
-// Of a query row, from the dQ pass to the dK/dV pass. Logits are in base 2.
+// Of a query row, from the dQ pass to the dK/dV pass, or from the bias kernel's first run to its
+// second. Logits are in base 2.
 struct RowStatistics {
   float maximum;
   float log2_sum;

@@ -7,7 +7,7 @@
 // dequantized, of the scales and offsets of columns (32 D). Registers are 32-bit, of a thread: a
 // matrix of float takes 2, of half or bfloat 1. No GPU has been asked whether they fit.
 //
-// | element | D   | rows | tiles, columns | Q, O, S      | Q, dO, dQ    | K, V, dK, dV      |
+// | element | D   | rows | tiles, columns | Q, O, S      | Q, dO, dQ *  | K, V, dK, dV      |
 // |---------|-----|------|----------------|--------------|--------------|-------------------|
 // | 16 bits |  64 | 64   | 18,432         |  8 + 16 + 16 |  8 +  8 + 16 |  8 +  8 + 16 + 16 |
 // | 16 bits | 128 | 32   | 17,408         | 16 + 32 +  8 | 16 + 16 + 32 | 16 + 16 + 32 + 32 |
@@ -15,6 +15,8 @@
 // | float   |  64 | 32   | 17,408 + 2,048 | 16 + 16 +  8 | 16 + 16 + 16 | 16 + 16 + 16 + 16 |
 // | float   | 128 | 16   | 16,896 + 4,096 | 32 + 32 +  4 | 32 + 32 + 32 | 32 + 32 + 32 + 32 |
 // | float   | 256 | 8    | 16,640 + 8,192 | 64 + 64 +  2 | 64 + 64 + 64 | 64 + 64 + 64 + 64 |
+//
+// * And P K, as many as dQ, where delta is refined: for all operands but float32.
 //
 // A tile's rows are as many as fill 8 KiB, so that two tiles take about half of the 32 KiB that a
 // threadgroup may have. Forward's products of a tile row and a simdgroup are 8 (H + V) whatever the

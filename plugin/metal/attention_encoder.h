@@ -24,6 +24,8 @@ class AttentionEncoder {
   template <class Call>
   void bind_cotangents(const Call& call);
   void bind_gradients(const AttentionBackwardCall& call);
+  // Before `bind_bias_gradient`: the run of the bias kernel that finds the statistics of the rows.
+  void bind_bias_statistics();
   void bind_bias_gradient(const AttentionBackwardBiasCall& call);
   void bind_decode(int64_t splits);
 
@@ -37,9 +39,10 @@ class AttentionEncoder {
   std::string forward_suffix(const std::string& stem) const;
   std::string backward_suffix() const;
   int head_dim() const { return head_dim_; }
+  bool has_only(DType dtype) const;
 
  private:
-  bool has_only(DType dtype) const;
+  void bind_row_statistics();
   bool has_exact_codes() const;
   void bind_operand(int slot, int table, const Operand& x, const std::vector<int64_t>& extents);
   void bind_rows(int slot, int table, const QuantizableOperand& x, int64_t tokens, int64_t heads,

@@ -167,9 +167,13 @@ void AttentionEncoder::bind_cotangents(const Call& call) {
 template void AttentionEncoder::bind_cotangents(const AttentionBackwardCall&);
 template void AttentionEncoder::bind_cotangents(const AttentionBackwardBiasCall&);
 
-void AttentionEncoder::bind_gradients(const AttentionBackwardCall& call) {
+void AttentionEncoder::bind_row_statistics() {
   bindings_.scratch(kRowStatistics,
-                    sizeof(RowStatistics) * static_cast<size_t>(call.B * call.N * call.T));
+                    sizeof(RowStatistics) * static_cast<size_t>(call_.B * call_.N * call_.T));
+}
+
+void AttentionEncoder::bind_gradients(const AttentionBackwardCall& call) {
+  bind_row_statistics();
   const auto bind = [&](int slot, const Result& x, int64_t per_entry) {
     bindings_.write(slot, x.data, static_cast<size_t>(call.B * per_entry) * size_of(x.dtype));
   };
@@ -178,8 +182,19 @@ void AttentionEncoder::bind_gradients(const AttentionBackwardCall& call) {
   bind(kValueGradient, call.d_value, call.S * call.K * call.V);
 }
 
+void AttentionEncoder::bind_bias_statistics() {
+  bind_row_statistics();
+  AttentionParameters& p = parameters_;
+  p.bias_batches = p.batch_per_map = p.B;
+  p.bias_heads = p.N;
+  p.bias_rows = p.T;
+  p.bias_keys = 1;
+  p.finds_statistics = 1;
+}
+
 void AttentionEncoder::bind_bias_gradient(const AttentionBackwardBiasCall& call) {
   AttentionParameters& p = parameters_;
+  p.finds_statistics = 0;
   p.bias_gradient_type = element_type(call.d_bias.dtype);
   p.bias_batches = static_cast<int>(call.b);
   p.bias_heads = static_cast<int>(call.n);

@@ -74,11 +74,18 @@ class MetalDevice : public Device {
     return run([&](Buffers& buffers, Commands& commands) {
       AttentionEncoder encoder(context_, buffers, call);
       encoder.bind_cotangents(call);
-      encoder.bind_bias_gradient(call);
       const std::string stem = "attention_backward_bias";
+      const std::string name = stem + "_float_" + std::to_string(encoder.head_dim());
+      // As refines_delta of shaders/backward_rows.h.
+      if (!encoder.has_only(DType::kF32)) {
+        encoder.bind_bias_statistics();
+        encoder.dispatch(commands, stem, name, grid(blocks(call.T, kBlockRows), 1, call.B * call.N),
+                         1);
+      }
+      encoder.bind_bias_gradient(call);
       const int64_t key_block = kTileBytes / (4 * encoder.head_dim());
       encoder.dispatch(
-          commands, stem, stem + "_float_" + std::to_string(encoder.head_dim()),
+          commands, stem, name,
           grid(blocks(call.t, kBlockRows), blocks(call.s, key_block), call.L * call.b * call.n), 1);
     });
   }

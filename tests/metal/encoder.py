@@ -376,18 +376,28 @@ def backward_bias(
     b = b if b == 1 else batch
     d_bias = nan((maps, b, n, t, s), problem.bias.dtype)
     encoder.bind("kBiasGradient", d_bias)
+    encoder.bind("kRowStatistics", nan((problem.B, problem.N, problem.T, 4)))
     p = encoder.parameters
-    p["bias_batches"], p["bias_heads"], p["bias_rows"], p["bias_keys"] = b, n, t, s
-    p["batch_per_map"], p["bias_gradient_type"] = batch, type_code(d_bias)
+    p["bias_gradient_type"] = type_code(d_bias)
     head_dim = head_dim_class(problem)
+
+    def run(b: int, n: int, t: int, s: int, batch_per_map: int, keys: int) -> None:
+        p["bias_batches"], p["bias_heads"], p["bias_rows"], p["bias_keys"] = b, n, t, s
+        p["batch_per_map"] = batch_per_map
+        encoder.dispatch(
+            "attention_backward_bias",
+            f"attention_backward_bias_float_{head_dim}",
+            (blocks(t, BLOCK_ROWS), blocks(s, keys), problem.B // batch_per_map * b * n),
+            instrumentation=instrumentation,
+            **options,
+        )
+
     key_block = SIZES["kTileBytes"] // (4 * head_dim)
-    encoder.dispatch(
-        "attention_backward_bias",
-        f"attention_backward_bias_float_{head_dim}",
-        (blocks(t, BLOCK_ROWS), blocks(s, key_block), maps * b * n),
-        instrumentation=instrumentation,
-        **options,
-    )
+    if any(encoder.constants().values()):
+        p["finds_statistics"] = 1
+        run(problem.B, problem.N, problem.T, 1, problem.B, key_block)
+        p["finds_statistics"] = 0
+    run(b, n, t, s, batch, key_block)
     return d_bias
 
 

@@ -217,6 +217,55 @@ def test_vmap_over_every_operand(relative_error):
         assert relative_error(actual, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("gain", [1, 30, 100])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_gradients_as_near_as_those_of_jax(oracle, relative_error, dtype, gain):
+    query, key, value = operands(T=64, S=64, K=4, H=64, V=64, dtype=dtype)
+    query *= gain
+    (bias,) = draw(5, (1, 4, 1, 64), dtype=dtype)
+    (d_out,) = draw(6, query.shape, dtype=dtype)
+    x = [np.asarray(each, np.float64) for each in (query, key, value, bias)]
+    for is_causal in (False, True):
+        wanted = oracle(*x, is_causal=is_causal, d_out=np.asarray(d_out, np.float64))
+
+        def gradients_of(function, is_causal=is_causal):
+            attend = functools.partial(function, is_causal=is_causal)
+            return jax.vjp(attend, query, key, value, bias)[1](d_out)
+
+        plain = gradients_of(jax.nn.dot_product_attention)
+        found = gradients_of(
+            functools.partial(jax_gluon.dot_product_attention, implementation="metal")
+        )
+        names = ("d_query", "d_key", "d_value", "d_bias")
+        for name, actual, usual in zip(names, found, plain, strict=True):
+            expected = getattr(wanted, name)
+            bound = 1.3 * relative_error(usual, expected)
+            assert relative_error(actual, expected) <= bound, (name, is_causal)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8"])
+def test_a_bias_equal_for_all_keys_has_no_gradient(kind):
+    """Also after a vmap, and where there are no rows at all."""
+    dtype = jnp.float32 if kind == "int8" else kind
+    attend = functools.partial(
+        jax_gluon.dot_product_attention,
+        quantization="int8" if kind == "int8" else None,
+        implementation="metal",
+    )
+    x = operands(T=33, dtype=dtype)
+
+    def loss(bias, *x):
+        return jnp.sum(jnp.sin(attend(*x, bias).astype(jnp.float32)))
+
+    d_bias = jax.grad(loss)(jnp.ones((2, 4, 33, 1)), *x)
+    assert float(jnp.abs(d_bias).max()) <= 1e-5
+    split = [each[:, None] for each in x]
+    d_bias = jax.vmap(jax.grad(loss))(jnp.ones((2, 1, 4, 33, 1)), *split)
+    assert float(jnp.abs(d_bias).max()) <= 1e-5
+    for sizes in (dict(T=0), dict(B=0), dict(S=0)):
+        assert not np.any(jax.grad(loss)(jnp.ones((1, 4, 1, 1)), *operands(**sizes, dtype=dtype)))
+
+
 def test_no_rows_and_no_keys():
     for sizes in (dict(T=0), dict(B=0), dict(S=0)):
         x = operands(**sizes)

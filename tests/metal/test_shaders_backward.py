@@ -61,6 +61,30 @@ def test_one_column(oracle, relative_error):
         assert relative_error(getattr(found, name), getattr(wanted, name)) <= bound, name
 
 
+@pytest.mark.parametrize("pipeline", ["baseline", "gluon"])
+@pytest.mark.parametrize("gain", [1, 30, 100])
+@pytest.mark.parametrize(
+    ("dtype", "H", "is_causal"),
+    [("float16", 64, False), ("float16", 128, True), ("bfloat16", 64, False),
+     ("bfloat16", 64, True)],
+)  # fmt: skip
+def test_peaked_rows(oracle, relative_error, dtype, H, is_causal, gain, pipeline):
+    """A rounded output makes rows of dS that do not sum to 0, unless delta is of P and dP."""
+    q, k, v, d_out = draw(dtype, H=H, V=H, T=67, S=67, N=2, K=1)
+    q = (q * gain).astype(q.dtype)
+    problem = Problem(q, k, v, out_dtype=DTYPES[dtype], is_causal=is_causal)
+    wanted = expected(oracle, problem, d_out=np.asarray(d_out, np.float64))
+    found = backward(problem, forward(problem, pipeline=pipeline), d_out, pipeline=pipeline)
+    _, pullback = jax.vjp(
+        lambda *x: jax.nn.dot_product_attention(*x, is_causal=is_causal),
+        *map(jnp.asarray, (q, k, v)),
+    )
+    names = ("d_query", "d_key", "d_value")
+    for name, plain in zip(names, pullback(jnp.asarray(d_out)), strict=True):
+        bound = 1.3 * relative_error(np.asarray(plain), getattr(wanted, name))
+        assert relative_error(getattr(found, name), getattr(wanted, name)) <= bound, name
+
+
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 130), (130, 1), (33, 8), (64, 64)])
 def test_lengths_of_blocks_and_not(oracle, relative_error, T, S):
     q, k, v, d_out = draw(T=T, S=S, B=3, N=3, K=1)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from encoder import Problem, backward_bias, forward
-from problems import draw, expected, feature
+from problems import DTYPES, QUANTIZED, draw, expected, feature
 
 SHAPE = dict(B=2, N=4, T=45, S=77)
 
@@ -38,6 +38,19 @@ def test_feature(oracle, relative_error, dtype, name):
     bound = {np.float32: 1e-4, np.float16: 1e-3, ml_dtypes.bfloat16: 8e-3}
     bound = max(bound[problem.bias.dtype.type], 5e-3 if dtype == "float16" else 0)
     check(relative_error, problem, d_out, wanted, bound)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8"])
+def test_a_bias_equal_for_all_keys_has_no_gradient(kind):
+    """But that of the log-sum-exp, whatever the output was rounded to."""
+    q, k, v, d_out = draw(
+        kind if kind in DTYPES else "float32", QUANTIZED.get(kind, [[None] * 3])[0]
+    )
+    bias = np.random.default_rng(2).standard_normal((2, 4, 45, 1)).astype(np.float32)
+    d_lse = np.random.default_rng(3).standard_normal((2, 45, 4)).astype(np.float32)
+    problem = Problem(q, k, v, bias=bias, out_dtype=DTYPES.get(kind, np.float32))
+    found = backward_bias(problem, forward(problem), d_out, d_lse)[0, ..., 0]
+    np.testing.assert_allclose(found, d_lse.swapaxes(1, 2), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("H", "V"), [(72, 100), (130, 256)])
