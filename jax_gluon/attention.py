@@ -89,8 +89,8 @@ def dot_product_attention(
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
     - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
-    - `query_seq_lengths`, `key_value_seq_lengths`: int32 `[B]`, clamped to `[0, T]` and `[0, S]`;
-      rows and keys at and past them are hidden.
+    - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
+      `[0, S]`; rows and keys at and past them are hidden.
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
       `i - left <= j <= i + right`.
     - `return_residual`: also return the log-sum-exp of each row.
