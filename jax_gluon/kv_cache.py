@@ -45,7 +45,7 @@ _KEYWORDS = tuple(
     data_fields=("key", "value", "key_tail", "value_tail", "length", "dropped"),
     meta_fields=("query", "window", "dtype"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedKVCache:
     """Codes of the keys and values of up to `capacity` tokens, made by `create`.
 
@@ -150,6 +150,9 @@ class QuantizedKVCache:
             tail(key_spec, head_dim), tail(value_spec, value_dim),
             length, dropped, query_spec, window, stands_for,
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"QuantizedKVCache(key={self.key}, value={self.value}, window={self.window})"
 
     @property
     def capacity(self) -> int:
