@@ -21,6 +21,7 @@ from jax_gluon.formats import (
     check_parts,
     preset,
 )
+from jax_gluon.lengths import checked_lengths
 from jax_gluon.problem import AttentionOperands, AttentionProblem, Operands
 from jax_gluon.selection import PIPELINES, KernelConfig
 
@@ -78,6 +79,9 @@ class _Checker:
 
     def _text(self, argument: str, found: str, allowed: str) -> str:
         return f"jax_gluon.{self.function}: {argument} is {found}; allowed: {allowed}."
+
+    def fail(self, error: type[Exception], argument: str, found: str, allowed: str) -> NoReturn:
+        raise error(self._text(argument, found, allowed))
 
     def type_error(self, argument: str, found: str, allowed: str) -> NoReturn:
         raise TypeError(self._text(argument, found, allowed))
@@ -193,8 +197,8 @@ def check_arguments(
         v,
         _bias(check, bias, (B, N, T, S), is_float64),
         _mask(check, mask, (B, N, T, S)),
-        _lengths(check, "query_seq_lengths", query_seq_lengths, B),
-        _lengths(check, "key_value_seq_lengths", key_value_seq_lengths, B),
+        _lengths(check, "query_seq_lengths", query_seq_lengths, B, T),
+        _lengths(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
     )
     problem = AttentionProblem(
         scale=static_scale,
@@ -451,18 +455,16 @@ def _expand_to_logits(
     return jnp.expand_dims(array, tuple(range(4 - array.ndim)))
 
 
-def _lengths(check: _Checker, argument: str, lengths: Any, batch: int) -> jax.Array | None:
+def _lengths(
+    check: _Checker, argument: str, lengths: Any, batch: int, limit: int
+) -> jax.Array | None:
     if lengths is None:
         return None
-    array = check.array(argument, lengths)
-    # Python ints have no dtype of their own: under x64 they arrive as int64.
-    if not hasattr(lengths, "dtype") and _is_integer(array):
-        array = jnp.clip(array, 0, np.iinfo(np.int32).max).astype(jnp.int32)
-    if array.dtype != jnp.int32:
-        check.type_error(argument, f"of dtype {array.dtype.name}", "int32")
-    if array.shape != (batch,):
-        check.value_error(argument, f"of shape {array.shape}", f"shape [B] = [{batch}]")
-    return array
+
+    def fail(error: type[Exception], found: str, allowed: str) -> NoReturn:
+        check.fail(error, argument, found, allowed)
+
+    return checked_lengths(lengths, (batch,), limit, f"shape [B] = [{batch}]", fail)
 
 
 def _is_integer(array: jax.Array) -> bool:

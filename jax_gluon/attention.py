@@ -87,10 +87,11 @@ def dot_product_attention(
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key.
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
-    - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient.
+    - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient; 16-bit
+      operands are then kept for backward in float32.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
-    - `query_seq_lengths`, `key_value_seq_lengths`: int32 `[B]`, clamped to `[0, T]` and `[0, S]`;
-      rows and keys at and past them are hidden.
+    - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
+      `[0, S]`; rows and keys at and past them are hidden.
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
       `i - left <= j <= i + right`.
     - `return_residual`: also return the log-sum-exp of each row.
@@ -286,7 +287,14 @@ def _run(
         query = operands.query
         if isinstance(query, QuantizedTensor):
             query = query.dequantize(jnp.float32)
-        operands = operands._replace(query=_scaled(query, arguments.scale))
+        # In 16 bits the product may overflow, and float operands share a dtype.
+        wide = lowering.compute_dtype(dtype)
+        key, value = (
+            x if isinstance(x, QuantizedTensor) else x.astype(wide)
+            for x in (operands.key, operands.value)
+        )
+        query = query.astype(wide) * arguments.scale.astype(wide)
+        operands = operands._replace(query=query, key=key, value=value)
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     if 0 in (B, T, S):
@@ -298,11 +306,6 @@ def _run(
         out, log_sum_exp = _attend(arguments.problem, differentiates_log_sum_exp, operands)
         out = out.astype(dtype)
     return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
-
-
-def _scaled(query: jax.Array, scale: jax.Array) -> jax.Array:
-    dtype = lowering.compute_dtype(query.dtype)
-    return (query.astype(dtype) * scale.astype(dtype)).astype(query.dtype)
 
 
 # Jitted, because debug_infs looks at every intermediate result outside of jit, constants included.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,10 @@ def attention_fn(
     **Arguments:** as `jax_gluon.dot_product_attention`, and used in every call. Causal masking
     applies where `is_causal` is set here or in the call.
 
-    **Returns:** the function. It raises `NotImplementedError` for what a fused kernel does not
+    **Returns:** the function, which is equal to others of equal options, hashable and picklable. It
+    raises `ValueError` for causal masking or a window with one query over several keys: in
+    `decode=True` Flax does not pass the query's position (its cache's mask is causal by itself),
+    and `NotImplementedError` for what a fused kernel does not
     give: dropout of the weights, weights for `sow_weights`, replaced einsums.
 
     >>> import jax.numpy as jnp
@@ -50,19 +53,29 @@ def attention_fn(
     >>> attention(jnp.ones((2, 16, 64)), is_causal=True).shape
     (2, 16, 64)
     """
-    attend = functools.partial(
-        dot_product_attention,
-        local_window_size=local_window_size,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        quantization=quantization,
-        implementation=implementation,
-        kernel=kernel,
+    window = local_window_size
+    if isinstance(window, list):  # pyright: ignore[reportUnnecessaryIsInstance]
+        window = tuple(window)
+    return _AttentionFn(
+        is_causal, window, scale, logits_soft_cap, quantization, implementation, kernel
     )
-    always_causal = is_causal
+
+
+@dataclasses.dataclass(frozen=True)
+class _AttentionFn:
+    """What `attention_fn` makes: a value, so that equal options neither retrace nor differ."""
+
+    is_causal: bool
+    local_window_size: int | tuple[int, int] | None
+    scale: float | None
+    logits_soft_cap: float | None
+    quantization: str | AttentionQuantization | None
+    implementation: str | None
+    kernel: Wishes
 
     # Linen passes only the keywords that it finds in the signature, by name: each is spelled out.
-    def jax_gluon_attention(
+    def __call__(
+        self,
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
@@ -116,17 +129,39 @@ def attention_fn(
         if mask is not None:
             # Flax's make_*_mask functions give masks of any type: nonzero is visible.
             mask = jnp.asarray(mask, jnp.bool_)
-        out = attend(
+        is_causal = is_causal or self.is_causal
+        self._check_positions(query.shape[-3], key.shape[-3], is_causal)
+        out = dot_product_attention(
             _one_batch_axis(query),
             _one_batch_axis(key),
             _one_batch_axis(value),
             _flatten_batch("bias", bias, batch),
             _flatten_batch("mask", mask, batch),
-            is_causal=is_causal or always_causal,
+            is_causal=is_causal,
+            local_window_size=self.local_window_size,
+            scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            quantization=self.quantization,
+            implementation=self.implementation,
+            kernel=self.kernel,
         )
         return jnp.reshape(out, (*query.shape[:-1], value.shape[-1]))
 
-    return jax_gluon_attention
+    def _check_positions(self, T: int, S: int, is_causal: bool) -> None:
+        """A step of decoding passes one query, whose position only Flax's cache knows."""
+        if T != 1 or S == 1:
+            return
+        where = f"for one query over {S} keys, whose position Flax does not pass (decode=True)"
+        if is_causal:
+            raise ValueError(
+                f"jax_gluon.flax.attention_fn: is_causal is True {where}; allowed: False, the "
+                "mask of Flax's cache is causal."
+            )
+        if self.local_window_size is not None:
+            raise ValueError(
+                f"jax_gluon.flax.attention_fn: local_window_size is {self.local_window_size} "
+                f"{where}; allowed: None, with the window in the mask."
+            )
 
 
 def _common_dtype(*arrays: jax.Array) -> jnp.dtype[Any]:

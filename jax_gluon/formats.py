@@ -162,7 +162,7 @@ PRESETS = {
     data_fields=("data", "scale", "zero_point", "minimum", "mean"),
     meta_fields=("spec", "dtype", "head_dim"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
     """Integer codes that stand for a float array `[..., T, N, H]`; made by `jax_gluon.quantize`.
 
@@ -175,6 +175,9 @@ class QuantizedTensor:
     - `mean`: float32 `[..., 1, N, H]`, with `spec.center` (of the rotated array, with
       `spec.rotate`).
     - `spec`; `dtype` of the float array; `head_dim`, H.
+
+    `==` is identity. `np.asarray` gives the dequantized values; functions of `jax.numpy` raise
+    `TypeError`, so that nothing is dequantized unseen in a program.
 
     >>> import jax, jax.numpy as jnp, jax_gluon
     >>> x = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
@@ -206,6 +209,23 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Bytes of codes, scales and whatever goes with them."""
         return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in self._parts())
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor(shape={self.shape}, dtype={self.dtype}, spec={self.spec})"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if copy is False:
+            raise ValueError(
+                "jax_gluon.QuantizedTensor.__array__: copy is False; allowed: None, True (values "
+                "are computed from the codes)."
+            )
+        return np.asarray(self.dequantize(), dtype)
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            "jax_gluon.QuantizedTensor: an array is needed here, found codes; allowed: the values "
+            "of `.dequantize()`, or a function of jax_gluon that takes codes."
+        )
 
     def _parts(self) -> list[jax.Array]:
         return jax.tree.leaves(self)

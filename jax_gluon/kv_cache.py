@@ -24,6 +24,7 @@ from jax_gluon.formats import (
     preset,
     rotation,
 )
+from jax_gluon.lengths import checked_lengths
 
 #: Tokens that the first append must bring for their mean to centre this and later ones.
 _LEAST_CENTRED = 32
@@ -44,7 +45,7 @@ _KEYWORDS = tuple(
     data_fields=("key", "value", "key_tail", "value_tail", "length", "dropped"),
     meta_fields=("query", "window", "dtype"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedKVCache:
     """Codes of the keys and values of up to `capacity` tokens, made by `create`.
 
@@ -150,6 +151,9 @@ class QuantizedKVCache:
             length, dropped, query_spec, window, stands_for,
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        return f"QuantizedKVCache(key={self.key}, value={self.value}, window={self.window})"
+
     @property
     def capacity(self) -> int:
         """Tokens that there is room for."""
@@ -176,7 +180,7 @@ class QuantizedKVCache:
         **Arguments:**
 
         - `key`, `value`: `[B, T, K, H]` and `[B, T, K, V]`, float of any dtype, T at least 1.
-        - `lengths`: int32 `[B]`, clamped to `[0, T]`: how many of the T tokens are real; those
+        - `lengths`: integers `[B]`, clamped to `[0, T]`: how many of the T tokens are real; those
           behind them are ignored. Default T.
 
         **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
@@ -196,7 +200,9 @@ class QuantizedKVCache:
         if lengths is None:
             count = jnp.full_like(self.length, T)
         else:
-            count = jnp.clip(_lengths(lengths, self.length.shape[0]), 0, T)
+            count = checked_lengths(
+                lengths, self.length.shape, T, f"shape [B] = [{len(self.length)}]", _fail_lengths
+            )
         return _append(self, new_key, new_value, count)
 
     def attention(
@@ -452,16 +458,8 @@ def _tokens(name: str, x: Any, cached: QuantizedTensor) -> jax.Array:
     return array
 
 
-def _lengths(lengths: Any, batch: int) -> jax.Array:
-    array = jnp.asarray(lengths)
-    # Python ints have no dtype of their own: under x64 they arrive as int64.
-    if not hasattr(lengths, "dtype") and jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(jnp.int32)
-    if array.dtype != jnp.int32:
-        _fail(TypeError, "append", "lengths", f"of dtype {array.dtype.name}", "int32")
-    if array.shape != (batch,):
-        _fail(ValueError, "append", "lengths", f"of shape {array.shape}", f"shape [B] = [{batch}]")
-    return array
+def _fail_lengths(error: type[Exception], found: str, allowed: str) -> NoReturn:
+    _fail(error, "append", "lengths", found, allowed)
 
 
 def _fail(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jax_gluon import lowering
 from jax_gluon.arguments import check_metal
 from jax_gluon.formats import QuantizedTensor, QuantSpec
+from jax_gluon.lengths import checked_lengths
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _IMPLEMENTATIONS = (None, "cpu", "metal", "xla")
@@ -36,8 +37,8 @@ def quantize(
     - `x`: float32, bfloat16, float16 or float64, `[B, T, N, H]` or `[T, N, H]`; H must be even for
       4 bits.
     - `spec`: the format.
-    - `lengths`: int32 `[B]` (or a scalar for rank 3), clamped to `[0, T]`: with `spec.center`, the
-      mean is that of the first `lengths[b]` tokens.
+    - `lengths`: integers `[B]` (or a scalar for rank 3), clamped to `[0, T]`: with `spec.center`,
+      the mean is that of the first `lengths[b]` tokens.
     - `implementation`: `"cpu"` (the plugin), `"metal"` (the GPU), `"xla"`, or None, which takes the
       plugin on the CPU.
 
@@ -74,7 +75,10 @@ def quantize(
             allowed = f'at most {_WIDEST_ROW_OF_METAL} where implementation is "metal"'
             raise ValueError(_text("x", f"of head dim {array.shape[-1]}", allowed))
     is_batched = array.ndim == 4
-    checked = None if lengths is None else _lengths(lengths, array.shape[:-3])
+    checked = None
+    if lengths is not None:
+        shape = array.shape[:-3]
+        checked = checked_lengths(lengths, shape, array.shape[-3], f"shape {shape}", _fail_lengths)
     array = jax.lax.stop_gradient(array)
     quantized = lowering.quantize(
         spec, implementation, array if is_batched else array[None],
@@ -83,15 +87,8 @@ def quantize(
     return quantized if is_batched else quantized[0]
 
 
-def _lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    array = jnp.asarray(lengths)
-    if not hasattr(lengths, "dtype") and jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(jnp.int32)
-    if array.dtype != jnp.int32:
-        raise TypeError(_text("lengths", f"of dtype {array.dtype.name}", "int32"))
-    if array.shape != shape:
-        raise ValueError(_text("lengths", f"of shape {array.shape}", f"shape {shape}"))
-    return array
+def _fail_lengths(error: type[Exception], found: str, allowed: str) -> NoReturn:
+    raise error(_text("lengths", found, allowed))
 
 
 def _text(argument: str, found: Any, allowed: str) -> str:

@@ -312,6 +312,6 @@ def _loop(
     bounds = [np.int32(x) if isinstance(x, int) else x for x in (begin, end)]
 
     def with_int32(index: jax.Array, state: _State) -> _State:
-        return body(index.astype(jnp.int32), state)
+        return body(jnp.asarray(index, jnp.int32), state)  # an int under disable_jit
 
     return cast(Any, jax.lax.fori_loop)(*bounds, with_int32, state)

@@ -439,3 +439,23 @@ class TestExplain:
         x = jax.ShapeDtypeStruct((1, 2, 3, 4), jnp.int32)
         with pytest.raises(TypeError, match=r"jax_gluon\.explain: query is of dtype int32"):
             jax_gluon.explain(x, x, x)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_an_array_scale_does_not_overflow_float16(require, relative_error, implementation):
+    require(implementation)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 5, 3, 4)), jnp.float16) for _ in range(3))
+    q, k = q * 1000, k * jnp.float16(1e-5)
+
+    def loss(q, k, v, scale):
+        out = jax_gluon.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+    results = []
+    for scale in (100.0, jnp.float16(100.0)):
+        gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v, scale)
+        results.append((out, *gradients))
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == jnp.float16
+        assert relative_error(actual, expected) <= 5e-3

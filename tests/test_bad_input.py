@@ -151,11 +151,11 @@ CASES = {
     ),
     "query_seq_lengths_dtype": (
         {"query_seq_lengths": ones(2, dtype=jnp.float32)},
-        TypeError, "query_seq_lengths", "of dtype float32", "int32",
+        TypeError, "query_seq_lengths", "of dtype float32", "an integer dtype",
     ),
     "key_value_seq_lengths_dtype": (
-        {"key_value_seq_lengths": ones(2, dtype=jnp.uint32)},
-        TypeError, "key_value_seq_lengths", "of dtype uint32", "int32",
+        {"key_value_seq_lengths": ones(2, dtype=jnp.bool_)},
+        TypeError, "key_value_seq_lengths", "of dtype bool", "an integer dtype",
     ),
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
     "scale_inf": ({"scale": -np.inf}, ValueError, "scale", "-inf", "finite"),
@@ -309,18 +309,46 @@ def test_float64_with_the_cpu_kernels_says_why(configure):
             jax_gluon.dot_product_attention(x, x, x, implementation="cpu")
 
 
-def test_int64_lengths_are_refused_under_x64_but_python_ints_are_not(configure):
-    with configure(jax_enable_x64=True):
-        x = jnp.ones((2, 3, 1, 4), jnp.float32)
-        with pytest.raises(TypeError, match="key_value_seq_lengths is of dtype int64"):
-            jax_gluon.dot_product_attention(
-                x, x, x, key_value_seq_lengths=np.array([1, 2]), implementation="xla"
-            )
+LENGTHS = {
+    "list": [2**33, -1],
+    "numpy_int64": np.array([2**33, -(2**33)]),
+    "numpy_uint8": np.array([200, 0], np.uint8),
+    "jax_int64": lambda: jnp.array([2**33, -(2**33)]),
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_lengths_of_any_integer_dtype_are_clamped(configure, kind, is_traced):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 2, 4)), jnp.float32)
+    spec = jax_gluon.QuantSpec(center=True)
+
+    def run(lengths):
         out = jax_gluon.dot_product_attention(
-            x, x, x, key_value_seq_lengths=[0, 2], implementation="xla"
+            x, x, x, key_value_seq_lengths=lengths, implementation="xla"
         )
-    assert not out[0].any()
-    assert out[1].all()
+        mean = jax_gluon.quantize(x, spec, lengths=lengths, implementation="xla").mean
+        cache = jax_gluon.QuantizedKVCache.create(2, 16, 2, 4)
+        return out, mean, cache.append(x, x, lengths).length
+
+    with configure(jax_enable_x64=True):
+        lengths = LENGTHS[kind]() if callable(LENGTHS[kind]) else LENGTHS[kind]
+        if is_traced:
+            out, mean, length = jax.jit(run)(jnp.asarray(lengths))
+        else:
+            out, mean, length = run(lengths)
+    assert out[0].all()
+    assert not out[1].any()
+    np.testing.assert_allclose(mean[0, 0], x[0].mean(0), rtol=1e-5)
+    assert length.tolist() == [3, 0]
+
+
+def test_an_empty_list_of_lengths_is_taken():
+    x = jnp.ones((0, 3, 2, 4))
+    spec = jax_gluon.QuantSpec(center=True)
+    assert jax_gluon.quantize(x, spec, lengths=[], implementation="xla").shape == x.shape
+    out = jax_gluon.dot_product_attention(x, x, x, query_seq_lengths=[], implementation="xla")
+    assert out.shape == x.shape
 
 
 @pytest.mark.parametrize("argument", ["is_causal", "logits_soft_cap", "dropout_rate"])

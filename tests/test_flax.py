@@ -1,5 +1,8 @@
 """Flax's own attention modules on `jax_gluon.flax.attention_fn` against their default attention."""
 
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,3 +233,49 @@ def test_dropout_is_ignored_where_it_is_deterministic():
     x = jnp.ones((1, 2, 1, 4))
     out = jax_gluon.flax.attention_fn()(x, x, x, dropout_rate=0.5, deterministic=True)
     np.testing.assert_array_equal(out, x)
+
+
+def test_equal_options_make_equal_functions_that_trace_once():
+    make = lambda: attention_fn("xla", local_window_size=(2, 1), quantization="int8")  # noqa: E731
+    assert make() == make() == pickle.loads(pickle.dumps(make()))
+    assert hash(make()) == hash(make())
+    assert make() != attention_fn("xla", local_window_size=(2, 1))
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(module, parameters, x):
+        traces.append(None)
+        return module.apply(parameters, x)
+
+    parameters = linen.MultiHeadAttention(HEADS).init(jax.random.key(0), X)
+    for _ in range(2):
+        apply(linen.MultiHeadAttention(HEADS, attention_fn=make()), parameters, X)
+    assert len(traces) == 1
+    graphs = [
+        nnx.graphdef(
+            nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, rngs=nnx.Rngs(0),
+                                   attention_fn=make())
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [({"is_causal": True}, "is_causal is True"), ({"local_window_size": 2}, "local_window_size")],
+)
+def test_decoding_with_positions_that_flax_does_not_pass_is_refused(
+    require, implementation, keywords, message
+):
+    require(implementation)
+    fn = attention_fn(implementation, **keywords)
+    decoder = linen.MultiHeadDotProductAttention(HEADS, attention_fn=fn, decode=True)
+    variables = decoder.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=f"{message}.*one query over {T} keys.*decode=True"):
+        decoder.apply(variables, X[:, :1], mutable="cache")
+    module = nnx.MultiHeadAttention(HEADS, FEATURES, decode=True, rngs=nnx.Rngs(0), attention_fn=fn)
+    module.init_cache(X.shape)
+    with pytest.raises(ValueError, match=message):
+        module(X[:, :1])

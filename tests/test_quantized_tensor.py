@@ -202,3 +202,18 @@ def test_odd_head_dim_for_4_bits():
     x = jnp.ones((1, 4, 2, 7))
     with pytest.raises(ValueError, match=r"key is of head dim 7; allowed: an even one"):
         jax_gluon.dot_product_attention(x, x, x, quantization="int4")
+
+
+def test_as_data():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 3, 4)), jnp.float32)
+    q = jax_gluon.quantize(x, jax_gluon.QuantSpec(), implementation="xla")
+    np.testing.assert_array_equal(np.asarray(q), q.dequantize())
+    for function in (jnp.asarray, lambda q: jax.nn.dot_product_attention(q, q, q)):
+        with pytest.raises(TypeError, match="dequantize"):
+            function(q)
+    copy = jax.tree.map(jnp.copy, q)
+    assert q == q
+    assert q != copy
+    assert "(2, 5, 3, 4)" in repr(q)
+    assert len(repr(q)) < 300
+    assert len(repr(jax_gluon.QuantizedKVCache.create(2, 32, 3, 4))) < 600

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_gluon
 from jax_gluon import reference, xla, xla_tiles
 from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
 
@@ -498,3 +499,22 @@ def test_gradient_of_a_bias_that_is_not_there_is_an_error():
     row = d_log_sum_exp
     with pytest.raises(ValueError, match=r"backward_bias: operands.bias is None"):
         backward_bias(AttentionOperands(q, k, v), d_out, row, row, d_out, None)
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_without_jit(require, relative_error, implementation, quantization):
+    require(implementation)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 3, 4)), jnp.float32)
+
+    def loss(x):
+        out = jax_gluon.dot_product_attention(
+            x, x, x, is_causal=True, quantization=quantization, implementation=implementation
+        )
+        return jnp.sum(out**2), out
+
+    (_, expected), expected_gradient = jax.value_and_grad(loss, has_aux=True)(x)
+    with jax.disable_jit():
+        (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+    assert relative_error(out, expected) <= 1e-5
+    assert relative_error(gradient, expected_gradient) <= 1e-5
