@@ -113,7 +113,7 @@ def register() -> None:
 def quantize(
     spec: QuantSpec, implementation: str | None, x: jax.Array, visible: jax.Array | None
 ) -> QuantizedTensor:
-    """The codes of float `x` `[B, T, N, H]`, of whose tokens `visible` (bool `[B, T]`) can be seen."""
+    """The codes of float `x` `[B, T, N, H]`; `visible` (bool `[B, T]`): tokens that can be seen."""
     if x.dtype == jnp.float64:
         dtype = x.dtype
         quantized = quantize(spec, implementation, x.astype(jnp.float32), visible)
