@@ -13,6 +13,8 @@ from jax_gluon.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec, pack, r
 
 # A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 _LEAST_SCALE = 2.0**-125
+# A center above this counts as zero: differences from it might not be finite.
+_LARGEST_CENTER = 2.0**100
 
 
 def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) -> QuantizedTensor:
@@ -47,7 +49,7 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) ->
 def token_center(x: jax.Array, visible: jax.Array | None) -> jax.Array:
     """The lower median of each head and channel over the first `CENTER_TOKENS` visible tokens.
 
-    Of the finite values; 0 where there is none. It depends on no later token, so neither the future
+    Of the finite values; 0 where there is none, or where a difference from it might overflow. It depends on no later token, so neither the future
     of a causal row nor the order in which a cache gets its tokens moves it, and an outlier does not
     either.
 
@@ -70,7 +72,8 @@ def token_center(x: jax.Array, visible: jax.Array | None) -> jax.Array:
     number = jnp.sum(finite, axis=-3, keepdims=True, dtype=jnp.int32)
     at = jnp.maximum(number - 1, 0) // 2
     middle = jnp.take_along_axis(ordered, at, axis=-3)
-    return jnp.where(number > 0, middle, jnp.zeros_like(middle))
+    # An infinity, where there is none, is too large too.
+    return jnp.where(jnp.abs(middle) <= _LARGEST_CENTER, middle, jnp.zeros_like(middle))
 
 
 def _extremes(

@@ -192,8 +192,8 @@ void decode_visible(Decoder& decoder, const std::string& name, int64_t batch, in
                     const uint8_t** visible, std::vector<int64_t>* offset) {
   ffi::DataType dtype;
   std::vector<int64_t> strides;
-  *visible = static_cast<const uint8_t*>(decoder.operand(
-      name, {batch, S}, false, {ffi::DataType::PRED}, &dtype, offset, &strides));
+  *visible = static_cast<const uint8_t*>(
+      decoder.operand(name, {batch, S}, false, {ffi::DataType::PRED}, &dtype, offset, &strides));
 }
 
 // What an attention call makes of one operand's floats: codes, which become the operand. `made`
@@ -309,9 +309,8 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
                         &call.key_value_seq_lengths_offset, &strides));
   }
   if (has_query_offset) {
-    call.query_offset = static_cast<const int32_t*>(
-        decoder.operand("query_offset", {batch}, false, ints, &dtype, &call.query_offset_offset,
-                        &strides));
+    call.query_offset = static_cast<const int32_t*>(decoder.operand(
+        "query_offset", {batch}, false, ints, &dtype, &call.query_offset_offset, &strides));
   }
   return batch;
 }

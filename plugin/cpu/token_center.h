@@ -11,7 +11,7 @@ namespace {
 
 // The lower median of the finite values of each column of `rows`, `count` of them `stride` apart;
 // `width` is a multiple of the lanes. Sorts the columns in place; a column without finite values
-// gives 0.
+// gives 0, and so does a median over kLargestCenter.
 template <class Isa>
 void median_of_rows(float* rows, int64_t count, int64_t stride, int64_t width, float* out) {
   using F = typename Isa::F;
@@ -38,7 +38,8 @@ void median_of_rows(float* rows, int64_t count, int64_t stride, int64_t width, f
     Isa::store(counted, finite);
     for (int64_t x = 0; x < W; ++x) {
       const auto n = static_cast<int64_t>(counted[x]);
-      out[h + x] = n > 0 ? rows[(n - 1) / 2 * stride + h + x] : 0.0f;
+      const float median = n > 0 ? rows[(n - 1) / 2 * stride + h + x] : 0.0f;
+      out[h + x] = std::fabs(median) <= kLargestCenter ? median : 0.0f;
     }
   }
 }
