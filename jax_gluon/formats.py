@@ -17,6 +17,9 @@ GRANULARITIES: tuple[Granularity, ...] = (
     "tensor", "head", "row", "block", "group", "channel", "channel_block",
 )  # fmt: skip
 
+#: Tokens that the center of a head and channel is taken from: the first that can be seen.
+CENTER_TOKENS = 32
+
 #: Granularities with a scale for every block of tokens, and with more than one scale in a row.
 _TOKEN_BLOCKS = ("block", "channel_block")
 _BLOCKS = (*_TOKEN_BLOCKS, "group")
@@ -38,7 +41,9 @@ class QuantSpec:
       `"channel"`, one element of a head over all tokens; `"channel_block"`, that over `block_size`
       tokens. The last block or group may be short.
     - `block_size`: at least 1; read by block, group and channel_block only.
-    - `center`: first subtract the mean over tokens of each head and channel, kept in float32.
+    - `center`: first subtract the center of each head and channel, kept in float32 as `mean`: the
+      lower median of the finite values of the first 32 tokens that can be seen. Softmax does not
+      see what all keys share; no later token moves it.
     - `rotate`: first a randomised Hadamard rotation along H (in blocks of the largest power of two
       that divides H), which spreads outliers. `dequantize` undoes it.
     - `float_minimum`: keep each block's smallest element in place of a zero point; needs
@@ -322,19 +327,23 @@ def dequantize_rotated(x: QuantizedTensor, dtype: Any) -> jax.Array:
     scale = spread(x.scale.astype(dtype), spec, shape)
     codes = unpack(x.data).astype(dtype) if spec.bits == 4 else x.data.astype(dtype)
     if x.minimum is not None:
-        # Halves: 15 steps may be more than the largest float although their sum is not.
+        # Halves: the steps may be more than the largest float although their sum is not.
         half = jnp.asarray(0.5, dtype)
         steps = codes - jnp.asarray(spec.code_range[0], dtype)
         minimum = spread(x.minimum.astype(dtype), spec, shape)
         restored = (steps * (scale * half) + minimum * half) * jnp.asarray(2, dtype)
     elif x.zero_point is not None:
-        # A rounded zero point may take the last step past the largest float.
-        largest = float(np.finfo(np.float32).max)
         zero = spread(x.zero_point.astype(dtype), spec, shape)
-        restored = jnp.clip((codes - zero) * scale, -largest, largest)
+        restored = (codes - zero) * scale
     else:
         restored = codes * scale
-    return restored if x.mean is None else restored + x.mean.astype(dtype)
+    # A rounded scale, zero point or minimum may take the last step past the largest float, and so
+    # may the center.
+    largest = float(np.finfo(np.float32).max)
+    restored = jnp.clip(restored, -largest, largest)
+    if x.mean is None:
+        return restored
+    return jnp.clip(restored + x.mean.astype(dtype), -largest, largest)
 
 
 def spread(cells: jax.Array, spec: QuantSpec, shape: tuple[int, ...]) -> jax.Array:

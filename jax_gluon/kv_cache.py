@@ -352,7 +352,8 @@ def _centred(
         return x, None
     if x.shape[1] >= _LEAST_CENTRED:
         # For the mean alone; XLA drops the rest.
-        own = lowering.quantize(spec, "xla", x, count).mean
+        token = jnp.arange(x.shape[1], dtype=jnp.int32)
+        own = lowering.quantize(spec, "xla", x, token[None, :] < count[:, None]).mean
         assert own is not None
         is_first = (length == 0) & (count >= _LEAST_CENTRED)
         mean = jnp.where(is_first[:, None, None, None], own, mean)

@@ -25,6 +25,7 @@ from jax_gluon import xla, xla_quantize
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec, rotation
 from jax_gluon.problem import (
     EMPTY_ROW_LOG_SUM_EXP,
+    LEAST_LOGIT,
     AttentionProblem,
     FloatOperands,
     Kernels,
@@ -110,19 +111,19 @@ def register() -> None:
 
 @jit(0, 1)
 def quantize(
-    spec: QuantSpec, implementation: str | None, x: jax.Array, lengths: jax.Array | None
+    spec: QuantSpec, implementation: str | None, x: jax.Array, visible: jax.Array | None
 ) -> QuantizedTensor:
-    """The codes of float `x` `[B, T, N, H]`; `lengths` (int32 `[B]`) bounds the mean's tokens."""
+    """The codes of float `x` `[B, T, N, H]`; `visible` (bool `[B, T]`): tokens that can be seen."""
     if x.dtype == jnp.float64:
         dtype = x.dtype
-        quantized = quantize(spec, implementation, x.astype(jnp.float32), lengths)
+        quantized = quantize(spec, implementation, x.astype(jnp.float32), visible)
         return dataclasses.replace(quantized, dtype=dtype)
     return _on_platform(
         implementation,
         functools.partial(_quantize_plugin, spec, implementation),
         functools.partial(_quantize_xla, spec),
         x,
-        lengths,
+        visible,
     )
 
 
@@ -131,20 +132,54 @@ def _quantize_operands(
 ) -> Operands:
     """The operands with those that `problem.quantization` names as codes.
 
-    Means are those of the tokens within the lengths; a `QuantizedTensor` stays what it is.
+    Codes know nothing of hidden tokens; a `QuantizedTensor` stays what it is.
     """
     query_spec, key_spec, value_spec = _specs(problem, operands)
+    query_visible, key_value_visible = visible_tokens(problem, operands)
 
-    def codes(x: Any, spec: QuantSpec | None, lengths: jax.Array | None) -> Any:
-        if spec is None:
-            return x
-        return quantize(spec, implementation, x, lengths if spec.center else None)
+    def codes(x: Any, spec: QuantSpec | None, visible: jax.Array | None) -> Any:
+        return x if spec is None else quantize(spec, implementation, x, visible)
 
     return operands._replace(
-        query=codes(operands.query, query_spec, operands.query_seq_lengths),
-        key=codes(operands.key, key_spec, operands.key_value_seq_lengths),
-        value=codes(operands.value, value_spec, operands.key_value_seq_lengths),
+        query=codes(operands.query, query_spec, query_visible),
+        key=codes(operands.key, key_spec, key_value_visible),
+        value=codes(operands.value, value_spec, key_value_visible),
     )
+
+
+def visible_tokens(
+    problem: AttentionProblem, operands: Operands
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The query rows and the keys that may be seen: bool `[B, T]` and `[B, S]`; None: all.
+
+    Masks and biases count where they are the same for all rows; then a key is seen if any head
+    sees it.
+    """
+    B, T = operands.query.shape[:2]
+    S = operands.key.shape[1]
+    row, key = (jnp.arange(extent, dtype=jnp.int32)[None, :] for extent in (T, S))
+    query = keys = None
+    if operands.query_seq_lengths is not None:
+        query = row < operands.query_seq_lengths[:, None]
+    conditions: list[jax.Array] = []
+    reach = 0 if problem.is_causal else S
+    if problem.local_window is not None:
+        reach = min(reach, problem.local_window[1])
+    if T + reach < S and operands.query_offset is None:
+        conditions.append(key < T + reach)
+    if operands.key_value_seq_lengths is not None:
+        conditions.append(key < operands.key_value_seq_lengths[:, None])
+    by_head: list[jax.Array] = []
+    if operands.mask is not None and operands.mask.shape[2] == 1:
+        by_head.append(operands.mask)
+    if operands.bias is not None and operands.bias.shape[2] == 1 and problem.soft_cap is None:
+        by_head.append(~(operands.bias < LEAST_LOGIT))  # NaN is visible
+    if by_head:
+        seen = functools.reduce(jnp.logical_and, by_head)
+        conditions.append(jnp.any(seen, axis=(1, 2)))
+    if conditions:
+        keys = jnp.broadcast_to(functools.reduce(jnp.logical_and, conditions), (B, S))
+    return query, keys
 
 
 def _specs(problem: AttentionProblem, operands: Operands) -> list[QuantSpec | None]:
@@ -255,6 +290,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "has_mask": np.int64(operands.mask is not None),
         "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
         "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
+        "has_query_offset": np.int64(operands.query_offset is not None),
         **_format_attributes("query", operands.query),
         **_format_attributes("key", operands.key),
         **_format_attributes("value", operands.value),
@@ -347,8 +383,11 @@ def _forward_plugin(
         attributes[f"{name}_per_tensor"] = np.int64(
             spec is not None and spec.granularity == "tensor"
         )
+    visible = visible_tokens(problem, operands) if any(specs) else (None, None)
+    for name, tokens in zip(("query", "key_value"), visible, strict=True):
+        attributes[f"has_{name}_visible"] = np.int64(tokens is not None)
     out, row_maximum, log2_sum, *made = _ffi_call(_ATTENTION_FORWARD, [*results, *made])(
-        *_arguments(given), **attributes
+        *_arguments(given), *(x for x in visible if x is not None), **attributes
     )
     residuals = Residuals(_with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
     return _log_sum_exp(row_maximum, log2_sum, math.log(2.0)), residuals
@@ -415,11 +454,11 @@ def _backward_bias_plugin(
 
 
 def _quantize_plugin(
-    spec: QuantSpec, implementation: str | None, x: jax.Array, lengths: jax.Array | None
+    spec: QuantSpec, implementation: str | None, x: jax.Array, visible: jax.Array | None
 ) -> QuantizedTensor:
     results, unflatten = _flatten(_codes(spec, x))
     leaves = _ffi_call(_QUANTIZE, results)(
-        *([x] if lengths is None else [x, lengths]),
+        *([x] if visible is None else [x, visible]),
         device=_DEVICES[implementation],
         bits=np.int64(spec.bits),
         symmetric=np.int64(spec.symmetric),
@@ -429,7 +468,7 @@ def _quantize_plugin(
         per_tensor=np.int64(spec.granularity == "tensor"),
         center=np.int64(spec.center),
         rotate=np.int64(spec.rotate),
-        has_lengths=np.int64(lengths is not None),
+        has_visible=np.int64(visible is not None),
     )
     return unflatten(leaves)
 
@@ -471,8 +510,8 @@ def _float_operands(operands: Operands, dtype: DTypeLike) -> FloatOperands:
     return FloatOperands(query, key, value, *operands[3:])
 
 
-def _quantize_xla(spec: QuantSpec, x: jax.Array, lengths: jax.Array | None) -> QuantizedTensor:
-    return xla_quantize.quantize(x, spec, lengths)
+def _quantize_xla(spec: QuantSpec, x: jax.Array, visible: jax.Array | None) -> QuantizedTensor:
+    return xla_quantize.quantize(x, spec, visible)
 
 
 def _forward_xla(

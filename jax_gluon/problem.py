@@ -63,7 +63,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
     or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
     extent 1 or the full one; the lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where
-    they are used.
+    they are used. Row i stands at position `i + query_offset[b]` (int32 `[B]`; None: 0), in which
+    causal and window are meant.
     """
 
     query: _Rows
@@ -73,6 +74,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     mask: jax.Array | None = None
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
+    query_offset: jax.Array | None = None
 
 
 Operands = AttentionOperands[jax.Array | QuantizedTensor]

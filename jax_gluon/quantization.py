@@ -37,8 +37,9 @@ def quantize(
     - `x`: float32, bfloat16, float16 or float64, `[B, T, N, H]` or `[T, N, H]`; H must be even for
       4 bits.
     - `spec`: the format.
-    - `lengths`: integers `[B]` (or a scalar for rank 3), clamped to `[0, T]`: with `spec.center`,
-      the mean is that of the first `lengths[b]` tokens.
+    - `lengths`: integers `[B]` (or a scalar for rank 3), clamped to `[0, T]`: the tokens at and past
+      `lengths[b]` are hidden. They count in no scale and no center, whatever they hold, and are
+      coded as zeros.
     - `implementation`: `"cpu"` (the plugin), `"metal"` (the GPU), `"xla"`, or None, which takes the
       plugin on the CPU.
 
@@ -80,10 +81,13 @@ def quantize(
         shape = array.shape[:-3]
         checked = checked_lengths(lengths, shape, array.shape[-3], f"shape {shape}", _fail_lengths)
     array = jax.lax.stop_gradient(array)
+    visible = None
+    if checked is not None:
+        token = jnp.arange(array.shape[-3], dtype=jnp.int32)
+        visible = token[None, :] < checked.reshape(-1, 1)
     quantized = lowering.quantize(
-        spec, implementation, array if is_batched else array[None],
-        None if checked is None else checked.reshape(-1),
-    )  # fmt: skip
+        spec, implementation, array if is_batched else array[None], visible
+    )
     return quantized if is_batched else quantized[0]
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon.formats import QuantizedTensor, QuantSpec, pack, rotation, spread
+from jax_gluon.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec, pack, rotation, spread
 
 # A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 _LEAST_SCALE = 2.0**-125
+# A center above this counts as zero: differences from it might not be finite.
+_LARGEST_CENTER = 2.0**100
 
 
-def quantize(x: jax.Array, spec: QuantSpec, lengths: jax.Array | None = None) -> QuantizedTensor:
-    """Codes of float `x` `[..., T, N, H]`; `lengths` (int32 `[B]`) bounds the tokens of the mean.
+def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) -> QuantizedTensor:
+    """Codes of float `x` `[..., T, N, H]`; `visible`, bool `[..., T]`, says what can be seen.
 
-    A block with a NaN or an infinity gets a NaN scale and codes of 0, so that it dequantizes to
-    NaN; a mean is that of the finite values.
+    A hidden token counts in no extreme and in no center, and is coded as zeros. A block with a NaN
+    or an infinity gets a NaN scale and codes of 0, so that it dequantizes to NaN.
     """
     dtype, H = x.dtype, x.shape[-1]
     x = x.astype(jnp.float32)
@@ -25,11 +30,14 @@ def quantize(x: jax.Array, spec: QuantSpec, lengths: jax.Array | None = None) ->
         x = jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
     mean = None
     if spec.center:
-        mean = _token_mean(x, lengths)
+        mean = token_center(x, visible)
         largest = np.finfo(np.float32).max
         # A difference of two finite numbers is kept finite.
         x = jnp.where(jnp.isfinite(x), jnp.clip(x - mean, -largest, largest), x)
-    least, most = _extremes(x, spec)
+    hidden = None if visible is None else ~visible[..., None, None]
+    if hidden is not None:
+        x = jnp.where(hidden, jnp.zeros_like(x), x)
+    least, most = _extremes(x, hidden, spec)
     scale, zero_point, minimum = _parameters(least, most, spec)
     codes = _codes(x, scale, zero_point, minimum, spec)
     return QuantizedTensor(
@@ -38,33 +46,71 @@ def quantize(x: jax.Array, spec: QuantSpec, lengths: jax.Array | None = None) ->
     )  # fmt: skip
 
 
-def _token_mean(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    counted = jnp.isfinite(x)
-    if lengths is not None:
-        token = jnp.arange(x.shape[-3], dtype=jnp.int32)
-        inside = token < lengths if x.ndim == 3 else token[None, :] < lengths[:, None]
-        counted &= inside[..., None, None]
-    count = jnp.sum(counted, axis=-3, keepdims=True, dtype=jnp.int32)
-    # Each term is divided before the sum, which can then not overflow.
-    terms = jnp.where(counted, x, jnp.zeros_like(x)) / jnp.maximum(count, 1).astype(x.dtype)
-    return jnp.sum(terms, axis=-3, keepdims=True)
+def token_center(x: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """The lower median of each head and channel over the first `CENTER_TOKENS` visible tokens.
+
+    Of the finite values; 0 where there is none, or where a difference from it might overflow. It depends on no later token, so neither the future
+    of a causal row nor the order in which a cache gets its tokens moves it, and an outlier does not
+    either.
+
+    **Arguments:** `x`: float32 `[..., T, N, H]`; `visible`: bool `[..., T]`, or None for all.
+
+    **Returns:** float32 `[..., 1, N, H]`.
+    """
+    count = min(CENTER_TOKENS, x.shape[-3])
+    if count == 0:
+        return jnp.zeros((*x.shape[:-3], 1, *x.shape[-2:]), x.dtype)
+    if visible is None:
+        x = x[..., :count, :, :]
+    else:
+        first = jnp.argsort(~visible, axis=-1, stable=True)[..., :count]
+        taken = jnp.take_along_axis(visible, first, axis=-1)[..., None, None]
+        x = jnp.take_along_axis(x, first[..., None, None], axis=-3)
+        x = jnp.where(taken, x, jnp.full_like(x, jnp.inf))
+    finite = jnp.isfinite(x)
+    ordered = jnp.sort(jnp.where(finite, x, jnp.full_like(x, jnp.inf)), axis=-3)
+    number = jnp.sum(finite, axis=-3, keepdims=True, dtype=jnp.int32)
+    at = jnp.maximum(number - 1, 0) // 2
+    middle = jnp.take_along_axis(ordered, at, axis=-3)
+    # An infinity, where there is none, is too large too.
+    return jnp.where(jnp.abs(middle) <= _LARGEST_CENTER, middle, jnp.zeros_like(middle))
 
 
-def _extremes(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
-    """Least and largest element of each block; NaN where one of them is not finite."""
+def _extremes(
+    x: jax.Array, hidden: jax.Array | None, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Least and largest element of each block; NaN where one of them is not finite.
+
+    Hidden tokens do not count; a block of nothing else has 0 for both.
+    """
     shape = spec.scale_shape(x.shape)
-    x = jnp.where(jnp.isfinite(x), x, jnp.full_like(x, jnp.nan))
     if 0 in x.shape:
         return jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
-    if spec.granularity == "tensor":
-        return jnp.broadcast_to(jnp.min(x), shape), jnp.broadcast_to(jnp.max(x), shape)
     T, N, H = x.shape[-3:]
     token, head = spec.token_block or T, spec.head_block or H
-    # A short last block is filled up with its last element.
-    widths = [(0, 0)] * (x.ndim - 3) + [(0, -T % token), (0, 0), (0, -H % head)]
-    x = jnp.pad(x, widths, mode="edge")
-    x = x.reshape(*x.shape[:-3], x.shape[-3] // token, token, N, x.shape[-1] // head, head)
-    return jnp.min(x, axis=(-4, -1)), jnp.max(x, axis=(-4, -1))
+    if spec.granularity == "tensor":
+        blocked, axes = x.shape, None
+    else:
+        blocked = (*x.shape[:-3], shape[-3], token, N, shape[-1], head)
+        axes = (-4, -1)
+
+    def reduced(reduce: Callable[..., jax.Array], x: jax.Array, neutral: Any) -> jax.Array:
+        if hidden is not None:
+            x = jnp.where(hidden, jnp.full_like(x, neutral), x)
+        # A short last block is filled up with what changes nothing.
+        widths = [(0, 0)] * (x.ndim - 3) + [(0, -T % token), (0, 0), (0, -H % head)]
+        x = jnp.pad(x, widths, constant_values=neutral)
+        return jnp.broadcast_to(reduce(x.reshape(blocked), axis=axes), shape)
+
+    least, most = reduced(jnp.min, x, jnp.inf), reduced(jnp.max, x, -jnp.inf)
+    # XLA's minimum and maximum drop a NaN on the CPU.
+    is_finite = reduced(jnp.all, jnp.isfinite(x), True)
+    nan = jnp.full_like(least, jnp.nan)
+    is_empty = least > most
+    least, most = (
+        jnp.where(is_empty, jnp.zeros_like(x), jnp.where(is_finite, x, nan)) for x in (least, most)
+    )
+    return least, most
 
 
 def _parameters(

@@ -104,6 +104,10 @@ struct AttentionCall {
   std::vector<int64_t> query_seq_lengths_offset;
   const int32_t* key_value_seq_lengths = nullptr;
   std::vector<int64_t> key_value_seq_lengths_offset;
+  // Optional; row i of entry b stands at position i + query_offset[query_offset_offset[b]], in
+  // which causal and window are meant. Any value is legal.
+  const int32_t* query_offset = nullptr;
+  std::vector<int64_t> query_offset_offset;
 };
 
 // A row's log-sum-exp is kept in base 2, in two parts: a maximum of its logits, and log2 of the sum
@@ -111,6 +115,12 @@ struct AttentionCall {
 // that sees no key stores 0 and this finite value (infinity would trip jax_debug_infs); the Python
 // side turns it into -inf.
 constexpr float kEmptyRowLog2Sum = -3.0e38f;
+
+// The center of a head and channel is the lower median of the finite values among this many of the
+// first tokens that can be seen; 0 where there are none, and where it is so large that a difference
+// from it might not be finite. It depends on no later token, and an outlier does not move it.
+constexpr int64_t kCenterTokens = 32;
+constexpr float kLargestCenter = 0x1p100f;
 
 // Codes of float rows; a block of elements that share a scale may span rows and heads.
 struct QuantizeCall {
@@ -124,9 +134,11 @@ struct QuantizeCall {
   int64_t token_block = 1, head_block = 0;
   bool per_tensor = false;  // one scale for everything but L
   bool rotate = false;      // by the randomised Hadamard matrix along H, before all else
-  bool center = false;  // subtract the mean over the first lengths[b] tokens (finite values only)
-  const int32_t* lengths = nullptr;  // optional
-  std::vector<int64_t> lengths_offset;
+  bool center = false;      // subtract the center of each head and channel: see kCenterTokens
+  // Optional: 1 where token i of entry b can be seen, at visible[visible_offset[b] + i]. A token
+  // that can't be is in no extreme and no center, and is read as zeros.
+  const uint8_t* visible = nullptr;
+  std::vector<int64_t> visible_offset;
 
   Result data;    // [B, S, K, H], int8, or [B, S, K, H / 2], kU4x2
   Result scale;   // [B, S', K', H'], float32 or bfloat16

@@ -150,12 +150,12 @@ void make_distinct_maps(QuantizeCall& call, int64_t batch) {
   if (batch == 0) return;
   const auto stride = static_cast<size_t>(batch);
   const std::vector<int64_t> x = std::move(call.x.batch_offset);
-  const std::vector<int64_t> lengths = std::move(call.lengths_offset);
+  const std::vector<int64_t> visible = std::move(call.visible_offset);
   call.x.batch_offset.clear();
-  call.lengths_offset.clear();
+  call.visible_offset.clear();
   std::map<std::pair<int64_t, int64_t>, int64_t> seen;
   for (size_t at = 0; at < x.size(); at += stride) {
-    const std::pair<int64_t, int64_t> key = {x[at], lengths.empty() ? 0 : lengths[at]};
+    const std::pair<int64_t, int64_t> key = {x[at], visible.empty() ? 0 : visible[at]};
     const auto [found, is_first] = seen.emplace(key, static_cast<int64_t>(seen.size()));
     call.map_made.push_back(found->second);
     if (!is_first) continue;
@@ -165,7 +165,7 @@ void make_distinct_maps(QuantizeCall& call, int64_t batch) {
       to.insert(to.end(), begin, begin + batch);
     };
     append(call.x.batch_offset, x);
-    append(call.lengths_offset, lengths);
+    append(call.visible_offset, visible);
   }
   call.L = static_cast<int64_t>(seen.size());
   call.B = call.L * batch;
@@ -187,8 +187,17 @@ Operand as_operand(const Result& result, const QuantizeCall& made, const Shape& 
   return x;
 }
 
+// Which of the S tokens of each entry can be seen.
+void decode_visible(Decoder& decoder, const std::string& name, int64_t batch, int64_t S,
+                    const uint8_t** visible, std::vector<int64_t>* offset) {
+  ffi::DataType dtype;
+  std::vector<int64_t> strides;
+  *visible = static_cast<const uint8_t*>(
+      decoder.operand(name, {batch, S}, false, {ffi::DataType::PRED}, &dtype, offset, &strides));
+}
+
 // What an attention call makes of one operand's floats: codes, which become the operand. `made`
-// says whose they are, and which tokens its mean is of. What vmap did not map is made once, and its
+// says whose they are, and which tokens can be seen. What vmap did not map is made once, and its
 // codes are read by all entries.
 void decode_made_codes(Decoder& decoder, const std::string& name, const Format& format,
                        const Shape& shape, QuantizableOperand& x, QuantizeCall& made) {
@@ -241,6 +250,7 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
   const bool has_bias = decoder.flag("has_bias");
   const bool has_mask = decoder.flag("has_mask");
   const bool has_query_seq_lengths = decoder.flag("has_query_seq_lengths");
+  const bool has_query_offset = decoder.flag("has_query_offset");
   const bool has_key_value_seq_lengths = decoder.flag("has_key_value_seq_lengths");
   const std::vector<Format> formats = {decode_format(decoder, "query", made != nullptr),
                                        decode_format(decoder, "key", made != nullptr),
@@ -298,6 +308,10 @@ int64_t decode_call(Decoder& decoder, AttentionCall& call, bool* has_d_log_sum_e
         decoder.operand("key_value_seq_lengths", {batch}, false, ints, &dtype,
                         &call.key_value_seq_lengths_offset, &strides));
   }
+  if (has_query_offset) {
+    call.query_offset = static_cast<const int32_t*>(decoder.operand(
+        "query_offset", {batch}, false, ints, &dtype, &call.query_offset_offset, &strides));
+  }
   return batch;
 }
 
@@ -326,26 +340,26 @@ AttentionForwardCall decode_forward(Decoder& decoder) {
   call.row_maximum = decoder.result("row_maximum", rows, {ffi::DataType::F32});
   call.log2_sum = decoder.result("log2_sum", rows, {ffi::DataType::F32});
   if (decoder.failed()) return call;
+  QuantizeCall query, key_value;  // for who can be seen alone
+  if (decoder.flag("has_query_visible")) {
+    decode_visible(decoder, "query_visible", batch, call.T, &query.visible, &query.visible_offset);
+  }
+  if (decoder.flag("has_key_value_visible")) {
+    decode_visible(decoder, "key_value_visible", batch, call.S, &key_value.visible,
+                   &key_value.visible_offset);
+  }
+  if (decoder.failed()) return call;
   const auto make = [&](const char* name, const Format& format, const Shape& shape,
-                        QuantizableOperand& x, const int32_t* lengths,
-                        const std::vector<int64_t>& lengths_offset) {
+                        QuantizableOperand& x, QuantizeCall made) {
     if (!format.is_made || decoder.failed()) return;
-    QuantizeCall made;
     made.L = decoder.leading_count();
     made.B = call.B;
-    if (format.has_mean) {
-      made.lengths = lengths;
-      made.lengths_offset = lengths_offset;
-    }
     decode_made_codes(decoder, name, format, shape, x, made);
     call.quantize.push_back(std::move(made));
   };
-  make("query", formats[0], {batch, call.T, call.N, call.H}, call.query, call.query_seq_lengths,
-       call.query_seq_lengths_offset);
-  make("key", formats[1], {batch, call.S, call.K, call.H}, call.key, call.key_value_seq_lengths,
-       call.key_value_seq_lengths_offset);
-  make("value", formats[2], {batch, call.S, call.K, call.V}, call.value, call.key_value_seq_lengths,
-       call.key_value_seq_lengths_offset);
+  make("query", formats[0], {batch, call.T, call.N, call.H}, call.query, query);
+  make("key", formats[1], {batch, call.S, call.K, call.H}, call.key, key_value);
+  make("value", formats[2], {batch, call.S, call.K, call.V}, call.value, key_value);
   return call;
 }
 
@@ -394,7 +408,7 @@ QuantizeCall decode_quantize(Decoder& decoder) {
   }
   call.center = decoder.flag("center");
   call.rotate = decoder.flag("rotate");
-  const bool has_lengths = decoder.flag("has_lengths");
+  const bool has_visible = decoder.flag("has_visible");
   decoder.set_leading(4);
   const Shape shape = decoder.peek_shape(0, "x", 4);
   call.L = decoder.leading_count();
@@ -403,12 +417,8 @@ QuantizeCall decode_quantize(Decoder& decoder) {
   call.K = shape[2];
   call.H = shape[3];
   call.x = decoder.float_operand("x", shape);
-  if (has_lengths) {
-    ffi::DataType dtype;
-    std::vector<int64_t> strides;
-    call.lengths = static_cast<const int32_t*>(decoder.operand("lengths", {shape[0]}, false,
-                                                               {ffi::DataType::S32}, &dtype,
-                                                               &call.lengths_offset, &strides));
+  if (has_visible) {
+    decode_visible(decoder, "visible", shape[0], call.S, &call.visible, &call.visible_offset);
   }
   decode_codes(decoder, "", shape, call);
   return call;

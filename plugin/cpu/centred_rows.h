@@ -1,4 +1,4 @@
-// Keys or values as rows without the mean of their head, whether the quantizer took it away or it
+// Keys or values as rows without the center of their head, whether the quantizer took it away or it
 // is taken away here. Softmax does not see what all keys share, and the output gets back what all
 // values share; without it rounding errors, relative to a row's largest element, are smaller, and
 // what rounded outputs leave in delta has nothing to multiply.
@@ -10,6 +10,7 @@
 #include "../device.h"
 #include "logits.h"
 #include "quantized_rows.h"
+#include "token_center.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -23,15 +24,16 @@ class CentredRows {
   // Finds the means that are not stored; without this call, rows are as they are stored.
   void find_means(Parallel& parallel) {
     if (!x_.quantization || x_.quantization.mean) return;
-    find_means_and_largest(parallel);
+    means_.allocate(call_.B * call_.K * width_);
+    parallel.run(call_.B * call_.K, [this](int64_t head) { find_center(head); });
+    has_means_ = true;
   }
   // The same, and what `largest` gives.
   void find_means_and_largest(Parallel& parallel) {
     if (!x_.quantization) return;
-    means_.allocate(call_.B * call_.K * width_);
+    find_means(parallel);
     largest_.allocate(call_.B * call_.K);
-    parallel.run(call_.B * call_.K, [this](int64_t head) { find_mean(head); });
-    has_means_ = !x_.quantization.mean;
+    parallel.run(call_.B * call_.K, [this](int64_t head) { find_largest(head); });
   }
 
   // What rows of kv head k lack, or null.
@@ -61,35 +63,35 @@ class CentredRows {
   }
 
  private:
-  // Over the finite elements of the keys within the lengths.
-  void find_mean(int64_t head) {
-    const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
-    Buffer<float> scratch(4 * (width_ + Isa::kLanes));
-    float* row = scratch.get();
-    float* sum = row + width_ + Isa::kLanes;
-    float* count = sum + width_ + Isa::kLanes;
-    float* most = count + width_ + Isa::kLanes;
-    std::fill(sum, sum + width_, 0.0f);
-    std::fill(count, count + width_, 0.0f);
-    std::fill(most, most + width_, 0.0f);
-    const float share = 1.0f / static_cast<float>(std::max<int64_t>(keys, 1));
-    for (int64_t j = 0; j < keys; ++j) {
+  void find_center(int64_t head) {
+    const int64_t b = head / call_.K, k = head % call_.K;
+    const int64_t tokens = std::min(kCenterTokens, Visibility(call_, b).keys());
+    const int64_t stride = round_up(width_, Isa::kLanes);
+    Buffer<float> scratch((kCenterTokens + 1) * stride);
+    float *rows = scratch.get(), *center = rows + kCenterTokens * stride;
+    for (int64_t j = 0; j < tokens; ++j) {
+      float* row = rows + j * stride;
       QuantizedRow<Isa>::load(x_, b, j, k, width_, row);
+      std::fill(row + width_, row + stride, 0.0f);
+    }
+    median_of_rows<Isa>(rows, tokens, stride, stride, center);
+    std::copy(center, center + width_, means_.get() + head * width_);
+  }
+
+  // Over the finite elements of the keys within the lengths.
+  void find_largest(int64_t head) {
+    const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
+    Buffer<float> scratch(width_ + Isa::kLanes);
+    float* row = scratch.get();
+    float largest = 0.0f;
+    for (int64_t j = 0; j < keys; ++j) {
+      load(b, j, k, row);
       for (int64_t h = 0; h < width_; ++h) {
-        const bool finite = std::fabs(row[h]) <= std::numeric_limits<float>::max();
-        sum[h] += finite ? row[h] * share : 0.0f;
-        count[h] += finite ? share : 0.0f;
-        most[h] = finite ? std::max(most[h], std::fabs(row[h])) : most[h];
+        const float size = std::fabs(row[h]);
+        largest = size <= std::numeric_limits<float>::max() ? std::max(largest, size) : largest;
       }
     }
-    float* out = means_.get() + head * width_;
-    float largest = 0.0f;
-    for (int64_t h = 0; h < width_; ++h) {
-      out[h] = count[h] > 0.0f ? sum[h] / count[h] : 0.0f;
-      // A stored mean is not in the rows that were looked at.
-      largest = std::max(largest, most[h] + (x_.quantization.mean ? 0.0f : std::fabs(out[h])));
-    }
-    largest_[head] = std::min(largest, std::numeric_limits<float>::max());
+    largest_[head] = largest;
   }
 
   const AttentionCall& call_;

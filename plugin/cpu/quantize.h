@@ -6,6 +6,7 @@
 
 #include "../device.h"
 #include "quantized_rows.h"
+#include "token_center.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -31,8 +32,7 @@ template <class Isa>
 class Quantize {
   using F = typename Isa::F;
   static constexpr int64_t W = Isa::kLanes;
-  // Tokens per task, and tokens summed in float32 before their sum joins a double.
-  static constexpr int64_t kTokens = 256, kPartial = 64;
+  static constexpr int64_t kTokens = 256;  // of a task
   // A step below this counts as zero: dividing by it, or halving it, might leave the normal
   // numbers.
   static constexpr float kLeastScale = 0x1p-125f;
@@ -53,7 +53,7 @@ class Quantize {
       const float norm = 1.0f / std::sqrt(static_cast<float>(block));
       for (int64_t h = 0; h < call_.H; ++h) sign_[h] = rotation_sign(h) * norm;
     }
-    if (call_.center) parallel_.run(call_.B * call_.K, [this](int64_t task) { find_mean(task); });
+    if (call_.center) parallel_.run(call_.B * call_.K, [this](int64_t task) { find_center(task); });
     if (call_.token_block == 0) {
       quantize_whole_axis();
       return;
@@ -96,6 +96,10 @@ class Quantize {
     return static_cast<float*>(call_.mean.data) + (b * call_.K + k) * call_.H;
   }
 
+  bool is_visible(int64_t b, int64_t i) const {
+    return !call_.visible || call_.visible[call_.visible_offset[static_cast<size_t>(b)] + i] != 0;
+  }
+
   // Row (b, i, k) as float32, rotated and zero-padded; not yet centred.
   void load(int64_t b, int64_t i, int64_t k, float* row) const {
     load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, call_.H, row);
@@ -103,7 +107,12 @@ class Quantize {
     if (call_.rotate) rotate(row);
   }
 
+  // Zeros where the token can't be seen.
   void load_centred(int64_t b, int64_t i, int64_t k, float* row) const {
+    if (!is_visible(b, i)) {
+      std::fill(row, row + width_, 0.0f);
+      return;
+    }
     load(b, i, k, row);
     if (!call_.center) return;
     const float* centre = mean(b, k);
@@ -143,33 +152,17 @@ class Quantize {
     }
   }
 
-  // The mean over tokens of the finite values: any finite number keeps softmax's invariance exact,
-  // and a NaN in one token must not reach the others.
-  void find_mean(int64_t task) {
-    const int64_t b = task / call_.K, k = task % call_.K, H = call_.H;
-    int64_t tokens = call_.S;
-    if (call_.lengths) {
-      tokens = call_.lengths[call_.lengths_offset[static_cast<size_t>(b)]];
-      tokens = std::min(std::max<int64_t>(tokens, 0), call_.S);
+  // Any finite number keeps softmax's invariance exact.
+  void find_center(int64_t task) const {
+    const int64_t b = task / call_.K, k = task % call_.K;
+    Buffer<float> scratch((kCenterTokens + 1) * width_);
+    float *rows = scratch.get(), *center = rows + kCenterTokens * width_;
+    int64_t count = 0;
+    for (int64_t i = 0; i < call_.S && count < kCenterTokens; ++i) {
+      if (is_visible(b, i)) load(b, i, k, rows + count++ * width_);
     }
-    Buffer<float> scratch(3 * width_);
-    float *row = scratch.get(), *sum = row + width_, *count = sum + width_;
-    Buffer<double> total(2 * H);
-    std::fill(total.get(), total.get() + 2 * H, 0.0);
-    for (int64_t begin = 0; begin < tokens; begin += kPartial) {
-      const Range part{begin, std::min(tokens, begin + kPartial)};
-      if (!add_tokens<false>(b, k, part, row, sum, count)) {
-        add_tokens<true>(b, k, part, row, sum, count);
-      }
-      for (int64_t h = 0; h < H; ++h) {
-        total[h] += static_cast<double>(sum[h]) * kPartial;
-        total[H + h] += static_cast<double>(count[h]);
-      }
-    }
-    float* out = mean(b, k);
-    for (int64_t h = 0; h < H; ++h) {
-      out[h] = total[H + h] > 0.0 ? static_cast<float>(total[h] / total[H + h]) : 0.0f;
-    }
+    median_of_rows<Isa>(rows, count, width_, width_, center);
+    std::copy(center, center + call_.H, mean(b, k));
   }
 
   // Symmetric 8-bit rows, straight from the operand.
@@ -195,6 +188,11 @@ class Quantize {
         const float* centre = call_.center ? mean(b, k) : nullptr;
         int8_t* codes = static_cast<int8_t*>(call_.data.data) + (first + k) * call_.H;
         float* scale = static_cast<float*>(call_.scale.data) + first + k;
+        if (!is_visible(b, i)) {
+          std::fill(codes, codes + call_.H, static_cast<int8_t>(0));
+          *scale = 0.0f;
+          continue;
+        }
         if (centre) {
           round_row([&](int64_t h) { return centred(load(x + h), Isa::load(centre + h)); }, codes,
                     scale);
@@ -226,41 +224,6 @@ class Quantize {
     }
   }
 
-  // Sums of tokens, scaled so that kPartial of the largest floats have a finite one, and their
-  // numbers. Without kCheck all have to be finite; false where they are not.
-  template <bool kCheck>
-  bool add_tokens(int64_t b, int64_t k, Range tokens, float* row, float* sum, float* count) const {
-    std::fill(sum, sum + width_, 0.0f);
-    std::fill(count, count + width_, kCheck ? 0.0f : static_cast<float>(tokens.end - tokens.begin));
-    const F share = Isa::set1(1.0f / kPartial), one = Isa::set1(1.0f), zero = Isa::zero();
-    const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
-    const bool plain = call_.x.dtype == DType::kF32 && call_.H % W == 0 && !call_.rotate;
-    for (int64_t i = tokens.begin; i < tokens.end; ++i) {
-      const float* x = row;
-      if (plain) {
-        x = static_cast<const float*>(row_of(call_.x, b, i, k));
-      } else {
-        load(b, i, k, row);
-      }
-      for (int64_t h = 0; h < width_; h += W) {
-        const F element = Isa::load(x + h), before = Isa::load(sum + h);
-        if constexpr (kCheck) {
-          const F size = Isa::abs(element);
-          const F term = Isa::where_less(size, infinity, Isa::mul(element, share), zero);
-          Isa::store(sum + h, Isa::add(before, term));
-          const F counted = Isa::where_less(size, infinity, one, zero);
-          Isa::store(count + h, Isa::add(Isa::load(count + h), counted));
-        } else {
-          Isa::store(sum + h, Isa::add(before, Isa::mul(element, share)));
-        }
-      }
-    }
-    if constexpr (kCheck) return true;
-    F probe = zero;
-    for (int64_t h = 0; h < width_; h += W) probe = Isa::fma(Isa::load(sum + h), zero, probe);
-    return Isa::reduce_add(probe) == 0.0f;
-  }
-
   // Tokens [begin, end) of one head, which share scales.
   void quantize_block(int64_t b, int64_t k, int64_t begin, int64_t end, Scratch& s) const {
     if (call_.token_block == 1) {
@@ -277,6 +240,7 @@ class Quantize {
     }
     clear_extremes(s.least, s.most, s.probe);
     for (int64_t i = begin; i < end; ++i) {
+      if (!is_visible(b, i)) continue;
       load_centred(b, i, k, s.row);
       add_extremes(s.row, s.least, s.most, s.probe);
     }
@@ -302,6 +266,7 @@ class Quantize {
       float* x = of(b, k, chunk);
       clear_extremes(x, x + width_, x + 2 * width_);
       for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
+        if (!is_visible(b, i)) continue;
         load_centred(b, i, k, row.get());
         add_extremes(row.get(), x, x + width_, x + 2 * width_);
       }
