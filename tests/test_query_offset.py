@@ -40,7 +40,7 @@ def seen(T, S, offset, is_causal, window):
 
 
 @pytest.mark.parametrize(
-    "implementation, kernel, T, is_causal, window",
+    ("implementation", "kernel", "T", "is_causal", "window"),
     [
         ("cpu", "baseline", 1, True, None),
         ("cpu", "baseline", 3, True, (20, 0)),
