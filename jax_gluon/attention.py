@@ -149,7 +149,7 @@ def dot_product_attention(
         implementation=implementation,
         kernel=kernel,
     )
-    out, log_sum_exp = _run(arguments, False)
+    out, log_sum_exp = run(arguments, False)
     if not return_residual:
         return out
     residual = _show_empty_rows(jax.lax.stop_gradient(log_sum_exp))
@@ -186,7 +186,7 @@ def attention_with_log_sum_exp(
     function = "attention_with_log_sum_exp"
     check_keyword_names(function, keywords)
     arguments = check_arguments(function, query, key, value, bias, mask, **keywords)
-    out, log_sum_exp = _run(arguments, True)
+    out, log_sum_exp = run(arguments, True)
     return out, _show_empty_rows(log_sum_exp)
 
 
@@ -277,7 +277,7 @@ def _plan(arguments: CheckedArguments, implementation: str | None, kernel: kerne
     return Plan(implementation, forward[0], backward[0], reasons)
 
 
-def _run(
+def run(
     arguments: CheckedArguments, differentiates_log_sum_exp: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Output and natural log-sum-exp, finite in empty rows, in the caller's rank."""

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_gluon import attention as plain_attention
 from jax_gluon import lowering
-from jax_gluon.arguments import AttentionKeywords
-from jax_gluon.attention import dot_product_attention
+from jax_gluon.arguments import AttentionKeywords, CheckedArguments, check_arguments
 from jax_gluon.formats import (
+    CENTER_TOKENS,
     PRESETS,
     AttentionQuantization,
     QuantizedTensor,
@@ -26,8 +27,6 @@ from jax_gluon.formats import (
 )
 from jax_gluon.lengths import checked_lengths
 
-#: Tokens that the first append must bring for their mean to centre this and later ones.
-_LEAST_CENTRED = 32
 _GRANULARITIES = ("row", "group", "block", "channel_block")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _INTEGERS: Any = (int, np.integer)
@@ -42,7 +41,16 @@ _KEYWORDS = tuple(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("key", "value", "key_tail", "value_tail", "length", "dropped"),
+    data_fields=(
+        "key",
+        "value",
+        "key_head",
+        "value_head",
+        "key_tail",
+        "value_tail",
+        "length",
+        "dropped",
+    ),
     meta_fields=("query", "window", "dtype"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -54,6 +62,8 @@ class QuantizedKVCache:
 
     - `key`, `value`: `QuantizedTensor`s `[B, capacity, K, H]` and `[B, capacity, K, V]`; entries
       that no token has reached mean nothing.
+    - `key_head`, `value_head`: float32 `[B, 32, K, H]` and `[B, 32, K, V]`, the tokens that the
+      center is taken from (in whole blocks), where the format has one; else None.
     - `key_tail`, `value_tail`: float32 `[B, block, K, H]` and `[B, block, K, V]`, the tokens of the
       unfinished block, where the format shares scales between tokens; else None.
     - `length`: int32 `[B]`, tokens stored; with a window, tokens seen.
@@ -74,6 +84,8 @@ class QuantizedKVCache:
 
     key: QuantizedTensor
     value: QuantizedTensor
+    key_head: jax.Array | None
+    value_head: jax.Array | None
     key_tail: jax.Array | None
     value_tail: jax.Array | None
     length: jax.Array
@@ -138,6 +150,12 @@ class QuantizedKVCache:
             parts = jax.eval_shape(functools.partial(lowering.quantize, spec, "xla"), x, None)
             return dataclasses.replace(_zeros(parts), dtype=stands_for)
 
+        def head(spec: QuantSpec, width: int) -> jax.Array | None:
+            if not spec.center:
+                return None
+            tokens = -(-CENTER_TOKENS // spec.token_block) * spec.token_block
+            return jnp.zeros((batch, tokens, kv_heads, width), jnp.float32)
+
         def tail(spec: QuantSpec, width: int) -> jax.Array | None:
             if spec.token_block == 1:
                 return None
@@ -147,6 +165,7 @@ class QuantizedKVCache:
         length, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
         return QuantizedKVCache(
             empty(key_spec, head_dim), empty(value_spec, value_dim),
+            head(key_spec, head_dim), head(value_spec, value_dim),
             tail(key_spec, head_dim), tail(value_spec, value_dim),
             length, dropped, query_spec, window, stands_for,
         )  # fmt: skip
@@ -174,8 +193,8 @@ class QuantizedKVCache:
         fills. Without a window, tokens past the capacity are counted in `dropped` and nothing is
         overwritten for them; a query for one sees all that is stored.
 
-        Where a format is centred, the mean is that of the tokens of the entry's first append, if
-        those are at least 32, else 0; it then stays. (Softmax does not see what all keys share.)
+        Where a format is centred, the first 32 tokens of an entry are its center; until they are
+        there, the codes of the fewer change with each append.
 
         **Arguments:**
 
@@ -253,33 +272,47 @@ class QuantizedKVCache:
             if most < T:
                 allowed = f"at most {most}, for which this ring keeps all keys that they see"
                 _fail(ValueError, "attention", "query", f"of {T} tokens", allowed)
-        sees: dict[str, Any] = (
-            dict(key_value_seq_lengths=self.length)
-            if T == 1 and window is None
-            else dict(mask=_visible(self, T))
-        )
         if self.query is not None:
             keywords.setdefault("quantization", AttentionQuantization(query=self.query))
-        return cast(Any, dot_product_attention)(
-            q, self.key, self.value, scale=scale, logits_soft_cap=logits_soft_cap,
-            implementation=implementation, **sees, **keywords,
+        arguments = check_arguments(
+            "QuantizedKVCache.attention", q, self.key, self.value, None, None,
+            scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation,
+            is_causal=True, key_value_seq_lengths=self.length, **keywords,
         )  # fmt: skip
+        first = self.length + self.dropped - T
+        if window is None:
+            return _attend(arguments, first, self.length)[0]
+        # A ring's slots hold two laps, and positions in each of them follow the slots: the lap that
+        # is being written from `base` on, and what is left of the one before.
+        arguments = dataclasses.replace(
+            arguments,
+            problem=dataclasses.replace(arguments.problem, local_window=(window - 1, 0)),
+        )
+        base = jnp.maximum(self.length - 1, 0) // self.capacity * self.capacity
+        left = jnp.where(base > 0, self.capacity, 0)
+        return _merge(
+            _attend(arguments, first - base, self.length - base),
+            _attend(arguments, first - base + self.capacity, left),
+        )
 
 
-@lowering.jit(1)
-def _visible(cache: QuantizedKVCache, T: int) -> jax.Array:
-    """The slots that the last T tokens see: bool `[B, 1, T, capacity]`."""
-    length = cache.length[:, None, None]
-    position = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
-    if cache.window is not None:
-        # The last token that came into a slot.
-        position = length - 1 - (length - 1 - position) % cache.capacity
-    first = length + cache.dropped[:, None, None] - T
-    own = first + jnp.arange(T, dtype=jnp.int32)[None, :, None]
-    visible = (position >= 0) & (position <= own)
-    if cache.window is not None:
-        visible &= position > own - cache.window
-    return visible[:, None]
+def _attend(
+    arguments: CheckedArguments, query_offset: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    operands = arguments.operands._replace(query_offset=query_offset, key_value_seq_lengths=lengths)
+    return plain_attention.run(dataclasses.replace(arguments, operands=operands), True)
+
+
+@lowering.jit()
+def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The output over both parts of the keys, of output and log-sum-exp over each."""
+    (out_a, log_a), (out_b, log_b) = a, b
+    # Finite where a row sees nothing, and far below all else.
+    largest = jnp.maximum(log_a, log_b)
+    weight_a, weight_b = (jnp.exp(log - largest)[..., None] for log in (log_a, log_b))
+    total = weight_a + weight_b
+    merged = out_a * (weight_a / total) + out_b * (weight_b / total)
+    return merged.astype(out_a.dtype)
 
 
 @lowering.jit()
@@ -289,43 +322,61 @@ def _append(
     stored = count
     if cache.window is None:
         stored = jnp.minimum(count, cache.capacity - cache.length)
-    new_key, key_tail = _stored(cache.key, cache.key_tail, key, cache.length, stored)
-    new_value, value_tail = _stored(cache.value, cache.value_tail, value, cache.length, stored)
+    append = functools.partial(_stored, length=cache.length, count=stored)
+    new_key, key_head, key_tail = append(cache.key, cache.key_head, cache.key_tail, key)
+    new_value, value_head, value_tail = append(
+        cache.value, cache.value_head, cache.value_tail, value
+    )
     return dataclasses.replace(
-        cache, key=new_key, value=new_value, key_tail=key_tail, value_tail=value_tail,
+        cache, key=new_key, value=new_value, key_head=key_head, value_head=value_head,
+        key_tail=key_tail, value_tail=value_tail,
         length=cache.length + stored, dropped=cache.dropped + (count - stored),
     )  # fmt: skip
 
 
 def _stored(
     cached: QuantizedTensor,
+    head: jax.Array | None,
     tail: jax.Array | None,
     new: jax.Array,
     length: jax.Array,
     count: jax.Array,
-) -> tuple[QuantizedTensor, jax.Array | None]:
-    """The first `count` of the new tokens behind `length` others: codes, and the new tail."""
+) -> tuple[QuantizedTensor, jax.Array | None, jax.Array | None]:
+    """The first `count` of the new tokens behind `length` others: codes, and the floats kept."""
     spec = cached.spec
     block = spec.token_block
-    x, mean = _centred(cached, jax.lax.stop_gradient(new).astype(jnp.float32), length, count)
+    x = jax.lax.stop_gradient(new).astype(jnp.float32)
+    mean, recoded = cached.mean, None
+    if head is not None:
+        head = _with_tokens(head, x, length, count)
+        recoded = _recoded(cached, head, length, count)
+        mean = recoded.mean
     offset = length % block
     if tail is not None:
         x, tail = _whole_blocks(tail, x, offset, count)
-    fresh = lowering.quantize(dataclasses.replace(spec, center=False), None, x, None)
+    fresh = lowering.quantize(
+        dataclasses.replace(spec, center=False), None, _centred(cached, x, mean), None
+    )
     first = length // block
-    used = jnp.where(count > 0, -(-(offset + count) // block), 0)
+    end = jnp.where(count > 0, -(-(length + count) // block), 0)
 
     def scatter(name: str, size: int) -> Any:
         """`size` entries a block. Past the end is the beginning, in a ring; else nothing is."""
         old, entries = getattr(cached, name), getattr(fresh, name)
         if old is None:
             return None
-        place = jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :]
-        end = (used * size)[:, None]
+        place = (first * size)[:, None] + jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :]
+        if recoded is not None:
+            again = getattr(recoded, name)
+            entries = jnp.concatenate([again, entries], axis=1)
+            early = jnp.arange(again.shape[1], dtype=jnp.int32)[None, :]
+            # A final center leaves these codes what they are.
+            early = jnp.where((length < CENTER_TOKENS)[:, None], early, -1)
+            place = jnp.concatenate([early, place], axis=1)
+        last = (end * size)[:, None]
         # More than a ring holds: of entries for the same slot, only the last is written.
-        is_kept = (place < end) & (place >= end - old.shape[1])
-        target = ((first * size)[:, None] + place) % old.shape[1]
-        target = jnp.where(is_kept, target, old.shape[1])
+        is_kept = (place >= 0) & (place < last) & (place >= last - old.shape[1])
+        target = jnp.where(is_kept, place % old.shape[1], old.shape[1])
         entry = jnp.arange(old.shape[0], dtype=jnp.int32)[:, None]
         if old.dtype != jnp.bfloat16:
             return old.at[entry, target].set(entries, mode="drop")
@@ -340,30 +391,46 @@ def _stored(
         cached, data=scatter("data", block), scale=scatter("scale", 1),
         zero_point=scatter("zero_point", 1), minimum=scatter("minimum", 1), mean=mean,
     )  # fmt: skip
-    return codes, tail
+    return codes, head, tail
 
 
-def _centred(
-    cached: QuantizedTensor, x: jax.Array, length: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-    """`x` less the mean, and the mean as `cached` keeps it (rotated, where the format is)."""
-    mean, spec = cached.mean, cached.spec
+def _with_tokens(head: jax.Array, new: jax.Array, length: jax.Array, count: jax.Array) -> jax.Array:
+    """The first tokens of all, with those of `new`, the first `count`, that are among them."""
+    place = jnp.arange(head.shape[1], dtype=jnp.int32)[None, :] - length[:, None]
+    is_new = (place >= 0) & (place < count[:, None])
+    tokens = _gather(new, jnp.clip(place, 0, new.shape[1] - 1))
+    return jnp.where(is_new[:, :, None, None], tokens, head)
+
+
+def _recoded(
+    cached: QuantizedTensor, head: jax.Array, length: jax.Array, count: jax.Array
+) -> QuantizedTensor:
+    """Codes of the first tokens, and the center, where it is not final; zeros in their place."""
+    B, tokens = head.shape[:2]
+    is_open = length < CENTER_TOKENS
+
+    def code() -> QuantizedTensor:
+        token = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+        visible = jnp.broadcast_to(token < (length + count)[:, None], (B, tokens))
+        return lowering.quantize(cached.spec, None, head, visible)
+
+    codes = cast(Any, jax.lax.cond)(
+        jnp.any(is_open), code, lambda: _zeros(cast(Any, jax.eval_shape)(code))
+    )
+    mean = jnp.where(is_open[:, None, None, None], cast(Any, codes.mean), cast(Any, cached.mean))
+    return dataclasses.replace(codes, mean=mean)
+
+
+def _centred(cached: QuantizedTensor, x: jax.Array, mean: jax.Array | None) -> jax.Array:
+    """`x` less its center, which the cache keeps rotated where the format is."""
     if mean is None:
-        return x, None
-    if x.shape[1] >= _LEAST_CENTRED:
-        # For the mean alone; XLA drops the rest.
-        token = jnp.arange(x.shape[1], dtype=jnp.int32)
-        own = lowering.quantize(spec, "xla", x, token[None, :] < count[:, None]).mean
-        assert own is not None
-        is_first = (length == 0) & (count >= _LEAST_CENTRED)
-        mean = jnp.where(is_first[:, None, None, None], own, mean)
-    plain = mean
-    if spec.rotate:
+        return x
+    if cached.spec.rotate:
         back = jnp.asarray(rotation(cached.head_dim).T, jnp.float32)
-        plain = jnp.matmul(mean, back, precision=jax.lax.Precision.HIGHEST)
+        mean = jnp.matmul(mean, back, precision=jax.lax.Precision.HIGHEST)
     largest = float(np.finfo(np.float32).max)
     # A difference of two finite numbers is kept finite.
-    return jnp.where(jnp.isfinite(x), jnp.clip(x - plain, -largest, largest), x), mean
+    return jnp.where(jnp.isfinite(x), jnp.clip(x - mean, -largest, largest), x)
 
 
 def _whole_blocks(
@@ -392,7 +459,10 @@ def _gather(x: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _zeros(parts: QuantizedTensor) -> QuantizedTensor:
-    return jax.tree.map(cast(Any, jnp.zeros_like), parts)
+    def zeros(x: Any) -> jax.Array:
+        return jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(zeros, parts)
 
 
 def _size(name: str, x: Any) -> int:

@@ -24,6 +24,8 @@ _TILE_SCORES = 2**24
 _LEAST_QUERY_BLOCK = 32
 # Blocks are multiples of the longest SIMD register, in float32.
 _ALIGNMENT = 16
+# Offsets and windows as far as this reach past any sequence, and their sums fit into 32 bits.
+_FAR = 2**29
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Tiles:
         self.mask = operands.mask
         self.query_seq_lengths = operands.query_seq_lengths
         self.key_value_seq_lengths = operands.key_value_seq_lengths
+        self.query_offset = operands.query_offset
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)
@@ -148,21 +151,30 @@ class Tiles:
         end: int | jax.Array = self.chunks.length
         first_row = i * self.queries.size
         end_row = jnp.minimum(first_row + self.queries.size, self.queries.length)
+        first_position, end_position = first_row, end_row
+        if (offset := self._offset()) is not None:
+            first_position -= _largest(-offset)
+            end_position += _largest(offset)
         if self.problem.is_causal:
-            end = jnp.minimum(end, end_row)
+            end = jnp.minimum(end, end_position)
         if self.problem.local_window is not None:
             left, right = self._window(self.problem.local_window)
-            begin = jnp.maximum(first_row - left, 0) // self.chunks.size
-            end = jnp.minimum(end, end_row + right)
+            begin = jnp.maximum(first_position - left, 0) // self.chunks.size
+            end = jnp.minimum(end, end_position + right)
         if self.key_value_seq_lengths is not None:
             end = jnp.minimum(end, _largest(self.key_value_seq_lengths))
         if self.query_seq_lengths is not None:
             end = jnp.where(first_row < _largest(self.query_seq_lengths), end, 0)
-        return begin, (end + self.chunks.size - 1) // self.chunks.size
+        return begin, (jnp.maximum(end, 0) + self.chunks.size - 1) // self.chunks.size
+
+    # Clipped where more changes nothing, for sums to fit into 32 bits.
 
     def _window(self, window: tuple[int, int]) -> tuple[int, int]:
-        # Clipped where more hides nothing, for the sums to fit into 32 bits.
-        return min(window[0], self.queries.length), min(window[1], self.chunks.length)
+        most = _FAR if self.query_offset is not None else self.queries.length + self.chunks.length
+        return min(window[0], most), min(window[1], most)
+
+    def _offset(self) -> jax.Array | None:
+        return None if self.query_offset is None else jnp.clip(self.query_offset, -_FAR, _FAR)
 
     def scores(self, query: jax.Array, i: jax.Array, c: jax.Array, order: str) -> Scores:
         """The tile of query block i, `[B, K, G, t, H]`, and chunk c of the keys."""
@@ -205,11 +217,14 @@ class Tiles:
             conditions.append(is_new.reshape(row.shape))
         if (is_new := self.chunks.is_new(c)) is not None:
             conditions.append(is_new.reshape(key.shape))
+        position = row
+        if (offset := self._offset()) is not None:
+            position += offset.reshape(-1, 1, 1, 1, 1)
         if self.problem.is_causal:
-            conditions.append(key <= row)
+            conditions.append(key <= position)
         if self.problem.local_window is not None:
             left, right = self._window(self.problem.local_window)
-            conditions.append((row - left <= key) & (key <= row + right))
+            conditions.append((position - left <= key) & (key <= position + right))
         if self.query_seq_lengths is not None:
             conditions.append(row < self.query_seq_lengths.reshape(-1, 1, 1, 1, 1))
         if self.key_value_seq_lengths is not None:
@@ -281,5 +296,5 @@ def all_finite(x: jax.Array) -> jax.Array:
 
 
 @_whole_batch
-def _largest(lengths: jax.Array) -> jax.Array:
-    return jnp.max(lengths, initial=0)
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(x)

@@ -119,16 +119,15 @@ def test_codes_are_those_of_all_tokens_at_once(quantization, pattern):
     np.testing.assert_array_equal(cache.dropped, [0, 0])
 
 
-def test_the_mean_is_that_of_the_first_tokens_if_they_are_many(relative_error):
-    key, value, _ = tokens(40)
-    cache = create().append(key, value, np.asarray([40, 31], np.int32))
-    assert relative_error(cache.key.mean[0, 0], key[0].mean(0)) < 1e-6
-    assert not np.any(cache.key.mean[1])
-    assert_equal(cache.append(2 * key[:, :7], value[:, :7]).key.mean, cache.key.mean)
-    # An entry's first append is the first that brings it tokens.
-    cache = create().append(key[:, :1], value[:, :1], [1, 0]).append(key, value)
-    assert not np.any(cache.key.mean[0])
-    assert relative_error(cache.key.mean[1, 0], key[1].mean(0)) < 1e-6
+@pytest.mark.parametrize("splits", [(31, 1, 15), (1, 1, 1, 44), (40, 7)])
+def test_the_center_does_not_depend_on_how_tokens_came(splits):
+    key, value, _ = tokens(47)
+    key = key + 40.0 * (np.arange(H) < 4).astype(np.float32)
+    cache = append_all(create(), key, value, splits)
+    whole = jax_gluon.quantize(key, PRESETS["int8"].key)
+    assert_equal(cache.key.mean, whole.mean)
+    assert_equal(cache.key.data[:, :47], whole.data)
+    assert_equal(cache.key.scale[:, :47], whole.scale)
 
 
 def test_rotated_and_centred(relative_error):

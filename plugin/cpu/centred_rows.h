@@ -65,26 +65,28 @@ class CentredRows {
  private:
   void find_center(int64_t head) {
     const int64_t b = head / call_.K, k = head % call_.K;
-    const int64_t tokens = std::min(kCenterTokens, Visibility(call_, b).keys());
+    const Range keys = Visibility(call_, b).keys();
+    const int64_t tokens = std::min(kCenterTokens, keys.end - keys.begin);
     const int64_t stride = round_up(width_, Isa::kLanes);
     Buffer<float> scratch((kCenterTokens + 1) * stride);
     float *rows = scratch.get(), *center = rows + kCenterTokens * stride;
     for (int64_t j = 0; j < tokens; ++j) {
       float* row = rows + j * stride;
-      QuantizedRow<Isa>::load(x_, b, j, k, width_, row);
+      QuantizedRow<Isa>::load(x_, b, keys.begin + j, k, width_, row);
       std::fill(row + width_, row + stride, 0.0f);
     }
     median_of_rows<Isa>(rows, tokens, stride, stride, center);
     std::copy(center, center + width_, means_.get() + head * width_);
   }
 
-  // Over the finite elements of the keys within the lengths.
+  // Over the finite elements of the keys that any row sees.
   void find_largest(int64_t head) {
-    const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
+    const int64_t b = head / call_.K, k = head % call_.K;
+    const Range keys = Visibility(call_, b).keys();
     Buffer<float> scratch(width_ + Isa::kLanes);
     float* row = scratch.get();
     float largest = 0.0f;
-    for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
       load(b, j, k, row);
       for (int64_t h = 0; h < width_; ++h) {
         const float size = std::fabs(row[h]);

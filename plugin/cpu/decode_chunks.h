@@ -44,8 +44,8 @@ class DecodeChunks {
     return {values, values + call_.V, values + call_.V + 1};
   }
 
-  // Calls attend(b, chunk, visibility, keys) for every chunk: keys that some row may see. It fills
-  // the partials of all kv heads.
+  // Calls attend(b, chunk, visibility, keys) for every chunk with keys that some row may see. It
+  // fills the partials of all kv heads.
   template <class Attend>
   void run(Attend attend) {
     const int64_t heads = call_.B * call_.K;
@@ -55,7 +55,13 @@ class DecodeChunks {
       const int64_t b = task / chunks_, chunk = task % chunks_;
       const Visibility visibility(call_, b);
       const Range all{chunk * keys_, std::min(call_.S, (chunk + 1) * keys_)};
-      attend(b, chunk, visibility, intersect(visibility.of_rows({0, call_.T}), all));
+      const Range keys = intersect(visibility.keys(), all);
+      if (!keys.empty()) return attend(b, chunk, visibility, keys);
+      for (int64_t i = 0; i < call_.K * rows_; ++i) {
+        const Partial none = partial(b, i / rows_, chunk, i % rows_);
+        *none.maximum = kHidden;
+        *none.sum = 0.0f;
+      }
     });
     parallel_.run(heads, [&](int64_t head) { merge(head / call_.K, head % call_.K); });
   }

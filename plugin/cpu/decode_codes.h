@@ -160,7 +160,7 @@ class DecodeCodes {
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
     prepare(s);
-    if (!keys.empty()) load_queries<Key>(b, s);
+    load_queries<Key>(b, s);
     for (int64_t j = keys.begin; j < keys.end; j += subtile_) {
       const Range subtile{j, std::min(j + subtile_, keys.end)};
       find_scores<Key>(b, subtile, s);

@@ -153,7 +153,7 @@ class DecodeFloats {
     const bool loose_values = value_scaling(call_.value.quantization) == Scaling::kLoose;
     with_storage(call_.key, loose_keys, [&](auto key) {
       with_storage(call_.value, loose_values, [&](auto value) {
-        if (!keys.empty()) attend_keys<decltype(key), decltype(value)>(visibility, b, keys, s);
+        attend_keys<decltype(key), decltype(value)>(visibility, b, keys, s);
         for (int64_t k = 0; k < call_.K; ++k) {
           store_partial<decltype(value)>(b, chunk, head_state(s, k));
         }
@@ -533,8 +533,8 @@ class DecodeFloats {
 
   // Whether all queries see the same keys.
   bool same(const Visibility& visibility) const {
-    const Range first = visibility.of_row(0), last = visibility.of_row(call_.T - 1);
-    return first.begin == last.begin && first.end == last.end;
+    const Range all = visibility.keys();
+    return contains(visibility.of_row(0), all) && contains(visibility.of_row(call_.T - 1), all);
   }
 
   template <class Value, int kSteps, bool kGuard>

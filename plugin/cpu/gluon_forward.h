@@ -204,7 +204,7 @@ class GluonForward {
     const auto cuts = [&](Range visible, int64_t from, int64_t to) {
       return !contains(visible, {at.key0 + from, at.key0 + to});
     };
-    // Ends of what rows see never decrease but to those that see nothing, which come last.
+    // Ends of what rows see never decrease but to those past the lengths, which come last.
     const Range first = visibility.of_row(group.begin), last = visibility.of_row(group.end - 1);
     const bool inside =
         !edit_all && !cuts(first, seen.begin, seen.end) && !cuts(last, seen.begin, seen.end);

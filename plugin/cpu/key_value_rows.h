@@ -53,10 +53,11 @@ class KeyValueRows {
   // A power of two near the head's largest value scale: folded in units of it, no scale, reciprocal
   // or sum of reciprocals leaves float32's range.
   void find_value_unit(int64_t head) {
-    const int64_t b = head / call_.K, k = head % call_.K, keys = Visibility(call_, b).keys();
+    const int64_t b = head / call_.K, k = head % call_.K;
+    const Range keys = Visibility(call_, b).keys();
     float largest = 0.0f;
     if (call_.value.quantization.head_block != 0) largest = values_.largest(b, k) / 127.0f;
-    for (int64_t j = 0; call_.value.quantization.head_block == 0 && j < keys; ++j) {
+    for (int64_t j = keys.begin; call_.value.quantization.head_block == 0 && j < keys.end; ++j) {
       const float scale = scale_at(call_.value, b, j, k).scale;
       if (scale <= std::numeric_limits<float>::max()) largest = std::max(largest, scale);
     }

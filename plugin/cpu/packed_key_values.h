@@ -80,8 +80,10 @@ class PackedKeyValues {
   // not they can't leak (0 * NaN).
   void pack(int64_t head, Range keys, Place to, Scratch& s) {
     const int64_t b = head / call_.K, k = head % call_.K, begin = keys.begin;
-    const int64_t end = std::min(Visibility(call_, b).keys(), keys.end);
-    if (begin >= end) return;
+    // Of what no row sees, only the rest of a block is packed.
+    const Range seen = Visibility(call_, b).keys();
+    const int64_t end = std::min(seen.end, keys.end);
+    if (begin >= end || seen.empty() || keys.end <= seen.begin) return;
     pack_score_panels<Core>(begin, end, call_.H, s.rows, key_panels(to.head, begin - to.shift),
                             [&](int64_t j, Lane* out) { load_key(to, b, j, k, s, out); });
     // Panels beyond the last key are read only up to the rounded end of the block's visible range.
