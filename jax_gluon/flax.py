@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ def attention_fn(
     >>> attention(jnp.ones((2, 16, 64)), is_causal=True).shape
     (2, 16, 64)
     """
-    window = local_window_size
-    if isinstance(window, list):  # pyright: ignore[reportUnnecessaryIsInstance]
-        window = tuple(window)
+    window: Any = local_window_size
+    if isinstance(window, list):
+        window = tuple(cast(list[int], window))
     return _AttentionFn(
         is_causal, window, scale, logits_soft_cap, quantization, implementation, kernel
     )

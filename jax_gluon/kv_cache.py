@@ -417,7 +417,7 @@ def _recoded(
     codes = cast(Any, jax.lax.cond)(
         jnp.any(is_open), code, lambda: _zeros(cast(Any, jax.eval_shape)(code))
     )
-    mean = jnp.where(is_open[:, None, None, None], cast(Any, codes.mean), cast(Any, cached.mean))
+    mean = jnp.where(is_open[:, None, None, None], codes.mean, cast(Any, cached.mean))
     return dataclasses.replace(codes, mean=mean)
 
 

@@ -21,6 +21,7 @@ enum BlockSize : int {
   kTileBytes = 8192,  // of the other side, in threadgroup memory
   kChunkTokens = 32,  // that a simdgroup of quantize_extremes looks at
   kMostQuantizedColumns = 512,
+  kCenterRows = 32,  // whose medians centring takes away
   kMostHeadDim = 256,
 };
 
@@ -65,6 +66,7 @@ enum AttentionBuffer : int {
   kPartialOut = 28,         // float32 [B, K, parts, rows, V]: scratch of decode, where parts are
                             // kSimdgroups for each split, and rows T * N / K
   kPartialStatistics = 29,  // PartialStatistics [B, K, parts, rows]
+  kQueryPosition = 30,      // int32 [B]: the position of row 0
 };
 
 // Rows of the table at kBatchOffsets.
@@ -90,7 +92,8 @@ enum BatchTable : int {
   kLog2SumBatch = 18,
   kOutGradientBatch = 19,
   kLogSumExpGradientBatch = 20,
-  kBatchTables = 21,
+  kQueryPositionBatch = 21,
+  kBatchTables = 22,
 };
 
 // Function constants: all that a pipeline is specialised by, besides its name.
@@ -148,6 +151,8 @@ struct AttentionParameters {
   QuantizationParameters query_quantization;
   QuantizationParameters key_quantization;
   QuantizationParameters value_quantization;
+  Int64 window_left;  // -1: no limit
+  Int64 window_right;
   int B;
   int T;
   int S;
@@ -158,12 +163,11 @@ struct AttentionParameters {
   float scale;
   float soft_cap;  // 0: none
   int is_causal;
-  int window_left;  // -1: no limit
-  int window_right;
   int has_bias;
   int has_mask;
   int has_query_lengths;
   int has_key_value_lengths;
+  int has_query_position;
   int has_log_sum_exp_gradient;
   int bias_type;          // ElementType
   int out_type;           // of out, and of all gradients but that of the bias
@@ -197,9 +201,9 @@ struct PartialStatistics {
 
 enum QuantizeBuffer : int {
   kQuantizeParameters = 0,    // QuantizeParameters
-  kQuantizeBatchOffsets = 1,  // Int64 [2][B]: of x, of lengths
+  kQuantizeBatchOffsets = 1,  // Int64 [2][B]: of x, of visible
   kQuantizeInput = 2,         // float [B, S, K, H]
-  kQuantizeLengths = 3,       // int32 [B]
+  kQuantizeVisible = 3,       // bool [B, S]
   kQuantizeData = 4,          // int8 [B, S, K, H] or uint8 [B, S, K, H / 2]
   kQuantizeScale = 5,         // [B, S', K', H']
   kQuantizeOffset = 6,        // as the scale
@@ -222,7 +226,7 @@ struct QuantizeParameters {
   int head_block;
   int is_per_tensor;
   int has_mean;
-  int has_lengths;
+  int has_visible;
   int is_rotated;
   int is_bfloat16;  // scales and minima, else float32
   int chunks;       // of tokens, for extremes

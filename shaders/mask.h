@@ -17,8 +17,10 @@ inline Range intersect(Range a, Range b) { return {max(a.begin, b.begin), min(a.
 struct Visibility {
   int rows;  // at or past this, rows see nothing
   int keys;
-  int left;
-  int right;
+  // Row i sees the keys from i + first to i + last. Of 64 bits, since both may be any number of 32
+  // bits or more.
+  Int64 first;
+  Int64 last;
 
   Visibility(thread const Operands& operands, int b) thread {
     thread const AttentionParameters& p = *operands.parameters;
@@ -31,15 +33,17 @@ struct Visibility {
       keys = clamp(operands.key_value_lengths[operands.batch_offset(kKeyValueLengthsBatch, b)], 0,
                    p.S);
     }
-    // A window as long as the other sequence is no limit; so sums do not overflow.
-    left = p.window_left < 0 ? p.T : min(p.window_left, p.T);
-    right = p.window_right < 0 ? p.S : min(p.window_right, p.S);
-    if (p.is_causal != 0) right = 0;
+    Int64 position = 0;
+    if (p.has_query_position != 0) {
+      position = operands.query_position[operands.batch_offset(kQueryPositionBatch, b)];
+    }
+    first = p.window_left < 0 ? -kFar : position - p.window_left;
+    last = p.is_causal != 0 ? position : p.window_right < 0 ? kFar : position + p.window_right;
   }
 
   Range of_row(int i) const thread {
     if (i >= rows) return {0, 0};
-    return {max(0, i - left), min(keys, i + right + 1)};
+    return {between(i + first, keys), between(i + last + 1, keys)};
   }
   // The keys that any of these rows sees.
   Range of_rows(Range of) const thread {
@@ -51,6 +55,10 @@ struct Visibility {
   Range rows_of_keys(Range of) const thread {
     of.end = min(of.end, keys);
     if (of.is_empty()) return {0, 0};
-    return {max(0, of.begin - right), min(rows, of.end + left)};
+    return {between(of.begin - last, rows), between(of.end - first, rows)};
   }
+
+ private:
+  static constant constexpr Int64 kFar = Int64(1) << 40;  // no sequence is as long
+  static int between(Int64 x, int most) { return int(clamp(x, Int64(0), Int64(most))); }
 };

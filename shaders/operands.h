@@ -22,12 +22,13 @@
   device const uchar* bias [[buffer(kBias)]],                                                      \
   device const uchar* mask [[buffer(kMask)]],                                                      \
   device const int* query_lengths [[buffer(kQueryLengths)]],                                       \
-  device const int* key_value_lengths [[buffer(kKeyValueLengths)]]
+  device const int* key_value_lengths [[buffer(kKeyValueLengths)]],                                \
+  device const int* query_position [[buffer(kQueryPosition)]]
 
 #define JAX_GLUON_MAKE_OPERANDS                                                                    \
   Operands{&p, batch_offsets, query, key, value, query_scale, query_offset, query_mean,   \
            key_scale, key_offset, key_mean, value_scale, value_offset, value_mean, bias, mask,     \
-           query_lengths, key_value_lengths}
+           query_lengths, key_value_lengths, query_position}
 
 #define JAX_GLUON_THREAD                                                                           \
   uint3 group_of_part [[threadgroup_position_in_grid]],                                            \
@@ -58,6 +59,7 @@ struct Operands {
   device const uchar* mask;
   device const int* query_lengths;
   device const int* key_value_lengths;
+  device const int* query_position;
 
   Int64 batch_offset(int table, int b) const thread {
     return batch_offsets[Int64(table) * parameters->B + b];

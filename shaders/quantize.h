@@ -9,6 +9,8 @@ static_assert(kSimdgroups * 3 * kMostQuantizedColumns * sizeof(float) <= 32768,
               "threadgroup memory");
 // A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 constant constexpr float kLeastScale = 2.35098870164e-38f;  // 2^-125
+// A center above this counts as zero: differences from it might not be finite.
+constant constexpr float kLargestCenter = 0x1p100f;
 
 // NaN where one is NaN; min and max would drop it.
 inline float lower(float a, float b) { return isnan(a) || isnan(b) ? NAN : min(a, b); }
@@ -53,7 +55,7 @@ struct QuantizeOperands {
   constant QuantizeParameters* parameters;
   device const Int64* batch_offsets;
   device const uchar* x;
-  device const int* lengths;
+  device const uchar* visible;
   device uchar* data;
   device uchar* scale;
   device uchar* offset;
@@ -72,14 +74,29 @@ struct Quantizer {
   Columns columns;
   ushort lane;
 
-  // Row (b, i, k) as float32, rotated and without the mean.
-  void load(int b, int i, int k) const thread {
+  bool is_visible(int b, int i) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    return p.has_visible == 0 || operands.visible[operands.batch_offsets[p.B + b] + i] != 0;
+  }
+
+  // Row (b, i, k) as float32, rotated.
+  void load_whole(int b, int i, int k) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     const Int64 first = operands.batch_offsets[b] + i * p.x.token + k * p.x.head;
     for (int h = lane; h < p.H; h += 32) {
       columns.row[h] = load_float(operands.x, p.x_type, first + h);
     }
     if (p.is_rotated != 0) rotate_row(columns.row, p.H, lane);
+  }
+
+  // Without the mean; zeros where the token can't be seen.
+  void load(int b, int i, int k) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    if (!is_visible(b, i)) {
+      for (int h = lane; h < p.H; h += 32) columns.row[h] = 0.0f;
+      return;
+    }
+    load_whole(b, i, k);
     if (p.has_mean == 0) return;
     for (int h = lane; h < p.H; h += 32) {
       const float x = columns.row[h];
@@ -96,7 +113,9 @@ struct Quantizer {
       columns.second[h] = -INFINITY;
     }
   }
-  void add_extremes() const thread {
+  // Of row i of entry b, which is at hand, if it can be seen.
+  void add_extremes(int b, int i) const thread {
+    if (!is_visible(b, i)) return;
     for (int h = lane; h < operands.parameters->H; h += 32) {
       const float x = isfinite(columns.row[h]) ? columns.row[h] : NAN;
       columns.first[h] = lower(columns.first[h], x);

@@ -12,7 +12,7 @@ using namespace metal;
   constant QuantizeParameters& parameters [[buffer(kQuantizeParameters)]],                         \
   device const Int64* batch_offsets [[buffer(kQuantizeBatchOffsets)]],                             \
   device const uchar* x [[buffer(kQuantizeInput)]],                                                \
-  device const int* lengths [[buffer(kQuantizeLengths)]],                                          \
+  device const uchar* visible [[buffer(kQuantizeVisible)]],                                        \
   device uchar* data [[buffer(kQuantizeData)]],                                                    \
   device uchar* scale [[buffer(kQuantizeScale)]],                                                  \
   device uchar* offset [[buffer(kQuantizeOffset)]],                                                \
@@ -26,51 +26,60 @@ using namespace metal;
   threadgroup float* own = memory + simdgroup * 3 * kMostQuantizedColumns;                                  \
   constant QuantizeParameters& p = parameters;                                                     \
   const Quantizer quantizer{                                                                       \
-      {&parameters, batch_offsets, x, lengths, data, scale, offset, mean},                         \
+      {&parameters, batch_offsets, x, visible, data, scale, offset, mean},                         \
       {own, own + kMostQuantizedColumns, own + 2 * kMostQuantizedColumns},                                           \
       lane}
 // clang-format on
 
-// Means over the first lengths[b] tokens, of finite values only: any finite number keeps softmax's
-// invariance exact, and a NaN in one token must not reach the others. A threadgroup has one head;
-// of 32 columns at a time, its simdgroups sum one token in four each, with what rounding takes away
-// carried along. A rotated mean is the mean of the rotated rows.
-kernel void quantize_mean(JAX_GLUON_QUANTIZE) {
+// The center of each column of a head: the lower median of the finite values of the first tokens
+// that can be seen. Any finite number keeps softmax's invariance exact, and a NaN in one token must
+// not reach the others. A threadgroup has one head; its simdgroups load a row each, and its threads
+// sort a column each as the rows come.
+kernel void quantize_mean(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index_in_threadgroup]]) {
+  static_assert(kSimdgroups * kMostQuantizedColumns + kCenterRows * kThreads <=
+                    kSimdgroups * 3 * kMostQuantizedColumns,
+                "rows and sorted columns share the memory");
   JAX_GLUON_MAKE_QUANTIZER;
+  threadgroup int tokens[kCenterRows];
+  threadgroup int token_count;
   const int k = group.x, b = group.y;
-  int tokens = p.S;
-  if (p.has_lengths != 0) tokens = clamp(lengths[batch_offsets[p.B + b]], 0, p.S);
-  const float share = 1.0f / float(max(tokens, 1));
-  threadgroup float* sums = quantizer.columns.first;
-  threadgroup float* counts = quantizer.columns.second;
-  for (int h = lane; h < p.H; h += 32) {
-    float sum = 0.0f, lost = 0.0f;
-    int count = 0;
-    for (int i = simdgroup; i < tokens; i += kSimdgroups) {
-      const float element =
-          load_float(x, p.x_type, batch_offsets[b] + i * p.x.token + k * p.x.head + h);
-      if (!isfinite(element)) continue;
-      const float term = element * share - lost, next = sum + term;
-      lost = (next - sum) - term;
-      sum = next;
-      ++count;
+  if (simdgroup == 0) {
+    int found = 0;
+    for (int first = 0; first < p.S && found < kCenterRows; first += 32) {
+      const int i = first + lane;
+      const int is_found = i < p.S && quantizer.is_visible(b, i) ? 1 : 0;
+      const int place = found + simd_prefix_exclusive_sum(is_found);
+      if (is_found != 0 && place < kCenterRows) tokens[place] = i;
+      found += simd_sum(is_found);
     }
-    sums[h] = sum;
-    counts[h] = float(count);
+    if (lane == 0) token_count = min(found, int(kCenterRows));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup != 0) return;
-  for (int h = lane; h < p.H; h += 32) {
-    float sum = 0.0f, count = 0.0f;
-    for (int s = 0; s < kSimdgroups; ++s) {
-      sum += sums[s * 3 * kMostQuantizedColumns + h];
-      count += counts[s * 3 * kMostQuantizedColumns + h];
+  const int count = token_count;
+  Quantizer loader = quantizer;
+  loader.columns.row = memory + simdgroup * kMostQuantizedColumns;
+  threadgroup float* sorted = memory + kSimdgroups * kMostQuantizedColumns + thread_index;
+  for (int first_column = 0; first_column < p.H; first_column += kThreads) {
+    const int h = first_column + thread_index;
+    int finite = 0;
+    for (int round = 0; round < count; round += kSimdgroups) {
+      if (round + simdgroup < count) loader.load_whole(b, tokens[round + simdgroup], k);
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows are loaded
+      for (int row = 0; row < min(int(kSimdgroups), count - round) && h < p.H; ++row) {
+        const float element = memory[row * kMostQuantizedColumns + h];
+        if (!isfinite(element)) continue;
+        int at = finite++;
+        for (; at > 0 && sorted[(at - 1) * kThreads] > element; --at) {
+          sorted[at * kThreads] = sorted[(at - 1) * kThreads];
+        }
+        sorted[at * kThreads] = element;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows are used
     }
-    quantizer.columns.row[h] = count > 0.0f ? sum * (float(tokens) / count) : 0.0f;
-  }
-  if (p.is_rotated != 0) rotate_row(quantizer.columns.row, p.H, lane);
-  for (int h = lane; h < p.H; h += 32) {
-    mean[(Int64(b) * p.K + k) * p.H + h] = quantizer.columns.row[h];
+    if (h < p.H) {
+      const float median = finite > 0 ? sorted[(finite - 1) / 2 * kThreads] : 0.0f;
+      mean[(Int64(b) * p.K + k) * p.H + h] = abs(median) <= kLargestCenter ? median : 0.0f;
+    }
   }
 }
 
@@ -83,7 +92,7 @@ kernel void quantize_blocks(JAX_GLUON_QUANTIZE) {
   quantizer.clear_extremes();
   for (int i = begin; i < end; ++i) {
     quantizer.load(b, i, k);
-    quantizer.add_extremes();
+    quantizer.add_extremes(b, i);
   }
   quantizer.make_parameters(quantizer.scale_index(b, block, k));
   for (int i = begin; i < end; ++i) {
@@ -106,7 +115,7 @@ kernel void quantize_extremes(JAX_GLUON_QUANTIZE,
   quantizer.clear_extremes();
   for (int i = chunk * tokens; i < min((chunk + 1) * tokens, p.S); ++i) {
     quantizer.load(b, i, k);
-    quantizer.add_extremes();
+    quantizer.add_extremes(b, i);
   }
   device float* out = extremes + ((Int64(b) * p.K + k) * p.chunks + chunk) * 2 * p.H;
   for (int h = lane; h < p.H; h += 32) {

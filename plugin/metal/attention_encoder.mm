@@ -8,7 +8,7 @@
 namespace jax_gluon::metal {
 namespace {
 
-constexpr int kSlots = kPartialStatistics + 1;
+constexpr int kSlots = kQueryPosition + 1;
 static_assert(kMostHeadDim == kWidestRowOfMetal);
 
 // Elements from the first of an operand to past its last.
@@ -46,10 +46,10 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.scale = call.scale;
   p.soft_cap = call.soft_cap;
   p.is_causal = call.causal;
-  // Windows as long as the keys or queries are no limit.
-  const int64_t far = std::max(call.T, call.S);
-  p.window_left = static_cast<int>(std::min(call.window_left, far));
-  p.window_right = static_cast<int>(std::min(call.window_right, far));
+  // No position is that far from another.
+  constexpr int64_t kFar = int64_t{1} << 40;
+  p.window_left = std::min(call.window_left, kFar);
+  p.window_right = std::min(call.window_right, kFar);
   p.batch_per_map = p.B;
   tables_.resize(static_cast<size_t>(kBatchTables * p.B));
 
@@ -74,21 +74,23 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
     p.mask = {mask.stride[0], mask.stride[1], mask.stride[2]};
     p.has_mask = 1;
   }
-  const auto bind_lengths = [&](int slot, int table, const int32_t* lengths,
-                                const std::vector<int64_t>& offsets) {
-    if (!lengths) return 0;
+  const auto bind_integers = [&](int slot, int table, const int32_t* integers,
+                                 const std::vector<int64_t>& offsets) {
+    if (!integers) return 0;
     Operand x;
-    x.data = lengths;
+    x.data = integers;
     x.dtype = DType::kF32;  // four bytes
     x.batch_offset = offsets;
     bind_operand(slot, table, x, {1, 1, 1});
     return 1;
   };
-  p.has_query_lengths = bind_lengths(kQueryLengths, kQueryLengthsBatch, call.query_seq_lengths,
-                                     call.query_seq_lengths_offset);
+  p.has_query_lengths = bind_integers(kQueryLengths, kQueryLengthsBatch, call.query_seq_lengths,
+                                      call.query_seq_lengths_offset);
   p.has_key_value_lengths =
-      bind_lengths(kKeyValueLengths, kKeyValueLengthsBatch, call.key_value_seq_lengths,
-                   call.key_value_seq_lengths_offset);
+      bind_integers(kKeyValueLengths, kKeyValueLengthsBatch, call.key_value_seq_lengths,
+                    call.key_value_seq_lengths_offset);
+  p.has_query_position = bind_integers(kQueryPosition, kQueryPositionBatch, call.query_offset,
+                                       call.query_offset_offset);
 }
 
 void AttentionEncoder::bind_table(int table, const std::vector<int64_t>& offsets) {

@@ -9,6 +9,8 @@
 namespace jax_gluon::metal {
 namespace {
 
+static_assert(kCenterRows == kCenterTokens);
+
 int64_t blocks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
 }  // namespace
@@ -35,7 +37,7 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   p.head_block = narrow(call.head_block, "a block of columns");
   p.is_per_tensor = call.per_tensor;
   p.has_mean = call.center;
-  p.has_lengths = call.lengths != nullptr;
+  p.has_visible = call.visible != nullptr;
   p.is_rotated = call.rotate;
   p.is_bfloat16 = call.scale.dtype == DType::kBF16;
   p.chunks = static_cast<int>(blocks(call.S, kChunkTokens));
@@ -48,9 +50,9 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   const int64_t extent = (call.S - 1) * call.x.stride[0] + (call.K - 1) * call.x.stride[1] + call.H;
   bindings_.read(kQuantizeInput, call.x.data,
                  past(call.x.batch_offset, extent) * size_of(call.x.dtype));
-  if (call.lengths) {
-    std::copy(call.lengths_offset.begin(), call.lengths_offset.end(), tables.begin() + call.B);
-    bindings_.read(kQuantizeLengths, call.lengths, past(call.lengths_offset, 1) * sizeof(int32_t));
+  if (call.visible) {
+    std::copy(call.visible_offset.begin(), call.visible_offset.end(), tables.begin() + call.B);
+    bindings_.read(kQuantizeVisible, call.visible, past(call.visible_offset, call.S));
   }
   bindings_.copy(kQuantizeParameters, &p, sizeof p);
   bindings_.copy(kQuantizeBatchOffsets, tables.data(), tables.size() * sizeof(Int64));

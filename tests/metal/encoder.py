@@ -100,6 +100,7 @@ class Problem:
     window: tuple[int, int] | None = None
     query_lengths: Any = None
     key_value_lengths: Any = None
+    query_offset: Any = None
     out_dtype: Any = np.float32
 
     def __post_init__(self) -> None:
@@ -170,6 +171,9 @@ class Encoder:
             if lengths is not None:
                 self._bind(slot, np.asarray(lengths, np.int32))
                 p[f"has_{name}_lengths"] = 1
+        if problem.query_offset is not None:
+            self._bind("kQueryPosition", np.asarray(problem.query_offset, np.int32))
+            p["has_query_position"] = 1
 
     def _bind(self, slot: str, x: Any) -> list[int]:
         """Binds an operand, and says where its batch entries start; its strides in elements.
@@ -405,7 +409,7 @@ def quantize(
     x: Any,
     spec: QuantSpec,
     *,
-    lengths: Any = None,
+    visible: Any = None,
     maps: int = 1,
     instrumentation: str | None = None,
 ) -> QuantizedTensor:
@@ -418,7 +422,7 @@ def quantize(
         B=B, S=S, K=K, H=H, batch_per_map=B // maps, x_type=type_code(x), bits=spec.bits,
         is_symmetric=spec.symmetric, has_minimum=spec.float_minimum, token_block=spec.token_block,
         head_block=spec.head_block, is_per_tensor=spec.granularity == "tensor",
-        has_mean=spec.center, has_lengths=lengths is not None, is_rotated=spec.rotate,
+        has_mean=spec.center, has_visible=visible is not None, is_rotated=spec.rotate,
         is_bfloat16=spec.scale_dtype == ml_dtypes.bfloat16, chunks=blocks(S, SIZES["kChunkTokens"]),
     ).items():  # fmt: skip
         p[name] = value
@@ -433,9 +437,9 @@ def quantize(
     offset = minimum if spec.float_minimum else zero_point
     given = {
         "kQuantizeParameters": p.reshape(1),
-        "kQuantizeBatchOffsets": np.stack([np.arange(B) * strides[0], np.arange(B)]),
+        "kQuantizeBatchOffsets": np.stack([np.arange(B) * strides[0], np.arange(B) * S]),
         "kQuantizeInput": raw(x),
-        "kQuantizeLengths": None if lengths is None else np.asarray(lengths, np.int32),
+        "kQuantizeVisible": None if visible is None else np.asarray(visible, np.uint8),
         "kQuantizeData": data,
         "kQuantizeScale": raw(scale),
         "kQuantizeOffset": None if offset is None else raw(offset),

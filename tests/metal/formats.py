@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_gluon.formats import QuantizedTensor, QuantSpec, rotation
+from jax_gluon.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec, rotation
 
 LEAST_SCALE = np.float32(2.0**-125)
 
@@ -37,19 +37,43 @@ def _bfloat16_up(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(near.astype(np.float32) < x, np.nextafter(near, near.dtype.type(np.inf)), near)
 
 
-def quantize(x: Any, spec: QuantSpec, mean: Any = None) -> QuantizedTensor:
-    """Codes of `x` in float32, with `mean` in place of the tokens' where it is given."""
+def center(x: np.ndarray[Any, Any], visible: Any = None) -> np.ndarray[Any, Any]:
+    """The lower medians of the finite values of the first tokens that can be seen."""
+    B, _, N, H = x.shape
+    out = np.zeros((B, 1, N, H), np.float32)
+    for b in range(B):
+        seen = x[b] if visible is None else x[b][visible[b]]
+        for n, h in np.ndindex(N, H):
+            column = seen[:CENTER_TOKENS, n, h].astype(np.float32)
+            column = np.sort(column[np.isfinite(column)])
+            if column.size:
+                out[b, 0, n, h] = column[(column.size - 1) // 2]
+    return out
+
+
+def quantize(x: Any, spec: QuantSpec, mean: Any = None, visible: Any = None) -> QuantizedTensor:
+    """Codes of `x` in float32, with `mean` in place of the tokens' center where it is given.
+
+    `visible` (bool `[B, T]`) hides tokens, whatever they hold.
+    """
     dtype, H = np.dtype(x.dtype), x.shape[-1]
     x = np.asarray(x).astype(np.float32)
     if spec.rotate:
         x = (x.astype(np.float64) @ rotation(H)).astype(np.float32)
     if spec.center:
         if mean is None:
-            mean = np.mean(x, axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+            mean = center(x, visible)
         x = x - mean
-    blocked = _blocks(x, spec)
+    if visible is None:
+        visible = np.ones(x.shape[:2], bool)
+    seen = np.broadcast_to(visible[..., None, None], x.shape)
+    x = np.where(seen, x, np.float32(0))
     axes = (0, 1, 2, 3, 4, 5) if spec.granularity == "tensor" else (2, 5)
-    least, most = (f(blocked, axis=axes, keepdims=True)[:, :, 0, ..., 0] for f in (np.min, np.max))
+    least, most = (
+        f(_blocks(np.where(seen, x, hidden), spec), axis=axes, keepdims=True)[:, :, 0, ..., 0]
+        for f, hidden in ((np.min, np.float32(np.inf)), (np.max, np.float32(-np.inf)))
+    )
+    least, most = (np.where(least > most, np.float32(0), y) for y in (least, most))
     least, most = (np.broadcast_to(y, spec.scale_shape(x.shape)) for y in (least, most))
     lowest, highest = (np.float32(code) for code in spec.code_range)
     levels, minimum, zero_point = highest - lowest, None, None

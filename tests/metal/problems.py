@@ -44,16 +44,25 @@ def wide(x: Any) -> np.ndarray[Any, Any]:
 
 
 def expected(oracle: Any, problem: Problem, **cotangents: Any) -> Any:
-    """The oracle's answer."""
+    """The oracle's answer; an offset of the query is a mask to it."""
+    mask, is_causal, window = problem.mask, problem.is_causal, problem.window
+    if problem.query_offset is not None:
+        position = np.arange(problem.T) + np.asarray(problem.query_offset, np.int64)[:, None]
+        distance = np.arange(problem.S) - position[..., None]
+        seen = distance <= 0 if is_causal else np.ones(distance.shape, bool)
+        if window is not None:
+            seen &= (distance >= -window[0]) & (distance <= window[1])
+        mask = seen[:, None] if mask is None else seen[:, None] & mask
+        is_causal, window = False, None
     return oracle(
         *map(wide, problem.operands()),
         None if problem.bias is None else wide(problem.bias),
-        problem.mask,
+        mask,
         scale=problem.scale,
-        is_causal=problem.is_causal,
+        is_causal=is_causal,
         query_seq_lengths=problem.query_lengths,
         key_value_seq_lengths=problem.key_value_lengths,
-        local_window_size=problem.window,
+        local_window_size=window,
         logits_soft_cap=problem.soft_cap or None,
         **cotangents,
     )
@@ -79,12 +88,19 @@ def feature(name: str, **shape: int) -> dict[str, Any]:
         "broadcast_bias": dict(bias=bias[1:2, :, :1].astype(ml_dtypes.bfloat16)),
         "mask": dict(mask=mask),
         "broadcast_mask": dict(mask=mask[:, :1, :, :]),
+        "offset_causal": dict(is_causal=True, query_offset=[-T // 2, S - T + 9]),
+        "offset_window": dict(window=(9, 20), query_offset=[S - 30, -12]),
+        "far_offset": dict(
+            is_causal=True, window=(2**31 - 1, 0), query_offset=[2**31 - 1, -(2**31)],
+            query_lengths=[T - 3, T],
+        ),
         "soft_cap": dict(soft_cap=1.5, scale=-0.4),
         "zero_scale": dict(scale=0.0, is_causal=True),
         "no_keys": dict(key_value_lengths=[0, 0]),
         "everything": dict(
             bias=bias[:, :, :, :1].astype(np.float16), mask=mask[:1, :1], is_causal=True,
             window=(20, 3), query_lengths=[T, T - 7], key_value_lengths=[S - 5, 40], soft_cap=2.0,
+            query_offset=[0, 15],
         ),
     }  # fmt: skip
     return features[name]
@@ -92,7 +108,8 @@ def feature(name: str, **shape: int) -> dict[str, Any]:
 
 FEATURES = (
     "plain", "causal", "window", "lengths", "bias", "broadcast_bias", "mask", "broadcast_mask",
-    "soft_cap", "zero_scale", "no_keys", "everything",
+    "offset_causal", "offset_window", "far_offset", "soft_cap", "zero_scale", "no_keys",
+    "everything",
 )  # fmt: skip
 
 INT8 = QuantSpec()

@@ -53,6 +53,15 @@ def test_a_bias_equal_for_all_keys_has_no_gradient(kind):
     np.testing.assert_allclose(found, d_lse.swapaxes(1, 2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["offset_causal", "offset_window", "far_offset"])
+def test_offset_of_the_query(oracle, relative_error, name):
+    q, k, v, d_out = draw()
+    bias = np.random.default_rng(2).standard_normal((1, 4, 45, 77)).astype(np.float32)
+    problem = Problem(q, k, v, bias=bias, **feature(name))
+    wanted = expected(oracle, problem, d_out=d_out).d_bias[None]
+    check(relative_error, problem, d_out, wanted, 3e-6)
+
+
 @pytest.mark.parametrize(("H", "V"), [(72, 100), (130, 256)])
 def test_axes_of_vmap(oracle, relative_error, H, V):
     q, k, v, d_out = draw(B=4, H=H, V=V)

@@ -32,7 +32,13 @@ def test_splits(oracle, relative_error, T, N, K, splits, dtype):
     check(oracle, relative_error, problem, BOUNDS[dtype], splits)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "lengths", "bias", "mask", "everything"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal", "window", "lengths", "bias", "mask", "offset_causal", "offset_window",
+        "far_offset", "everything",
+    ],
+)  # fmt: skip
 def test_feature(oracle, relative_error, name):
     shape = dict(T=15, S=140, N=4, K=1)
     q, k, v, _ = draw(**shape)

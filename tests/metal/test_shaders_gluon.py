@@ -37,7 +37,9 @@ def check_parity(oracle, relative_error, problem, dtype, bound):
     np.testing.assert_allclose(*sums, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "lengths", "bias", "soft_cap", "everything"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "lengths", "bias", "soft_cap", "offset_causal", "everything"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rules(oracle, relative_error, dtype, name):
     shape = dict(T=67, S=301)

@@ -32,7 +32,7 @@ def draw(shape=(2, 37, 3, 46), dtype=np.float32):
 
 
 def check_equal(found, wanted):
-    for name in ("data", "scale", "zero_point", "minimum"):
+    for name in ("data", "scale", "zero_point", "minimum", "mean"):
         actual, expected = getattr(found, name), getattr(wanted, name)
         assert (actual is None) == (expected is None)
         if actual is not None:
@@ -51,22 +51,42 @@ def test_codes_are_numpys(name):
 def test_centred(granularity, dtype):
     spec = QuantSpec(symmetric=False, granularity=granularity, block_size=10, center=True)
     x = draw((2, 70, 2, 130), dtype)
-    found = quantize(x, spec)
-    mean = np.mean(x.astype(np.float64), axis=1, keepdims=True)
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-6, atol=1e-7)
-    check_equal(found, formats.quantize(x, spec, found.mean))
+    check_equal(quantize(x, spec), formats.quantize(x, spec))
 
 
-def test_mean_of_lengths_and_of_finite_values():
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_hidden_tokens_change_no_bit(granularity, way):
+    rng = np.random.default_rng(9)
+    x = draw((4, 71, 2, 34))
+    visible = rng.random((4, 71)) < 0.6
+    visible[1, :40] = False  # whole blocks, and more than a step of the search for the center
+    visible[2] = False
+    spec = QuantSpec(granularity=granularity, block_size=12, center=True, **WAYS[way])
+    wanted = formats.quantize(x, spec, visible=visible)
+    for hidden in (np.nan, -np.inf, 3e38, 0):
+        found = quantize(np.where(visible[..., None, None], x, hidden), spec, visible=visible)
+        check_equal(found, wanted)
+    if granularity == "row":
+        assert not wanted.scale[~visible].any()
+    rotated = QuantSpec(granularity=granularity, block_size=12, center=True, rotate=True)
+    codes = [
+        quantize(np.where(visible[..., None, None], x, hidden), rotated, visible=visible)
+        for hidden in (np.nan, 3e38)
+    ]
+    check_equal(*codes)
+    assert np.isfinite(codes[0].scale).all()
+
+
+def test_center_of_finite_values():
     x = draw((3, 50, 2, 40))
     x[0, 3, 1, 7], x[1, 4, 0, 2] = np.nan, np.inf
-    lengths = [50, 20, 0]
-    found = quantize(x, QuantSpec(center=True), lengths=lengths)
-    for b, length in enumerate(lengths):
-        part = x[b, :length].astype(np.float64)
-        finite = np.isfinite(part)
-        total = np.where(finite, part, 0).sum(0) / np.maximum(finite.sum(0), 1)
-        np.testing.assert_allclose(found.mean[b, 0], total, rtol=1e-6, atol=1e-7)
+    x[1, :30:2, 1], x[2, :, 0, 5] = -np.inf, np.nan
+    found = quantize(x, QuantSpec(center=True))
+    np.testing.assert_array_equal(found.mean, formats.center(x))
+    assert found.mean[2, 0, 0, 5] == 0
+    x[1, :30:2, 1], x[2, :, 0, 5] = 1, 1
+    found = quantize(x, QuantSpec(center=True))
     bad = np.zeros(found.scale.shape, bool)
     bad[0, 3, 1], bad[1, 4, 0] = True, True
     np.testing.assert_array_equal(np.isnan(found.scale), bad)
