@@ -37,9 +37,9 @@ def quantize(
     - `x`: float32, bfloat16, float16 or float64, `[B, T, N, H]` or `[T, N, H]`; H must be even for
       4 bits.
     - `spec`: the format.
-    - `lengths`: integers `[B]` (or a scalar for rank 3), clamped to `[0, T]`: the tokens at and past
-      `lengths[b]` are hidden. They count in no scale and no center, whatever they hold, and are
-      coded as zeros.
+    - `lengths`: integers `[B]` (or a scalar for rank 3), clamped to `[0, T]`: the tokens at and
+      past `lengths[b]` are hidden. They count in no scale and no center, whatever they hold, and
+      are coded as zeros.
     - `implementation`: `"cpu"` (the plugin), `"metal"` (the GPU), `"xla"`, or None, which takes the
       plugin on the CPU.
 

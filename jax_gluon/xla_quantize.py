@@ -49,9 +49,9 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) ->
 def token_center(x: jax.Array, visible: jax.Array | None) -> jax.Array:
     """The lower median of each head and channel over the first `CENTER_TOKENS` visible tokens.
 
-    Of the finite values; 0 where there is none, or where a difference from it might overflow. It depends on no later token, so neither the future
-    of a causal row nor the order in which a cache gets its tokens moves it, and an outlier does not
-    either.
+    Of the finite values; 0 where there is none, or where a difference from it might overflow. It
+    depends on no later token, so neither the future of a causal row nor the order in which a cache
+    gets its tokens moves it, and an outlier does not either.
 
     **Arguments:** `x`: float32 `[..., T, N, H]`; `visible`: bool `[..., T]`, or None for all.
 
