@@ -144,7 +144,15 @@ def attention(target, formats="float", *, full=True):
             "mask": draw(B, 1, T, S) > -1.0,
             "query_seq_lengths": np.array([T, 3], np.int32),
             "key_value_seq_lengths": np.array([4, S], np.int32),
+            "query_offset": np.array([2, -1], np.int32),
         }
+    if target == FORWARD:
+        attributes |= {f"has_{name}_visible": np.int64(full) for name in ("query", "key_value")}
+        if full:
+            operands |= {
+                "query_visible": draw(B, T) > -1.0,
+                "key_value_visible": draw(B, S) > -1.0,
+            }
     attributes |= {
         "device": np.int64(0),
         "cpu_pipeline": np.int64(0),
@@ -161,6 +169,7 @@ def attention(target, formats="float", *, full=True):
         "has_mask": np.int64(full),
         "has_query_seq_lengths": np.int64(full),
         "has_key_value_seq_lengths": np.int64(full),
+        "has_query_offset": np.int64(full),
     }
     row = result(B, T, N)
     results = {"out": result(B, T, N, V), "row_maximum": row, "log2_sum": row}
@@ -201,11 +210,11 @@ def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, 
     attributes = dict(
         device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric,
         token_block=token_block, head_block=head_block, per_tensor=per_tensor,
-        center=center, rotate=0, has_lengths=1,
+        center=center, rotate=0, has_visible=1,
     )  # fmt: skip
     return Call(
         QUANTIZE,
-        {"x": draw(B, S, K, H), "lengths": np.array([4, S], np.int32)},
+        {"x": draw(B, S, K, H), "visible": draw(B, S) > -1.0},
         results,
         {name: np.int64(x) for name, x in attributes.items()},
     )
@@ -406,7 +415,7 @@ def test_attribute_out_of_range(name, case):
 
 
 @pytest.mark.parametrize(
-    "attribute", ["symmetric", "float_minimum", "per_tensor", "center", "rotate", "has_lengths"]
+    "attribute", ["symmetric", "float_minimum", "per_tensor", "center", "rotate", "has_visible"]
 )
 def test_quantize_flag_out_of_range(attribute):
     call = quantize()
@@ -453,8 +462,8 @@ def test_codes_that_a_call_makes_are_those_of_the_quantizer():
         )  # fmt: skip
         quantizer.attributes["float_minimum"] = np.int64(format_.offset == 2)
         x = call.operands[name]
-        lengths = call.operands["query_seq_lengths" if name == "query" else "key_value_seq_lengths"]
-        quantizer.operands = {"x": x, "lengths": lengths}
+        visible = call.operands["query_visible" if name == "query" else "key_value_visible"]
+        quantizer.operands = {"x": x, "visible": visible}
         quantizer.results = {
             part.removeprefix(f"{name}_"): shape
             for part, shape in call.results.items()
@@ -512,7 +521,8 @@ def test_a_huge_window_does_not_overflow(window):
 
 
 @pytest.mark.parametrize(
-    "flag", ["has_bias", "has_mask", "has_query_seq_lengths", "has_d_log_sum_exp"]
+    "flag",
+    ["has_bias", "has_mask", "has_query_seq_lengths", "has_query_offset", "has_d_log_sum_exp"],
 )
 def test_flags_that_deny_an_operand_which_is_there(flag):
     call = attention(BACKWARD)
@@ -520,7 +530,10 @@ def test_flags_that_deny_an_operand_which_is_there(flag):
     call.error()
 
 
-@pytest.mark.parametrize("flag", ["has_bias", "has_mask", "has_query_seq_lengths"])
+@pytest.mark.parametrize(
+    "flag",
+    ["has_bias", "has_mask", "has_query_seq_lengths", "has_query_offset", "has_query_visible"],
+)
 def test_flags_that_announce_an_operand_which_is_not_there(flag):
     call = attention(FORWARD, full=False)
     call.attributes[flag] = np.int64(1)
