@@ -289,10 +289,10 @@ class QuantizedKVCache:
             problem=dataclasses.replace(arguments.problem, local_window=(window - 1, 0)),
         )
         base = jnp.maximum(self.length - 1, 0) // self.capacity * self.capacity
-        left = jnp.where(base > 0, self.capacity, 0)
+        older = jnp.minimum(base, self.capacity)  # 0 in the first lap
         return _merge(
             _attend(arguments, first - base, self.length - base),
-            _attend(arguments, first - base + self.capacity, left),
+            _attend(arguments, first - base + self.capacity, older),
         )
 
 

@@ -134,7 +134,9 @@ def _quantize_operands(
 
     Codes know nothing of hidden tokens; a `QuantizedTensor` stays what it is.
     """
-    query_spec, key_spec, value_spec = _specs(problem, operands)
+    query_spec, key_spec, value_spec = specs = _specs(problem, operands)
+    if not any(specs):
+        return operands
     query_visible, key_value_visible = visible_tokens(problem, operands)
 
     def codes(x: Any, spec: QuantSpec | None, visible: jax.Array | None) -> Any:
@@ -173,7 +175,8 @@ def visible_tokens(
     if operands.mask is not None and operands.mask.shape[2] == 1:
         by_head.append(operands.mask)
     if operands.bias is not None and operands.bias.shape[2] == 1 and problem.soft_cap is None:
-        by_head.append(~(operands.bias < LEAST_LOGIT))  # NaN is visible
+        wide = operands.bias.astype(compute_dtype(operands.bias.dtype))
+        by_head.append(~(wide < LEAST_LOGIT))  # NaN is visible
     if by_head:
         seen = functools.reduce(jnp.logical_and, by_head)
         conditions.append(jnp.any(seen, axis=(1, 2)))

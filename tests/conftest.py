@@ -267,24 +267,34 @@ def oracle():
 
 
 def numpy_fake_quantize(x, *, center=False, lengths=None):
-    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64."""
+    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64; hidden tokens are any rows."""
     x = np.asarray(x, np.float64)
     mean = np.zeros_like(x[:, :1])
-    if center:
-        counted = np.isfinite(x)
-        if lengths is not None:
-            token = np.arange(x.shape[1])
-            counted &= (token < np.asarray(lengths)[:, None])[:, :, None, None]
-        count = np.maximum(counted.sum(1, keepdims=True), 1)
-        mean = np.where(counted, x, 0.0).sum(1, keepdims=True) / count
+    for b in range(x.shape[0] if center else 0):
+        tokens = x.shape[1] if lengths is None else int(np.clip(lengths[b], 0, x.shape[1]))
+        mean[b, 0] = numpy_lower_median(x[b, : min(tokens, 32)])
     scale = np.abs(x - mean).max(-1, keepdims=True) / 127
     return np.rint((x - mean) / np.where(scale > 0, scale, 1.0)) * scale + mean
+
+
+def numpy_lower_median(x):
+    """Of the finite values along the first axis, 0 where there are none."""
+    count = np.isfinite(x).sum(0)
+    ordered = np.sort(np.where(np.isfinite(x), x, np.inf), axis=0)
+    middle = np.maximum(count[None] - 1, 0) // 2
+    return np.where(count > 0, np.take_along_axis(ordered, middle, 0)[0], 0) if len(x) else 0.0
 
 
 @pytest.fixture(scope="session")
 def fake_quantize():
     """INT8 rows in float64 NumPy; other formats have an oracle of their own in test_formats."""
     return numpy_fake_quantize
+
+
+@pytest.fixture(scope="session")
+def lower_median():
+    """The center that the quantizer takes away, of finite values along the first axis."""
+    return numpy_lower_median
 
 
 @pytest.fixture(scope="session")

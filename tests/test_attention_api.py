@@ -450,7 +450,8 @@ def test_an_array_scale_does_not_overflow_float16(require, relative_error, imple
 
     def loss(q, k, v, scale):
         out = jax_gluon.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
-        return jnp.sum(out.astype(jnp.float32) ** 2), out
+        # Small, for gradients that are finite in float16.
+        return 1e-3 * jnp.sum(out.astype(jnp.float32) ** 2), out
 
     results = []
     for scale in (100.0, jnp.float16(100.0)):

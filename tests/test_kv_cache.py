@@ -459,7 +459,7 @@ KEY, VALUE = (B, 3, K, H), (B, 3, K, V)
          "lengths is of shape (3,); allowed: shape [B] = [2]"),
         (np.ones(KEY), np.ones(VALUE), 3, ValueError, "lengths is of shape (); allowed"),
         (np.ones(KEY), np.ones(VALUE), [1.0, 2.0], TypeError,
-         "lengths is of dtype float32; allowed: an integer dtype"),
+         "lengths is of dtype float64; allowed: an integer dtype"),
     ],
 )  # fmt: skip
 def test_bad_argument_of_append(key, value, lengths, error, complaint):

@@ -216,15 +216,10 @@ def test_a_poisoned_block_dequantizes_to_nan(name, poison, quantize):
     assert np.isfinite(restored[~poisoned]).all()
 
 
-def lower_median(x):
-    """Of the finite values along the first axis."""
-    count = np.isfinite(x).sum(0)
-    ordered = np.sort(np.where(np.isfinite(x), x, np.inf), axis=0)
-    return np.take_along_axis(ordered, (count[None] - 1) // 2, 0)[0]
-
-
 @pytest.mark.parametrize("length", [6, 32, 45])
-def test_center_is_the_median_of_the_first_finite_values_inside_the_lengths(length, quantize):
+def test_center_is_the_median_of_the_first_finite_values_inside_the_lengths(
+    length, quantize, lower_median
+):
     x = (random_rows(S=50) + 5).at[0, 2, 1, 3].set(jnp.inf)
     lengths = jnp.asarray([length, 0], jnp.int32)
     rows = quantize(x, QuantSpec(center=True), lengths=lengths)
@@ -294,7 +289,7 @@ def test_tensor_granularity_is_one_scale_per_mapped_entry(quantize):
     assert scale[1, 0] > 10 * scale[0, 0]
 
 
-def test_rank_3_and_empty_arrays(quantize):
+def test_rank_3_and_empty_arrays(quantize, lower_median):
     x = random_rows()
     flat, batched = quantize(x[1], QuantSpec(center=True)), quantize(x, QuantSpec(center=True))
     np.testing.assert_array_equal(flat.mean, batched.mean[1])
