@@ -298,6 +298,21 @@ def lower_median():
 
 
 @pytest.fixture(scope="session")
+def seen_lengths():
+    """`seen_lengths(B, T, S, **keywords)`: how many rows and keys of each entry may be seen."""
+
+    def lengths(B, T, S, *, query_seq_lengths=None, key_value_seq_lengths=None, **keywords):
+        reach = 0 if keywords.get("is_causal") else S
+        if (window := keywords.get("local_window_size")) is not None:
+            reach = min(reach, window if np.ndim(window) == 0 else window[1])
+        rows = np.full(B, T) if query_seq_lengths is None else np.clip(query_seq_lengths, 0, T)
+        keys = np.full(B, S) if key_value_seq_lengths is None else key_value_seq_lengths
+        return np.asarray(rows, np.int32), np.clip(keys, 0, min(S, T + reach)).astype(np.int32)
+
+    return lengths
+
+
+@pytest.fixture(scope="session")
 def relative_error():
     """Relative L2 distance of `actual` from `expected`, absolute where `expected` is 0."""
 

@@ -326,8 +326,9 @@ INT8_TOLERANCE = {"cpu": (8e-3, 1e-2), "metal": (8e-3, 1e-2), "xla": (1e-5, 1e-4
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["plain", "causal", "lengths", "everything"])
 def test_int8_matches_attention_of_the_dequantized_operands(
-    case, dtype, implementation, oracle, fake_quantize, relative_error, random_operands
-):
+    case, dtype, implementation, oracle, fake_quantize, relative_error, random_operands,
+    seen_lengths,
+):  # fmt: skip
     keywords = dict(CASES[case])
     q, k, v, d_out = random_operands(B, T, S, N, K, H=32, V=16, dtype=dtype)
     k = k + jnp.asarray(2, dtype)  # A mean that would cost most of the codes if it stayed.
@@ -339,7 +340,7 @@ def test_int8_matches_attention_of_the_dequantized_operands(
         )
 
     out, gradients = value_and_gradients(attention, (q, k, v), bias, d_out)
-    lengths = keywords.get("key_value_seq_lengths")
+    _, lengths = seen_lengths(B, T, S, **keywords)
     dequantized = (
         fake_quantize(q),
         fake_quantize(k, center=True, lengths=lengths),

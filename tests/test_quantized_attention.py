@@ -42,11 +42,21 @@ def bounds(specs):
     return (1.3e-2 if rounded_again else 8e-3), 1e-2
 
 
-def check(specs, oracle, relative_error, draw, *, bias=None, implementation="cpu", **keywords):
+def check(
+    specs,
+    oracle,
+    relative_error,
+    draw,
+    seen_lengths,
+    *,
+    bias=None,
+    implementation="cpu",
+    **keywords,
+):
     q, k, v, d_out = draw(**SHAPE)
     limits = (1e-5, 1e-4) if implementation == "xla" else bounds(specs)
-    lengths = keywords.get("key_value_seq_lengths")
-    query_lengths = keywords.get("query_seq_lengths")
+    B, T, S = (SHAPE[axis] for axis in "BTS")
+    rows, keys = seen_lengths(B, T, S, **keywords)
 
     def attention(q, k, v, bias):
         return jax_gluon.attention_with_log_sum_exp(
@@ -59,11 +69,9 @@ def check(specs, oracle, relative_error, draw, *, bias=None, implementation="cpu
     exact = [
         x if spec is None
         else jax_gluon.quantize(
-            x, spec, lengths=each if spec.center else None, implementation=implementation
+            x, spec, lengths=lengths, implementation=implementation
         ).dequantize()
-        for x, spec, each in zip(
-            (q, k, v), specs_of(specs), (query_lengths, lengths, lengths), strict=True
-        )
+        for x, spec, lengths in zip((q, k, v), specs_of(specs), (rows, keys, keys), strict=True)
     ]  # fmt: skip
     expected = oracle(*exact, bias, **keywords, d_out=d_out)
     assert relative_error(out, expected.out) <= limits[0]
@@ -82,10 +90,12 @@ def check(specs, oracle, relative_error, draw, *, bias=None, implementation="cpu
 
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_for_every_operand(name, operand, oracle, relative_error, random_operands):
+def test_every_format_for_every_operand(
+    name, operand, oracle, relative_error, random_operands, seen_lengths
+):
     """Forward and all three gradients, the other operands as INT8 rows."""
     specs = AttentionQuantization(**{x: QuantSpec() for x in OPERANDS} | {operand: FORMATS[name]})
-    check(specs, oracle, relative_error, random_operands)
+    check(specs, oracle, relative_error, random_operands, seen_lengths)
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
@@ -93,10 +103,10 @@ def test_every_format_for_every_operand(name, operand, oracle, relative_error, r
     "name", ["int8-row-minimum", "int4-channel_block-minimum", "int4-group-zero_point"]
 )
 def test_float_operands_beside_codes_stay_float(
-    name, operand, oracle, relative_error, random_operands
+    name, operand, oracle, relative_error, random_operands, seen_lengths
 ):
     specs = AttentionQuantization(**{operand: FORMATS[name]})
-    check(specs, oracle, relative_error, random_operands)
+    check(specs, oracle, relative_error, random_operands, seen_lengths)
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -139,30 +149,36 @@ RULES = {
 
 @pytest.mark.parametrize("specs", ["int8", "int4", MIXED], ids=["int8", "int4", "mixed"])
 @pytest.mark.parametrize("rule", RULES)
-def test_rules_apply_to_codes(rule, specs, implementation, oracle, relative_error, random_operands):
+def test_rules_apply_to_codes(
+    rule, specs, implementation, oracle, relative_error, random_operands, seen_lengths
+):
     check(
-        specs, oracle, relative_error, random_operands, implementation=implementation,
+        specs, oracle, relative_error, random_operands, seen_lengths, implementation=implementation,
         **RULES[rule],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ["portable", "emulated_avx512", "avx2"])
 @pytest.mark.parametrize("specs", ["int4", MIXED], ids=["int4", "mixed"])
-def test_every_instruction_set(isa, specs, monkeypatch, oracle, relative_error, random_operands):
+def test_every_instruction_set(
+    isa, specs, monkeypatch, oracle, relative_error, random_operands, seen_lengths
+):
     import jax_gluon._plugin as plugin
 
     if isa not in plugin.cpu_isas_supported():
         pytest.skip(f"{isa} is not in this build, or not on this processor")
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
     monkeypatch.setenv("JAX_GLUON_POISON", "1")
-    check(specs, oracle, relative_error, random_operands, is_causal=True)
+    check(specs, oracle, relative_error, random_operands, seen_lengths, is_causal=True)
 
 
 @pytest.mark.parametrize("specs", ["int8", "int4"])
 def test_codes_given_as_tensors_are_what_the_argument_makes(specs, implementation, random_operands):
+    """Of the keys that causal rows can see."""
     q, k, v, _ = random_operands(**SHAPE)
+    seen = np.full(SHAPE["B"], SHAPE["T"], np.int32)
     tensors = [
-        jax_gluon.quantize(x, spec, implementation=implementation)
+        jax_gluon.quantize(x, spec, lengths=seen, implementation=implementation)
         for x, spec in zip((q, k, v), specs_of(specs), strict=True)
     ]
     keywords = dict(is_causal=True, implementation=implementation, return_residual=True)
