@@ -20,6 +20,7 @@ FORMATS = {
     f"int{bits}-{granularity}-{way}": QuantSpec(bits, granularity=granularity, **WAYS[way])
     for bits, granularity, way in itertools.product((8, 4), GRANULARITIES, WAYS)
 }
+LARGEST = float(np.finfo(np.float32).max)
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -171,7 +172,9 @@ def test_constant_blocks_are_exact(name, constant, quantize):
 
 
 @every_format
-@pytest.mark.parametrize(("center", "magnitude"), [(False, 1e-44), (False, 3.3e38), (True, 3.3e38)])
+@pytest.mark.parametrize(
+    ("center", "magnitude"), [(False, 1e-44), (False, LARGEST), (True, LARGEST)]
+)
 def test_no_magnitude_overflows(name, center, magnitude, quantize):
     spec = dataclasses.replace(FORMATS[name], block_size=3, center=center)
     x = jnp.asarray(np.linspace(-1, 1, 16), jnp.float32).reshape(1, 1, 1, 16)
@@ -201,11 +204,11 @@ def test_an_outlier_stays_in_its_block(name, quantize):
 
 
 @every_format
-@pytest.mark.parametrize("poison", [np.nan])
-def test_a_poisoned_block_dequantizes_to_nan(name, poison, quantize):
+@pytest.mark.parametrize("factor", [0, 1])
+def test_a_poisoned_block_dequantizes_to_nan(name, factor, quantize):
     spec = dataclasses.replace(FORMATS[name], block_size=4)
-    x = random_rows(S=8, H=8)
-    restored = np.asarray(quantize(x.at[1, 5, 2, 3].set(poison), spec).dequantize())
+    x = factor * random_rows(S=8, H=8)
+    restored = np.asarray(quantize(x.at[1, 5, 2, 3].set(np.nan), spec).dequantize())
     poisoned = np.zeros(x.shape, bool)
     tokens = {1: slice(5, 6), 4: slice(4, 8), 0: slice(None)}[spec.token_block]
     columns = {1: slice(3, 4), 4: slice(0, 4), 0: slice(None)}[spec.head_block]

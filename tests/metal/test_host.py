@@ -104,7 +104,7 @@ def test_codes_are_made_in_the_forward_call(preset):
         jax_gluon.quantize(
             array,
             spec,
-            lengths=lengths[f"{name}_seq_lengths"] if spec.center else None,
+            lengths=lengths[f"{name}_seq_lengths"],
             implementation="metal",
         )
         for array, spec, name in zip(

@@ -1,0 +1,85 @@
+"""Codes know nothing of tokens that can't be seen, and earlier rows nothing of later tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
+B, T, S, N, K, H, V = 2, 6, 75, 4, 2, 32, 24
+# Of the second entry no key can be seen; of the first the last block is hidden wholly.
+LENGTHS = np.array([40, 0], np.int32)
+
+
+def hidden_by(way):
+    """Which keys are hidden `[B, S]`, and the arguments that hide them."""
+    hidden = np.arange(S) >= LENGTHS[:, None]
+    if way == "lengths":
+        return hidden, dict(key_value_seq_lengths=LENGTHS)
+    hidden = hidden | (np.random.default_rng(7).random((B, S)) < 0.3)
+    if way == "mask":
+        return hidden, dict(mask=jnp.asarray(~hidden[:, None, None, :]))
+    # Of two rules, each hides keys of every head.
+    bias = np.where(hidden[:, None, None, :], -np.inf, 0.5).astype(np.float16)
+    return hidden, dict(bias=jnp.asarray(bias), key_value_seq_lengths=np.array([70, S], np.int32))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e4, 1e30])
+@pytest.mark.parametrize("way", ["lengths", "mask", "bias"])
+@pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.02), ("int4", 0.2)])
+def test_hidden_keys_change_no_bit(
+    quantization, bound, way, poison, implementation, oracle, relative_error, random_operands
+):
+    """The same bits as with zeros there, and no more error than visible tokens make."""
+    if implementation == "metal" and (way, poison) not in (("mask", np.inf), ("bias", 1e30)):
+        pytest.skip("two of them on the software device")
+    q, k, v, d_out = random_operands(B, T, S, N, K, H, V)
+    hidden, keywords = hidden_by(way)
+    rows = hidden[:, :, None, None]
+
+    def results(fill):
+        def attention(q, k, v):
+            return jax_gluon.dot_product_attention(
+                q, k, v, quantization=quantization, implementation=implementation, **keywords
+            )
+
+        operands = q, jnp.where(rows, fill, k), jnp.where(rows, fill, v)
+        out, pullback = jax.vjp(attention, *operands)
+        return out, *pullback(d_out)
+
+    found = results(poison)
+    for a, b in zip(found, results(0.0), strict=True):
+        np.testing.assert_array_equal(a, b)
+    keywords |= {"bias": np.asarray(keywords["bias"], np.float32)} if way == "bias" else {}
+    expected = oracle(q, jnp.where(rows, 0, k), jnp.where(rows, 0, v), **keywords, d_out=d_out)
+    assert relative_error(found[0], expected.out) <= bound
+    assert not found[0][1].any()
+    for gradient, exact in zip(found[1:], expected[2:5], strict=True):
+        assert relative_error(gradient, exact) <= 2 * bound
+
+
+@pytest.mark.parametrize("outlier", [100.0, 1e4])
+def test_earlier_rows_do_not_notice_a_later_outlier(
+    outlier, implementation, relative_error, random_operands
+):
+    """INT8, causal: scales are those of a row, and the center is a median."""
+    q, k, v, d_out = random_operands(B, 50, 50, N, K, H, V)
+    d_out = d_out.at[:, -1].set(0)
+
+    def results(factor):
+        def attention(q, k, v):
+            return jax_gluon.dot_product_attention(
+                q, k, v, is_causal=True, quantization="int8", implementation=implementation
+            )
+
+        operands = q, k.at[:, -1].mul(factor), v.at[:, -1].mul(factor)
+        out, pullback = jax.vjp(attention, *operands)
+        return [x[:, :-1] for x in (out, *pullback(d_out))]
+
+    # The CPU rounds P to 8 bits in units of the head's largest scale: a few of them to the next one.
+    bound = 1e-3 if implementation == "cpu" else 1e-5
+    for a, b in zip(results(outlier), results(1.0), strict=True):
+        assert relative_error(a, b) <= bound
