@@ -127,7 +127,7 @@ class QuantizedKVCache:
         >>> import jax_gluon
         >>> cache = jax_gluon.QuantizedKVCache.create(1, 128, 4, 64, window=100)
         >>> cache.capacity, cache.key.shape, cache.nbytes
-        (128, (1, 128, 4, 64), 70664)
+        (128, (1, 128, 4, 64), 103432)
         """
         batch, kv_heads = _size("batch", batch), _size("kv_heads", kv_heads)
         capacity, head_dim = _size("capacity", capacity), _size("head_dim", head_dim)

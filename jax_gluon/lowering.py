@@ -25,12 +25,12 @@ from jax_gluon import xla, xla_quantize
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec, rotation
 from jax_gluon.problem import (
     EMPTY_ROW_LOG_SUM_EXP,
-    LEAST_LOGIT,
     AttentionProblem,
     FloatOperands,
     Kernels,
     Operands,
 )
+from jax_gluon.visible_tokens import visible_tokens
 
 
 class Residuals(NamedTuple):
@@ -147,42 +147,6 @@ def _quantize_operands(
         key=codes(operands.key, key_spec, key_value_visible),
         value=codes(operands.value, value_spec, key_value_visible),
     )
-
-
-def visible_tokens(
-    problem: AttentionProblem, operands: Operands
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """The query rows and the keys that may be seen: bool `[B, T]` and `[B, S]`; None: all.
-
-    Masks and biases count where they are the same for all rows; then a key is seen if any head
-    sees it.
-    """
-    B, T = operands.query.shape[:2]
-    S = operands.key.shape[1]
-    row, key = (jnp.arange(extent, dtype=jnp.int32)[None, :] for extent in (T, S))
-    query = keys = None
-    if operands.query_seq_lengths is not None:
-        query = row < operands.query_seq_lengths[:, None]
-    conditions: list[jax.Array] = []
-    reach = 0 if problem.is_causal else S
-    if problem.local_window is not None:
-        reach = min(reach, problem.local_window[1])
-    if T + reach < S and operands.query_offset is None:
-        conditions.append(key < T + reach)
-    if operands.key_value_seq_lengths is not None:
-        conditions.append(key < operands.key_value_seq_lengths[:, None])
-    by_head: list[jax.Array] = []
-    if operands.mask is not None and operands.mask.shape[2] == 1:
-        by_head.append(operands.mask)
-    if operands.bias is not None and operands.bias.shape[2] == 1 and problem.soft_cap is None:
-        wide = operands.bias.astype(compute_dtype(operands.bias.dtype))
-        by_head.append(~(wide < LEAST_LOGIT))  # NaN is visible
-    if by_head:
-        seen = functools.reduce(jnp.logical_and, by_head)
-        conditions.append(jnp.any(seen, axis=(1, 2)))
-    if conditions:
-        keys = jnp.broadcast_to(functools.reduce(jnp.logical_and, conditions), (B, S))
-    return query, keys
 
 
 def _specs(problem: AttentionProblem, operands: Operands) -> list[QuantSpec | None]:

@@ -12,6 +12,7 @@ from jax_gluon import lowering
 from jax_gluon.arguments import check_metal
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 from jax_gluon.lengths import checked_lengths
+from jax_gluon.visible_tokens import tokens_within
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _IMPLEMENTATIONS = (None, "cpu", "metal", "xla")
@@ -83,8 +84,7 @@ def quantize(
     array = jax.lax.stop_gradient(array)
     visible = None
     if checked is not None:
-        token = jnp.arange(array.shape[-3], dtype=jnp.int32)
-        visible = token[None, :] < checked.reshape(-1, 1)
+        visible = tokens_within(checked.reshape(-1), array.shape[-3])
     quantized = lowering.quantize(
         spec, implementation, array if is_batched else array[None], visible
     )

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jax_gluon.arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 from jax_gluon.problem import LEAST_LOGIT, AttentionProblem, Operands
+from jax_gluon.visible_tokens import tokens_within, visible_tokens
 from jax_gluon.xla_quantize import quantize
 
 __all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize"]
@@ -122,8 +123,16 @@ def fake_quantize(x: jax.Array, spec: QuantSpec, *, lengths: jax.Array | None = 
     True
     """
     x = x.astype(np.promote_types(x.dtype, np.float32))
+    visible = None
+    if lengths is not None:
+        visible = tokens_within(jnp.reshape(lengths, (-1,)), x.shape[-3])
+        visible = visible.reshape(*x.shape[:-3], x.shape[-3])
+    return _rounded(x, spec, visible)
+
+
+def _rounded(x: jax.Array, spec: QuantSpec, visible: jax.Array | None) -> jax.Array:
     constant = jax.lax.stop_gradient(x)
-    rounded = quantize(constant, spec, lengths).dequantize(x.dtype)
+    rounded = quantize(constant, spec, visible).dequantize(x.dtype)
     # The difference is exactly 0, and carries the gradient.
     return rounded + (x - constant)
 
@@ -197,15 +206,16 @@ def _floats(
     problem: AttentionProblem, operands: Operands, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     specs = problem.quantization
-    lengths = (operands.query_seq_lengths, *(operands.key_value_seq_lengths,) * 2)
+    rows, keys = visible_tokens(problem, operands)
 
-    def floats(name: str, length: jax.Array | None) -> jax.Array:
+    def floats(name: str, visible: jax.Array | None) -> jax.Array:
         x, spec = getattr(operands, name), specs and getattr(specs, name)
         if isinstance(x, QuantizedTensor):
             return x.dequantize(dtype)
-        return (fake_quantize(x, spec, lengths=length) if spec else x).astype(dtype)
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        return (_rounded(wide, spec, visible) if spec else x).astype(dtype)
 
-    query, key, value = map(floats, ("query", "key", "value"), lengths)
+    query, key, value = map(floats, ("query", "key", "value"), (rows, keys, keys))
     return query, key, value
 
 

@@ -267,14 +267,16 @@ def oracle():
 
 
 def numpy_fake_quantize(x, *, center=False, lengths=None):
-    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64; hidden tokens are any rows."""
+    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64; those past the lengths are zeros."""
     x = np.asarray(x, np.float64)
+    lengths = np.full(x.shape[0], x.shape[1]) if lengths is None else np.asarray(lengths)
     mean = np.zeros_like(x[:, :1])
     for b in range(x.shape[0] if center else 0):
-        tokens = x.shape[1] if lengths is None else int(np.clip(lengths[b], 0, x.shape[1]))
-        mean[b, 0] = numpy_lower_median(x[b, : min(tokens, 32)])
-    scale = np.abs(x - mean).max(-1, keepdims=True) / 127
-    return np.rint((x - mean) / np.where(scale > 0, scale, 1.0)) * scale + mean
+        mean[b, 0] = numpy_lower_median(x[b, : np.clip(lengths[b], 0, 32)])
+    seen = np.arange(x.shape[1]) < lengths[:, None]
+    centred = np.where(seen[:, :, None, None], x - mean, 0.0)
+    scale = np.abs(centred).max(-1, keepdims=True) / 127
+    return np.rint(centred / np.where(scale > 0, scale, 1.0)) * scale + mean
 
 
 def numpy_lower_median(x):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import reference
+from jax_gluon import lowering, reference
 from jax_gluon.formats import PRESETS
 
 plugin = pytest.importorskip("jax_gluon._plugin")
@@ -158,12 +158,17 @@ def _exact(operands, keywords, d_out, d_log_sum_exp):
 def _dequantized(operands, keywords):
     """The point that the kernels' INT8 codes stand for."""
     query, key, value, bias = operands
-    lengths = keywords.get("key_value_seq_lengths")
+    B, S = key.shape[:2]
     specs = PRESETS["int8"]
+    lengths = keywords.get("key_value_seq_lengths")
+    seen = np.arange(S) < (np.full(B, S) if lengths is None else np.asarray(lengths))[:, None]
+    mask = keywords.get("mask")
+    if mask is not None and mask.shape[2] == 1:
+        seen = seen & mask.any((1, 2))
     codes = (
-        jax_gluon.quantize(query, specs.query, implementation="cpu"),
-        jax_gluon.quantize(key, specs.key, lengths=lengths, implementation="cpu"),
-        jax_gluon.quantize(value, specs.value, implementation="cpu"),
+        lowering.quantize(specs.query, "cpu", jnp.asarray(query), None),
+        lowering.quantize(specs.key, "cpu", jnp.asarray(key), jnp.asarray(seen)),
+        lowering.quantize(specs.value, "cpu", jnp.asarray(value), None),
     )
     exact = [
         np.asarray(x.data, np.float64) * np.asarray(x.scale, np.float64)

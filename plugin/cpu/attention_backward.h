@@ -31,8 +31,9 @@ class AttentionBackward {
   // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
   static constexpr int64_t kColumnStep = std::lcm(R, C);
   static_assert(kMostRows % kGroupRows == 0 && kMostTileKeys % kColumnStep == 0);
-  // Tasks wanted, so that several cores are busy; a kv head's rows are split no finer than this.
-  static constexpr int64_t kTasks = 16, kLeastPart = 512;
+  // Tasks wanted, so that several cores are busy; but a kv head's rows are split no finer than
+  // this, and no more often, since each part has dK and dV of all keys that it sees.
+  static constexpr int64_t kTasks = 16, kLeastPart = 512, kMostParts = 4;
   using Rules = LogitRules<Isa, kMostTileKeys>;
   using Rows = BackwardRows<Isa, AttentionBackwardCall>;
 
@@ -55,7 +56,8 @@ class AttentionBackward {
         std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kLeastRows, kGroupRows)),
                  std::min(kMostRows, round_up(rows, kGroupRows)));
     const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
-    const int64_t parts = std::min(ceil_div(kTasks, heads), ceil_div(rows, kLeastPart));
+    const int64_t parts =
+        std::min({ceil_div(kTasks, heads), ceil_div(rows, kLeastPart), kMostParts});
     part_rows_ = round_up(ceil_div(rows, parts), block_rows_);
     parts_ = ceil_div(rows, part_rows_);
     // Keys are counted from the first of a whole tile.
