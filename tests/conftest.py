@@ -267,7 +267,7 @@ def oracle():
 
 
 def numpy_fake_quantize(x, *, center=False, lengths=None):
-    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64; those past the lengths are zeros."""
+    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64: zeros past the lengths."""
     x = np.asarray(x, np.float64)
     lengths = np.full(x.shape[0], x.shape[1]) if lengths is None else np.asarray(lengths)
     mean = np.zeros_like(x[:, :1])

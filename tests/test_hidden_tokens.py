@@ -27,15 +27,12 @@ def hidden_by(way):
     return hidden, dict(bias=jnp.asarray(bias), key_value_seq_lengths=np.array([70, S], np.int32))
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e4, 1e30])
-@pytest.mark.parametrize("way", ["lengths", "mask", "bias"])
+@pytest.mark.parametrize(("way", "poison"), [("lengths", np.nan), ("mask", np.inf), ("bias", 1e30)])
 @pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.02), ("int4", 0.2)])
 def test_hidden_keys_change_no_bit(
     quantization, bound, way, poison, implementation, oracle, relative_error, random_operands
 ):
     """The same bits as with zeros there, and no more error than visible tokens make."""
-    if implementation == "metal" and (way, poison) not in (("mask", np.inf), ("bias", 1e30)):
-        pytest.skip("two of them on the software device")
     q, k, v, d_out = random_operands(B, T, S, N, K, H, V)
     hidden, keywords = hidden_by(way)
     rows = hidden[:, :, None, None]
@@ -79,7 +76,7 @@ def test_earlier_rows_do_not_notice_a_later_outlier(
         out, pullback = jax.vjp(attention, *operands)
         return [x[:, :-1] for x in (out, *pullback(d_out))]
 
-    # The CPU rounds P to 8 bits in units of the head's largest scale: a few of them to the next one.
+    # The CPU rounds P to 8 bits in units of the head's largest scale: a few round otherwise.
     bound = 1e-3 if implementation == "cpu" else 1e-5
     for a, b in zip(results(outlier), results(1.0), strict=True):
         assert relative_error(a, b) <= bound
