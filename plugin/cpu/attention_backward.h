@@ -1,7 +1,8 @@
 // Flash attention backward in one pass of five products. For each block of queries: recompute S and
 // dP = dO V^T for all keys that it sees and keep P and dP; then D = rowsum(P dP) is known, and
 // dS = P (dP - D), dV += P^T dO, dK += dS^T Q, dQ = dS K. An output that was rounded has no part in
-// D, so rows of dS sum to 0. A task owns the rows of one kv head (or a part of them) and sums of
+// D, so rows of dS sum to 0; of an exact one D = rowsum(dO O), and P and dP are kept for one tile
+// of keys only. A task owns the rows of one kv head (or a part of them) and sums of
 // its own for dK and dV, and the order of every sum is fixed by the shape alone.
 #pragma once
 
@@ -42,6 +43,7 @@ class AttentionBackward {
       : call_(call),
         parallel_(parallel),
         rows_(call),
+        output_is_exact_(rows_.output_is_exact()),
         group_(call.N / call.K),
         head_columns_(round_up(call.H, C)),
         value_columns_(round_up(call.V, C)),
@@ -51,7 +53,8 @@ class AttentionBackward {
         ahead_(call.cpu_kernel.stages * block_keys_),
         scratch_(parallel.threads()) {
     const int64_t rows = std::max<int64_t>(call.T, 1);
-    const int64_t fit = kMostScores / std::max<int64_t>(most_keys(kMostRows), 1);
+    const int64_t kept = output_is_exact_ ? tile_keys_ : most_keys(kMostRows);
+    const int64_t fit = kMostScores / std::max<int64_t>(kept, 1);
     block_rows_ =
         std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kLeastRows, kGroupRows)),
                  std::min(kMostRows, round_up(rows, kGroupRows)));
@@ -62,7 +65,7 @@ class AttentionBackward {
     parts_ = ceil_div(rows, part_rows_);
     // Keys are counted from the first of a whole tile.
     part_keys_ = round_up(most_keys(part_rows_), tile_keys_) + tile_keys_;
-    block_tiles_ = ceil_div(most_keys(block_rows_), tile_keys_) + 1;
+    block_tiles_ = output_is_exact_ ? 1 : ceil_div(most_keys(block_rows_), tile_keys_) + 1;
   }
 
   void run() {
@@ -237,21 +240,32 @@ class AttentionBackward {
       std::fill(s.row_sum.get(), s.row_sum.get() + padded, 0.0f);
       const int64_t first = (keys.begin - part.origin) / tile_keys_;
       const int64_t last = ceil_div(keys.end - part.origin, tile_keys_);
-      for (int64_t t = first; t < last; ++t) probabilities(rules, rows, part, t, t - first, s);
-      for (int64_t r = 0; r < padded; ++r) {
-        auto& statistics = s.statistics[r];
-        const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
-        if (total != 0.0f) {
-          // Codes' probabilities may not sum to 1 exactly.
-          statistics.delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
-        }
+      for (int64_t t = first; output_is_exact_ && t < last; ++t) {
+        probabilities(rules, rows, part, t, 0, s);
+        gradients(rows, part, t, 0, s);
       }
-      for (int64_t t = first; t < last; ++t) gradients(rows, part, t, t - first, s);
+      if (!output_is_exact_) whole_rows(rules, rows, part, {first, last}, s);
       add_key_mean(part.b, part.k, count, dq, s);
     }
     for (int64_t r = 0; r < count; ++r) {
       store_row<Isa>(call_.d_query, ((part.b * call_.T + rows.begin + r) * call_.N + n) * call_.H,
                      dq + r * head_columns_, call_.H, call_.scale);
+    }
+  }
+
+  // The gradients of tiles of keys, after D of the rows is found from all of them.
+  void whole_rows(const Rules& rules, Range rows, const Part& part, Range tiles, Scratch& s) const {
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      probabilities(rules, rows, part, t, t - tiles.begin, s);
+    }
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
+      if (total == 0.0f) continue;
+      // Codes' probabilities may not sum to 1 exactly.
+      s.statistics[r].delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
+    }
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      gradients(rows, part, t, t - tiles.begin, s);
     }
   }
 
@@ -274,6 +288,9 @@ class AttentionBackward {
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
           statistics = rows_.statistics(b, i, n, q);
+          if (output_is_exact_ && !statistics.empty) {
+            statistics.delta += rows_.output_delta(b, i, n, d, row);
+          }
         }
         if (statistics.empty) {
           std::fill(q, q + H, 0.0f);
@@ -511,6 +528,7 @@ class AttentionBackward {
   const AttentionBackwardCall& call_;
   Parallel& parallel_;
   Rows rows_;
+  const bool output_is_exact_;
   const int64_t group_, head_columns_, value_columns_;
   const int64_t tile_keys_, block_keys_, ahead_;
   int64_t block_rows_ = 0, part_rows_ = 0, parts_ = 1, part_keys_ = 0, block_tiles_ = 0;

@@ -29,6 +29,20 @@ class BackwardRows {
     load_row<Isa>(row_of(call_.d_out, b, i, n), call_.d_out.dtype, call_.V, out);
   }
 
+  // Whether rowsum(dO * O) is delta: nothing that O was made of was rounded, nor O itself.
+  bool output_is_exact() const {
+    const auto is_exact = [](const QuantizableOperand& x) {
+      return !x.quantization && x.dtype == DType::kF32;
+    };
+    return call_.out.dtype == DType::kF32 && is_exact(call_.query) && is_exact(call_.key) &&
+           is_exact(call_.value);
+  }
+  // rowsum(dO * O) of row (b, i, n), which `d_out` holds; `row` is scratch of V floats.
+  float output_delta(int64_t b, int64_t i, int64_t n, const float* d_out, float* row) const {
+    load_row<Isa>(row_of(call_.out, b, i, n), call_.out.dtype, call_.V, row);
+    return dot<Isa>(d_out, row, call_.V);
+  }
+
   // Whether what a mean of keys adds to dQ, rowsum(dS) times it, may not be exactly zero: the
   // logits were capped, or the log-sum-exp has a cotangent.
   bool key_mean_matters() const { return call_.soft_cap != 0.0f || call_.d_log_sum_exp; }
