@@ -8,6 +8,8 @@
 #include "gluon_forward.h"
 #include "kernels.h"
 #include "quantize.h"
+#include "small_backward.h"
+#include "small_forward.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -23,6 +25,10 @@ struct Variant {
     }
   }
   static Status forward(const AttentionForwardCall& call, Parallel& parallel) {
+    if (SmallHeads<Isa>::takes(call)) {
+      SmallForward<Isa>(call, parallel).run();
+      return {};
+    }
     if (AttentionDecode<Isa>::takes(call)) {
       AttentionDecode<Isa>::run(call, parallel);
       return {};
@@ -41,7 +47,9 @@ struct Variant {
     return {};
   }
   static Status backward(const AttentionBackwardCall& call, Parallel& parallel) {
-    if (call.cpu_kernel.pipeline == Pipeline::kGluon) {
+    if (SmallHeads<Isa>::takes(call)) {
+      SmallBackward<Isa>(call, parallel).run();
+    } else if (call.cpu_kernel.pipeline == Pipeline::kGluon) {
       AttentionBackward<Isa, Pipeline::kGluon>(call, parallel).run();
     } else {
       AttentionBackward<Isa, Pipeline::kBaseline>(call, parallel).run();
