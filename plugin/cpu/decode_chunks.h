@@ -13,9 +13,21 @@ namespace {
 template <class Isa>
 class DecodeChunks {
  public:
-  static constexpr int64_t kMostQueries = 4, kMostRows = 16;
-  static bool takes(const AttentionForwardCall& call) {
-    return call.T <= kMostQueries && call.T * (call.N / std::max<int64_t>(call.K, 1)) <= kMostRows;
+  static constexpr int64_t kMostQueries = 4;
+  static bool takes(const AttentionForwardCall& call) { return call.T <= kMostQueries; }
+
+  // Rows of a kv head.
+  static int64_t rows_of(const AttentionForwardCall& call) {
+    return call.T * (call.N / std::max<int64_t>(call.K, 1));
+  }
+
+  // The length of a chunk: at least this, and so long that partial results of many rows take no
+  // more memory than those of a few.
+  static int64_t keys_of(const AttentionForwardCall& call, int64_t least) {
+    constexpr int64_t kMostPartials = 4096, kLeastChunks = 16;
+    const int64_t chunks =
+        std::max(kMostPartials / std::max<int64_t>(rows_of(call), 1), kLeastChunks);
+    return std::max(least, round_up(ceil_div(call.S, chunks), least));
   }
 
   // `keys` is the length of a chunk: by shape alone, so that results are the same for any number of

@@ -28,7 +28,7 @@ class DecodeCodes {
  public:
   DecodeCodes(const AttentionForwardCall& call, Parallel& parallel)
       : call_(call),
-        chunks_(call, parallel, kChunk),
+        chunks_(call, parallel, DecodeChunks<Isa>::keys_of(call, kChunk)),
         rows_(chunks_.rows()),
         all_(call.K * rows_),
         lanes_(round_up(all_, W)),

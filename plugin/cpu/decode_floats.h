@@ -23,7 +23,7 @@ class DecodeFloats {
  public:
   DecodeFloats(const AttentionForwardCall& call, Parallel& parallel)
       : call_(call),
-        chunks_(call, parallel, kChunk),
+        chunks_(call, parallel, DecodeChunks<Isa>::keys_of(call, kChunk)),
         rows_(chunks_.rows()),
         head_width_(round_up(call.H, 2 * W)),
         value_width_(round_up(call.V, 2 * W)),
@@ -40,10 +40,6 @@ class DecodeFloats {
   }
 
  private:
-  static int64_t row_bytes(const Operand& x, int64_t width) {
-    return width * static_cast<int64_t>(size_of(x.dtype)) / (x.dtype == DType::kU4x2 ? 2 : 1);
-  }
-
   // How the numbers of a row are scaled.
   enum class Scaling : uint8_t {
     kNone,   // floats
@@ -166,8 +162,8 @@ class DecodeFloats {
     for (int64_t k = 0; k < call_.K; ++k) load_queries<Key>(b, head_state(s, k), s);
     for (int64_t j = keys.begin; j < keys.end; j += subtile_) {
       const Range subtile{j, std::min(j + subtile_, keys.end)};
-      stream(call_.key, b, subtile, call_.H);
-      stream(call_.value, b, subtile, call_.V);
+      stream_heads(call_.key, b, subtile.begin, subtile.end, call_.K, call_.H);
+      stream_heads(call_.value, b, subtile.begin, subtile.end, call_.K, call_.V);
       for (int64_t k = 0; k < call_.K; ++k) {
         const Head head = head_state(s, k);
         find_scores<Key>(b, head, subtile, s);
@@ -175,21 +171,6 @@ class DecodeFloats {
         if (find_weights(visibility, b, head, subtile, s, finite)) {
           add_values<Value>(visibility, b, head, subtile, finite, s);
         }
-      }
-    }
-  }
-
-  // Brings the rows of all heads into the cache, in the order in which they lie in memory: read
-  // head by head, rows are pages apart, which no prefetcher follows. Loads, since processors drop
-  // software prefetches of pages that are not in the TLB: 10.5 ms became 6.4 ms where keys and
-  // values take 33 MB.
-  void stream(const QuantizableOperand& x, int64_t b, Range keys, int64_t width) const {
-    const int64_t bytes = row_bytes(x, width);
-    if (call_.K == 1 || x.stride[1] * static_cast<int64_t>(size_of(x.dtype)) != bytes) return;
-    for (int64_t j = keys.begin; j < keys.end; ++j) {
-      const char* row = static_cast<const char*>(row_of(x, b, j, 0));
-      for (int64_t byte = 0; byte < call_.K * bytes; byte += 64) {
-        static_cast<void>(*static_cast<const volatile char*>(row + byte));
       }
     }
   }
@@ -322,40 +303,59 @@ class DecodeFloats {
   void dot_rows(const char* rows, int64_t stride, const float* query, int64_t begin, int64_t end,
                 Scratch& s) const {
     int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) dot_some<Key, 4>(rows, stride, query, r, begin, end, s);
-    for (; r < rows_; ++r) dot_some<Key, 1>(rows, stride, query, r, begin, end, s);
+    for (; r + 4 <= rows_; r += 4) dot_keys<Key, 4>(rows, stride, query, r, begin, end, s);
+    for (; r < rows_; ++r) dot_keys<Key, 1>(rows, stride, query, r, begin, end, s);
   }
 
   template <class Key, int kRows>
-  void dot_some(const char* row, int64_t stride, const float* query, int64_t r, int64_t begin,
+  void dot_keys(const char* row, int64_t stride, const float* query, int64_t r, int64_t begin,
                 int64_t end, Scratch& s) const {
+    // As many as the registers hold sums of.
+    constexpr int64_t kMany = Key::kVectors == 1 ? 3 : 1;
+    int64_t j = begin;
+    for (; j + kMany <= end; j += kMany, row += kMany * stride) {
+      dot_some<Key, kRows, kMany>(row, stride, query, r, j, s);
+    }
+    for (; j < end; ++j, row += stride) dot_some<Key, kRows, 1>(row, stride, query, r, j, s);
+  }
+
+  template <class Key, int kRows, int kKeys>
+  void dot_some(const char* row, int64_t stride, const float* query, int64_t r, int64_t j,
+                Scratch& s) const {
     constexpr int64_t kStep = Key::kStep;
     constexpr int kVectors = Key::kVectors;
     const float* q = query + r * head_width_;
     const int64_t whole = round_up(call_.H, kStep);
-    for (int64_t j = begin; j < end; ++j, row += stride) {
-      F acc[kRows][kVectors];
+    F acc[kRows][kKeys][kVectors];
+    JAX_GLUON_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      JAX_GLUON_UNROLL
+      for (int k = 0; k < kKeys; ++k) {
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < kVectors; ++v) acc[i][k][v] = Isa::zero();
+      }
+    }
+    for (int64_t h = 0; h < whole; h += kStep) {
+      F x[kKeys][kVectors];
+      JAX_GLUON_UNROLL
+      for (int k = 0; k < kKeys; ++k) Key::load(row + k * stride + Key::bytes(h), x[k]);
       JAX_GLUON_UNROLL
       for (int i = 0; i < kRows; ++i) {
         JAX_GLUON_UNROLL
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = Isa::zero();
-      }
-      for (int64_t h = 0; h < whole; h += kStep) {
-        F x[kVectors];
-        Key::load(row + Key::bytes(h), x);
-        JAX_GLUON_UNROLL
-        for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          const F left = Isa::load(q + i * head_width_ + h + v * W);
           JAX_GLUON_UNROLL
-          for (int v = 0; v < kVectors; ++v) {
-            acc[i][v] = Isa::fma(x[v], Isa::load(q + i * head_width_ + h + v * W), acc[i][v]);
-          }
+          for (int k = 0; k < kKeys; ++k) acc[i][k][v] = Isa::fma(x[k][v], left, acc[i][k][v]);
         }
       }
+    }
+    JAX_GLUON_UNROLL
+    for (int i = 0; i < kRows; ++i) {
       JAX_GLUON_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        F total = acc[i][0];
-        if constexpr (kVectors == 2) total = Isa::add(total, acc[i][1]);
-        s.scores[(r + i) * kSubtile + j] = Isa::reduce_add(total) + s.constant[r + i];
+      for (int k = 0; k < kKeys; ++k) {
+        F total = acc[i][k][0];
+        if constexpr (kVectors == 2) total = Isa::add(total, acc[i][k][1]);
+        s.scores[(r + i) * kSubtile + j + k] = Isa::reduce_add(total) + s.constant[r + i];
       }
     }
   }
@@ -509,23 +509,33 @@ class DecodeFloats {
     const auto group_of = [&](int64_t h) {
       return scaling == Scaling::kGroup ? std::min(h, call_.V - 1) / q.head_block : 0;
     };
+    // Several steps of a row, or fewer of several rows: sums that the registers hold.
+    constexpr int64_t kFew = 2 / Value::kVectors;
+    const auto add = [&](auto tile, int64_t r, int64_t h) {
+      using Tile = decltype(tile);
+      const float* weights[Tile::kSteps];
+      for (int64_t i = 0; i < Tile::kSteps; ++i) {
+        const int64_t group = group_of(h + i * Value::kStep);
+        weights[i] = s.weights.get() + r * kSubtile * groups + group;
+      }
+      add_columns<Value, Tile>(rows + Value::bytes(h), stride, count, weights, groups,
+                               head.out + r * value_width_ + h);
+    };
     int64_t steps = 1;
     for (int64_t h = 0; h < whole; h += steps * Value::kStep) {
-      steps = !guard && h + kMany * Value::kStep <= whole ? kMany : 1;
-      for (int64_t r = 0; r < rows_; ++r) {
-        const float* weights[kMany];
-        for (int64_t i = 0; i < steps; ++i) {
-          const int64_t group = group_of(h + i * Value::kStep);
-          weights[i] = s.weights.get() + r * kSubtile * groups + group;
-        }
-        float* out = head.out + r * value_width_ + h;
-        const char* at = rows + Value::bytes(h);
-        if (guard) {
-          add_columns<Value, 1, true>(at, stride, count, weights, groups, out);
-        } else if (steps > 1) {
-          add_columns<Value, kMany, false>(at, stride, count, weights, groups, out);
-        } else {
-          add_columns<Value, 1, false>(at, stride, count, weights, groups, out);
+      int64_t r = 0;
+      if (!guard && rows_ >= 4 && h + kFew * Value::kStep <= whole) {
+        steps = kFew;
+        for (; r + 4 <= rows_; r += 4) add(ValueTile<4, kFew, false>(), r, h);
+        for (; r < rows_; ++r) add(ValueTile<1, kFew, false>(), r, h);
+      } else if (!guard && h + kMany * Value::kStep <= whole) {
+        steps = kMany;
+        for (; r < rows_; ++r) add(ValueTile<1, kMany, false>(), r, h);
+      } else {
+        steps = 1;
+        for (; !guard && r + 4 <= rows_; r += 4) add(ValueTile<4, 1, false>(), r, h);
+        for (; r < rows_; ++r) {
+          guard ? add(ValueTile<1, 1, true>(), r, h) : add(ValueTile<1, 1, false>(), r, h);
         }
       }
     }
@@ -537,29 +547,50 @@ class DecodeFloats {
     return contains(visibility.of_row(0), all) && contains(visibility.of_row(call_.T - 1), all);
   }
 
-  template <class Value, int kSteps, bool kGuard>
-  static void add_columns(const char* row, int64_t stride, int64_t count,
-                          const float* const* weights, int64_t groups, float* out) {
-    constexpr int kVectors = Value::kVectors;
-    F acc[kSteps * kVectors];
+  // Rows, and steps of their columns, whose sums are in registers at once.
+  template <int kRows_, int kSteps_, bool kGuard_>
+  struct ValueTile {
+    static constexpr int kRows = kRows_, kSteps = kSteps_;
+    static constexpr bool kGuard = kGuard_;
+  };
+
+  // `weights` are the first row's, of each step.
+  template <class Value, class Tile>
+  void add_columns(const char* row, int64_t stride, int64_t count, const float* const* weights,
+                   int64_t groups, float* out) const {
+    constexpr int kRows = Tile::kRows, kSteps = Tile::kSteps, kVectors = Value::kVectors;
+    F acc[kRows][kSteps * kVectors];
     JAX_GLUON_UNROLL
-    for (int v = 0; v < kSteps * kVectors; ++v) acc[v] = Isa::load(out + v * W);
+    for (int r = 0; r < kRows; ++r) {
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < kSteps * kVectors; ++v) {
+        acc[r][v] = Isa::load(out + r * value_width_ + v * W);
+      }
+    }
     for (int64_t j = 0; j < count; ++j, row += stride) {
       JAX_GLUON_UNROLL
       for (int i = 0; i < kSteps; ++i) {
-        const F weight = Isa::set1(weights[i][j * groups]);
         F x[kVectors];
         Value::load(row + Value::bytes(i * Value::kStep), x);
         JAX_GLUON_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          F& a = acc[i * kVectors + v];
-          // The same bits with and without the guard.
-          a = Isa::fma(kGuard ? Isa::where_nonzero(weight, x[v]) : x[v], weight, a);
+        for (int r = 0; r < kRows; ++r) {
+          const F weight = Isa::set1(weights[i][(r * kSubtile + j) * groups]);
+          JAX_GLUON_UNROLL
+          for (int v = 0; v < kVectors; ++v) {
+            F& a = acc[r][i * kVectors + v];
+            // The same bits with and without the guard.
+            a = Isa::fma(Tile::kGuard ? Isa::where_nonzero(weight, x[v]) : x[v], weight, a);
+          }
         }
       }
     }
     JAX_GLUON_UNROLL
-    for (int v = 0; v < kSteps * kVectors; ++v) Isa::store(out + v * W, acc[v]);
+    for (int r = 0; r < kRows; ++r) {
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < kSteps * kVectors; ++v) {
+        Isa::store(out + r * value_width_ + v * W, acc[r][v]);
+      }
+    }
   }
 
   // Of each row: its sum of values, in the order of its elements, maximum and sum of probabilities.
