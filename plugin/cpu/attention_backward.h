@@ -55,9 +55,10 @@ class AttentionBackward {
     const int64_t rows = std::max<int64_t>(call.T, 1);
     const int64_t kept = output_is_exact_ ? tile_keys_ : most_keys(kMostRows);
     const int64_t fit = kMostScores / std::max<int64_t>(kept, 1);
-    block_rows_ =
-        std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kLeastRows, kGroupRows)),
-                 std::min(kMostRows, round_up(rows, kGroupRows)));
+    const int64_t most_rows = std::min(
+        std::max(fit / kGroupRows * kGroupRows, round_up(kLeastRows, kGroupRows)), kMostRows);
+    block_heads_ = std::max<int64_t>(std::min(most_rows / rows, group_), 1);
+    block_rows_ = std::min(most_rows, round_up(block_heads_ * rows, kGroupRows));
     const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
     const int64_t parts =
         std::min({ceil_div(kTasks, heads), ceil_div(rows, kLeastPart), kMostParts});
@@ -113,6 +114,21 @@ class AttentionBackward {
     int64_t origin;  // where packed keys, dK and dV start
     int64_t packed;  // keys before this are packed
     float *d_key, *d_value;
+  };
+
+  // Rows that are computed together: of several query heads of a kv head where each has few.
+  struct Block {
+    int64_t n, heads;
+    Range queries;
+    int64_t count() const { return heads * height(); }
+    int64_t height() const { return queries.end - queries.begin; }
+    int64_t head_of(int64_t r) const { return heads == 1 ? n : n + r / height(); }
+    int64_t query_of(int64_t r) const { return queries.begin + (heads == 1 ? r : r % height()); }
+    // The queries among the group of rows from g on.
+    Range queries_of(int64_t g) const {
+      if (heads > 1) return queries;
+      return {queries.begin + g, std::min(queries.begin + g + kGroupRows, queries.end)};
+    }
   };
 
   // No more keys are seen by this many adjacent rows.
@@ -173,10 +189,11 @@ class AttentionBackward {
       std::fill(part.d_key, part.d_key + count * head_columns_, 0.0f);
       std::fill(part.d_value, part.d_value + count * value_columns_, 0.0f);
     }
-    for (int64_t n = k * group_; n < (k + 1) * group_; ++n) {
-      const Rules rules(call_, b, n);
-      for (int64_t i0 = rows.begin; i0 < rows.end; i0 += block_rows_) {
-        row_block(rules, n, {i0, std::min(i0 + block_rows_, rows.end)}, part, s);
+    const int64_t end = (k + 1) * group_;
+    for (int64_t n = k * group_; n < end; n += block_heads_) {
+      const int64_t heads = std::min(block_heads_, end - n);
+      for (int64_t i = rows.begin; i < rows.end; i += block_rows_) {
+        row_block({n, heads, {i, std::min(i + block_rows_, rows.end)}}, part, s);
       }
     }
     if (parts_ > 1) return;
@@ -227,13 +244,13 @@ class AttentionBackward {
     }
   }
 
-  void row_block(const Rules& rules, int64_t n, Range rows, Part& part, Scratch& s) const {
-    const int64_t count = rows.end - rows.begin, padded = round_up(count, kGroupRows);
+  void row_block(const Block& block, Part& part, Scratch& s) const {
+    const int64_t count = block.count(), padded = round_up(count, kGroupRows);
     float* dq = s.d_query.get();
     std::fill(dq, dq + padded * head_columns_, 0.0f);
-    const Range keys = part.visibility.of_rows(rows);
+    const Range keys = part.visibility.of_rows(block.queries);
     if (!keys.empty()) {
-      load_queries(part.b, n, rows, s);
+      load_queries(part.b, block, s);
       load_keys_to(keys.end, part, s);
       std::fill(s.weighted.get(), s.weighted.get() + padded * W, 0.0f);
       std::fill(s.total.get(), s.total.get() + padded * W, 0.0f);
@@ -241,50 +258,57 @@ class AttentionBackward {
       const int64_t first = (keys.begin - part.origin) / tile_keys_;
       const int64_t last = ceil_div(keys.end - part.origin, tile_keys_);
       for (int64_t t = first; output_is_exact_ && t < last; ++t) {
-        probabilities(rules, rows, part, t, 0, s);
-        gradients(rows, part, t, 0, s);
+        probabilities(block, part, t, 0, s);
+        gradients(count, part, t, 0, s);
       }
-      if (!output_is_exact_) whole_rows(rules, rows, part, {first, last}, s);
+      if (!output_is_exact_) whole_rows(block, part, {first, last}, s);
       add_key_mean(part.b, part.k, count, dq, s);
     }
     for (int64_t r = 0; r < count; ++r) {
-      store_row<Isa>(call_.d_query, ((part.b * call_.T + rows.begin + r) * call_.N + n) * call_.H,
+      const int64_t token = part.b * call_.T + block.query_of(r);
+      store_row<Isa>(call_.d_query, (token * call_.N + block.head_of(r)) * call_.H,
                      dq + r * head_columns_, call_.H, call_.scale);
     }
   }
 
   // The gradients of tiles of keys, after D of the rows is found from all of them.
-  void whole_rows(const Rules& rules, Range rows, const Part& part, Range tiles, Scratch& s) const {
+  void whole_rows(const Block& block, const Part& part, Range tiles, Scratch& s) const {
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      probabilities(rules, rows, part, t, t - tiles.begin, s);
+      probabilities(block, part, t, t - tiles.begin, s);
     }
-    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+    for (int64_t r = 0; r < block.count(); ++r) {
       const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
       if (total == 0.0f) continue;
       // Codes' probabilities may not sum to 1 exactly.
       s.statistics[r].delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
     }
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      gradients(rows, part, t, t - tiles.begin, s);
+      gradients(block.count(), part, t, t - tiles.begin, s);
     }
   }
 
   // Packs Q and dO of a block of rows and their statistics. Rows that see no key are zeros, and
   // what is not finite is kept out of the panels: there it would meet the zeros of hidden keys.
   // (A row that does see it has NaN in dS already.)
-  void load_queries(int64_t b, int64_t n, Range rows, Scratch& s) const {
-    const int64_t H = call_.H, V = call_.V;
+  void load_queries(int64_t b, const Block& block, Scratch& s) const {
+    const int64_t H = call_.H, V = call_.V, count = block.count();
     float* query = s.rows.get();
     float* d_out = query + R * H;
     float* row = d_out + R * V;
-    for (int64_t t = 0; t < round_up(rows.end - rows.begin, kGroupRows); t += R) {
+    if (block.heads == 1) {
+      touch_rows(call_.query, b, block.queries.begin, block.queries.end, block.n, H);
+      touch_rows(call_.d_out, b, block.queries.begin, block.queries.end, block.n, V);
+      if (output_is_exact_)
+        touch_rows(call_.out, b, block.queries.begin, block.queries.end, block.n, V);
+    }
+    for (int64_t t = 0; t < round_up(count, kGroupRows); t += R) {
       for (int64_t r = 0; r < R; ++r) {
-        const int64_t i = rows.begin + t + r;
         float* q = query + r * H;
         float* d = d_out + r * V;
         auto& statistics = s.statistics[t + r];
         statistics = {};
-        if (i < rows.end) {
+        if (t + r < count) {
+          const int64_t i = block.query_of(t + r), n = block.head_of(t + r);
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
           statistics = rows_.statistics(b, i, n, q);
@@ -360,36 +384,38 @@ class AttentionBackward {
   }
 
   // P and dP of a block of rows and tile t of the part's keys, kept as tile `kept`.
-  void probabilities(const Rules& rules, Range rows, const Part& part, int64_t t, int64_t kept,
+  void probabilities(const Block& block, const Part& part, int64_t t, int64_t kept,
                      Scratch& s) const {
     const int64_t packed = t * tile_keys_, key0 = part.origin + packed;
-    for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
-      const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
-      const Range seen = intersect(part.visibility.of_rows(group), {key0, key0 + tile_keys_});
+    const Rules rules(call_, part.b, block.n);
+    for (int64_t g = 0; g < block.count(); g += kGroupRows) {
+      const Range queries = block.queries_of(g);
+      const Range seen = intersect(part.visibility.of_rows(queries), {key0, key0 + tile_keys_});
       Range& columns = columns_of(kept, g, s);
       columns = {};
-      if (seen.empty() || !rules.any_visible(group, seen)) continue;
+      if (seen.empty() || (block.heads == 1 && !rules.any_visible(queries, seen))) continue;
       columns = {(seen.begin - key0) / C * C, round_up(seen.end - key0, C)};
       const Range padded{key0 + columns.begin, key0 + columns.end};
-      if (kGluon && sees_all(part.visibility, rules, group, g, padded, s)) {
+      if (kGluon && !rules.any() && sees_all(block, part.visibility, g, padded, s)) {
         multiply_subtiles(g, columns, packed, kept, s);
       } else {
         multiply_keys(g, columns, packed, kept, s);
-        softmax(part.visibility, rules, g, columns, key0, group, kept, s);
+        softmax(block, part, g, columns, key0, kept, s);
       }
     }
   }
 
-  // Whether the logits of a whole group of rows with `keys` are nothing but their products.
-  bool sees_all(const Visibility& visibility, const Rules& rules, Range group, int64_t g,
-                Range keys, const Scratch& s) const {
-    if (rules.any() || group.end - group.begin < kGroupRows || keys.end > call_.S) return false;
+  // Whether all rows of a whole group see `keys` and add nothing to their products.
+  bool sees_all(const Block& block, const Visibility& visibility, int64_t g, Range keys,
+                const Scratch& s) const {
+    if (g + kGroupRows > block.count() || keys.end > call_.S) return false;
     for (int64_t r = g; r < g + kGroupRows; ++r) {
       if (s.statistics[r].empty || s.statistics[r].centre != 0.0f) return false;
     }
     // Ends of what rows see never decrease but to those that see nothing, which come last.
-    return contains(visibility.of_row(group.begin), keys) &&
-           contains(visibility.of_row(group.end - 1), keys);
+    const Range queries = block.queries_of(g);
+    return contains(visibility.of_row(queries.begin), keys) &&
+           contains(visibility.of_row(queries.end - 1), keys);
   }
 
   // P and dP of a group that sees all: a register tile of products is one subtile.
@@ -429,15 +455,16 @@ class AttentionBackward {
   }
 
   // P of a group, in place of S, and its share of the row sums.
-  void softmax(const Visibility& visibility, const Rules& rules, int64_t g, Range columns,
-               int64_t key0, Range group, int64_t kept, Scratch& s) const {
+  void softmax(const Block& block, const Part& part, int64_t g, Range columns, int64_t key0,
+               int64_t kept, Scratch& s) const {
     for (int64_t r = g; r < g + kGroupRows; ++r) {
-      const int64_t i = group.begin + r - g, at = place_of(kept, r);
-      const Range visible = i < group.end ? visibility.of_row(i) : Range{};
+      const int64_t i = block.query_of(r), at = place_of(kept, r);
+      const Range visible = r < block.count() ? part.visibility.of_row(i) : Range{};
       if (visible.empty() || s.statistics[r].empty) {
         zero_row(s, at, columns.begin, columns.end);
         continue;
       }
+      const Rules rules(call_, part.b, block.head_of(r));
       probability_row<Isa>(rules, s.statistics[r], i, key0, columns.begin, columns.end, visible,
                            s.scores.get() + at, s.d_probability.get() + at, slope_of(s, at),
                            s.weighted.get() + r * W, s.total.get() + r * W);
@@ -449,8 +476,8 @@ class AttentionBackward {
   }
 
   // From P and dP of a tile: dS, and its share of dQ, dK and dV.
-  void gradients(Range rows, const Part& part, int64_t t, int64_t kept, Scratch& s) const {
-    const int64_t packed = t * tile_keys_, groups = round_up(rows.end - rows.begin, kGroupRows);
+  void gradients(int64_t rows, const Part& part, int64_t t, int64_t kept, Scratch& s) const {
+    const int64_t packed = t * tile_keys_, groups = round_up(rows, kGroupRows);
     // Columns of the tile that any row uses, and the rows that use any.
     Range seen{kMostTileKeys, 0}, used{groups, 0};
     for (int64_t g = 0; g < groups; g += kGroupRows) {
@@ -531,7 +558,8 @@ class AttentionBackward {
   const bool output_is_exact_;
   const int64_t group_, head_columns_, value_columns_;
   const int64_t tile_keys_, block_keys_, ahead_;
-  int64_t block_rows_ = 0, part_rows_ = 0, parts_ = 1, part_keys_ = 0, block_tiles_ = 0;
+  int64_t block_heads_ = 1, block_rows_ = 0, part_rows_ = 0, parts_ = 1, part_keys_ = 0,
+          block_tiles_ = 0;
   Buffer<float> d_key_parts_, d_value_parts_;
   ScratchPool<Scratch> scratch_;
 };
