@@ -80,6 +80,7 @@ SIZES = {
     "one_row": dict(T=1, S=1100, N=4, K=4, H=64, V=64),
     "grouped": dict(T=1, S=530, N=10, K=2, H=30, V=22),
     "rows": dict(T=3, S=700, N=4, K=1, H=128, V=96),
+    "many_rows": dict(T=3, S=300, N=26, K=2, H=40, V=56),
     "short": dict(T=4, S=65, N=2, K=2, H=32, V=32),
     "one_key": dict(T=2, S=1, N=2, K=1, H=2, V=258),
 }

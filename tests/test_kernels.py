@@ -82,10 +82,28 @@ CASES = {
     "five_rows": dict(T=5, S=700, N=2),
     "one_key": dict(T=70, S=1),
     "multi_query": dict(T=100, S=100, K=1),
+    # Heads of few queries and keys, computed at once, and few rows of many heads, stacked.
+    "one": dict(T=1, S=1, N=4, K=4),
+    "small": dict(T=9, S=7, N=3, K=1, H=20, V=36),
+    "small_everything": dict(
+        T=21, S=30, is_causal=True, local_window_size=(20, 9), logits_soft_cap=4.0, scale=-0.4,
+        bias=RNG.standard_normal((2, 1, 21, 30), np.float32), mask=_mask(2, 4, 21, 30),
+        key_value_seq_lengths=np.array([27, 5], np.int32),
+        query_seq_lengths=np.array([20, 21], np.int32),
+    ),
+    "stacked": dict(T=3, S=250, N=39, K=3, is_causal=False),
+    "stacked_everything": dict(
+        T=5, S=230, N=44, K=2, local_window_size=(2, 210), logits_soft_cap=4.0,
+        bias=RNG.standard_normal((2, 44, 5, 230), np.float32), mask=_mask(2, 44, 5, 230),
+        query_seq_lengths=np.array([4, 5], np.int32),
+    ),
     "many_chunks": dict(B=1, T=60, S=2500, N=1, K=1, H=16, V=16),
 }  # fmt: skip
 # The emulated variant is slow and shares every line but the intrinsics: it runs what differs.
-EMULATED = ["odd", "causal", "everything", "head_dim_1", "head_dim_257", "one_key", "bias_rows"]
+EMULATED = [
+    "odd", "causal", "everything", "head_dim_1", "head_dim_257", "one_key", "bias_rows", "one",
+    "small_everything", "stacked_everything",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +204,8 @@ def _parameters():
             if variant == "metal" and name == "head_dim_257":
                 continue  # refused: its kernels take head dims to 256
             for dtype in BARS:
+                if dtype == "int8" and name in ("one", "small", "small_everything"):
+                    continue  # only floats have a kernel of their own there
                 if variant == best or dtype in ("float32", "int8") or name in EMULATED:
                     yield pytest.param(variant, dtype, name, id=f"{variant}-{dtype}-{name}")
 
@@ -327,22 +347,26 @@ def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, variant,
 
 
 @pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_what_is_hidden_never_leaks(monkeypatch, variant, quantization):
+@pytest.mark.parametrize(
+    ("quantization", "T", "S"),
+    [(None, 40, 150), (None, 24, 30), ("int8", 40, 150)],
+    ids=["float", "small", "int8"],
+)
+def test_what_is_hidden_never_leaks(monkeypatch, variant, quantization, T, S):
     """NaN, infinities and the largest numbers in hidden keys, values and biases change no bit."""
     implementation = _use(monkeypatch, variant)
-    operands, keywords, d_out, _ = _operands(dict(T=40, S=150, is_causal=True), "float32")
+    operands, keywords, d_out, _ = _operands(dict(T=T, S=S, is_causal=True), "float32")
     query, key, value, _ = operands
-    mask = np.ones((2, 1, 40, 150), bool)
+    mask = np.ones((2, 1, T, S), bool)
     mask[:, :, :, 17] = False
     lengths = np.array([20, 20], np.int32)
-    bias = np.zeros((2, 4, 40, 150), np.float32)
+    bias = np.zeros((2, 4, T, S), np.float32)
 
     def gradients(query, key, value, bias):
         def loss(query, key, value, bias):
             out = jax_gluon.dot_product_attention(
                 query, key, value, bias, mask, **keywords, key_value_seq_lengths=lengths,
-                query_seq_lengths=np.array([40, 30], np.int32),
+                query_seq_lengths=np.array([T, T - 10], np.int32),
                 quantization=quantization, implementation=implementation,
             )  # fmt: skip
             return jnp.sum(out * d_out), out
@@ -355,14 +379,14 @@ def test_what_is_hidden_never_leaks(monkeypatch, variant, quantization):
         for hidden in (hidden_key, hidden_value):
             hidden[:, 17] = bad  # by the mask
             hidden[:, 20:] = bad  # by the lengths and, for most rows, causally
-        hidden_query[1, 30:] = bad
+        hidden_query[1, T - 10 :] = bad
         hidden_bias[:, :, :, 17] = bad
         hidden_bias[:, :, 3, 4] = bad  # causally
         # The same numbers, but zero where they are hidden; centring leaves hidden keys out by the
         # lengths only, so key 17 counts in the mean: it is zero in both, or not finite in one.
         plain_key, plain_value, plain_query = np.array(key), np.array(value), np.array(query)
         plain_key[:, 20:] = plain_value[:, 17] = plain_value[:, 20:] = 0
-        plain_query[1, 30:] = 0
+        plain_query[1, T - 10 :] = 0
         if quantization is None:
             plain_key[:, 17] = 0
         elif np.isfinite(bad):
@@ -377,23 +401,25 @@ def test_what_is_hidden_never_leaks(monkeypatch, variant, quantization):
 
 
 @pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(
+    ("quantization", "T"), [(None, 90), (None, 24), ("int8", 90)], ids=["float", "small", "int8"]
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_visible_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(
-    monkeypatch, variant, quantization, bad
+    monkeypatch, variant, quantization, T, bad
 ):
     implementation = _use(monkeypatch, variant)
-    operands, keywords, *_ = _operands(dict(T=90, S=90, is_causal=True), "float32")
+    operands, keywords, *_ = _operands(dict(T=T, S=T, is_causal=True), "float32")
     query, key, value, _ = operands
     value = np.array(value)
-    value[0, 50, 1, 3] = bad
+    value[0, T // 2, 1, 3] = bad
     out = jax_gluon.dot_product_attention(
         query, key, value, **keywords, quantization=quantization, implementation=implementation
     )
     affected = ~np.isfinite(out)
     expected = np.zeros_like(affected)
     # kv head 1 serves query heads 2 and 3; an INT8 row has one scale, so all of it is lost.
-    expected[0, 50:, 2:, slice(3, 4) if quantization is None else slice(None)] = True
+    expected[0, T // 2 :, 2:, slice(3, 4) if quantization is None else slice(None)] = True
     np.testing.assert_array_equal(affected, expected)
 
 
