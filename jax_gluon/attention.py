@@ -19,6 +19,7 @@ from jax_gluon.arguments import (
     check_keyword_names,
 )
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor
+from jax_gluon.meshes import on_meshes
 from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem, Operands
 from jax_gluon.selection import KernelConfig
 
@@ -298,12 +299,19 @@ def run(
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     if 0 in (B, T, S):
-        out = jnp.zeros((B, T, N, V), dtype)
-        log_sum_exp = jnp.full(
-            (B, T, N), EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32")
+        query = jax.tree.leaves(operands.query)[0]
+        out = jnp.zeros_like(query, dtype, (B, T, N, V))
+        log_sum_exp = jnp.full_like(
+            query, EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32"), (B, T, N)
         )
     else:
-        out, log_sum_exp = _attend(arguments.problem, differentiates_log_sum_exp, operands)
+        query = operands.query
+        out, log_sum_exp = on_meshes(
+            _attend,
+            (arguments.problem, differentiates_log_sum_exp),
+            query.data if isinstance(query, QuantizedTensor) else query,
+            operands,
+        )
         out = out.astype(dtype)
     return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
 

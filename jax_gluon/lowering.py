@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from jax_gluon import xla, xla_quantize
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec, rotation
+from jax_gluon.meshes import vary_like
 from jax_gluon.problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionProblem,
@@ -236,7 +237,13 @@ def _on_platform(
 
 
 def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
-    return cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
+    call = cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
+
+    def varying(*operands: Any, **attributes: Any) -> Any:
+        # JAX takes the call's results for the same on all devices of a `shard_map`.
+        return vary_like(operands, call(*operands, **attributes))
+
+    return varying
 
 
 def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands) -> dict[str, Any]:
