@@ -113,6 +113,10 @@ def dot_product_attention(
       queries over many keys, and the gradient of a bias, have kernels of their own. `explain` says
       which.
 
+    Under `jax.checkpoint` backward runs forward again, but for what a policy saves by name:
+    `jax.checkpoint_policies.save_only_these_names(*jax_gluon.CHECKPOINT_NAMES)` saves all that
+    backward takes from forward, which then runs once.
+
     **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
     pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, -inf where a
     row sees no key, through which no gradient flows (`attention_with_log_sum_exp` has one that it
