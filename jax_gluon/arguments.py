@@ -61,8 +61,8 @@ class AttentionKeywords(TypedDict, total=False):
 class CheckedArguments:
     """Arguments that passed every check.
 
-    `scale` is set where the scale is an array: `problem.scale` is then 1. `is_batched` is False for
-    rank-3 arrays, to which `operands` adds a batch axis of extent 1.
+    `scale`, a scalar or `[N]`, is set where the scale is an array: `problem.scale` is then 1.
+    `is_batched` is False for rank-3 arrays, to which `operands` adds a batch axis of extent 1.
     """
 
     problem: AttentionProblem
@@ -190,7 +190,7 @@ def check_arguments(
 
     B, T, N, H = q.shape
     S = k.shape[1]
-    static_scale, scale_array = _scale(check, scale, H, is_float64)
+    static_scale, scale_array = _scale(check, scale, N, H, is_float64)
     operands = AttentionOperands(
         q,
         k,
@@ -369,16 +369,18 @@ def _check_dtypes(
 
 
 def _scale(
-    check: _Checker, scale: Any, head_dim: int, is_float64: bool
+    check: _Checker, scale: Any, heads: int, head_dim: int, is_float64: bool
 ) -> tuple[float, jax.Array | None]:
     if scale is None:
         return 1.0 / math.sqrt(head_dim), None
-    if isinstance(scale, jax.Array):
-        if scale.shape != ():
-            check.value_error("scale", f"of shape {scale.shape}", "a scalar")
+    is_of_heads = isinstance(scale, _ARRAYS) and scale.ndim > 0
+    if is_of_heads or isinstance(scale, jax.Array):
+        if scale.shape not in ((), (heads,)):
+            allowed = f"a scalar, or a scale for each query head, [N] = [{heads}]"
+            check.value_error("scale", f"of shape {list(scale.shape)}", allowed)
         if not (jnp.issubdtype(scale.dtype, jnp.floating) or _is_integer(scale)):
             check.type_error("scale", f"of dtype {scale.dtype.name}", "a real number")
-        return 1.0, scale
+        return 1.0, jnp.asarray(scale)
     number = check.number("scale", scale)
     limit = math.inf if is_float64 else _FLOAT32_MAX
     if not math.isfinite(number) or abs(number) > limit:

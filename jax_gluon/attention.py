@@ -88,8 +88,8 @@ def dot_product_attention(
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key.
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
-    - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient; 16-bit
-      operands are then kept for backward in float32.
+    - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
+      which then takes a gradient; 16-bit operands are then kept for backward in float32.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
     - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
       `[0, S]`; rows and keys at and past them are hidden.
@@ -298,7 +298,10 @@ def run(
             x if isinstance(x, QuantizedTensor) else x.astype(wide)
             for x in (operands.key, operands.value)
         )
-        query = query.astype(wide) * arguments.scale.astype(wide)
+        scale = arguments.scale.astype(wide)
+        if scale.ndim:
+            scale = scale.reshape(1, 1, -1, 1)
+        query = query.astype(wide) * scale
         operands = operands._replace(query=query, key=key, value=value)
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape

@@ -166,7 +166,12 @@ CASES = {
         {"scale": np.complex64(1)}, TypeError, "scale", "complex64", "a real"
     ),
     "scale_string": ({"scale": "1"}, TypeError, "scale", "str", "a real Python or NumPy number"),
-    "scale_vector": ({"scale": ones(N)}, ValueError, "scale", "of shape (4,)", "a scalar"),
+    "scale_vector": (
+        {"scale": ones(N + 1)}, ValueError, "scale", "of shape [5]", "a scalar, or a scale for each"
+    ),
+    "scale_matrix": (
+        {"scale": np.ones((1, N))}, ValueError, "scale", "of shape [1, 4]", "head, [N] = [4]"
+    ),
     "scale_complex_array": (
         {"scale": jnp.asarray(1j)}, TypeError, "scale", "of dtype complex64", "a real number"
     ),
