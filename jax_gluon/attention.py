@@ -86,7 +86,7 @@ def dot_product_attention(
     - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's rank and dtype. K divides N, and
       query head n reads kv head `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
-      hides a key.
+      hides a key, but not under a soft cap.
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
     - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
       which then takes a gradient; 16-bit operands are then kept for backward in float32.
