@@ -16,6 +16,7 @@ _Tree = TypeVar("_Tree")
 _typeof: Any = getattr(jax, "typeof", None)
 _pcast: Any = getattr(jax.lax, "pcast", None)
 _HAS_MESHES = _typeof is not None and _pcast is not None
+_NamedSharding: Any = jax.sharding.NamedSharding
 
 
 def on_meshes(
@@ -72,7 +73,7 @@ def _explicit_mesh(tree: Any) -> Any:
     if not _HAS_MESHES:
         return None
     for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.Array):
+        if isinstance(x, Tracer) or isinstance(getattr(x, "sharding", None), _NamedSharding):
             mesh: Any = _typeof(x).sharding.mesh
             if not mesh.empty and _explicit_axes(mesh):
                 return mesh
@@ -103,7 +104,7 @@ def _on_auto_axes(
             axis if extent == of_like else None
             for axis, extent, of_like in zip(spec, x.shape, like.shape, strict=False)
         ]
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*shared))
+        return _NamedSharding(mesh, jax.sharding.PartitionSpec(*shared))
 
     shardings = jax.tree.map(sharding, cast(Any, jax.tree).broadcast(like, results), results)
     automatic = cast(Any, jax.sharding).auto_axes(
