@@ -10,11 +10,13 @@ from jax_gluon.attention import (
 )
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec
 from jax_gluon.kv_cache import QuantizedKVCache
+from jax_gluon.lowering import CHECKPOINT_NAMES
 from jax_gluon.pinning import Pin, pin
 from jax_gluon.quantization import quantize
 from jax_gluon.selection import KernelConfig
 
 __all__ = [
+    "CHECKPOINT_NAMES",
     "AttentionQuantization",
     "KernelConfig",
     "Pin",

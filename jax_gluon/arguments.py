@@ -6,11 +6,13 @@ import dataclasses
 import math
 import numbers
 import operator
+import warnings
 from typing import Any, NoReturn, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_gluon import kernels, lowering
@@ -31,6 +33,8 @@ _WIDEST_ROW_OF_METAL = 256
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _KERNEL_BIAS_DTYPES = ("float32", "bfloat16", "float16")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+# What masks made of biases hold, or less; 8 bits do not hold it exactly.
+_MASKING_BIAS = -1e9 * (1 - 2**-8)
 
 # NumPy's scalars beside Python's, as `Any`: their own generic types say nothing here.
 _ARRAYS: Any = np.ndarray
@@ -61,8 +65,8 @@ class AttentionKeywords(TypedDict, total=False):
 class CheckedArguments:
     """Arguments that passed every check.
 
-    `scale` is set where the scale is an array: `problem.scale` is then 1. `is_batched` is False for
-    rank-3 arrays, to which `operands` adds a batch axis of extent 1.
+    `scale`, a scalar or `[N]`, is set where the scale is an array: `problem.scale` is then 1.
+    `is_batched` is False for rank-3 arrays, to which `operands` adds a batch axis of extent 1.
     """
 
     problem: AttentionProblem
@@ -171,7 +175,7 @@ def check_arguments(
 
     **Raises:** `TypeError` and `ValueError` that name the function, the argument, what was found
     and what is allowed; `NotImplementedError` for dropout and sinks; `RuntimeError` for
-    `implementation="metal"`.
+    `implementation="metal"`. Warns of a concrete bias that a soft cap keeps from hiding keys.
     """
     check = _Checker(function)
     del dropout_rng  # Only read where dropout_rate > 0, which raises.
@@ -190,7 +194,7 @@ def check_arguments(
 
     B, T, N, H = q.shape
     S = k.shape[1]
-    static_scale, scale_array = _scale(check, scale, H, is_float64)
+    static_scale, scale_array = _scale(check, scale, N, H, is_float64)
     operands = AttentionOperands(
         q,
         k,
@@ -208,6 +212,8 @@ def check_arguments(
         quantization=specs,
         implementation="xla" if is_float64 else implementation,
     )
+    if problem.soft_cap is not None:
+        _warn_of_visible_keys(check, bias, mask, problem.soft_cap)
     if problem.implementation != "xla" and lowering.has_plugin():
         if refused := kernels.refused(problem, operands, kernel):
             check.value_error("kernel", *refused)
@@ -369,16 +375,18 @@ def _check_dtypes(
 
 
 def _scale(
-    check: _Checker, scale: Any, head_dim: int, is_float64: bool
+    check: _Checker, scale: Any, heads: int, head_dim: int, is_float64: bool
 ) -> tuple[float, jax.Array | None]:
     if scale is None:
         return 1.0 / math.sqrt(head_dim), None
-    if isinstance(scale, jax.Array):
-        if scale.shape != ():
-            check.value_error("scale", f"of shape {scale.shape}", "a scalar")
+    is_of_heads = isinstance(scale, _ARRAYS) and scale.ndim > 0
+    if is_of_heads or isinstance(scale, jax.Array):
+        if scale.shape not in ((), (heads,)):
+            allowed = f"a scalar, or a scale for each query head, [N] = [{heads}]"
+            check.value_error("scale", f"of shape {list(scale.shape)}", allowed)
         if not (jnp.issubdtype(scale.dtype, jnp.floating) or _is_integer(scale)):
             check.type_error("scale", f"of dtype {scale.dtype.name}", "a real number")
-        return 1.0, scale
+        return 1.0, jnp.asarray(scale)
     number = check.number("scale", scale)
     limit = math.inf if is_float64 else _FLOAT32_MAX
     if not math.isfinite(number) or abs(number) > limit:
@@ -432,6 +440,38 @@ def _bias(
     if is_float64:
         return array.astype(jnp.float64)
     return array if array.dtype.name in _KERNEL_BIAS_DTYPES else array.astype(jnp.float32)
+
+
+def _warn_of_visible_keys(check: _Checker, bias: Any, mask: Any, soft_cap: float) -> None:
+    """Warn of a concrete bias like -inf: capped, it hides nothing that a mask does not hide."""
+    lowest = _concrete(bias)
+    if lowest is None or lowest.size == 0:
+        return
+    limit = _MASKING_BIAS
+    if lowest.dtype == np.float16:
+        limit = float(np.finfo(np.float16).min)
+    # First without an array of the bias's size.
+    if not np.min(lowest) <= limit:
+        return
+    if mask is not None:
+        visible = _concrete(mask)
+        if visible is None or not np.any(visible & (lowest <= limit)):
+            return
+    # Said of the caller of the public function.
+    warnings.warn(
+        f"jax_gluon.{check.function}: bias is as low as {float(np.min(lowest)):.3g}, but with "
+        f"logits_soft_cap {soft_cap:g} these keys stay visible, with a logit of {-soft_cap:g}; "
+        "allowed: mask, to hide keys.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _concrete(x: Any) -> Any:
+    """The values of an array that are at hand, as NumPy's; None where they are traced or far."""
+    if isinstance(x, jax.Array):
+        return None if isinstance(x, Tracer) or not x.is_fully_addressable else np.asarray(x)
+    return x if isinstance(x, _ARRAYS) else None
 
 
 def _mask(check: _Checker, mask: Any, extents: tuple[int, ...]) -> jax.Array | None:

@@ -19,6 +19,7 @@ from jax_gluon.arguments import (
     check_keyword_names,
 )
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor
+from jax_gluon.meshes import on_meshes
 from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem, Operands
 from jax_gluon.selection import KernelConfig
 
@@ -85,10 +86,10 @@ def dot_product_attention(
     - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's rank and dtype. K divides N, and
       query head n reads kv head `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
-      hides a key.
+      hides a key, but not under a soft cap.
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
-    - `scale`: default `1 / sqrt(H)`; may be an array, which then takes a gradient; 16-bit
-      operands are then kept for backward in float32.
+    - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
+      which then takes a gradient; 16-bit operands are then kept for backward in float32.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
     - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
       `[0, S]`; rows and keys at and past them are hidden.
@@ -111,6 +112,10 @@ def dot_product_attention(
       variable JAX_GLUON_KERNEL, by the table of `jax-gluon tune`, else by the problem. A few
       queries over many keys, and the gradient of a bias, have kernels of their own. `explain` says
       which.
+
+    Under `jax.checkpoint` backward runs forward again, but for what a policy saves by name:
+    `jax.checkpoint_policies.save_only_these_names(*jax_gluon.CHECKPOINT_NAMES)` saves all that
+    backward takes from forward, which then runs once.
 
     **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
     pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, -inf where a
@@ -293,17 +298,27 @@ def run(
             x if isinstance(x, QuantizedTensor) else x.astype(wide)
             for x in (operands.key, operands.value)
         )
-        query = query.astype(wide) * arguments.scale.astype(wide)
+        scale = arguments.scale.astype(wide)
+        if scale.ndim:
+            scale = scale.reshape(1, 1, -1, 1)
+        query = query.astype(wide) * scale
         operands = operands._replace(query=query, key=key, value=value)
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     if 0 in (B, T, S):
-        out = jnp.zeros((B, T, N, V), dtype)
-        log_sum_exp = jnp.full(
-            (B, T, N), EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32")
+        query = jax.tree.leaves(operands.query)[0]
+        out = jnp.zeros_like(query, dtype, (B, T, N, V))
+        log_sum_exp = jnp.full_like(
+            query, EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32"), (B, T, N)
         )
     else:
-        out, log_sum_exp = _attend(arguments.problem, differentiates_log_sum_exp, operands)
+        query = operands.query
+        out, log_sum_exp = on_meshes(
+            _attend,
+            (arguments.problem, differentiates_log_sum_exp),
+            query.data if isinstance(query, QuantizedTensor) else query,
+            operands,
+        )
         out = out.astype(dtype)
     return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
 

@@ -1,19 +1,28 @@
-"""Flax modules on jax-gluon: `attention_fn` for linen's and nnx's multi-head attention."""
+"""Flax on jax-gluon: `attention_fn` for linen's and nnx's multi-head attention, serialization.
+
+Importing this module registers `QuantizedTensor` and `QuantizedKVCache` with `flax.serialization`:
+`to_state_dict`, `to_bytes` and their inverses then keep every bit. The target of a restore must be
+of the same format and shapes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_gluon.attention import dot_product_attention
-from jax_gluon.formats import AttentionQuantization
+from jax_gluon.formats import AttentionQuantization, QuantizedTensor
 from jax_gluon.kernels import Wishes
+from jax_gluon.kv_cache import QuantizedKVCache
 
 
 def attention_fn(
@@ -210,3 +219,50 @@ def _flatten_batch(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> ja
         return jnp.reshape(x, (1, *x.shape[-3:]))
     x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
     return jnp.reshape(x, (math.prod(batch), *x.shape[-3:]))
+
+
+# Beside the arrays of a state: the rest in words, which a restore compares.
+_FORMAT = "format"
+_PARTS: Any = (QuantizedTensor, jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+def _parts(x: Any) -> tuple[dict[str, Any], str]:
+    """The fields of `x` that hold arrays, and what its other fields say."""
+    fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+    arrays = {name: value for name, value in fields.items() if isinstance(value, _PARTS)}
+    rest = (f"{name}={value}" for name, value in fields.items() if name not in arrays)
+    return arrays, ", ".join(rest)
+
+
+def _register(serialization: Any, kind: type) -> None:
+    def to_state_dict(x: Any) -> dict[str, Any]:
+        arrays, words = _parts(x)
+        states = {name: serialization.to_state_dict(part) for name, part in arrays.items()}
+        return {**states, _FORMAT: words}
+
+    def from_state_dict(target: Any, state: dict[str, Any]) -> Any:
+        arrays, words = _parts(target)
+        if set(state) != {*arrays, _FORMAT} or state[_FORMAT] != words:
+            raise ValueError(
+                f"jax_gluon.flax: the state of a {kind.__name__} is of {sorted(state)} and "
+                f"{state.get(_FORMAT)}; allowed: those of the target, {sorted(arrays)} and {words}."
+            )
+        restored: dict[str, Any] = {}
+        for name, part in arrays.items():
+            new = serialization.from_state_dict(part, state[name], name=name)
+            if (new.shape, new.dtype) != (part.shape, part.dtype):
+                raise ValueError(
+                    f"jax_gluon.flax: {name} in the state of a {kind.__name__} is "
+                    f"{new.dtype}{list(new.shape)}; allowed: the target's, "
+                    f"{part.dtype}{list(part.shape)}."
+                )
+            restored[name] = new if isinstance(new, QuantizedTensor) else jnp.asarray(new)
+        return dataclasses.replace(target, **restored)
+
+    serialization.register_serialization_state(kind, to_state_dict, from_state_dict, override=True)
+
+
+# `attention_fn` itself does not need Flax.
+with contextlib.suppress(ImportError):
+    for _kind in (QuantizedTensor, QuantizedKVCache):
+        _register(importlib.import_module("flax.serialization"), _kind)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_gluon.meshes import on_meshes
+
 Granularity = Literal["tensor", "head", "row", "block", "group", "channel", "channel_block"]
 
 GRANULARITIES: tuple[Granularity, ...] = (
@@ -237,15 +239,9 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The float array, of `dtype` or that of the array that was quantized."""
-        wide = np.promote_types(np.float32, self.dtype if dtype is None else dtype)
-        return self._restored(wide).astype(self.dtype if dtype is None else dtype)
-
-    def _restored(self, dtype: Any) -> jax.Array:
-        x = dequantize_rotated(self, dtype)
-        if not self.spec.rotate:
-            return x
-        matrix = jnp.asarray(rotation(self.head_dim).T, dtype)
-        return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
+        return on_meshes(
+            _dequantize, (np.dtype(self.dtype if dtype is None else dtype),), self.data, self
+        )
 
     def __getitem__(self, index: Any) -> QuantizedTensor:
         """A part along leading axes (ints or slices) and tokens (slices of whole blocks)."""
@@ -289,6 +285,15 @@ class QuantizedTensor:
                 f"blocks of {block} tokens, which share scales."
             )
         return slice(start // block, max(start // block, _blocks(stop, block)))
+
+
+def _dequantize(dtype: np.dtype[Any], x: QuantizedTensor) -> jax.Array:
+    wide = np.promote_types(np.float32, dtype)
+    restored = dequantize_rotated(x, wide)
+    if x.spec.rotate:
+        matrix = jnp.asarray(rotation(x.head_dim).T, wide)
+        restored = jnp.matmul(restored, matrix, precision=jax.lax.Precision.HIGHEST)
+    return restored.astype(dtype)
 
 
 def check_parts(x: QuantizedTensor) -> str | None:

@@ -26,6 +26,7 @@ from jax_gluon.formats import (
     rotation,
 )
 from jax_gluon.lengths import checked_lengths
+from jax_gluon.meshes import on_meshes, vary_like
 
 _GRANULARITIES = ("row", "group", "block", "channel_block")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -222,7 +223,7 @@ class QuantizedKVCache:
             count = checked_lengths(
                 lengths, self.length.shape, T, f"shape [B] = [{len(self.length)}]", _fail_lengths
             )
-        return _append(self, new_key, new_value, count)
+        return on_meshes(_append, (), self, self, new_key, new_value, count)
 
     def attention(
         self,
@@ -415,7 +416,7 @@ def _recoded(
         return lowering.quantize(cached.spec, None, head, visible)
 
     codes = cast(Any, jax.lax.cond)(
-        jnp.any(is_open), code, lambda: _zeros(cast(Any, jax.eval_shape)(code))
+        jnp.any(is_open), code, lambda: vary_like(head, _zeros(cast(Any, jax.eval_shape)(code)))
     )
     mean = jnp.where(is_open[:, None, None, None], codes.mean, cast(Any, cached.mean))
     return dataclasses.replace(codes, mean=mean)

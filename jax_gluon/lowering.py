@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ad_checkpoint
 from jax.typing import DTypeLike
 
 from jax_gluon import xla, xla_quantize
 from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec, rotation
+from jax_gluon.meshes import vary_like
 from jax_gluon.problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionProblem,
@@ -41,6 +43,13 @@ class Residuals(NamedTuple):
     row_maximum: jax.Array
     log_sum: jax.Array
 
+
+#: Names, for policies of `jax.checkpoint`, of what forward makes and backward reads: the output;
+#: the log-sum-exp and its parts; the codes made of float operands.
+OUT_NAME = "jax_gluon.attention_out"
+LOG_SUM_EXP_NAME = "jax_gluon.attention_log_sum_exp"
+CODES_NAME = "jax_gluon.attention_codes"
+CHECKPOINT_NAMES = (OUT_NAME, LOG_SUM_EXP_NAME, CODES_NAME)
 
 _Result = TypeVar("_Result")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -169,12 +178,33 @@ def forward(
     each row's logits, and the logarithm of the sum of their exponentials relative to it; one number
     could not hold the second beside a maximum of -1e9. They are in the base in which the
     implementation has its logits, since a change of base rounds: 2 in the plugin, e in XLA.
+    All that the call makes has its name of `CHECKPOINT_NAMES`.
     """
-    return _on_platform(
+    log_sum_exp, residuals = _on_platform(
         problem.implementation,
         functools.partial(_forward_plugin, problem, dtype),
         functools.partial(_forward_xla, problem, dtype),
         operands,
+    )
+    codes = [
+        None if spec is None else _named(CODES_NAME, cast(QuantizedTensor, x))
+        for x, spec in zip(residuals.operands[:3], _specs(problem, operands), strict=True)
+    ]
+    log_sum_exp, row_maximum, log_sum = _named(
+        LOG_SUM_EXP_NAME, (log_sum_exp, residuals.row_maximum, residuals.log_sum)
+    )
+    return log_sum_exp, Residuals(
+        _with_codes(residuals.operands, codes),
+        _named(OUT_NAME, residuals.out),
+        row_maximum,
+        log_sum,
+    )
+
+
+def _named(name: str, tree: _Result) -> _Result:
+    # JAX 0.5 names arrays alone, no trees of them.
+    return jax.tree.map(
+        functools.partial(cast(Any, ad_checkpoint).checkpoint_name, name=name), tree
     )
 
 
@@ -236,7 +266,13 @@ def _on_platform(
 
 
 def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
-    return cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
+    call = cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
+
+    def varying(*operands: Any, **attributes: Any) -> Any:
+        # JAX takes the call's results for the same on all devices of a `shard_map`.
+        return vary_like(operands, call(*operands, **attributes))
+
+    return varying
 
 
 def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands) -> dict[str, Any]:

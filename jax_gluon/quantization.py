@@ -12,6 +12,7 @@ from jax_gluon import lowering
 from jax_gluon.arguments import check_metal
 from jax_gluon.formats import QuantizedTensor, QuantSpec
 from jax_gluon.lengths import checked_lengths
+from jax_gluon.meshes import on_meshes
 from jax_gluon.visible_tokens import tokens_within
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -81,14 +82,18 @@ def quantize(
     if lengths is not None:
         shape = array.shape[:-3]
         checked = checked_lengths(lengths, shape, array.shape[-3], f"shape {shape}", _fail_lengths)
-    array = jax.lax.stop_gradient(array)
-    visible = None
+    array = jax.lax.stop_gradient(array if is_batched else array[None])
     if checked is not None:
-        visible = tokens_within(checked.reshape(-1), array.shape[-3])
-    quantized = lowering.quantize(
-        spec, implementation, array if is_batched else array[None], visible
-    )
+        checked = checked.reshape(-1)
+    quantized = on_meshes(_quantize, (spec, implementation), array, array, checked)
     return quantized if is_batched else quantized[0]
+
+
+def _quantize(
+    spec: QuantSpec, implementation: str | None, x: jax.Array, lengths: jax.Array | None
+) -> QuantizedTensor:
+    visible = None if lengths is None else tokens_within(lengths, x.shape[1])
+    return lowering.quantize(spec, implementation, x, visible)
 
 
 def _fail_lengths(error: type[Exception], found: str, allowed: str) -> NoReturn:

@@ -52,9 +52,10 @@ def forward(
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     tiles = Tiles(problem, operands)
-    out = jnp.zeros((B, T, N, V), operands.query.dtype)
-    row_maximum = jnp.zeros((B, T, N, 1), tiles.dtype)
-    log_sum = jnp.full((B, T, N, 1), EMPTY_ROW_LOG_SUM_EXP, tiles.dtype)
+    # Like the query: in `shard_map`, the loop's state varies as the operands do.
+    out = jnp.zeros_like(operands.query, shape=(B, T, N, V))
+    row_maximum = jnp.zeros_like(out, tiles.dtype, (B, T, N, 1))
+    log_sum = jnp.full_like(row_maximum, EMPTY_ROW_LOG_SUM_EXP)
     if 0 in (B, T, S):
         return out, row_maximum[..., 0], log_sum[..., 0]
     value_is_finite = all_finite(operands.value)
@@ -191,7 +192,7 @@ def backward_bias(
 
         return _loop(*tiles.chunk_range(i), key_chunk, d_bias)
 
-    zeros = to_bits(jnp.zeros(bias.shape, dtype))
+    zeros = to_bits(jnp.zeros_like(bias, dtype))
     return from_bits(_loop(0, tiles.queries.count, query_block, zeros), dtype).astype(bias.dtype)
 
 

@@ -461,3 +461,38 @@ def test_an_array_scale_does_not_overflow_float16(require, relative_error, imple
     for expected, actual in zip(*results, strict=True):
         assert actual.dtype == jnp.float16
         assert relative_error(actual, expected) <= 5e-3
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("each_head", [False, True], ids=["scalar", "each_head"])
+def test_an_array_scale_and_its_gradient(
+    each_head, dtype, quantization, implementation, oracle, fake_quantize, relative_error,
+    random_operands,
+):  # fmt: skip
+    """Against float64; with codes, at the codes of query times scale."""
+    q, k, v, d_out = random_operands(B, T, S, N, K, H=16, V=16, dtype=dtype)
+    scales = [0.3, -0.2, 0.1, 0.25] if each_head else 0.3
+    scale = jnp.asarray(scales, dtype)
+    out, pullback = jax.vjp(
+        lambda *x: jax_gluon.dot_product_attention(
+            *x[:3], scale=x[3], quantization=quantization, implementation=implementation
+        ),
+        q, k, v, scale,
+    )  # fmt: skip
+    gradients = pullback(d_out)
+    by_row = np.broadcast_to(np.asarray(scale, np.float64), N)[:, None]
+    scaled, operands = np.asarray(q, np.float64) * by_row, (k, v)
+    if quantization:
+        scaled, operands = fake_quantize(scaled), (fake_quantize(k, center=True), fake_quantize(v))
+    exact = oracle(scaled, *operands, scale=1.0, d_out=d_out)
+    axes = (0, 1, 3) if each_head else None
+    d_scale = np.sum(exact.d_query * np.asarray(q, np.float64), axis=axes)
+    expected = (exact.out, exact.d_query * by_row, exact.d_key, exact.d_value, d_scale)
+    rounding = 2e-3 if dtype == "float16" else 0
+    forward, backward = INT8_TOLERANCE[implementation] if quantization else (2e-6, 4e-6)
+    for x, y, bar in zip(
+        (out, *gradients), expected, (forward, *(backward,) * 3, 3 * backward), strict=True
+    ):
+        assert (x.shape, x.dtype) == (y.shape, dtype)
+        assert relative_error(x, y) <= bar + rounding

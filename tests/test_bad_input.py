@@ -1,5 +1,6 @@
 """Every bad argument is an exception that names function, argument, what was found and allowed."""
 
+import functools
 import re
 
 import jax
@@ -166,7 +167,12 @@ CASES = {
         {"scale": np.complex64(1)}, TypeError, "scale", "complex64", "a real"
     ),
     "scale_string": ({"scale": "1"}, TypeError, "scale", "str", "a real Python or NumPy number"),
-    "scale_vector": ({"scale": ones(N)}, ValueError, "scale", "of shape (4,)", "a scalar"),
+    "scale_vector": (
+        {"scale": ones(N + 1)}, ValueError, "scale", "of shape [5]", "a scalar, or a scale for each"
+    ),
+    "scale_matrix": (
+        {"scale": np.ones((1, N))}, ValueError, "scale", "of shape [1, 4]", "head, [N] = [4]"
+    ),
     "scale_complex_array": (
         {"scale": jnp.asarray(1j)}, TypeError, "scale", "of dtype complex64", "a real number"
     ),
@@ -380,3 +386,26 @@ def test_missing_plugin_is_reported_by_the_call_that_needs_it(monkeypatch):
         assert out.shape == (B, T, N, H)
     finally:
         lowering.plugin.cache_clear()
+
+
+LEAST = np.finfo(np.float32).min
+
+
+@pytest.mark.parametrize("lowest", [-np.inf, -1e9, LEAST, jnp.bfloat16(-1e9), jnp.float16(-65504)])
+def test_a_bias_that_a_soft_cap_keeps_from_hiding_is_warned_of(lowest):
+    bias = np.zeros((B, 1, 1, S), getattr(lowest, "dtype", np.float32))
+    bias[1, ..., 3:] = lowest
+    visible = np.ones((T, S), bool)
+    attend = functools.partial(
+        jax_gluon.dot_product_attention, **operands(), implementation="xla", logits_soft_cap=30.0
+    )
+    says = r"jax_gluon\.dot_product_attention: bias is as low as .*_cap 30 .* -30; allowed: mask"
+    for given in (bias, jnp.asarray(bias)):
+        with pytest.warns(UserWarning, match=says) as warned:
+            attend(bias=given, mask=visible)
+        assert warned[0].filename == __file__
+    # Hidden by the mask as well; traced; without a cap.
+    attend(bias=bias, mask=bias == 0)
+    jax.jit(lambda bias: attend(bias=bias))(bias)
+    attend(bias=bias, logits_soft_cap=None)
+    attend(bias=np.where(bias == 0, np.float32(1e4), np.float32(-6e4)))

@@ -143,6 +143,7 @@ def test_row_that_sees_no_key(
         assert relative_error(gradient, exact) <= tolerance[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*these keys stay visible")
 def test_minus_infinity_bias_under_a_soft_cap_is_the_cap_itself(
     implementation, oracle, relative_error, random_operands
 ):
@@ -384,6 +385,7 @@ def test_the_least_bias_hides_its_key(least, T, attention, oracle, relative_erro
         assert relative_error(x, y) <= 3e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*these keys stay visible")
 def test_the_least_bias_under_a_soft_cap_is_the_cap(attention, random_operands):
     q, k, v, _ = random_operands(T=3, S=4)
     bias = jnp.full((1, 1, 3, 4), np.finfo(np.float32).min)

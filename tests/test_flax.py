@@ -3,6 +3,7 @@
 import functools
 import pickle
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,3 +280,41 @@ def test_decoding_with_positions_that_flax_does_not_pass_is_refused(
     module.init_cache(X.shape)
     with pytest.raises(ValueError, match=message):
         module(X[:, :1])
+
+
+def quantized_values():
+    x = jnp.asarray(RNG.standard_normal((B, 40, 2, 16)), jnp.bfloat16)
+    spec = jax_gluon.QuantSpec(4, False, "channel_block", float_minimum=True, rotate=True)
+    cache = jax_gluon.QuantizedKVCache.create(B, 64, 2, 16, quantization="int4", window=20)
+    return {
+        "rows": jax_gluon.quantize(x, jax_gluon.QuantSpec(center=True)),
+        "zero_points": jax_gluon.quantize(x, jax_gluon.QuantSpec(symmetric=False)),
+        "blocks": jax_gluon.quantize(x, spec),
+        "cache": cache.append(x[:, :37], x[:, :37], [37, 5]),
+    }
+
+
+@pytest.mark.parametrize("name", ["rows", "zero_points", "blocks", "cache"])
+def test_serialization_keeps_every_bit(name):
+    value = quantized_values()[name]
+    target = jax.tree.map(jnp.zeros_like, value)
+    as_bytes = flax.serialization.to_bytes({"x": value})
+    as_state = flax.serialization.to_state_dict({"x": value})
+    for restored in (
+        flax.serialization.from_bytes({"x": target}, as_bytes),
+        flax.serialization.from_state_dict({"x": target}, as_state),
+    ):
+        assert jax.tree.structure(restored["x"]) == jax.tree.structure(value)
+        for x, y in zip(jax.tree.leaves(restored["x"]), jax.tree.leaves(value), strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_state_of_another_format_is_refused():
+    values = quantized_values()
+    state = flax.serialization.to_state_dict(values["rows"])
+    for other in ("zero_points", "blocks", "cache"):
+        with pytest.raises(ValueError, match=r"jax_gluon\.flax: .* allowed: those of the target"):
+            flax.serialization.from_state_dict(values[other], state)
+    with pytest.raises(ValueError, match=r"jax_gluon\.flax: data .*\[2, 40, 2, 16\]; .*\[2, 8"):
+        flax.serialization.from_state_dict(values["rows"][:, :8], state)

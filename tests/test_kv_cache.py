@@ -228,6 +228,56 @@ def test_ragged_lengths(quantization, oracle, relative_error):
         assert relative_error(last[b : b + 1], expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("stale", [1e4, 1e30, np.nan])
+def test_a_slot_that_is_reused_is_as_a_fresh_one(name, stale, implementation):
+    """Of the former sequence, longer and far larger, nothing counts for 5 queries or for one."""
+    key, value, query = tokens(9)
+    former = np.where(np.arange(56) < 3, 1, stale).astype(np.float32)[None, :, None, None]
+    old_key, old_value, _ = tokens(56, seed=1)
+    used = create(name).append(old_key * former, old_value * former)
+    used = dataclasses.replace(used, length=used.length.at[1].set(0))
+    used = used.append(key, value, [0, 9])
+    fresh = create(name).append(key, value)
+    assert used.length.tolist() == [56, 9]
+    for T in (5, 1):
+        out, expected = (
+            cache.attention(query[:, 9 - T :], implementation=implementation)[1]
+            for cache in (used, fresh)
+        )
+        np.testing.assert_array_equal(out, expected)
+
+
+def every_array(jaxpr):
+    """The shapes of all values of a jaxpr, those in its calls, branches and loops too."""
+    for equation in jaxpr.eqns:
+        yield from (x.aval.shape for x in equation.outvars)
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from every_array(inner)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("window", [None, 300])
+def test_no_array_of_queries_by_capacity(name, window, require):
+    """Many queries in a large capacity: what they see needs no mask."""
+    require("cpu")
+    T, capacity = 512, 8192
+    cache = jax.eval_shape(
+        lambda: QuantizedKVCache.create(1, capacity, 1, 8, quantization=name, window=window)
+    )
+    query = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32)
+    attend = lambda cache, query: cache.attention(query)  # noqa: E731
+    shapes = list(every_array(jax.make_jaxpr(attend)(cache, query).jaxpr))
+    assert (1, T, 1, 8) in shapes
+    assert max(np.prod(shape, dtype=int) for shape in shapes) < T * capacity / 16
+    memory = jax.jit(attend).lower(cache, query).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < T * capacity / 16
+
+
 RINGS = {
     "steps": (40,) + (1,) * 30 + (7, 7),
     "sevens": (7,) * 12,

@@ -329,3 +329,45 @@ def test_float32_under_x64_equals_float32(implementation, arguments, configure):
         x.dtype == y.dtype
         for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     )
+
+
+@QUANTIZATIONS
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_forward_runs_once_where_a_policy_saves_its_names(quantization, implementation, require):
+    """In value and gradient under `jax.checkpoint`; each name alone is not enough."""
+    require(implementation or "cpu")
+    rng = np.random.default_rng(3)
+    operands = [jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.float32) for _ in range(3)]
+
+    def loss(q, k, v):
+        out, log_sum_exp = jax_gluon.attention_with_log_sum_exp(
+            q, k, v, implementation=implementation, quantization=quantization
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(log_sum_exp))
+
+    def program(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        checkpointed = jax.checkpoint(loss, policy=policy)
+        return jax.jit(jax.value_and_grad(checkpointed, (0, 1, 2))).lower(*operands)
+
+    def kernels(*names):
+        """Calls of forward and of the quantizer; of XLA, loops of forward."""
+        lowered = program(*names)
+        if implementation == "xla":
+            return lowered.as_text(dialect="hlo").count(" while(") - 2, None
+        text, call = lowered.as_text(), "custom_call @jax_gluon"
+        return text.count(f"{call}.attention_forward"), text.count(f"{call}.quantize")
+
+    names = jax_gluon.CHECKPOINT_NAMES
+    forward, quantizer = kernels(*names)
+    again = None if quantizer is None else 2 * quantizer
+    assert forward > 0
+    assert quantizer in (None, 3 if quantization else 0)
+    assert kernels() == (2 * forward, again)
+    assert kernels(*names[:2]) == (forward, again)
+    for left_out in names[:2]:
+        assert kernels(*(name for name in names if name != left_out))[0] == 2 * forward
+    _, actual = program(*names).compile()(*operands)
+    expected = jax.jit(jax.grad(loss, (0, 1, 2)))(*operands)
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
