@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import mmap
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 
@@ -24,6 +26,28 @@ def _plugin_is_missing() -> bool:
 MOST_PIPELINES = 150
 _RUN = pytest.StashKey[Path]()
 
+# Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
+# of MLIR each takes three times as long. tests/test_smoke.py has the defaults.
+QUICK_XLA_FLAGS = {
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+
+
+def _xla_flags():
+    """Those that this jaxlib knows: XLA ends the process at any other."""
+    files = Path(jaxlib.__file__).parent.glob("*.so")
+    library = max(files, key=lambda path: path.stat().st_size)
+    with (
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+    ):
+        return [
+            f"--{name}={setting}"
+            for name, setting in QUICK_XLA_FLAGS.items()
+            if text.find(name.encode()) >= 0
+        ]
+
 
 def pytest_configure(config):
     """A folder for the run and all its processes: kernels compiled for the software Metal device.
@@ -32,6 +56,7 @@ def pytest_configure(config):
     """
     if hasattr(config, "workerinput"):
         return
+    os.environ.setdefault("XLA_FLAGS", " ".join(_xla_flags()))
     run = config.stash[_RUN] = Path(tempfile.mkdtemp(prefix="jax-gluon-tests-"))
     os.environ.setdefault("SOFTMETAL_CACHE_DIR", str(run / "softmetal"))
     os.environ.setdefault("SOFTMETAL_PIPELINES", str(run / "pipelines"))

@@ -106,7 +106,8 @@ def check_gradients(quantization: str | None, *, causal: bool) -> None:
 
 def check_transformations() -> None:
     query, key, value, d_out = operands()
-    out, d_query, _, _ = attention(query, key, value, d_out, causal=True)
+    out, *exact = attention(query, key, value, d_out, causal=True)
+    d_query = exact[0]
 
     def forward(query, key, value):
         return jax_gluon.dot_product_attention(query, key, value, is_causal=True)
@@ -132,10 +133,15 @@ def check_transformations() -> None:
     scanned = jax.jit(lambda query: jax.lax.scan(step, query, None, length=3)[1])(query)
     check("scan", scanned[2], out, 2e-6)
 
-    xla = jax_gluon.dot_product_attention(
-        *map(jnp.asarray, (query, key, value)), is_causal=True, implementation="xla"
-    )
-    check("implementation xla", xla, out, 2e-6)
+    def by_xla(query, key, value):
+        return jax_gluon.dot_product_attention(
+            query, key, value, is_causal=True, implementation="xla"
+        )
+
+    found = jax.jit(lambda *x: jax.vjp(by_xla, *x[:3])[1](x[3]))(query, key, value, d_out)
+    check("implementation xla", jax.jit(by_xla)(query, key, value), out, 2e-6)
+    for gradient, expected in zip(found, exact, strict=True):
+        check("gradient of implementation xla", gradient, expected, 3e-6)
 
 
 def check_metal() -> None:

@@ -25,10 +25,12 @@ if __name__ != "__main__":
 
 # Long enough for several tasks along every axis: blocks are 96 rows and up to 256 keys.
 B, T, S, N, K, H = 2, 200, 300, 4, 2, 32
+# Backward splits the rows of few and long heads into parts, and adds their sums.
+LONG = dict(B=1, T=1100, N=2, K=1)
 THREADS = 8
 
 
-def operands(seed=0):
+def operands(seed=0, B=B, T=T, N=N, K=K):
     rng = np.random.default_rng(seed)
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (1, N, T, S), (B, T, N, H)
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
@@ -72,7 +74,8 @@ def pool_threads():
 def main():
     for kernel in ("baseline", "gluon"):
         for quantization in (None, "int8"):
-            print(digest(attention(quantization, *operands(), kernel=kernel)))
+            for sizes in ({}, LONG):
+                print(digest(attention(quantization, *operands(**sizes), kernel=kernel)))
     print(digest(independent_calls(*operands())))
     print(pool_threads())
 
@@ -97,7 +100,7 @@ def digests(threads):
 def test_results_are_the_same_bits_for_any_number_of_threads(threads):
     one, _ = digests(1)
     many, _ = digests(threads)
-    assert len(one) == 5
+    assert len(one) == 9
     assert many == one
 
 
