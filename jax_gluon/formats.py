@@ -178,6 +178,7 @@ class QuantizedTensor:
 
     - `data`: int8 `[..., T, N, H]`, or uint8 `[..., T, N, H // 2]` for 4 bits.
     - `scale`: `[..., T', N', H']`, an entry for each block that shares one (`spec.scale_shape`).
+      In a cache, bfloat16 scales and minima are their bits, uint16.
     - `zero_point`: int8, or `minimum`: of `scale`'s shape; whichever the spec asks for.
     - `mean`: float32 `[..., 1, N, H]`, with `spec.center` (of the rotated array, with
       `spec.rotate`).
@@ -316,10 +317,15 @@ def check_parts(x: QuantizedTensor) -> str | None:
                 return f"{name} is set; its spec {spec} has none"
         elif part is None:
             return f"{name} is missing"
-        elif (tuple(part.shape), part.dtype) != expected:
+        elif (tuple(part.shape), _float_dtype(part)) != expected:
             found = f"{part.dtype.name}{list(part.shape)}"
             return f"{name} is {found}, expected {expected[1].name}{list(expected[0])}"
     return None
+
+
+def _float_dtype(part: Any) -> Any:
+    """Its dtype, or what its bits stand for."""
+    return np.dtype(jnp.bfloat16) if part.dtype == np.uint16 else part.dtype
 
 
 def _has_zero_point(spec: QuantSpec) -> bool:
@@ -329,13 +335,17 @@ def _has_zero_point(spec: QuantSpec) -> bool:
 def dequantize_rotated(x: QuantizedTensor, dtype: Any) -> jax.Array:
     """The array of `dtype` that the codes of `x` stand for, still rotated."""
     spec, shape = x.spec, x.shape
-    scale = spread(x.scale.astype(dtype), spec, shape)
+
+    def floats(x: jax.Array) -> jax.Array:
+        return from_bits(x, spec.scale_dtype).astype(dtype)
+
+    scale = spread(floats(x.scale), spec, shape)
     codes = unpack(x.data).astype(dtype) if spec.bits == 4 else x.data.astype(dtype)
     if x.minimum is not None:
         # Halves: the steps may be more than the largest float although their sum is not.
         half = jnp.asarray(0.5, dtype)
         steps = codes - jnp.asarray(spec.code_range[0], dtype)
-        minimum = spread(x.minimum.astype(dtype), spec, shape)
+        minimum = spread(floats(x.minimum), spec, shape)
         restored = (steps * (scale * half) + minimum * half) * jnp.asarray(2, dtype)
     elif x.zero_point is not None:
         zero = spread(x.zero_point.astype(dtype), spec, shape)
@@ -349,6 +359,21 @@ def dequantize_rotated(x: QuantizedTensor, dtype: Any) -> jax.Array:
     if x.mean is None:
         return restored
     return jnp.clip(restored + x.mean.astype(dtype), -largest, largest)
+
+
+# XLA's CPU backend widens bfloat16, and moves that from a slice of an array to all of it: once
+# before a loop, or for updates in every step. Arrays that are cut or updated are integers, which it
+# leaves alone.
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """The bits of bfloat16 as uint16; any other array as it is."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    """The array of `dtype` that `to_bits` took."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def spread(cells: jax.Array, spec: QuantSpec, shape: tuple[int, ...]) -> jax.Array:

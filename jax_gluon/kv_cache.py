@@ -24,6 +24,7 @@ from jax_gluon.formats import (
     QuantSpec,
     preset,
     rotation,
+    to_bits,
 )
 from jax_gluon.lengths import checked_lengths
 from jax_gluon.meshes import on_meshes, vary_like
@@ -149,6 +150,7 @@ class QuantizedKVCache:
             # Zeros stand for 0 in every format. No float array of this size is ever made.
             x = jax.ShapeDtypeStruct((batch, capacity, kv_heads, width), jnp.float32)
             parts = jax.eval_shape(functools.partial(lowering.quantize, spec, "xla"), x, None)
+            parts = jax.eval_shape(functools.partial(jax.tree.map, to_bits), parts)
             return dataclasses.replace(_zeros(parts), dtype=stands_for)
 
         def head(spec: QuantSpec, width: int) -> jax.Array | None:
@@ -363,12 +365,13 @@ def _stored(
 
     def scatter(name: str, size: int) -> Any:
         """`size` entries a block. Past the end is the beginning, in a ring; else nothing is."""
-        old, entries = getattr(cached, name), getattr(fresh, name)
+        old = getattr(cached, name)
         if old is None:
             return None
+        entries = to_bits(getattr(fresh, name))
         place = (first * size)[:, None] + jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :]
         if recoded is not None:
-            again = getattr(recoded, name)
+            again = to_bits(getattr(recoded, name))
             entries = jnp.concatenate([again, entries], axis=1)
             early = jnp.arange(again.shape[1], dtype=jnp.int32)[None, :]
             # A final center leaves these codes what they are.
@@ -379,14 +382,7 @@ def _stored(
         is_kept = (place >= 0) & (place < last) & (place >= last - old.shape[1])
         target = jnp.where(is_kept, place % old.shape[1], old.shape[1])
         entry = jnp.arange(old.shape[0], dtype=jnp.int32)[:, None]
-        if old.dtype != jnp.bfloat16:
-            return old.at[entry, target].set(entries, mode="drop")
-        # XLA widens a bfloat16 scatter, all of it, to float32 on the CPU. As bits it is five times
-        # faster, if the bitcasts stay out of it.
-        bits, entries = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, entries))
-        bits = jax.lax.optimization_barrier(bits)
-        bits = bits.at[entry, target].set(entries, mode="drop")
-        return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), jnp.bfloat16)
+        return old.at[entry, target].set(entries, mode="drop")
 
     codes = dataclasses.replace(
         cached, data=scatter("data", block), scale=scatter("scale", 1),

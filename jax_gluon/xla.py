@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon.formats import from_bits, to_bits
 from jax_gluon.problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     LEAST_LOGIT,
@@ -30,10 +31,8 @@ from jax_gluon.xla_tiles import (
     add_slice,
     all_finite,
     arrange,
-    from_bits,
     keys_first,
     swap_tokens_and_heads,
-    to_bits,
 )
 
 _State = TypeVar("_State")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon.formats import from_bits, to_bits
 from jax_gluon.problem import LEAST_LOGIT, AttentionProblem, FloatOperands
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
@@ -239,21 +240,7 @@ class Tiles:
         return visible
 
 
-# XLA's CPU backend widens bfloat16, and moves that from a slice of an array to all of it: once
-# before a loop, or for updates in every step. Such arrays are cut as integers, which it leaves
-# alone, and the barrier keeps it from making a copy of the integers before the loop.
-
-
-def to_bits(x: jax.Array) -> jax.Array:
-    """The bits of bfloat16 as uint16; any other array as it is."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
-    """The array of `dtype` that `to_bits` took."""
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-
-
+# The barrier keeps XLA from making a copy of the integers before a loop.
 def _slice(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
     if x.dtype == jnp.bfloat16:
         x, start = cast(Any, jax.lax.optimization_barrier)((x, start))

@@ -96,7 +96,9 @@ QuantizableOperand decode_rows(Decoder& decoder, const std::string& name, const 
       decoder.operand_of(name, stored, {packed ? ffi::DataType::U8 : ffi::DataType::S8});
   Quantization& q = x.quantization;
   q = format.quantization(shape);
-  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
+  // uint16: bits of bfloat16, as the cache stores them.
+  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16,
+                                             ffi::DataType::U16};
   const Shape blocked = {shape[0], blocks(shape[1], q.token_block), shape[2],
                          blocks(shape[3], q.head_block)};
   q.scale = decoder.operand_of(name + "_scale", blocked, floats, true);

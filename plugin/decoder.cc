@@ -30,6 +30,8 @@ std::string_view name_of(ffi::DataType dtype) {
       return "int8";
     case ffi::DataType::U8:
       return "uint8";
+    case ffi::DataType::U16:
+      return "uint16";
     case ffi::DataType::S32:
       return "int32";
     case ffi::DataType::PRED:
@@ -51,6 +53,7 @@ std::string names_of(const std::vector<ffi::DataType>& dtypes) {
 DType dtype_of(ffi::DataType dtype) {
   switch (dtype) {
     case ffi::DataType::BF16:
+    case ffi::DataType::U16:  // its bits
       return DType::kBF16;
     case ffi::DataType::F16:
       return DType::kF16;

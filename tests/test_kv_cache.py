@@ -11,7 +11,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon import AttentionQuantization, QuantizedKVCache, QuantSpec
-from jax_gluon.formats import PRESETS
+from jax_gluon.formats import PRESETS, to_bits
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -79,6 +79,7 @@ def assert_same_codes(cached, x, positions=None):
         part, expected = getattr(cached, name), getattr(whole, name)
         assert (part is None) == (expected is None)
         if part is not None:
+            expected = to_bits(expected)
             index = positions if name == "data" else np.unique(positions // block)
             np.testing.assert_array_equal(
                 np.asarray(part)[:, index % part.shape[1]], np.asarray(expected)[:, index], name
@@ -248,16 +249,34 @@ def test_a_slot_that_is_reused_is_as_a_fresh_one(name, stale, implementation):
         np.testing.assert_array_equal(out, expected)
 
 
-def every_array(jaxpr):
-    """The shapes of all values of a jaxpr, those in its calls, branches and loops too."""
+def every_equation(jaxpr):
+    """Those of a jaxpr, and of its calls, branches and loops."""
     for equation in jaxpr.eqns:
-        yield from (x.aval.shape for x in equation.outvars)
+        yield equation
         for parameter in jax.tree.leaves(
             equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
         ):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from every_array(inner)
+                yield from every_equation(inner)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_append_writes_only_what_is_new(quantization):
+    """Its cost does not grow with the capacity; XLA widens all of a bfloat16 array to update it."""
+    cache = jax.eval_shape(
+        lambda: QuantizedKVCache.create(2, 8192, 2, 64, quantization=quantization)
+    )
+    x = jax.ShapeDtypeStruct((2, 1, 2, 64), jnp.float32)
+    least = min(part.size for part in jax.tree.leaves((cache.key.scale, cache.value.scale)))
+    made = [
+        (equation.primitive.name, result.aval.dtype.name)
+        for equation in every_equation(jax.make_jaxpr(QuantizedKVCache.append)(cache, x, x).jaxpr)
+        for result in equation.outvars
+        if result.aval.size >= least and not equation.primitive.name.endswith("jit")
+    ]
+    assert {name for name, _ in made} == {"scatter"}
+    assert "bfloat16" not in {dtype for _, dtype in made}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -271,7 +290,8 @@ def test_no_array_of_queries_by_capacity(name, window, require):
     )
     query = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32)
     attend = lambda cache, query: cache.attention(query)  # noqa: E731
-    shapes = list(every_array(jax.make_jaxpr(attend)(cache, query).jaxpr))
+    equations = every_equation(jax.make_jaxpr(attend)(cache, query).jaxpr)
+    shapes = [x.aval.shape for equation in equations for x in equation.outvars]
     assert (1, T, 1, 8) in shapes
     assert max(np.prod(shape, dtype=int) for shape in shapes) < T * capacity / 16
     memory = jax.jit(attend).lower(cache, query).compile().memory_analysis()
