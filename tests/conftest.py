@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import mmap
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
 import numpy as np
 import pytest
 
@@ -28,25 +28,19 @@ _RUN = pytest.StashKey[Path]()
 
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
 # of MLIR each takes three times as long. tests/test_smoke.py has the defaults.
-QUICK_XLA_FLAGS = {
-    "xla_cpu_use_fusion_emitters": "false",
-    "xla_cpu_parallel_codegen_split_count": "1",
-}
+QUICK_XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
-def _xla_flags():
-    """Those that this jaxlib knows: XLA ends the process at any other."""
-    files = Path(jaxlib.__file__).parent.glob("*.so")
-    library = max(files, key=lambda path: path.stat().st_size)
-    with (
-        library.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-    ):
-        return [
-            f"--{name}={setting}"
-            for name, setting in QUICK_XLA_FLAGS.items()
-            if text.find(name.encode()) >= 0
-        ]
+def _xla_takes(flags):
+    """Asked in a process of its own, which XLA ends at a flag that it does not know."""
+    finished = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.jit(lambda: 1)()"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return finished.returncode == 0
 
 
 def pytest_configure(config):
@@ -56,7 +50,8 @@ def pytest_configure(config):
     """
     if hasattr(config, "workerinput"):
         return
-    os.environ.setdefault("XLA_FLAGS", " ".join(_xla_flags()))
+    if "XLA_FLAGS" not in os.environ and _xla_takes(QUICK_XLA_FLAGS):
+        os.environ["XLA_FLAGS"] = QUICK_XLA_FLAGS
     run = config.stash[_RUN] = Path(tempfile.mkdtemp(prefix="jax-gluon-tests-"))
     os.environ.setdefault("SOFTMETAL_CACHE_DIR", str(run / "softmetal"))
     os.environ.setdefault("SOFTMETAL_PIPELINES", str(run / "pipelines"))
@@ -151,12 +146,10 @@ def configure():
     return scope
 
 
-@pytest.fixture
-def compiles_quickly():
-    """XLA leaves out most optimizations: for tests of many programs, each run once."""
+@pytest.fixture(scope="session", autouse=True)
+def _compiles_quickly():
+    """XLA leaves out most optimizations: the tests run each of many programs once."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 STRICT_MODES = {

@@ -9,8 +9,6 @@ import pytest
 
 import jax_gluon
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 B, T, S, N, K = 2, 9, 13, 4, 2
 RNG = np.random.default_rng(7)
 

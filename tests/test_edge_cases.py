@@ -10,8 +10,6 @@ import pytest
 import jax_gluon
 from jax_gluon import reference
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 QUANTIZATIONS = pytest.mark.parametrize("quantization", [None, "int8"])
 
 

@@ -234,12 +234,22 @@ CALLS = {
     "quantize_int4": lambda: quantize(bits=4, symmetric=0, token_block=3, head_block=2),
     "quantize_tensor": lambda: quantize(token_block=0, per_tensor=1),
 }
-PARTS = [
-    (call, part, name)
-    for call, make in CALLS.items()
-    for part in ("operands", "results")
-    for name in getattr(make(), part)
-]
+
+
+def _parts():
+    """Operands and results, each once for a handler: by name, type and shape."""
+    seen = set()
+    for name, make in CALLS.items():
+        call = make()
+        for part in ("operands", "results"):
+            for of, x in getattr(call, part).items():
+                key = call.target, part, of, x.dtype, x.shape
+                if key not in seen:
+                    seen.add(key)
+                    yield name, part, of
+
+
+PARTS = list(_parts())
 
 
 @pytest.fixture(autouse=True)
@@ -366,7 +376,7 @@ def test_a_call_without_operands_or_attributes_is_an_error(name):
     assert "attribute " in call.error()
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_bias", "quantize"])
 def test_every_attribute_must_be_there_and_of_its_type(name):
     attributes = CALLS[name]().attributes
     for i, (attribute, setting) in enumerate(attributes.items()):

@@ -7,8 +7,6 @@ import pytest
 
 import jax_gluon
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 B, T, S, N, K, H, V = 2, 6, 75, 4, 2, 32, 24
 # Of the second entry no key can be seen; of the first the last block is hidden wholly.
 LENGTHS = np.array([40, 0], np.int32)

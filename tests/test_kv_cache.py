@@ -13,8 +13,6 @@ import jax_gluon
 from jax_gluon import AttentionQuantization, QuantizedKVCache, QuantSpec
 from jax_gluon.formats import PRESETS, to_bits
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 MINIMUM = dict(symmetric=False, float_minimum=True)
 # Queries stay in float, so that every error is the cache's.
 FORMATS = {

@@ -11,8 +11,6 @@ import pytest
 import jax_gluon
 from jax_gluon.formats import GRANULARITIES, QuantSpec, rotation, spread
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 WAYS = {
     "symmetric": dict(symmetric=True),
     "zero_point": dict(symmetric=False),

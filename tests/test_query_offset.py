@@ -11,8 +11,6 @@ import pytest
 from jax_gluon import attention
 from jax_gluon.arguments import check_arguments
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 _FARTHEST = 2**31 - 1
 
 

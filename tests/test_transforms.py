@@ -9,7 +9,6 @@ import pytest
 
 import jax_gluon
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
 B, T, S, N, K, H = 2, 5, 7, 4, 2, 8
 QUANTIZATIONS = pytest.mark.parametrize("quantization", [None, "int8"])
 

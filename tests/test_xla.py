@@ -11,8 +11,6 @@ import jax_gluon
 from jax_gluon import reference, xla, xla_tiles
 from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 @pytest.fixture
 def small_blocks(monkeypatch):
