@@ -48,8 +48,11 @@ def pytest_configure(config):
 
     Each pipeline that the device makes is a line of the folder's file `pipelines`.
     """
+    # Each of many programs runs once, here and in the processes that tests start.
+    jax.config.update("jax_disable_most_optimizations", True)
     if hasattr(config, "workerinput"):
         return
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if "XLA_FLAGS" not in os.environ and _xla_takes(QUICK_XLA_FLAGS):
         os.environ["XLA_FLAGS"] = QUICK_XLA_FLAGS
     run = config.stash[_RUN] = Path(tempfile.mkdtemp(prefix="jax-gluon-tests-"))
@@ -144,12 +147,6 @@ def configure():
                 jax.config.update(name, setting)
 
     return scope
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compiles_quickly():
-    """XLA leaves out most optimizations: the tests run each of many programs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 STRICT_MODES = {
