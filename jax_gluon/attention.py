@@ -109,9 +109,8 @@ def dot_product_attention(
       softmax in subtiles and fills keys and values ahead of their use; or a `KernelConfig`, a
       pipeline with sizes of blocks, which forward takes (backward its pipeline alone); or a pair of
       these, for forward and for backward. None chooses when the call is traced: by the environment
-      variable JAX_GLUON_KERNEL, by the table of `jax-gluon tune`, else by the problem. A few
-      queries over many keys, and the gradient of a bias, have kernels of their own. `explain` says
-      which.
+      variable JAX_GLUON_KERNEL, by the table of `jax-gluon tune`, else by the problem. Few
+      queries, and the gradient of a bias, have kernels of their own. `explain` says which.
 
     Under `jax.checkpoint` backward runs forward again, but for what a policy saves by name:
     `jax.checkpoint_policies.save_only_these_names(*jax_gluon.CHECKPOINT_NAMES)` saves all that
@@ -199,8 +198,8 @@ def attention_with_log_sum_exp(
 class Plan:
     """What a call of `dot_product_attention` runs, and why.
 
-    `forward` and `backward` are the kernels of the passes, None where XLA generates the code; a few
-    queries over many keys have kernels of their own. `reasons` are those of the implementation,
+    `forward` and `backward` are the kernels of the passes, None where XLA generates the code; few
+    queries have kernels of their own. `reasons` are those of the implementation,
     of the forward kernel and of the backward kernel.
     """
 
