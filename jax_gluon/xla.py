@@ -105,22 +105,26 @@ def backward(
     `d_out` is the cotangent of `out`, and `d_log_sum_exp` `[B, T, N]` that of the *natural*
     log-sum-exp. P is recomputed tile by tile: `dS = P * (dO V^T - rowsum(dO * O))`. Where `out` was
     rounded, rowsum is taken of P and dO V^T instead, in a sweep before that of the gradients: rows
-    of dS sum to 0.
+    of dS sum to 0. What the sweep makes of a block of rows is kept, unless that is too large.
     """
     query, key, value = operands[:3]
     if 0 in (*query.shape, *key.shape):
         return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
     tiles = Tiles(problem, operands)
     cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
+    keeps_rows = out.dtype != tiles.dtype and _kept_rows(query, key) > 0
+    if keeps_rows:
+        tiles = Tiles(problem, operands, _kept_rows(query, key))
     query_is_finite, key_is_finite, d_out_is_finite = map(all_finite, (query, key, d_out))
 
-    def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array]):
-        d_query, d_key, d_value = results
-        rows = _backward_rows(tiles, cotangent, i)
+    def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array, _Kept]):
+        d_query, d_key, d_value, kept = results
+        rows, kept = _backward_rows(tiles, cotangent, i, kept)
 
         def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
             d_columns, d_key, d_value = state
-            p, d_scores, visible = _backward_tile(tiles, rows, i, c, KEYS_FIRST)
+            tile = kept.chunk(c) if kept else _probabilities(tiles, rows, i, c, KEYS_FIRST)
+            p, d_scores, visible = _backward_tile(rows, tile, KEYS_FIRST)
             d_columns += _sum_visible(
                 "bksgt,bksh->bkhgt", d_scores, tiles.keys(c), visible, key_is_finite
             )
@@ -140,14 +144,15 @@ def backward(
         state = (keys_first(jnp.zeros_like(rows.query)), d_key, d_value)
         d_columns, d_key, d_value = _loop(*tiles.chunk_range(i), key_chunk, state)
         d_rows = jnp.transpose(problem.scale * d_columns, (0, 1, 3, 4, 2))
-        return tiles.write_rows(d_query, i, d_rows.astype(query.dtype)), d_key, d_value
+        return tiles.write_rows(d_query, i, d_rows.astype(query.dtype)), d_key, d_value, kept
 
-    zeros = (
+    results = (
         to_bits(jnp.zeros_like(query)),
         jnp.zeros_like(tiles.key, tiles.dtype),
         jnp.zeros_like(tiles.value, tiles.dtype),
+        _room(tiles, cotangent) if keeps_rows else None,
     )
-    d_query, d_key, d_value = _loop(0, tiles.queries.count, query_block, zeros)
+    d_query, d_key, d_value, _ = _loop(0, tiles.queries.count, query_block, results)
     return (
         from_bits(d_query, query.dtype),
         swap_tokens_and_heads((problem.scale * d_key).astype(key.dtype)),
@@ -179,10 +184,11 @@ def backward_bias(
     dtype = bias.dtype if is_written_once else np.promote_types(bias.dtype, tiles.dtype)
 
     def query_block(i: jax.Array, d_bias: jax.Array):
-        rows = _backward_rows(tiles, cotangent, i)
+        rows, _ = _backward_rows(tiles, cotangent, i, None)
 
         def key_chunk(c: jax.Array, d_bias: jax.Array):
-            _, d_scores, _ = _backward_tile(tiles, rows, i, c, QUERIES_FIRST)
+            tile = _probabilities(tiles, rows, i, c, QUERIES_FIRST)
+            _, d_scores, _ = _backward_tile(rows, tile, QUERIES_FIRST)
             B, K, G, t, s = d_scores.shape
             tile = jnp.sum(d_scores.reshape(B, K * G, t, s), axis=summed, keepdims=True)
             starts = {2: tiles.queries.start(i), 3: tiles.chunks.start(c)}
@@ -215,56 +221,123 @@ class _BackwardRows(NamedTuple):
     delta: jax.Array
 
 
-def _backward_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardRows:
-    d_out = tiles.rows(cotangent.d_out, i)
+class _Probabilities(NamedTuple):
+    """P of a tile and its gradient dO V^T; which are visible (None: all), the soft cap's slope."""
+
+    p: jax.Array
+    d_p: jax.Array
+    visible: jax.Array | None
+    slope: jax.Array | None
+
+    def chunk(self, c: jax.Array) -> _Probabilities:
+        """One of those of all chunks of keys, whose axis leads."""
+
+        def index(x: jax.Array) -> jax.Array:
+            return cast(Any, jax.lax.dynamic_index_in_dim)(x, c, keepdims=False)
+
+        return jax.tree.map(index, self)
+
+    def with_chunk(self, c: jax.Array, tile: _Probabilities) -> _Probabilities:
+        """Those of all chunks with one replaced."""
+
+        def update(x: jax.Array, part: jax.Array) -> jax.Array:
+            return cast(Any, jax.lax.dynamic_update_index_in_dim)(x, part, c, 0)
+
+        return jax.tree.map(update, self, tile)
+
+
+# Those of all chunks of keys, for a block of rows: a leading axis. None where they are not kept.
+_Kept = _Probabilities | None
+# Elements of P that are kept, at most: 64 MiB of float32. Rows of a block that is kept, at most,
+# which take the memory of a few operands, and at least, so that products are of matrices.
+_MOST_KEPT, _MOST_KEPT_ROWS, _LEAST_KEPT_ROWS = 2**24, 64, 16
+
+
+def _kept_rows(query: jax.Array, key: jax.Array) -> int:
+    """Rows of a block whose P and dP are kept; 0 where there is no room."""
+    B, _, N, _ = query.shape
+    rows = _MOST_KEPT // (B * N * key.shape[1])
+    return min(rows, _MOST_KEPT_ROWS) if rows >= _LEAST_KEPT_ROWS else 0
+
+
+def _room(tiles: Tiles, cotangent: _Cotangent) -> _Probabilities:
+    """Room for what the sweep before that of the gradients makes of a block of rows."""
+    first = jnp.zeros((), jnp.int32)
+
+    def tile() -> _Probabilities:
+        rows = _saved_rows(tiles, cotangent, first)
+        return _probabilities(tiles, rows, first, first, KEYS_FIRST)
+
+    def room(x: jax.Array) -> jax.Array:
+        # Like the query: in `shard_map`, a loop's state varies as the operands do.
+        return jnp.zeros_like(tiles.query, x.dtype, (tiles.chunks.count, *x.shape))
+
+    return jax.tree.map(room, cast(Any, jax.eval_shape)(tile))
+
+
+def _saved_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardRows:
+    """A query block as forward left it: without delta, which is zeros."""
     maximum = tiles.rows(cotangent.row_maximum[..., None], i)
     log_sum = tiles.rows(cotangent.log_sum[..., None], i)
     # Nothing is visible to an empty row; 0 keeps its unused exponentials finite.
     log_sum = jnp.where(log_sum == EMPTY_ROW_LOG_SUM_EXP, 0.0, log_sum)
-    rows = _BackwardRows(tiles.rows(tiles.query, i), d_out, maximum, log_sum, log_sum)
+    query, d_out = (tiles.rows(x, i) for x in (tiles.query, cotangent.d_out))
+    return _BackwardRows(query, d_out, maximum, log_sum, jnp.zeros_like(log_sum))
+
+
+def _backward_rows(
+    tiles: Tiles, cotangent: _Cotangent, i: jax.Array, kept: _Kept
+) -> tuple[_BackwardRows, _Kept]:
+    """A query block; P and its gradient, for all keys, where there is room for them."""
+    rows = _saved_rows(tiles, cotangent, i)
     if cotangent.out.dtype == tiles.dtype:
-        delta = jnp.sum(d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
+        delta = jnp.sum(rows.d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
     else:
-        delta = _mean_d_probability(tiles, rows, i)
+        delta, kept = _mean_d_probability(tiles, rows, i, kept)
     if cotangent.d_log_sum_exp is not None:
         delta -= tiles.rows(cotangent.d_log_sum_exp[..., None], i)
-    return rows._replace(delta=delta)
+    return rows._replace(delta=delta), kept
 
 
-def _mean_d_probability(tiles: Tiles, rows: _BackwardRows, i: jax.Array) -> jax.Array:
+def _mean_d_probability(
+    tiles: Tiles, rows: _BackwardRows, i: jax.Array, kept: _Kept
+) -> tuple[jax.Array, _Kept]:
     """Each row's mean of dO V^T, weighted by P: what `rowsum(dO * O)` is for an exact O."""
 
-    def key_chunk(c: jax.Array, sums: tuple[jax.Array, jax.Array]):
-        p, d_p, visible, _ = _probabilities(tiles, rows, i, c, QUERIES_FIRST)
-        weighted, total = sums
-        weighted += jnp.sum(_hide(p * d_p, visible), axis=-1, keepdims=True)
-        return weighted, total + jnp.sum(p, axis=-1, keepdims=True)
+    def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, _Kept]):
+        weighted, total, kept = state
+        tile = _probabilities(tiles, rows, i, c, KEYS_FIRST)
+        weighted += jnp.sum(_hide(tile.p * tile.d_p, tile.visible), axis=2, keepdims=True)
+        total += jnp.sum(tile.p, axis=2, keepdims=True)
+        if kept is not None:
+            kept = kept.with_chunk(c, tile)
+        return weighted, total, kept
 
-    zero = jnp.zeros_like(rows.maximum)
-    weighted, total = _loop(*tiles.chunk_range(i), key_chunk, (zero, zero))
-    return weighted / jnp.where(total == 0, 1.0, total)
+    zero = keys_first(jnp.zeros_like(rows.maximum))
+    weighted, total, kept = _loop(*tiles.chunk_range(i), key_chunk, (zero, zero, kept))
+    mean = weighted / jnp.where(total == 0, 1.0, total)
+    return jnp.transpose(mean, (0, 1, 3, 4, 2)), kept
 
 
 def _probabilities(
     tiles: Tiles, rows: _BackwardRows, i: jax.Array, c: jax.Array, order: str
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """P and its gradient dO V^T; which are visible (None: all), and the soft cap's slope."""
+) -> _Probabilities:
     logits, visible, slope = tiles.scores(rows.query, i, c, order)
     # In this order: the logarithm of the sum would vanish in a large maximum.
     below_maximum = logits - arrange(rows.maximum, order)
     p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
-    return p, jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c)), visible, slope
+    d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
+    return _Probabilities(p, d_p, visible, slope)
 
 
 def _backward_tile(
-    tiles: Tiles, rows: _BackwardRows, i: jax.Array, c: jax.Array, order: str
+    rows: _BackwardRows, tile: _Probabilities, order: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """P, the gradient of the biased scores, and which of them are visible (None: all)."""
-    p, d_p, visible, slope = _probabilities(tiles, rows, i, c, order)
-    d_scores = p * (d_p - arrange(rows.delta, order))
-    if slope is not None:
-        d_scores *= slope
-    return p, _hide(d_scores, visible), visible
+    d_scores = tile.p * (tile.d_p - arrange(rows.delta, order))
+    if tile.slope is not None:
+        d_scores *= tile.slope
+    return tile.p, _hide(d_scores, tile.visible), tile.visible
 
 
 def _hide(x: jax.Array, visible: jax.Array | None) -> jax.Array:

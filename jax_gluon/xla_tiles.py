@@ -95,9 +95,17 @@ class Scores(NamedTuple):
 
 
 class Tiles:
-    """The operands, cut into tiles. Query heads are grouped by the kv head they read: N = K * G."""
+    """The operands, cut into tiles. Query heads are grouped by the kv head they read: N = K * G.
 
-    def __init__(self, problem: AttentionProblem, operands: FloatOperands):
+    `most_rows` bounds the rows of a block of queries.
+    """
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        operands: FloatOperands,
+        most_rows: int | None = None,
+    ):
         B, T, N, _ = operands.query.shape
         _, S, K, _ = operands.key.shape
         self.problem = problem
@@ -114,8 +122,8 @@ class Tiles:
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)
-        most_rows = _TILE_SCORES // (B * N * self.chunks.size)
-        self.queries = Blocks.of(T, min(_QUERY_BLOCK, max(_LEAST_QUERY_BLOCK, most_rows)))
+        fit = max(_LEAST_QUERY_BLOCK, _TILE_SCORES // (B * N * self.chunks.size))
+        self.queries = Blocks.of(T, min(_QUERY_BLOCK, fit, most_rows or _QUERY_BLOCK))
 
     def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
         """Block i of `[B, T, N, X]` as `[B, K, G, t, X]`."""
