@@ -16,7 +16,6 @@ if not hasattr(jax.lax, "pcast"):
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-
 B, T, S, N, K, H = 2, 9, 13, 4, 2, 8
 # None traces both the plugin's call and XLA's.
 implementations = pytest.mark.parametrize("implementation", [None, "xla"])
