@@ -316,12 +316,16 @@ def test_rows_whose_logits_are_all_large_and_negative(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("T", [20, 2], ids=["blocks", "decode"])
+@pytest.mark.parametrize(
+    ("T", "S"),
+    [(20, 100), (2, 100), (20, 30), (4, 2)],
+    ids=["blocks", "decode", "small", "two_keys"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, variant, T, dtype):
+def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, variant, T, S, dtype):
     """The same bits as a bias of -inf gives, in results and gradients."""
     implementation = _use(monkeypatch, variant)
-    operands, _, d_out, _ = _operands(dict(T=T, S=100, N=2, K=1), dtype)
+    operands, _, d_out, _ = _operands(dict(T=T, S=S, N=2, K=1), dtype)
     query, key, value = (jnp.abs(x) + jnp.asarray(0.1, dtype) for x in operands[:3])
 
     def run(key, query, bias):
@@ -331,9 +335,10 @@ def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, variant,
         out, pullback = jax.vjp(attention, query, key, value, bias)
         return out, *pullback(d_out)
 
-    bias = np.zeros((1, 1, T, 100), np.float32)
+    bias = np.zeros((1, 1, T, S), np.float32)
+    hidden = slice(7, 10) if S > 10 else slice(1, 2)
     hides = bias.copy()
-    hides[..., 7:10] = -np.inf
+    hides[..., hidden] = -np.inf
     hides[:, :, 1] = -np.inf
     expected = run(key, query, hides)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in expected)
@@ -341,7 +346,7 @@ def test_a_logit_of_minus_infinity_and_the_least_bias_hide(monkeypatch, variant,
     actual = run(key, query, least)
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(x, y)
-    infinite = run(key.at[:, 7:10, :, 3].set(-np.inf), query.at[:, 1, :, 5].set(-np.inf), bias)
+    infinite = run(key.at[:, hidden, :, 3].set(-np.inf), query.at[:, 1, :, 5].set(-np.inf), bias)
     for x, y in zip(infinite, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 

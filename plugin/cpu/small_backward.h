@@ -29,6 +29,7 @@ class SmallBackward {
   struct Scratch {
     Buffer<float> memory;
     float *query, *scaled_query, *d_out, *key, *value;  // rows, padded with zeros
+    float* finite_key;                                  // as key, 0 where that is not finite
     float *key_columns, *value_columns;
     float *p, *ds, *cap_slope;  // [T][columns]; dP stands where dS will
     float *d_query, *d_key, *d_value;
@@ -44,6 +45,7 @@ class SmallBackward {
                              T * H,
                              T * V,
                              S * H,
+                             S * H,
                              S * V,
                              heads_.columns_size(call_.H),
                              heads_.columns_size(call_.V),
@@ -53,9 +55,10 @@ class SmallBackward {
                              T * H,
                              S * H,
                              S * V};
-    float** const places[] = {&s.query,       &s.scaled_query,  &s.d_out,  &s.key, &s.value,
-                              &s.key_columns, &s.value_columns, &s.p,      &s.ds,  &s.cap_slope,
-                              &s.d_query,     &s.d_key,         &s.d_value};
+    float** const places[] = {&s.query,      &s.scaled_query, &s.d_out,       &s.key,
+                              &s.finite_key, &s.value,        &s.key_columns, &s.value_columns,
+                              &s.p,          &s.ds,           &s.cap_slope,   &s.d_query,
+                              &s.d_key,      &s.d_value};
     int64_t total = 0;
     for (const int64_t size : sizes) total += round_up(size, W);
     s.memory.allocate(total + W);
@@ -77,16 +80,17 @@ class SmallBackward {
       rows_.key(b, j, k, s.key + j * H);
       rows_.value(b, j, k, s.value + j * V);
     }
+    std::copy(s.key, s.key + S * H, s.finite_key);
+    make_finite(s.finite_key, S * H);
     heads_.to_columns(s.key, H, call_.H, s.key_columns);
     heads_.to_columns(s.value, V, call_.V, s.value_columns);
     for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
       find_d_scores(visibility, b, n, s);
-      // In these products what is not finite would meet the zeros of hidden pairs. (A row that does
-      // see it has NaN in dS already.)
-      if (n == k * heads_.group) make_finite(s.key, S * H);
+      // In the products of dS what is not finite would meet the zeros of hidden pairs. (A row that
+      // does see it has NaN in dS already.)
       make_finite(s.query, T * H);
       const int64_t columns = heads_.columns;
-      SmallProduct<Isa>::run({s.ds, columns, 1}, T, s.key, H, H, S, s.d_query, H);
+      SmallProduct<Isa>::run({s.ds, columns, 1}, T, s.finite_key, H, H, S, s.d_query, H);
       if (n == k * heads_.group) {
         SmallProduct<Isa>::run({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
         SmallProduct<Isa>::run({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
