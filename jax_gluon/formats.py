@@ -336,8 +336,9 @@ def dequantize_rotated(x: QuantizedTensor, dtype: Any) -> jax.Array:
     """The array of `dtype` that the codes of `x` stand for, still rotated."""
     spec, shape = x.spec, x.shape
 
-    def floats(x: jax.Array) -> jax.Array:
-        return from_bits(x, spec.scale_dtype).astype(dtype)
+    def floats(cells: jax.Array) -> jax.Array:
+        is_bits = cells.dtype == jnp.uint16
+        return (from_bits(cells, spec.scale_dtype) if is_bits else cells).astype(dtype)
 
     scale = spread(floats(x.scale), spec, shape)
     codes = unpack(x.data).astype(dtype) if spec.bits == 4 else x.data.astype(dtype)

@@ -423,6 +423,26 @@ def test_bias_gradient_takes_no_wider_matrix(dtype):
     assert temporary < (results + 0.3) * 2 * 4096 * 4096 * dtype.itemsize
 
 
+@pytest.mark.parametrize("case", ["causal_long_query", "window", "lengths"])
+def test_backward_is_the_same_with_room_for_rows_and_without(case, small_blocks, monkeypatch):
+    """P and dP of a block of bfloat16 rows are kept from one sweep to the next, or made again."""
+    problem, operands, d_out, _ = build(case, jnp.bfloat16)
+    saved = xla.forward(problem, operands)
+
+    def gradients():
+        run = jax.jit(lambda operands, d_out: xla.backward(problem, operands, *saved, d_out, None))
+        return run.lower(operands, d_out).as_text(), run(operands, d_out)
+
+    kept, expected = gradients()
+    monkeypatch.setattr(xla, "_MOST_KEPT", 0)
+    again, actual = gradients()
+    assert kept.count("dot_general") < again.count("dot_general")
+    for x, y in zip(actual, expected, strict=True):
+        x, y = (np.asarray(each, np.float32) for each in (x, y))
+        assert np.isfinite(x).all()
+        assert np.linalg.norm(x - y) <= 4e-3 * np.linalg.norm(y)
+
+
 def test_many_heads_share_a_bounded_tile():
     """64 x 32 heads would make a tile of 512 MiB at the usual block size."""
     x = jax.ShapeDtypeStruct((64, 512, 32, 8), jnp.float32)

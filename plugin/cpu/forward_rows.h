@@ -42,8 +42,7 @@ class ForwardRows {
       state.value_offset[r] = 0.0f;
     }
     const int64_t count = rows.end - rows.begin;
-    touch_rows(call_.query, b, rows.begin, rows.end, n,
-               call_.query.dtype == DType::kU4x2 ? call_.H / 2 : call_.H);
+    touch_rows(call_.query, b, rows.begin, rows.end, n, call_.H);
     for (int64_t t = 0; t < round_up(count, kGroupRows); t += R) {
       for (int r = 0; r < R; ++r) {
         Lane* out = s.rows + r * lanes_;

@@ -41,30 +41,20 @@ class SmallBackward {
     s.statistics.allocate(call_.T);
     const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
     const int64_t scores = T * heads_.columns;
-    const int64_t sizes[] = {T * H,
-                             T * H,
-                             T * V,
-                             S * H,
-                             S * H,
-                             S * V,
-                             heads_.columns_size(call_.H),
-                             heads_.columns_size(call_.V),
-                             scores,
-                             scores,
-                             call_.soft_cap != 0.0f ? scores : 0,
-                             T * H,
-                             S * H,
-                             S * V};
-    float** const places[] = {&s.query,      &s.scaled_query, &s.d_out,       &s.key,
-                              &s.finite_key, &s.value,        &s.key_columns, &s.value_columns,
-                              &s.p,          &s.ds,           &s.cap_slope,   &s.d_query,
-                              &s.d_key,      &s.d_value};
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += round_up(size, W);
-    s.memory.allocate(total + W);
-    std::fill(s.memory.get(), s.memory.get() + total, 0.0f);
-    float* at = s.memory.get();
-    for (size_t i = 0; i < std::size(sizes); at += round_up(sizes[i], W), ++i) *places[i] = at;
+    Heads::lay_out(s.memory, {{&s.query, T * H},
+                              {&s.scaled_query, T * H},
+                              {&s.d_out, T * V},
+                              {&s.key, S * H},
+                              {&s.finite_key, S * H},
+                              {&s.value, S * V},
+                              {&s.key_columns, heads_.columns_size(call_.H)},
+                              {&s.value_columns, heads_.columns_size(call_.V)},
+                              {&s.p, scores},
+                              {&s.ds, scores},
+                              {&s.cap_slope, call_.soft_cap != 0.0f ? scores : 0},
+                              {&s.d_query, T * H},
+                              {&s.d_key, S * H},
+                              {&s.d_value, S * V}});
   }
 
   void differentiate(int64_t b, int64_t k, Scratch& s) const {

@@ -36,17 +36,13 @@ class SmallForward {
 
   void prepare(Scratch& s) const {
     if (s.memory.get()) return;
-    const int64_t T = call_.T, S = call_.S;
-    const int64_t sizes[] = {T * heads_.head_width,  S * heads_.head_width,
-                             S * heads_.value_width, heads_.columns_size(call_.H),
-                             T * heads_.columns,     T * heads_.value_width};
-    float** const places[] = {&s.query, &s.key, &s.value, &s.key_columns, &s.scores, &s.out};
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += round_up(size, W);
-    s.memory.allocate(total + W);
-    std::fill(s.memory.get(), s.memory.get() + total, 0.0f);
-    float* at = s.memory.get();
-    for (size_t i = 0; i < std::size(sizes); at += round_up(sizes[i], W), ++i) *places[i] = at;
+    const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
+    Heads::lay_out(s.memory, {{&s.query, T * H},
+                              {&s.key, S * H},
+                              {&s.value, S * V},
+                              {&s.key_columns, heads_.columns_size(call_.H)},
+                              {&s.scores, T * heads_.columns},
+                              {&s.out, T * V}});
   }
 
   void attend(int64_t b, int64_t k, Scratch& s) const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "logits.h"
 #include "microkernel.h"
@@ -122,6 +123,23 @@ class SmallHeads {
         body(head / call_.K, head % call_.K, *lease);
       }
     });
+  }
+
+  struct Piece {
+    float** place;
+    int64_t size;
+  };
+  // Makes room for the pieces of a scratch, zeros: what pads rows stays so.
+  static void lay_out(Buffer<float>& memory, std::initializer_list<Piece> pieces) {
+    int64_t total = 0;
+    for (const Piece& piece : pieces) total += round_up(piece.size, W);
+    memory.allocate(total + W);
+    std::fill(memory.get(), memory.get() + total, 0.0f);
+    float* at = memory.get();
+    for (const Piece& piece : pieces) {
+      *piece.place = at;
+      at += round_up(piece.size, W);
+    }
   }
 
   // Room for rows as right operand of scores(): none where their dot products are taken.
