@@ -9,11 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
-CXX_FILES := $(wildcard plugin/*.cc plugin/*.h plugin/cpu/*.cc plugin/cpu/*.h plugin/metal/*.cc plugin/metal/metal.h)
-FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h plugin/softmetal/*.h) $(foreach depth,plugin/metal plugin/softmetal/* plugin/softmetal/include/* tests/* \
+CXX_FILES := $(shell find plugin -name "*.cc" -o -name "*.h" | grep -v "plugin/metal/.*\.h") plugin/metal/metal.h
+FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h softmetal/*.h) $(foreach depth,plugin/metal softmetal/* softmetal/include/* tests/* \
   tests/softmetal/*,$(wildcard $(depth)/*.cc $(depth)/*.h $(depth)/*.mm))
-PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/metal plugin/softmetal/python)
-# Development on Linux: Metal's host code against the software device (plugin/softmetal).
+PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/metal softmetal/python)
+# Development on Linux: Metal's host code against the software device (softmetal).
 METAL_BUILD := build/metal
 SOFTMETAL_CLANG ?= clang++-19
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import jax_gluon
 from benchmarks import minilm, report
 from jax_gluon import AttentionQuantization, QuantSpec
-from jax_gluon.formats import preset
+from jax_gluon._quantization.formats import preset
 
 Operands = tuple[np.ndarray, ...]
 Attention = Callable[..., Any]
@@ -51,9 +51,9 @@ RECIPES: dict[str, str | AttentionQuantization] = {
     "int8 block 64": _recipe("int8", every={"granularity": "block", "block_size": 64}),
     "int8 channel": _recipe("int8", every={"granularity": "channel"}),
     "int8 K uncentred": _recipe("int8", key={"center": False}),
-    "int8 V centred": _recipe("int8", value={"center": True}),
+    "int8 V centered": _recipe("int8", value={"center": True}),
     "int8 Q, K rotated": _recipe("int8", query={"rotate": True}, key={"rotate": True}),
-    "int8 Q centred": _recipe("int8", query={"center": True}),
+    "int8 Q centered": _recipe("int8", query={"center": True}),
     "int4": "int4",
     "int4 rows, symmetric": AttentionQuantization(QuantSpec(), _ROW4, _ROW4),
     "int4 K zero point": _recipe("int4", key={"float_minimum": False}),

@@ -1,19 +1,18 @@
 """Quantized flash attention that trains, in JAX, on every CPU."""
 
-from jax_gluon import debug, reference
-from jax_gluon import lowering as _lowering
-from jax_gluon.attention import (
+from jax_gluon import _native, debug, reference
+from jax_gluon._attention import (
     Plan,
     attention_with_log_sum_exp,
     dot_product_attention,
     explain,
 )
-from jax_gluon.formats import AttentionQuantization, QuantizedTensor, QuantSpec
-from jax_gluon.kv_cache import QuantizedKVCache
-from jax_gluon.lowering import CHECKPOINT_NAMES
-from jax_gluon.pinning import Pin, pin
-from jax_gluon.quantization import quantize
-from jax_gluon.selection import KernelConfig
+from jax_gluon._kv_cache import QuantizedKVCache
+from jax_gluon._lowering import CHECKPOINT_NAMES
+from jax_gluon._pinning import Pin, pin
+from jax_gluon._plan.selection import KernelConfig
+from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor, QuantSpec
+from jax_gluon._quantize import quantize
 
 __all__ = [
     "CHECKPOINT_NAMES",
@@ -33,4 +32,4 @@ __all__ = [
     "reference",
 ]
 
-_lowering.register()
+_native.register()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jax_gluon import lowering
+from jax_gluon import _native
 
 
 def metal_counters(reset: bool = True) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def metal_counters(reset: bool = True) -> list[dict[str, Any]]:
     `simd_operations`. Bytes, products and exponentials are counted in processes started with
     `SOFTMETAL_INSTRUMENT=counters`, and are 0 in others.
     """
-    dispatches: list[dict[str, Any]] = json.loads(lowering.plugin().metal_counters(reset))
+    dispatches: list[dict[str, Any]] = json.loads(_native.plugin().metal_counters(reset))
     for each in dispatches:
         each["threadgroup_bytes"] = (
             each["threadgroup_bytes_read"] + each["threadgroup_bytes_written"]

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_gluon.attention import dot_product_attention
-from jax_gluon.formats import AttentionQuantization, QuantizedTensor
-from jax_gluon.kernels import Wishes
-from jax_gluon.kv_cache import QuantizedKVCache
+from jax_gluon._attention import dot_product_attention
+from jax_gluon._kv_cache import QuantizedKVCache
+from jax_gluon._plan.kernels import Wishes
+from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor
 
 
 def attention_fn(

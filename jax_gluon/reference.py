@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_gluon.arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
-from jax_gluon.formats import QuantizedTensor, QuantSpec
-from jax_gluon.problem import LEAST_LOGIT, AttentionProblem, Operands
-from jax_gluon.visible_tokens import tokens_within, visible_tokens
-from jax_gluon.xla_quantize import quantize
+from jax_gluon._arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
+from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from jax_gluon._visible_tokens import tokens_within, visible_tokens
+from jax_gluon._xla.quantize import quantize
 
 __all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize"]
 
@@ -182,7 +182,7 @@ def _attend(
 
     if problem.soft_cap is None:
         # What a logit of -inf hides is taken out before the product, for its gradient to be 0.
-        visible &= ~(jax.lax.stop_gradient(logits(query, key, visible)) < LEAST_LOGIT)
+        visible &= ~(jax.lax.stop_gradient(logits(query, key, visible)) < MIN_LOGIT)
     scores = logits(query, key, visible)
     if problem.soft_cap is not None:
         scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
@@ -229,7 +229,7 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
         visible &= operands.mask
     if operands.bias is not None and problem.soft_cap is None:
         bias = operands.bias.astype(np.promote_types(operands.bias.dtype, np.float32))
-        visible &= ~(bias < LEAST_LOGIT)  # NaN is visible
+        visible &= ~(bias < MIN_LOGIT)  # NaN is visible
     if problem.is_causal:
         visible &= key <= row
     if problem.local_window is not None:

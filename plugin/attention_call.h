@@ -40,7 +40,7 @@ struct Result {
 };
 
 // What integer codes stand for: element = code * scale + offset, where offset is 0, -zero_point *
-// scale, or the minimum that the least code stands for. `mean` is added to the element.
+// scale, or the minimum that the least code stands for. `center` is added to the element.
 struct Quantization {
   enum class Offset : uint8_t { kNone, kZeroPoint, kMinimum };
 
@@ -51,7 +51,7 @@ struct Quantization {
   Operand
       scale;  // [B, tokens / token_block, heads or 1, columns / head_block], float32 or bfloat16
   Operand offset;  // as scale; zero points are int8
-  Operand mean;    // optional, float32, [B, 1, heads, columns]
+  Operand center;  // optional, float32, [B, 1, heads, columns]
 
   explicit operator bool() const { return bits != 0; }
 };
@@ -132,9 +132,9 @@ struct QuantizeCall {
   bool symmetric = true;
   bool float_minimum = false;  // offset is the least element instead of a zero point
   int64_t token_block = 1, head_block = 0;
-  bool per_tensor = false;  // one scale for everything but L
-  bool rotate = false;      // by the randomised Hadamard matrix along H, before all else
-  bool center = false;      // subtract the center of each head and channel: see kCenterTokens
+  bool per_tensor = false;   // one scale for everything but L
+  bool rotate = false;       // by the randomised Hadamard matrix along H, before all else
+  bool is_centered = false;  // subtract the center of each head and channel: see kCenterTokens
   // Optional: 1 where token i of entry b can be seen, at visible[visible_offset[b] + i]. A token
   // that can't be is in no extreme and no center, and is read as zeros.
   const uint8_t* visible = nullptr;
@@ -143,7 +143,7 @@ struct QuantizeCall {
   Result data;    // [B, S, K, H], int8, or [B, S, K, H / 2], kU4x2
   Result scale;   // [B, S', K', H'], float32 or bfloat16
   Result offset;  // as scale, zero points int8; only if not symmetric
-  Result mean;    // [B, 1, K, H], float32; only if center
+  Result center;  // [B, 1, K, H], float32; only if is_centered
   // Of codes that a forward call makes: which of the L entries each entry of the vmap axes has,
   // since what was not mapped is made once. Results have room for all; the device makes the first
   // L.

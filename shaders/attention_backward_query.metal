@@ -98,9 +98,9 @@ struct QueryGradientRows {
     }
     if (row >= p.T) return;
     if (place.column == 0) statistics[(Int64(b) * p.N + n) * p.T + row] = rows.statistics;
-    // The mean's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
-    const bool adds_mean =
-        keys.has_mean() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
+    // The center's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
+    const bool adds_center =
+        keys.has_center() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
     const Int64 index = ((Int64(b) * p.T + row) * p.N + n) * p.H;
     for (int d = 0; 8 * d < p.H; ++d) {
       for (int i = 0; i < 2; ++i) {
@@ -108,7 +108,7 @@ struct QueryGradientRows {
         if (column >= p.H) continue;
         float x = sum[d].thread_elements()[i];
         if (refines_delta()) x -= rest * probability_sum[d].thread_elements()[i];
-        if (adds_mean) x += total * keys.mean_at(column);
+        if (adds_center) x += total * keys.center_at(column);
         store_float(query_gradient, p.out_type, index + column, x * p.scale);
       }
     }

@@ -60,8 +60,8 @@ kernel void attention_decode(JAX_GLUON_OPERANDS, device float* partial_out [[buf
     }
   }
   if (place.column == 0) {
-    const float centre = needs_whole_logits(p) ? 0.0f : softmax.centre;
-    partial[index] = {softmax.maximum + centre, sum};
+    const float center = needs_whole_logits(p) ? 0.0f : softmax.center;
+    partial[index] = {softmax.maximum + center, sum};
   }
 }
 
@@ -98,7 +98,7 @@ kernel void attention_decode_combine(
       const float weight = exp2(partial[at].maximum - subtracted);
       if (weight != 0.0f) x += weight * partial_out[at * p.V + column];
     }
-    x = is_empty ? 0.0f : x / sum + values.mean_at(column);
+    x = is_empty ? 0.0f : x / sum + values.center_at(column);
     store_float(out, p.out_type, index * p.V + column, x);
   }
   if (thread_index == 0) {

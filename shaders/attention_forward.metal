@@ -51,13 +51,13 @@ struct ForwardRows {
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * d + place.column + i;
         if (column >= p.V) continue;
-        const float mean = !is_empty ? values.mean_at(column) : 0.0f;
-        store_float(out, p.out_type, index * p.V + column, x[i] + mean);
+        const float center = !is_empty ? values.center_at(column) : 0.0f;
+        store_float(out, p.out_type, index * p.V + column, x[i] + center);
       }
     }
     if (place.column == 0) {
-      const float centre = needs_whole_logits(p) ? 0.0f : softmax.centre;
-      row_maximum[index] = is_empty ? 0.0f : softmax.maximum + centre;
+      const float center = needs_whole_logits(p) ? 0.0f : softmax.center;
+      row_maximum[index] = is_empty ? 0.0f : softmax.maximum + center;
       log2_sum[index] = is_empty ? JAX_GLUON_EMPTY_ROW_LOG2_SUM : log2(total);
     }
   }

@@ -1,6 +1,6 @@
 // What the kernels of backward recompute: P and dS of matrices of scores, from the statistics of
-// their rows. Keys and values come without their means: what a mean adds to the logits of a row is
-// one number, kept beside the row's maximum, and what it adds to dP and to delta cancels.
+// their rows. Keys and values come without their centers: what a center adds to the logits of a row
+// is one number, kept beside the row's maximum, and what it adds to dP and to delta cancels.
 #pragma once
 
 #include "key_value_tiles.h"
@@ -36,9 +36,9 @@ inline Rows out_gradient_rows(thread const Operands& operands, thread const Cota
   rows.data = cotangents.out_gradient + first * (rows.type == kF32 ? 4 : 2);
   rows.scale = operands.query_scale;
   rows.offset = operands.query_offset;
-  rows.mean = operands.query_mean;
+  rows.center = operands.query_center;
   rows.quantization = p.query_quantization;
-  rows.adds_mean = false;
+  rows.adds_center = false;
   rows.columns = p.V;
   rows.stride = Int64(p.N) * p.V;
   return rows;
@@ -51,10 +51,10 @@ inline bool refines_delta() { return query_type != kF32 || key_type != kF32 || v
 // P and dS of one element.
 struct ScoreGradient {
   float probability;
-  float centred;  // P * (dP - delta)
-  float slope;    // of the soft cap
+  float centered;  // P * (dP - delta)
+  float slope;     // of the soft cap
 
-  float gradient() const thread { return centred * slope; }
+  float gradient() const thread { return centered * slope; }
 };
 
 // `product` is q k^T, `probability_gradient` dO v^T; 0 where the row does not see the key.
@@ -62,30 +62,30 @@ inline ScoreGradient score_gradient(thread const AttentionParameters& p,
                                     thread const RowRules& rules, RowStatistics row, int key,
                                     bool is_seen, float product, float probability_gradient) {
   if (!is_seen) return {0.0f, 0.0f, 0.0f};
-  float x = product * (p.scale * kLog2E) + row.centre;
+  float x = product * (p.scale * kLog2E) + row.center;
   float slope;
   x = rules.logit(p, x, key, slope);
   // In this order: log2_sum would vanish in a large maximum.
   const float probability = exp2((x - row.maximum) - row.log2_sum);
   // Where P is 0, dP may be NaN.
-  const float centred =
+  const float centered =
       probability == 0.0f ? 0.0f : probability * (probability_gradient - row.delta);
-  return {probability, centred, slope};
+  return {probability, centered, slope};
 }
 
 // What a row's delta lacks: a lane's sums over the keys.
 struct DeltaRemainder {
   float probability;
-  float centred;
+  float centered;
 
   void add(ScoreGradient score) thread {
     probability += score.probability;
-    centred += score.centred;
+    centered += score.centered;
   }
   // Of the lane's row. The log-sum-exp has not the last bits of logits that are large: P is divided
   // by its sum.
   float of_row(float log_sum_exp_gradient) const thread {
-    const float sum = row_sum(probability), product = row_sum(centred);
+    const float sum = row_sum(probability), product = row_sum(centered);
     return sum == 0.0f ? 0.0f : product / sum - log_sum_exp_gradient;
   }
 };
@@ -144,25 +144,25 @@ struct BackwardRows {
     const int out_size = p.out_type == kF32 ? 4 : 2;
     device const uchar* out_rows =
         cotangents.out + (operands.batch_offset(kOutBatch, b) + n * p.V) * out_size;
-    float centre = 0.0f, delta = 0.0f;
+    float center = 0.0f, delta = 0.0f;
     for (int d = 0; d < D / 8; ++d) {
       float q[2] = {0.0f, 0.0f}, g[2] = {0.0f, 0.0f};
       for (int i = 0; is_inside && i < 2; ++i) {
         const int column = 8 * d + place.column + i;
         if (column < p.H) {
           q[i] = rows.value(token, column);
-          if (keys.has_mean()) centre += q[i] * keys.mean_at(column);
+          if (keys.has_center()) center += q[i] * keys.center_at(column);
         }
         if (column < p.V) {
           g[i] = gradients.value(token, column);
           const float x = load_float(out_rows, p.out_type, token * gradients.stride + column);
-          delta += g[i] * (x - values.mean_at(column));
+          delta += g[i] * (x - values.center_at(column));
         }
       }
       query[d] = matrix_of<M>(q[0], q[1]);
       out_gradient[d] = matrix_of<M>(g[0], g[1]);
     }
-    centre = row_sum(centre) * (p.scale * kLog2E);
+    center = row_sum(center) * (p.scale * kLog2E);
     delta = row_sum(delta);
     statistics = {0.0f, JAX_GLUON_EMPTY_ROW_LOG2_SUM, 0.0f, 0.0f};
     log_sum_exp_gradient = 0.0f;
@@ -176,9 +176,9 @@ struct BackwardRows {
     }
     statistics.delta = delta - log_sum_exp_gradient;
     if (needs_whole_logits(p)) {
-      statistics.centre = centre;
+      statistics.center = center;
     } else {
-      statistics.maximum -= centre;
+      statistics.maximum -= center;
     }
   }
 

@@ -20,9 +20,9 @@ enum BlockSize : int {
   kBlockRows = 32,    // of queries or keys that a threadgroup owns
   kTileBytes = 8192,  // of the other side, in threadgroup memory
   kChunkTokens = 32,  // that a simdgroup of quantize_extremes looks at
-  kMostQuantizedColumns = 512,
-  kCenterRows = 32,  // whose medians centring takes away
-  kMostHeadDim = 256,
+  kMaxQuantizedColumns = 512,
+  kCenterRows = 32,  // whose medians centering takes away
+  kMaxHeadDim = 256,
 };
 
 // How elements are stored; the order is that of plugin/attention_call.h. An operand of kU4x2 holds
@@ -41,13 +41,13 @@ enum AttentionBuffer : int {
   kValue = 4,         // [B, S, K, V]
   kQueryScale = 5,    // [B, tokens / token_block, heads or 1, columns / head_block]
   kQueryOffset = 6,   // as the scale: zero points (int8) or minima
-  kQueryMean = 7,     // float32 [B, 1, N, H]
+  kQueryCenter = 7,   // float32 [B, 1, N, H]
   kKeyScale = 8,
   kKeyOffset = 9,
-  kKeyMean = 10,
+  kKeyCenter = 10,
   kValueScale = 11,
   kValueOffset = 12,
-  kValueMean = 13,
+  kValueCenter = 13,
   kBias = 14,               // float [B, N, T, S]
   kMask = 15,               // bool [B, N, T, S]
   kQueryLengths = 16,       // int32 [B]
@@ -120,12 +120,12 @@ struct BlockStrides {
 struct QuantizationParameters {
   BlockStrides scale;
   BlockStrides offset;
-  Int64 mean_head_stride;
+  Int64 center_head_stride;
   int token_block;  // tokens that share a scale, 0: all
   int head_block;   // elements of a row that share a scale, 0: all
   int offset_kind;  // OffsetKind
   int is_bfloat16;  // scales and minima, else float32
-  int has_mean;
+  int has_center;
   int padding;
 };
 
@@ -190,7 +190,7 @@ struct RowStatistics {
   float maximum;
   float log2_sum;
   float delta;   // dS = P * (dP - delta)
-  float centre;  // added to every logit before bias and soft cap
+  float center;  // added to every logit before bias and soft cap
 };
 
 // Of a query row over one part of the keys.
@@ -207,7 +207,7 @@ enum QuantizeBuffer : int {
   kQuantizeData = 4,          // int8 [B, S, K, H] or uint8 [B, S, K, H / 2]
   kQuantizeScale = 5,         // [B, S', K', H']
   kQuantizeOffset = 6,        // as the scale
-  kQuantizeMean = 7,          // float32 [B, 1, K, H]
+  kQuantizeCenter = 7,        // float32 [B, 1, K, H]
   kQuantizeExtremes = 8,      // float32 [B, K, chunks, 2, H]: scratch where all tokens share scales
 };
 
@@ -225,7 +225,7 @@ struct QuantizeParameters {
   int token_block;
   int head_block;
   int is_per_tensor;
-  int has_mean;
+  int has_center;
   int has_visible;
   int is_rotated;
   int is_bfloat16;  // scales and minima, else float32

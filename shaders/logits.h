@@ -5,7 +5,7 @@
 
 constant constexpr float kLog2E = 1.44269504088896340736f;
 // A bias below this hides its key like -inf: its logit may not be finite in base 2.
-constant constexpr float kLeastBias = -2.35e38f;
+constant constexpr float kMinBias = -2.35e38f;
 
 // The bias and mask of one query row of one head.
 struct RowRules {
@@ -27,7 +27,7 @@ struct RowRules {
     if (p.has_bias != 0) {
       const float b = load_float(bias, p.bias_type, key * p.bias.key);
       // Such a bias hides its key even if the product is NaN, unless a cap makes it finite.
-      is_hidden = b < kLeastBias && p.soft_cap == 0.0f;
+      is_hidden = b < kMinBias && p.soft_cap == 0.0f;
       x = fma(b, kLog2E, x);
     }
     if (p.soft_cap != 0.0f) {
@@ -68,7 +68,7 @@ struct HeadRules {
   static int bias_size(thread const AttentionParameters& p) { return p.bias_type == kF32 ? 4 : 2; }
 };
 
-// Whether logits get back what centring took from their keys before bias and soft cap; else the
+// Whether logits get back what centering took from their keys before bias and soft cap; else the
 // row's maximum gets it.
 inline bool needs_whole_logits(thread const AttentionParameters& p) {
   return p.has_bias != 0 || p.soft_cap != 0.0f;

@@ -30,7 +30,7 @@ struct Scores {
 
 template <typename M, int D>
 struct OnlineSoftmax {
-  static constant constexpr float kLeastUnit = 0x1p-100f;
+  static constant constexpr float kMinUnit = 0x1p-100f;
   static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;
   static constant constexpr int kStride = BlockSizes<M, D>::kStride;
 
@@ -38,7 +38,7 @@ struct OnlineSoftmax {
   // Sums of probabilities times values, in multiples of `unit`.
   Matrix<float> out[D / 8];
   float factor;   // of products, without the scale of the key
-  float centre;   // what centring took from the logits of the lane's row
+  float center;   // what centering took from the logits of the lane's row
   float maximum;  // of the row's logits, rounded up to a whole number
   float sum;      // of the lane's probabilities relative to it
   // Of exact codes: a power of two not below the row's largest product of a probability and a
@@ -53,7 +53,7 @@ struct OnlineSoftmax {
     const bool is_inside = token < end;
     const bool is_exact = has_exact_codes<M>(rows.type);
     float dot = 0.0f;
-    const bool is_centred = keys.has_mean();
+    const bool is_centered = keys.has_center();
     for (int d = 0; d < D / 8; ++d) {
       float x[2] = {0.0f, 0.0f};
       for (int i = 0; is_inside && i < 2; ++i) {
@@ -65,17 +65,17 @@ struct OnlineSoftmax {
         } else {
           x[i] = rows.value(token, h);
         }
-        if (is_centred) dot += x[i] * keys.mean_at(h);
+        if (is_centered) dot += x[i] * keys.center_at(h);
       }
       query[d] = matrix_of<M>(x[0], x[1]);
       out[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
     factor = p.scale * kLog2E;
     if (is_exact && is_inside) factor *= rows.scale_at(token, 0);
-    centre = is_centred ? row_sum(dot) * factor : 0.0f;
+    center = is_centered ? row_sum(dot) * factor : 0.0f;
     maximum = -INFINITY;
     sum = 0.0f;
-    unit = has_exact_codes<M>(value_type) ? kLeastUnit : 1.0f;
+    unit = has_exact_codes<M>(value_type) ? kMinUnit : 1.0f;
   }
 
   // Logits of kKeys keys, which stand for keys key0 and the following and have their rows at
@@ -87,7 +87,7 @@ struct OnlineSoftmax {
                       thread const Rows& keys, ushort lane) thread {
     const Place place(lane);
     const bool is_exact = has_exact_codes<M>(keys.type);
-    const bool adds_centre = centre != 0.0f && needs_whole_logits(p);
+    const bool adds_centre = center != 0.0f && needs_whole_logits(p);
     Scores<kKeys> scores;
     scores.used = 0;
     for (int t = 0; t < kKeys / 8; ++t) {
@@ -109,7 +109,7 @@ struct OnlineSoftmax {
         if (is_seen[i]) {
           x = product.thread_elements()[i] * factor;
           if (is_exact) x *= scales[8 * t + place.column + i];
-          if (adds_centre) x += centre;
+          if (adds_centre) x += center;
           float slope;
           x = rules.logit(p, x, own + i, slope);
         }
@@ -158,7 +158,7 @@ struct OnlineSoftmax {
     float inverse_unit = 1.0f;
     if (is_exact) {
       const float before = unit * rescale;
-      unit = max(max(before, up_to_power_of_two(row_max(largest_weight))), kLeastUnit);
+      unit = max(max(before, up_to_power_of_two(row_max(largest_weight))), kMinUnit);
       inverse_unit = 1.0f / unit;
       rescale = before * inverse_unit;
     }
@@ -199,7 +199,7 @@ struct OnlineSoftmax {
     return maximum == INFINITY ? NAN : total;
   }
 
-  // The lane's two elements of column block d of the result, without the values' mean.
+  // The lane's two elements of column block d of the result, without the values' center.
   float2 result(thread const Rows& values, int d, float row_total, ushort lane) thread {
     float2 x = 0.0f;
     if (row_total > 0.0f || isnan(row_total)) {

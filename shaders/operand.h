@@ -146,12 +146,12 @@ struct Rows {
   device const uchar* data;
   device const uchar* scale;
   device const uchar* offset;
-  device const float* mean;  // of this head
+  device const float* center;  // of this head
   QuantizationParameters quantization;
   int type;
   int columns;
-  Int64 stride;    // from token to token
-  bool adds_mean;  // to the elements, where centring took one from them
+  Int64 stride;      // from token to token
+  bool adds_center;  // to the elements, where centering took one from them
 
   int token_block(int token) const thread {
     const int size = quantization.token_block;
@@ -192,11 +192,11 @@ struct Rows {
     const float x = load_element(data, type, token * stride, column);
     if (!is_code(type)) return x;
     const float s = scale_at(token, column_block(column));
-    const float centred = x * s + offset_at(token, column_block(column), s);
-    return adds_mean ? centred + mean_at(column) : centred;
+    const float centered = x * s + offset_at(token, column_block(column), s);
+    return adds_center ? centered + center_at(column) : centered;
   }
-  bool has_mean() const thread { return is_code(type) && quantization.has_mean != 0; }
-  float mean_at(int column) const thread {
-    return has_mean() && column < columns ? mean[column] : 0.0f;
+  bool has_center() const thread { return is_code(type) && quantization.has_center != 0; }
+  float center_at(int column) const thread {
+    return has_center() && column < columns ? center[column] : 0.0f;
   }
 };

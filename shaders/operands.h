@@ -12,13 +12,13 @@
   device const uchar* value [[buffer(kValue)]],                                                    \
   device const uchar* query_scale [[buffer(kQueryScale)]],                                         \
   device const uchar* query_offset [[buffer(kQueryOffset)]],                                       \
-  device const float* query_mean [[buffer(kQueryMean)]],                                           \
+  device const float* query_center [[buffer(kQueryCenter)]],                                           \
   device const uchar* key_scale [[buffer(kKeyScale)]],                                             \
   device const uchar* key_offset [[buffer(kKeyOffset)]],                                           \
-  device const float* key_mean [[buffer(kKeyMean)]],                                               \
+  device const float* key_center [[buffer(kKeyCenter)]],                                               \
   device const uchar* value_scale [[buffer(kValueScale)]],                                         \
   device const uchar* value_offset [[buffer(kValueOffset)]],                                       \
-  device const float* value_mean [[buffer(kValueMean)]],                                           \
+  device const float* value_center [[buffer(kValueCenter)]],                                           \
   device const uchar* bias [[buffer(kBias)]],                                                      \
   device const uchar* mask [[buffer(kMask)]],                                                      \
   device const int* query_lengths [[buffer(kQueryLengths)]],                                       \
@@ -26,8 +26,8 @@
   device const int* query_position [[buffer(kQueryPosition)]]
 
 #define JAX_GLUON_MAKE_OPERANDS                                                                    \
-  Operands{&p, batch_offsets, query, key, value, query_scale, query_offset, query_mean,   \
-           key_scale, key_offset, key_mean, value_scale, value_offset, value_mean, bias, mask,     \
+  Operands{&p, batch_offsets, query, key, value, query_scale, query_offset, query_center,   \
+           key_scale, key_offset, key_center, value_scale, value_offset, value_center, bias, mask,     \
            query_lengths, key_value_lengths, query_position}
 
 #define JAX_GLUON_THREAD                                                                           \
@@ -48,13 +48,13 @@ struct Operands {
   device const uchar* value;
   device const uchar* query_scale;
   device const uchar* query_offset;
-  device const float* query_mean;
+  device const float* query_center;
   device const uchar* key_scale;
   device const uchar* key_offset;
-  device const float* key_mean;
+  device const float* key_center;
   device const uchar* value_scale;
   device const uchar* value_offset;
-  device const float* value_mean;
+  device const float* value_center;
   device const uchar* bias;
   device const uchar* mask;
   device const int* query_lengths;
@@ -65,29 +65,29 @@ struct Operands {
     return batch_offsets[Int64(table) * parameters->B + b];
   }
 
-  // Of the three, the query alone comes with its mean.
+  // Of the three, the query alone comes with its center.
   Rows query_rows(int b, int n) const thread {
     thread const AttentionParameters& p = *parameters;
-    Rows rows = head(query, query_scale, query_offset, query_mean, p.query_quantization, query_type,
-                     p.H, p.query, b, n, kQueryBatch, kQueryScaleBatch);
-    rows.adds_mean = true;
+    Rows rows = head(query, query_scale, query_offset, query_center, p.query_quantization,
+                     query_type, p.H, p.query, b, n, kQueryBatch, kQueryScaleBatch);
+    rows.adds_center = true;
     return rows;
   }
   Rows key_rows(int b, int k) const thread {
     thread const AttentionParameters& p = *parameters;
-    return head(key, key_scale, key_offset, key_mean, p.key_quantization, key_type, p.H, p.key, b,
+    return head(key, key_scale, key_offset, key_center, p.key_quantization, key_type, p.H, p.key, b,
                 k, kKeyBatch, kKeyScaleBatch);
   }
   Rows value_rows(int b, int k) const thread {
     thread const AttentionParameters& p = *parameters;
-    return head(value, value_scale, value_offset, value_mean, p.value_quantization, value_type, p.V,
-                p.value, b, k, kValueBatch, kValueScaleBatch);
+    return head(value, value_scale, value_offset, value_center, p.value_quantization, value_type,
+                p.V, p.value, b, k, kValueBatch, kValueScaleBatch);
   }
 
  private:
-  // The tables of scale, offset and mean follow one another.
+  // The tables of scale, offset and center follow one another.
   Rows head(device const uchar* data, device const uchar* scale, device const uchar* offset,
-            device const float* mean, thread const QuantizationParameters& quantization, int type,
+            device const float* center, thread const QuantizationParameters& quantization, int type,
             int columns, RowStrides strides, int b, int n, int table,
             int scale_table) const thread {
     Rows rows;
@@ -97,17 +97,17 @@ struct Operands {
     rows.type = type;
     rows.columns = columns;
     rows.stride = strides.token;
-    rows.adds_mean = false;
+    rows.adds_center = false;
     if (is_code(type)) {
       const int size = quantization.is_bfloat16 != 0 ? 2 : 4;
       rows.scale = scale + (batch_offset(scale_table, b) + n * quantization.scale.head) * size;
       rows.offset = offset + (batch_offset(scale_table + 1, b) + n * quantization.offset.head) *
                                  (quantization.offset_kind == kZeroPoint ? 1 : size);
-      rows.mean = mean + batch_offset(scale_table + 2, b) + n * quantization.mean_head_stride;
+      rows.center = center + batch_offset(scale_table + 2, b) + n * quantization.center_head_stride;
     } else {
       rows.scale = scale;
       rows.offset = offset;
-      rows.mean = mean;
+      rows.center = center;
     }
     return rows;
   }

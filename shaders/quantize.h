@@ -5,10 +5,10 @@
 
 #include "operand.h"
 
-static_assert(kSimdgroups * 3 * kMostQuantizedColumns * sizeof(float) <= 32768,
+static_assert(kSimdgroups * 3 * kMaxQuantizedColumns * sizeof(float) <= 32768,
               "threadgroup memory");
 // A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
-constant constexpr float kLeastScale = 2.35098870164e-38f;  // 2^-125
+constant constexpr float kMinScale = 2.35098870164e-38f;  // 2^-125
 // A center above this counts as zero: differences from it might not be finite.
 constant constexpr float kLargestCenter = 0x1p100f;
 
@@ -59,7 +59,7 @@ struct QuantizeOperands {
   device uchar* data;
   device uchar* scale;
   device uchar* offset;
-  device float* mean;
+  device float* center;
 };
 
 // A simdgroup's threadgroup memory.
@@ -89,7 +89,7 @@ struct Quantizer {
     if (p.is_rotated != 0) rotate_row(columns.row, p.H, lane);
   }
 
-  // Without the mean; zeros where the token can't be seen.
+  // Without the center; zeros where the token can't be seen.
   void load(int b, int i, int k) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     if (!is_visible(b, i)) {
@@ -97,13 +97,13 @@ struct Quantizer {
       return;
     }
     load_whole(b, i, k);
-    if (p.has_mean == 0) return;
+    if (p.has_center == 0) return;
     for (int h = lane; h < p.H; h += 32) {
       const float x = columns.row[h];
       // A difference of two finite numbers is kept finite.
-      const float centred =
-          clamp(x - operands.mean[(Int64(b) * p.K + k) * p.H + h], -FLT_MAX, FLT_MAX);
-      columns.row[h] = isfinite(x) ? centred : x;
+      const float centered =
+          clamp(x - operands.center[(Int64(b) * p.K + k) * p.H + h], -FLT_MAX, FLT_MAX);
+      columns.row[h] = isfinite(x) ? centered : x;
     }
   }
 
@@ -190,7 +190,7 @@ struct Quantizer {
       scale = p.bits == 4 ? float_from_bfloat16(bfloat16_from_float(scale))
                           : round_up_to_bfloat16(scale);
     }
-    if (scale < kLeastScale) scale = 0.0f;
+    if (scale < kMinScale) scale = 0.0f;
     const int type = p.is_bfloat16 != 0 ? kBF16 : kF32;
     store_float(operands.scale, type, index, scale);
     float offset = minimum;

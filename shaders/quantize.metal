@@ -16,18 +16,18 @@ using namespace metal;
   device uchar* data [[buffer(kQuantizeData)]],                                                    \
   device uchar* scale [[buffer(kQuantizeScale)]],                                                  \
   device uchar* offset [[buffer(kQuantizeOffset)]],                                                \
-  device float* mean [[buffer(kQuantizeMean)]],                                                    \
+  device float* center [[buffer(kQuantizeCenter)]],                                                    \
   uint3 group [[threadgroup_position_in_grid]],                                                    \
   ushort simdgroup [[simdgroup_index_in_threadgroup]],                                             \
   ushort lane [[thread_index_in_simdgroup]]
 
 #define JAX_GLUON_MAKE_QUANTIZER                                                                   \
-  threadgroup float memory[kSimdgroups * 3 * kMostQuantizedColumns];                                \
-  threadgroup float* own = memory + simdgroup * 3 * kMostQuantizedColumns;                                  \
+  threadgroup float memory[kSimdgroups * 3 * kMaxQuantizedColumns];                                \
+  threadgroup float* own = memory + simdgroup * 3 * kMaxQuantizedColumns;                                  \
   constant QuantizeParameters& p = parameters;                                                     \
   const Quantizer quantizer{                                                                       \
-      {&parameters, batch_offsets, x, visible, data, scale, offset, mean},                         \
-      {own, own + kMostQuantizedColumns, own + 2 * kMostQuantizedColumns},                                           \
+      {&parameters, batch_offsets, x, visible, data, scale, offset, center},                         \
+      {own, own + kMaxQuantizedColumns, own + 2 * kMaxQuantizedColumns},                                           \
       lane}
 // clang-format on
 
@@ -35,9 +35,9 @@ using namespace metal;
 // that can be seen. Any finite number keeps softmax's invariance exact, and a NaN in one token must
 // not reach the others. A threadgroup has one head; its simdgroups load a row each, and its threads
 // sort a column each as the rows come.
-kernel void quantize_mean(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index_in_threadgroup]]) {
-  static_assert(kSimdgroups * kMostQuantizedColumns + kCenterRows * kThreads <=
-                    kSimdgroups * 3 * kMostQuantizedColumns,
+kernel void quantize_center(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index_in_threadgroup]]) {
+  static_assert(kSimdgroups * kMaxQuantizedColumns + kCenterRows * kThreads <=
+                    kSimdgroups * 3 * kMaxQuantizedColumns,
                 "rows and sorted columns share the memory");
   JAX_GLUON_MAKE_QUANTIZER;
   threadgroup int tokens[kCenterRows];
@@ -57,8 +57,8 @@ kernel void quantize_mean(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const int count = token_count;
   Quantizer loader = quantizer;
-  loader.columns.row = memory + simdgroup * kMostQuantizedColumns;
-  threadgroup float* sorted = memory + kSimdgroups * kMostQuantizedColumns + thread_index;
+  loader.columns.row = memory + simdgroup * kMaxQuantizedColumns;
+  threadgroup float* sorted = memory + kSimdgroups * kMaxQuantizedColumns + thread_index;
   for (int first_column = 0; first_column < p.H; first_column += kThreads) {
     const int h = first_column + thread_index;
     int finite = 0;
@@ -66,7 +66,7 @@ kernel void quantize_mean(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index
       if (round + simdgroup < count) loader.load_whole(b, tokens[round + simdgroup], k);
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows are loaded
       for (int row = 0; row < min(int(kSimdgroups), count - round) && h < p.H; ++row) {
-        const float element = memory[row * kMostQuantizedColumns + h];
+        const float element = memory[row * kMaxQuantizedColumns + h];
         if (!isfinite(element)) continue;
         int at = finite++;
         for (; at > 0 && sorted[(at - 1) * kThreads] > element; --at) {
@@ -78,7 +78,7 @@ kernel void quantize_mean(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index
     }
     if (h < p.H) {
       const float median = finite > 0 ? sorted[(finite - 1) / 2 * kThreads] : 0.0f;
-      mean[(Int64(b) * p.K + k) * p.H + h] = abs(median) <= kLargestCenter ? median : 0.0f;
+      center[(Int64(b) * p.K + k) * p.H + h] = abs(median) <= kLargestCenter ? median : 0.0f;
     }
   }
 }

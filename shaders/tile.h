@@ -173,8 +173,8 @@ inline bool write_part(HeldPart held, thread const Rows& rows, int token, bool i
       }
     }
   }
-  if (rows.adds_mean && rows.has_mean() && is_inside) {
-    for (int i = 0; i < 8; ++i) x[i] += rows.mean_at(column + i);
+  if (rows.adds_center && rows.has_center() && is_inside) {
+    for (int i = 0; i < 8; ++i) x[i] += rows.center_at(column + i);
   }
   bool is_dirty = false;
   for (int i = 0; i < 8; ++i) {

@@ -23,7 +23,7 @@ def _plugin_is_missing() -> bool:
 
 
 # The Metal pipelines of `shaders/` that a run may make: kernels with their function constants.
-MOST_PIPELINES = 150
+MAX_PIPELINES = 150
 _RUN = pytest.StashKey[Path]()
 
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
@@ -79,7 +79,7 @@ def _pipelines():
 def pytest_sessionfinish(session):
     """The suite fails where it makes more pipelines than a Mac should have to compile for it."""
     is_worker = hasattr(session.config, "workerinput")
-    if not is_worker and len(set().union(*_pipelines().values())) > MOST_PIPELINES:
+    if not is_worker and len(set().union(*_pipelines().values())) > MAX_PIPELINES:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -87,9 +87,9 @@ def pytest_terminal_summary(terminalreporter):
     if made := _pipelines():
         count = len(set().union(*made.values()))
         each = ", ".join(f"{name} {len(made[name])}" for name in sorted(made))
-        is_over = count > MOST_PIPELINES
+        is_over = count > MAX_PIPELINES
         terminalreporter.write_line(
-            f"{'ERROR: ' if is_over else ''}Metal pipelines: {count}, at most {MOST_PIPELINES} "
+            f"{'ERROR: ' if is_over else ''}Metal pipelines: {count}, at most {MAX_PIPELINES} "
             f"(by instrumentation: {each})",
             red=is_over,
         )
@@ -285,13 +285,13 @@ def numpy_fake_quantize(x, *, center=False, lengths=None):
     """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64: zeros past the lengths."""
     x = np.asarray(x, np.float64)
     lengths = np.full(x.shape[0], x.shape[1]) if lengths is None else np.asarray(lengths)
-    mean = np.zeros_like(x[:, :1])
+    centers = np.zeros_like(x[:, :1])
     for b in range(x.shape[0] if center else 0):
-        mean[b, 0] = numpy_lower_median(x[b, : np.clip(lengths[b], 0, 32)])
+        centers[b, 0] = numpy_lower_median(x[b, : np.clip(lengths[b], 0, 32)])
     seen = np.arange(x.shape[1]) < lengths[:, None]
-    centred = np.where(seen[:, :, None, None], x - mean, 0.0)
-    scale = np.abs(centred).max(-1, keepdims=True) / 127
-    return np.rint(centred / np.where(scale > 0, scale, 1.0)) * scale + mean
+    centered = np.where(seen[:, :, None, None], x - centers, 0.0)
+    scale = np.abs(centered).max(-1, keepdims=True) / 127
+    return np.rint(centered / np.where(scale > 0, scale, 1.0)) * scale + centers
 
 
 def numpy_lower_median(x):

@@ -24,7 +24,7 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def fake_quantized(x: np.ndarray, *, center: bool = False) -> np.ndarray:
-    """The int8 recipe in float64: one scale per (batch, token, head), the key centred first."""
+    """The int8 recipe in float64: one scale per (batch, token, head), the key centered first."""
     x = x.astype(np.float64)
     # The lower median of the first 32 tokens.
     middle = (min(x.shape[1], 32) - 1) // 2

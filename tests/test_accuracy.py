@@ -56,7 +56,7 @@ def test_a_preset_is_within_its_target(target):
     ("worse", "preset", "name", "ratio"),
     [
         ("int8 tensor", "int8", "b", 3.0),
-        ("int8 K uncentred", "int8", "c", 1.4),
+        ("int8 K uncentered", "int8", "c", 1.4),
         ("int4 rows, symmetric", "int4", "c", 2.0),
         ("int4", "int8", "a", 5.0),
     ],

@@ -333,7 +333,7 @@ def test_lengths_of_any_integer_dtype_are_clamped(configure, kind, is_traced):
         out = jax_gluon.dot_product_attention(
             x, x, x, key_value_seq_lengths=lengths, implementation="xla"
         )
-        mean = jax_gluon.quantize(x, spec, lengths=lengths, implementation="xla").mean
+        mean = jax_gluon.quantize(x, spec, lengths=lengths, implementation="xla").center
         cache = jax_gluon.QuantizedKVCache.create(2, 16, 2, 4)
         return out, mean, cache.append(x, x, lengths).length
 
@@ -368,16 +368,16 @@ def test_traced_static_argument_is_refused(argument):
 
 
 def test_missing_plugin_is_reported_by_the_call_that_needs_it(monkeypatch):
-    from jax_gluon import lowering
+    from jax_gluon import _lowering, _native
 
     def fail(name):
         raise ImportError("libfoo.so: cannot open shared object file")
 
-    monkeypatch.setattr(lowering.importlib, "import_module", fail)
-    lowering.plugin.cache_clear()
-    lowering.forward.clear_cache()
+    monkeypatch.setattr(_native.importlib, "import_module", fail)
+    _native.plugin.cache_clear()
+    _lowering.forward.clear_cache()
     try:
-        lowering.register()
+        _native.register()
         for implementation in ("cpu", None):
             with pytest.raises(ImportError, match=r"The cause: libfoo\.so") as error:
                 jax_gluon.dot_product_attention(**operands(), implementation=implementation)
@@ -385,7 +385,7 @@ def test_missing_plugin_is_reported_by_the_call_that_needs_it(monkeypatch):
         out = jax_gluon.dot_product_attention(**operands(), implementation="xla")
         assert out.shape == (B, T, N, H)
     finally:
-        lowering.plugin.cache_clear()
+        _native.plugin.cache_clear()
 
 
 LEAST = np.finfo(np.float32).min

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon.formats import AttentionQuantization, QuantSpec, preset
+from jax_gluon._quantization.formats import AttentionQuantization, QuantSpec, preset
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
@@ -20,7 +20,7 @@ STORAGES = {
     "float16": None,
     "int8": "int8",
     "int4": "int4",
-    "int8_rows_centred": AttentionQuantization(
+    "int8_rows_centered": AttentionQuantization(
         None, QuantSpec(center=True), QuantSpec(symmetric=False, center=True)
     ),
     "int8_channel_and_group": AttentionQuantization(
@@ -110,7 +110,7 @@ def draw(B=2, *, T, S, N, K, H, V, dtype="float32"):
         jnp.asarray(rng.standard_normal(shape), dtype)
         for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V))
     )
-    # Keys and values off centre: what they share must cancel, and not cost digits.
+    # Keys and values off center: what they share must cancel, and not cost digits.
     return q, k + jnp.asarray(2, dtype), v + jnp.asarray(0.5, dtype)
 
 
@@ -171,7 +171,7 @@ def test_every_storage(storage, size, isa, monkeypatch, oracle, relative_error):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("storage", ["float32", "int8", "int4", "int8_rows_centred"])
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4", "int8_rows_centered"])
 def test_every_rule(storage, rule, oracle, relative_error):
     check(storage, SIZES["rows"], oracle, relative_error, **RULES[rule])
 

@@ -8,7 +8,8 @@ import pytest
 
 import jax_gluon
 from jax_gluon import flax as gluon_flax
-from jax_gluon import formats, reference
+from jax_gluon import reference
+from jax_gluon._quantization import formats
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+import jax_gluon._quantize
 import jax_gluon.flax
-import jax_gluon.quantization
 
 B, T, S, FEATURES, HEADS = 2, 11, 13, 24, 4
 RNG = np.random.default_rng(11)

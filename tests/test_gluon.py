@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon.formats import PRESETS, AttentionQuantization, QuantSpec
-from jax_gluon.selection import KernelConfig
+from jax_gluon._plan.selection import KernelConfig
+from jax_gluon._quantization.formats import PRESETS, AttentionQuantization, QuantSpec
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
@@ -108,7 +108,7 @@ def _operands(case, dtype="float32", seed=3):
     def draw(*shape):
         return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
-    # Keys off centre, so that removing their mean matters.
+    # Keys off center, so that removing their mean matters.
     key = draw(B, S, K, H) + jnp.asarray(0.5, dtype)
     operands = [draw(B, T, N, H), key, draw(B, S, K, V)]
     if "bias" in case:
@@ -206,7 +206,7 @@ def _sized_cases():
 def test_sizes_agree(monkeypatch, relative_error, variant, name, is_causal, quantization):
     """Blocks of any size give the same numbers.
 
-    The log-sum-exp has no cotangent: with one and centred keys (INT8), the softmax of gluon's
+    The log-sum-exp has no cotangent: with one and centered keys (INT8), the softmax of gluon's
     backward would not take register tiles.
     """
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)

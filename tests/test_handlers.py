@@ -72,7 +72,7 @@ class Format:
     token_block: int = 0
     head_block: int = 0
     offset: int = 0
-    has_mean: int = 0
+    has_center: int = 0
     is_made: int = 0
     per_tensor: int = 0
 
@@ -105,8 +105,8 @@ class Format:
             parts[f"{name}_zero_point"] = draw(*scale, dtype=np.int8) // 16
         if self.offset == 2:
             parts[f"{name}_minimum"] = np.full(scale, -0.75, np.float32)
-        if self.has_mean:
-            parts[f"{name}_mean"] = draw(batch, 1, heads, columns)
+        if self.has_center:
+            parts[f"{name}_center"] = draw(batch, 1, heads, columns)
         return parts
 
     def attributes(self, name, target):
@@ -119,13 +119,13 @@ class Format:
 ROW = Format(8, token_block=1)
 FORMATS = {
     "float": (Format(), Format(), Format()),
-    "int8": (ROW, Format(8, token_block=1, has_mean=1), ROW),
-    "int4": (Format(8, 2, offset=1), Format(4, 4, 1, 2), Format(4, 1, 4, 1, has_mean=1)),
+    "int8": (ROW, Format(8, token_block=1, has_center=1), ROW),
+    "int4": (Format(8, 2, offset=1), Format(4, 4, 1, 2), Format(4, 1, 4, 1, has_center=1)),
     "mixed": (Format(), Format(8, 0, 3, 2, 1), Format(8, 0, 1)),
     "made": (
-        Format(8, 2, offset=1, has_mean=1, is_made=1),
+        Format(8, 2, offset=1, has_center=1, is_made=1),
         Format(4, 4, 1, 2, is_made=1),
-        Format(8, 1, has_mean=1, is_made=1),
+        Format(8, 1, has_center=1, is_made=1),
     ),
     "made_in_part": (Format(), Format(8, 0, is_made=1, per_tensor=1), ROW),
 }
@@ -206,7 +206,7 @@ def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, 
     if not symmetric:
         results["minimum"] = result(*scale)
     if center:
-        results["mean"] = result(B, 1, K, H)
+        results["center"] = result(B, 1, K, H)
     attributes = dict(
         device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric,
         token_block=token_block, head_block=head_block, per_tensor=per_tensor,
@@ -411,7 +411,7 @@ ATTRIBUTES = {
     "offset": ("value_offset", np.int64(3), "is 3, expected 0 to 2"),
     "token_block": ("key_token_block", np.int64(-3), "is -3, expected 0 to "),
     "head_block": ("query_head_block", np.int64(-(2**63)), f"is {-(2**63)}, expected 0 to "),
-    "has_mean": ("key_has_mean", np.int64(2), "is 2, expected 0 to 1"),
+    "has_center": ("key_has_center", np.int64(2), "is 2, expected 0 to 1"),
 }
 
 
@@ -467,7 +467,7 @@ def test_codes_that_a_call_makes_are_those_of_the_quantizer():
     given.operands = {}
     for format_, name in zip(FORMATS["made"], ("query", "key", "value"), strict=True):
         quantizer = quantize(
-            bits=format_.bits, symmetric=int(format_.offset == 0), center=format_.has_mean,
+            bits=format_.bits, symmetric=int(format_.offset == 0), center=format_.has_center,
             token_block=format_.token_block, head_block=format_.head_block,
         )  # fmt: skip
         quantizer.attributes["float_minimum"] = np.int64(format_.offset == 2)

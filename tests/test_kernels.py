@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import lowering, reference
-from jax_gluon.formats import PRESETS
+from jax_gluon import _lowering, reference
+from jax_gluon._quantization.formats import PRESETS
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
@@ -116,7 +116,7 @@ def _operands(case, dtype):
     size = {"B": 2, "N": 4, "K": 2, "H": 24, "V": 24} | case
     B, T, S, N, K, H, V = (size[letter] for letter in "BTSNKHV")
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)  # noqa: E731
-    # Keys off centre, so that removing their mean matters.
+    # Keys off center, so that removing their mean matters.
     query, key, value = (
         draw(B, T, N, H),
         draw(B, S, K, H) + jnp.asarray(0.5, dtype),
@@ -184,13 +184,13 @@ def _dequantized(operands, keywords):
     if mask is not None and mask.shape[2] == 1:
         seen = seen & mask.any((1, 2))
     codes = (
-        lowering.quantize(specs.query, "cpu", jnp.asarray(query), None),
-        lowering.quantize(specs.key, "cpu", jnp.asarray(key), jnp.asarray(seen)),
-        lowering.quantize(specs.value, "cpu", jnp.asarray(value), None),
+        _lowering.quantize(specs.query, "cpu", jnp.asarray(query), None),
+        _lowering.quantize(specs.key, "cpu", jnp.asarray(key), jnp.asarray(seen)),
+        _lowering.quantize(specs.value, "cpu", jnp.asarray(value), None),
     )
     exact = [
         np.asarray(x.data, np.float64) * np.asarray(x.scale, np.float64)
-        + (0 if x.mean is None else np.asarray(x.mean, np.float64))
+        + (0 if x.center is None else np.asarray(x.center, np.float64))
         for x in codes
     ]
     return (*exact, bias)
@@ -387,7 +387,7 @@ def test_what_is_hidden_never_leaks(monkeypatch, variant, quantization, T, S):
         hidden_query[1, T - 10 :] = bad
         hidden_bias[:, :, :, 17] = bad
         hidden_bias[:, :, 3, 4] = bad  # causally
-        # The same numbers, but zero where they are hidden; centring leaves hidden keys out by the
+        # The same numbers, but zero where they are hidden; centering leaves hidden keys out by the
         # lengths only, so key 17 counts in the mean: it is zero in both, or not finite in one.
         plain_key, plain_value, plain_query = np.array(key), np.array(value), np.array(query)
         plain_key[:, 20:] = plain_value[:, 17] = plain_value[:, 20:] = 0

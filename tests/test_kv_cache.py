@@ -11,7 +11,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon import AttentionQuantization, QuantizedKVCache, QuantSpec
-from jax_gluon.formats import PRESETS, to_bits
+from jax_gluon._quantization.formats import PRESETS, to_bits
 
 MINIMUM = dict(symmetric=False, float_minimum=True)
 # Queries stay in float, so that every error is the cache's.
@@ -44,7 +44,7 @@ def create(quantization=FORMATS["int8"], **keywords):
 
 @functools.cache
 def tokens(count, seed=0):
-    """Keys and values that are not centred, and queries."""
+    """Keys and values that are not centered, and queries."""
     rng = np.random.default_rng(seed)
     shapes = (B, count, K, H), (B, count, K, V), (B, count, N, H)
     key, value, query = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
@@ -62,10 +62,10 @@ def append_all(cache, key, value, pattern):
 
 def at_once(cached, x):
     """The codes of all of `x`, less the mean that `cached` keeps."""
-    centred = x if cached.mean is None else x - np.asarray(cached.mean)[: len(x)]
-    fresh = jax_gluon.quantize(centred, dataclasses.replace(cached.spec, center=False))
-    mean = None if cached.mean is None else cached.mean[: len(x)]
-    return dataclasses.replace(fresh, spec=cached.spec, mean=mean)
+    centered = x if cached.center is None else x - np.asarray(cached.center)[: len(x)]
+    fresh = jax_gluon.quantize(centered, dataclasses.replace(cached.spec, center=False))
+    center = None if cached.center is None else cached.center[: len(x)]
+    return dataclasses.replace(fresh, spec=cached.spec, center=center)
 
 
 def assert_same_codes(cached, x, positions=None):
@@ -124,16 +124,16 @@ def test_the_center_does_not_depend_on_how_tokens_came(splits):
     key = key + 40.0 * (np.arange(H) < 4).astype(np.float32)
     cache = append_all(create(), key, value, splits)
     whole = jax_gluon.quantize(key, PRESETS["int8"].key)
-    assert_equal(cache.key.mean, whole.mean)
+    assert_equal(cache.key.center, whole.center)
     assert_equal(cache.key.data[:, :47], whole.data)
     assert_equal(cache.key.scale[:, :47], whole.scale)
 
 
-def test_rotated_and_centred(relative_error):
+def test_rotated_and_centered(relative_error):
     key, value, query = tokens(47)
     cache = create(ROTATED).append(key[:, :40], value[:, :40]).append(key[:, 40:], value[:, 40:])
     # A mean of unrotated rows would leave far more than rounding.
-    assert cache.key.mean.any()
+    assert cache.key.center.any()
     for exact, x in zip(stored(cache, 47), (key, value), strict=True):
         assert relative_error(exact, x) < 5e-3
     float_out = jax_gluon.dot_product_attention(query, key, value, is_causal=True)

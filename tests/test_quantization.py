@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon.formats import GRANULARITIES, QuantSpec, rotation, spread
+from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec, rotation, spread
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -110,7 +110,7 @@ def test_both_implementations_give_the_same_codes(name):
         jax_gluon.quantize(x, spec, lengths=lengths, implementation=implementation)
         for implementation in ("cpu", "xla")
     )
-    for part in ("scale", "minimum", "zero_point", "mean"):
+    for part in ("scale", "minimum", "zero_point", "center"):
         left, right = getattr(a, part), getattr(b, part)
         assert (left is None) == (right is None)
         if left is not None:
@@ -235,9 +235,9 @@ def test_center_is_the_median_of_the_first_finite_values_inside_the_lengths(
     lengths = jnp.asarray([length, 0], jnp.int32)
     rows = quantize(x, QuantSpec(center=True), lengths=lengths)
     expected = lower_median(np.asarray(x)[0, : min(length, 32)])
-    assert rows.mean.shape == (2, 1, 3, 36)
-    np.testing.assert_array_equal(rows.mean[0, 0], expected)
-    assert not rows.mean[1].any()
+    assert rows.center.shape == (2, 1, 3, 36)
+    np.testing.assert_array_equal(rows.center[0, 0], expected)
+    assert not rows.center[1].any()
 
 
 def test_centring_removes_what_all_tokens_share(quantize):
@@ -303,10 +303,10 @@ def test_tensor_granularity_is_one_scale_per_mapped_entry(quantize):
 def test_rank_3_and_empty_arrays(quantize, lower_median):
     x = random_rows()
     flat, batched = quantize(x[1], QuantSpec(center=True)), quantize(x, QuantSpec(center=True))
-    np.testing.assert_array_equal(flat.mean, batched.mean[1])
+    np.testing.assert_array_equal(flat.center, batched.center[1])
     np.testing.assert_array_equal(flat.data, batched.data[1])
     scalar = quantize(x[1], QuantSpec(center=True), lengths=jnp.int32(5))
-    np.testing.assert_array_equal(scalar.mean[0], lower_median(np.asarray(x[1, :5])))
+    np.testing.assert_array_equal(scalar.center[0], lower_median(np.asarray(x[1, :5])))
     for spec in (QuantSpec(), QuantSpec(granularity="channel"), QuantSpec(granularity="tensor")):
         assert quantize(jnp.zeros((2, 0, 3, 4)), spec).dequantize().shape == (2, 0, 3, 4)
         assert quantize(jnp.zeros((0, 5, 3, 4)), spec).dequantize().shape == (0, 5, 3, 4)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon.formats import GRANULARITIES, PRESETS, AttentionQuantization, QuantSpec, preset
+from jax_gluon._quantization.formats import (
+    GRANULARITIES,
+    PRESETS,
+    AttentionQuantization,
+    QuantSpec,
+    preset,
+)
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -110,7 +116,7 @@ def test_float_operands_beside_codes_stay_float(
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("rotate", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_centred_and_rotated(bits, rotate, center, oracle, relative_error, random_operands):
+def test_centered_and_rotated(bits, rotate, center, oracle, relative_error, random_operands):
     query, key = (QuantSpec(bits, rotate=turn, center=center) for turn in rotate)
     specs = AttentionQuantization(query, key, QuantSpec(bits, center=center, rotate=rotate[0]))
     q, k, v, d_out = random_operands(**SHAPE)
@@ -220,7 +226,7 @@ def test_gradient_of_codes_is_zero_and_of_floats_beside_them_is_not(
     assert isinstance(d_key, jax_gluon.QuantizedTensor)
     assert d_key.data.dtype == jax.dtypes.float0
     assert not d_key.scale.any()
-    assert not d_key.mean.any()
+    assert not d_key.center.any()
 
 
 def test_residuals_are_the_codes():

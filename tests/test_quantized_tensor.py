@@ -184,7 +184,7 @@ def test_quantizing_codes(x):
         ("scale", lambda leaf: leaf.astype(jnp.bfloat16), "scale is bfloat16[3, 32, 2, 1], expec"),
         ("data", lambda leaf: leaf[..., :-1], "data is int8[3, 32, 2, 23], expected int8[3"),
         ("data", lambda leaf: leaf.astype(jnp.int32), "data is int32[3, 32, 2, 24], expected"),
-        ("mean", lambda leaf: None, "mean is missing"),
+        ("center", lambda leaf: None, "center is missing"),
         ("minimum", lambda leaf: jnp.zeros((3, 32, 2, 1)), "minimum is set"),
     ],
 )

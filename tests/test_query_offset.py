@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_gluon import attention
-from jax_gluon.arguments import check_arguments
+from jax_gluon import _attention as attention
+from jax_gluon._arguments import check_arguments
 
 _FARTHEST = 2**31 - 1
 

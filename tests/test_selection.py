@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import tuned_table
-from jax_gluon.selection import (
+from jax_gluon._plan import tuned_table
+from jax_gluon._plan.selection import (
     KernelConfig,
     KernelProblem,
     Measurement,
@@ -148,14 +148,14 @@ def test_the_sizes_are_those_of_the_cpu_kernels():
     assert sizes(kernel_config(LARGE, "cpu", "gluon")) == (rows, 512, registers * lanes, 2)
     assert sizes(kernel_config(int8, "cpu", "baseline")) == (rows, keys, codes, 1)
     assert sizes(kernel_config(int8, "cpu", "gluon")) == (rows, 512, codes, 2)
-    (rows,) = numbers("plugin/cpu/attention_backward.h", r"kMostRows = (\d+), kLeastRows")
-    (keys,) = numbers("plugin/cpu/attention_backward.h", r"kMostTileKeys = (\d+)")
+    (rows,) = numbers("plugin/cpu/attention_backward.h", r"kMaxRows = (\d+), kMinRows")
+    (keys,) = numbers("plugin/cpu/attention_backward.h", r"kMaxTileKeys = (\d+)")
     problem = dataclasses.replace(LARGE, direction="backward")
     assert sizes(kernel_config(problem, "cpu", "baseline")) == (rows, keys, keys, 1)
     assert sizes(kernel_config(problem, "cpu", "gluon")) == (rows, 192, 96, 2)
     long = dataclasses.replace(problem, H=128, S=4096)
     assert sizes(kernel_config(long, "cpu", "gluon")) == (rows, 768, keys, 2)
-    most, stages = numbers("plugin/call_decoder.cc", r"kMostBlockKeys = (\d+), kMostStages = (\d+)")
+    most, stages = numbers("plugin/call_decoder.cc", r"kMaxBlockKeys = (\d+), kMaxStages = (\d+)")
     largest = KernelConfig("gluon", rows, most // 192 * 192, 192, stages)
     assert is_allowed(largest, problem, "cpu")
     assert not is_allowed(

@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 
-from jax_gluon import cli, tuned_table, tuning
-from jax_gluon.selection import KernelProblem, Measurement, kernel_configs
+from jax_gluon import _cli as cli
+from jax_gluon import _tuning as tuning
+from jax_gluon._plan import tuned_table
+from jax_gluon._plan.selection import KernelProblem, Measurement, kernel_configs
 
 pytest.importorskip("jax_gluon._plugin")
 

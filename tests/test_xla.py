@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import reference, xla, xla_tiles
-from jax_gluon.problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
+from jax_gluon import reference
+from jax_gluon._problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
+from jax_gluon._xla import attention as xla
+from jax_gluon._xla import tiles as xla_tiles
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16, so that small shapes have many, the last of them short."""
-    for name in ("_QUERY_BLOCK", "_KEY_CHUNK", "_LEAST_QUERY_BLOCK"):
+    for name in ("_QUERY_BLOCK", "_KEY_CHUNK", "_MIN_QUERY_BLOCK"):
         monkeypatch.setattr(xla_tiles, name, 16)
 
 
@@ -434,7 +436,7 @@ def test_backward_is_the_same_with_room_for_rows_and_without(case, small_blocks,
         return run.lower(operands, d_out).as_text(), run(operands, d_out)
 
     kept, expected = gradients()
-    monkeypatch.setattr(xla, "_MOST_KEPT", 0)
+    monkeypatch.setattr(xla, "_MAX_KEPT", 0)
     again, actual = gradients()
     assert kept.count("dot_general") < again.count("dot_general")
     for x, y in zip(actual, expected, strict=True):

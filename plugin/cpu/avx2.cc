@@ -1,5 +1,6 @@
-#include "simd_avx2.h"
-#include "variant.h"
+#include "cpu/simd/avx2.h"
+
+#include "cpu/variant.h"
 
 namespace jax_gluon::cpu {
 

@@ -1,5 +1,6 @@
-#include "simd_avx512.h"
-#include "variant.h"
+#include "cpu/simd/avx512.h"
+
+#include "cpu/variant.h"
 
 namespace jax_gluon::cpu {
 

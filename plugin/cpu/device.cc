@@ -1,11 +1,11 @@
 // The CPU device: picks an instruction-set variant of the kernels at run time.
-#include "../device.h"
+#include "device.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace jax_gluon {
 namespace cpu {

@@ -2,7 +2,7 @@
 // own, compiled for its instruction set only: <name>.cc.
 #pragma once
 
-#include "../device.h"
+#include "device.h"
 
 namespace jax_gluon::cpu {
 

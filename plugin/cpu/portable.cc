@@ -1,5 +1,6 @@
-#include "simd_portable.h"
-#include "variant.h"
+#include "cpu/simd/portable.h"
+
+#include "cpu/variant.h"
 
 namespace jax_gluon::cpu {
 

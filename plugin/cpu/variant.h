@@ -1,15 +1,15 @@
 // One instruction-set variant of every kernel, from its SIMD type.
 #pragma once
 
-#include "attention_backward.h"
-#include "attention_backward_bias.h"
-#include "attention_decode.h"
-#include "attention_forward.h"
-#include "gluon_forward.h"
-#include "kernels.h"
-#include "quantize.h"
-#include "small_backward.h"
-#include "small_forward.h"
+#include "cpu/backward/attention_backward.h"
+#include "cpu/backward/attention_backward_bias.h"
+#include "cpu/decode/attention_decode.h"
+#include "cpu/forward/attention_forward.h"
+#include "cpu/forward/attention_forward_gluon.h"
+#include "cpu/kernels.h"
+#include "cpu/quantize/quantize.h"
+#include "cpu/small/small_backward.h"
+#include "cpu/small/small_forward.h"
 
 namespace jax_gluon::cpu {
 namespace {

@@ -9,7 +9,7 @@ namespace jax_gluon::metal {
 namespace {
 
 constexpr int kSlots = kQueryPosition + 1;
-static_assert(kMostHeadDim == kWidestRowOfMetal);
+static_assert(kMaxHeadDim == kWidestRowOfMetal);
 
 // Elements from the first of an operand to past its last.
 int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
@@ -30,9 +30,9 @@ int64_t blocks_of(int64_t extent, int64_t size) {
 AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const AttentionCall& call)
     : context_(context), call_(call), bindings_(context, buffers, kSlots) {
   const int64_t widest = std::max(call.H, call.V);
-  if (widest > kMostHeadDim) {
+  if (widest > kMaxHeadDim) {
     throw Error("the head dim is " + std::to_string(widest) + "; the Metal kernels take at most " +
-                std::to_string(kMostHeadDim) + ": use implementation=\"cpu\"");
+                std::to_string(kMaxHeadDim) + ": use implementation=\"cpu\"");
   }
   head_dim_ = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
   AttentionParameters& p = parameters_;
@@ -113,7 +113,7 @@ void AttentionEncoder::bind_rows(int slot, int table, const QuantizableOperand& 
   *strides = {x.stride[0], x.stride[1]};
   const Quantization& q = x.quantization;
   if (!q) return;
-  // The slots and tables of an operand's scale, offset and mean, in that order.
+  // The slots and tables of an operand's scale, offset and center, in that order.
   const int first = slot == kQuery ? kQueryScale : slot == kKey ? kKeyScale : kValueScale;
   const int first_table = slot == kQuery ? kQueryScaleBatch
                           : slot == kKey ? kKeyScaleBatch
@@ -126,10 +126,10 @@ void AttentionEncoder::bind_rows(int slot, int table, const QuantizableOperand& 
     bind_operand(first + 1, first_table + 1, q.offset, blocked);
     quantization->offset = {q.offset.stride[0], q.offset.stride[1], q.offset.stride[2]};
   }
-  if (q.mean) {
-    bind_operand(first + 2, first_table + 2, q.mean, {1, heads, columns});
-    quantization->mean_head_stride = q.mean.stride[1];
-    quantization->has_mean = 1;
+  if (q.center) {
+    bind_operand(first + 2, first_table + 2, q.center, {1, heads, columns});
+    quantization->center_head_stride = q.center.stride[1];
+    quantization->has_center = 1;
   }
   quantization->token_block = narrow(q.token_block, "a block of tokens");
   quantization->head_block = static_cast<int>(q.head_block);
@@ -244,7 +244,7 @@ bool AttentionEncoder::has_exact_codes() const {
       return false;
     }
   }
-  return !call_.query.quantization.mean && call_.query.quantization.head_block == 0 &&
+  return !call_.query.quantization.center && call_.query.quantization.head_block == 0 &&
          call_.key.quantization.head_block == 0 &&
          (call_.value.quantization.head_block == 0 || call_.value.quantization.token_block == 0);
 }

@@ -6,8 +6,8 @@ namespace jax_gluon::metal {
 namespace {
 
 // What setBytes takes at most.
-constexpr size_t kMostBytes = 4096;
-static_assert(sizeof(AttentionParameters) <= kMostBytes && sizeof(QuantizeParameters) <= kMostBytes,
+constexpr size_t kMaxBytes = 4096;
+static_assert(sizeof(AttentionParameters) <= kMaxBytes && sizeof(QuantizeParameters) <= kMaxBytes,
               "parameters are bytes of the command buffer");
 
 }  // namespace
@@ -32,7 +32,7 @@ void Bindings::scratch(int slot, size_t bytes) {
 
 void Bindings::copy(int slot, const void* address, size_t bytes) {
   Slot& to = slots_[static_cast<size_t>(slot)];
-  if (bytes > kMostBytes) {
+  if (bytes > kMaxBytes) {
     to.range = buffers_.copy(address, bytes);
     return;
   }

@@ -14,11 +14,11 @@ Device* metal_device(std::string* why);
 
 // Whether a call that may run on either is for Metal: on a real GPU, with enough work to pay for
 // the launch, and with rows that its kernels take. The least work has not been measured on any GPU.
-constexpr int64_t kLeastProductsForMetal = int64_t{1} << 28;
+constexpr int64_t kMinProductsForMetal = int64_t{1} << 28;
 constexpr int64_t kWidestRowOfMetal = 256;
 inline bool prefers_metal([[maybe_unused]] int64_t products, [[maybe_unused]] int64_t widest) {
 #if defined(__APPLE__)
-  return products >= kLeastProductsForMetal && widest <= kWidestRowOfMetal;
+  return products >= kMinProductsForMetal && widest <= kWidestRowOfMetal;
 #else
   return false;
 #endif

@@ -17,9 +17,9 @@ int64_t blocks(int64_t extent, int64_t size) { return (extent + size - 1) / size
 
 QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const QuantizeCall& call)
     : context_(context), call_(call), bindings_(context, buffers, kQuantizeExtremes + 1) {
-  if (call.H > kMostQuantizedColumns) {
+  if (call.H > kMaxQuantizedColumns) {
     throw Error("the head dim is " + std::to_string(call.H) + "; the quantizer takes at most " +
-                std::to_string(kMostQuantizedColumns) + ": use implementation=\"cpu\"");
+                std::to_string(kMaxQuantizedColumns) + ": use implementation=\"cpu\"");
   }
   if (call.B * call.S * call.K == 0) return;
   QuantizeParameters& p = parameters_;
@@ -36,7 +36,7 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   p.token_block = narrow(call.token_block, "a block of tokens");
   p.head_block = narrow(call.head_block, "a block of columns");
   p.is_per_tensor = call.per_tensor;
-  p.has_mean = call.center;
+  p.has_center = call.is_centered;
   p.has_visible = call.visible != nullptr;
   p.is_rotated = call.rotate;
   p.is_bfloat16 = call.scale.dtype == DType::kBF16;
@@ -66,7 +66,7 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   write(kQuantizeData, call.data, call.B * call.S * call.K * call.H / (call.bits == 4 ? 2 : 1));
   write(kQuantizeScale, call.scale, scales);
   write(kQuantizeOffset, call.offset, scales);
-  write(kQuantizeMean, call.mean, call.B * call.K * call.H);
+  write(kQuantizeCenter, call.center, call.B * call.K * call.H);
   if (call.token_block == 0) {
     bindings_.scratch(kQuantizeExtremes,
                       static_cast<size_t>(call.B * call.K * p.chunks * 2 * call.H) * sizeof(float));
@@ -82,7 +82,7 @@ void QuantizeEncoder::dispatch(Commands& commands, const char* kernel, int64_t x
 
 void QuantizeEncoder::dispatch(Commands& commands) {
   if (call_.B * call_.S * call_.K == 0) return;
-  if (call_.center) dispatch(commands, "quantize_mean", call_.K, call_.B, 1);
+  if (call_.is_centered) dispatch(commands, "quantize_center", call_.K, call_.B, 1);
   if (call_.token_block != 0) {
     const int64_t tokens = blocks(call_.S, call_.token_block);
     dispatch(commands, "quantize_blocks", blocks(tokens, kSimdgroups), call_.K, call_.B);

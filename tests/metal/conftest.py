@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "plugin" / "softmetal" / "python"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "softmetal" / "python"), str(Path(__file__).parent)]
 
 _spec = importlib.util.spec_from_file_location(
     "softmetal_conftest", ROOT / "tests" / "softmetal" / "conftest.py"

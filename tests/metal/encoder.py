@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_gluon.formats import QuantizedTensor, QuantSpec
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SHADERS = ROOT / "shaders"
@@ -130,7 +130,7 @@ def matrix_type(problem: Problem) -> str:
     # Codes are exact where scale and zero point are constant along the contraction, or fold into P.
     is_exact = (
         all(x.minimum is None for x in (query, key, value))
-        and query.mean is None
+        and query.center is None
         and all(x.spec.head_block in (0, x.head_dim) for x in (query, key))
         and (value.spec.head_block in (0, value.head_dim) or value.spec.token_block == 0)
     )
@@ -211,9 +211,9 @@ class Encoder:
                 if part is not None:
                     steps = self._bind(f"k{title}{field.title()}", part)
                     q[field]["block"], q[field]["head"], q[field]["column"] = steps[1:]
-            if x.mean is not None:
-                q["mean_head_stride"] = self._bind(f"k{title}Mean", x.mean)[2]
-                q["has_mean"] = 1
+            if x.center is not None:
+                q["center_head_stride"] = self._bind(f"k{title}Center", x.center)[2]
+                q["has_center"] = 1
         p[name]["token"], p[name]["head"] = strides[1:3]
 
     def bind(self, slot: str, x: Any) -> None:
@@ -422,7 +422,7 @@ def quantize(
         B=B, S=S, K=K, H=H, batch_per_map=B // maps, x_type=type_code(x), bits=spec.bits,
         is_symmetric=spec.symmetric, has_minimum=spec.float_minimum, token_block=spec.token_block,
         head_block=spec.head_block, is_per_tensor=spec.granularity == "tensor",
-        has_mean=spec.center, has_visible=visible is not None, is_rotated=spec.rotate,
+        has_center=spec.center, has_visible=visible is not None, is_rotated=spec.rotate,
         is_bfloat16=spec.scale_dtype == ml_dtypes.bfloat16, chunks=blocks(S, SIZES["kChunkTokens"]),
     ).items():  # fmt: skip
         p[name] = value
@@ -430,7 +430,7 @@ def quantize(
     scale = nan(spec.scale_shape(x.shape), scale_dtype)
     minimum = nan(scale.shape, scale_dtype) if spec.float_minimum else None
     zero_point = None if spec.symmetric or spec.float_minimum else np.full(scale.shape, 99, np.int8)
-    mean = nan((B, 1, K, H)) if spec.center else None
+    center = nan((B, 1, K, H)) if spec.center else None
     width, code = (H // 2, np.uint8) if spec.bits == 4 else (H, np.int8)
     data = np.full((B, S, K, width), 99, code)
     slots = enum("QuantizeBuffer")
@@ -443,7 +443,7 @@ def quantize(
         "kQuantizeData": data,
         "kQuantizeScale": raw(scale),
         "kQuantizeOffset": None if offset is None else raw(offset),
-        "kQuantizeMean": mean,
+        "kQuantizeCenter": center,
         "kQuantizeExtremes": nan((B, K, int(p["chunks"]), 2, H)),
     }
     buffers = [np.zeros(4, np.uint32) if (y := given[slot]) is None else y for slot in slots]
@@ -453,14 +453,14 @@ def quantize(
         kernel(grid=grid, threads=THREADS, buffers=buffers)
 
     if spec.center:
-        run("quantize_mean", (K, B, 1))
+        run("quantize_center", (K, B, 1))
     if spec.token_block != 0:
         run("quantize_blocks", (blocks(blocks(S, spec.token_block), SIMDGROUPS), K, B))
     else:
         run("quantize_extremes", (blocks(int(p["chunks"]), SIMDGROUPS), K, B))
         run("quantize_parameters", (1 if spec.granularity == "tensor" else K, B, 1))
         run("quantize_codes", (blocks(S, SIMDGROUPS), K, B))
-    return QuantizedTensor(data, scale, zero_point, minimum, mean, spec, np.dtype(x.dtype), H)
+    return QuantizedTensor(data, scale, zero_point, minimum, center, spec, np.dtype(x.dtype), H)
 
 
 def decode(

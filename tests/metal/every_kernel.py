@@ -11,7 +11,7 @@ import numpy as np
 from encoder import SHADERS, Problem, backward, backward_bias, decode, forward, library, quantize
 from problems import DTYPES, QUANTIZED, draw, feature
 
-from jax_gluon.formats import GRANULARITIES, QuantSpec
+from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
 
 Specs = tuple[QuantSpec | None, ...]
 Case = tuple[str, Specs, str, dict[str, int]]

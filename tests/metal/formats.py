@@ -7,9 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_gluon.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec, rotation
+from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec, rotation
 
-LEAST_SCALE = np.float32(2.0**-125)
+MIN_SCALE = np.float32(2.0**-125)
 
 
 def _blocks(x: np.ndarray[Any, Any], spec: QuantSpec) -> np.ndarray[Any, Any]:
@@ -37,7 +37,7 @@ def _bfloat16_up(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(near.astype(np.float32) < x, np.nextafter(near, near.dtype.type(np.inf)), near)
 
 
-def center(x: np.ndarray[Any, Any], visible: Any = None) -> np.ndarray[Any, Any]:
+def token_center(x: np.ndarray[Any, Any], visible: Any = None) -> np.ndarray[Any, Any]:
     """The lower medians of the finite values of the first tokens that can be seen."""
     B, _, N, H = x.shape
     out = np.zeros((B, 1, N, H), np.float32)
@@ -51,8 +51,8 @@ def center(x: np.ndarray[Any, Any], visible: Any = None) -> np.ndarray[Any, Any]
     return out
 
 
-def quantize(x: Any, spec: QuantSpec, mean: Any = None, visible: Any = None) -> QuantizedTensor:
-    """Codes of `x` in float32, with `mean` in place of the tokens' center where it is given.
+def quantize(x: Any, spec: QuantSpec, center: Any = None, visible: Any = None) -> QuantizedTensor:
+    """Codes of `x` in float32, with `center` in place of the tokens' center where it is given.
 
     `visible` (bool `[B, T]`) hides tokens, whatever they hold.
     """
@@ -61,9 +61,9 @@ def quantize(x: Any, spec: QuantSpec, mean: Any = None, visible: Any = None) -> 
     if spec.rotate:
         x = (x.astype(np.float64) @ rotation(H)).astype(np.float32)
     if spec.center:
-        if mean is None:
-            mean = center(x, visible)
-        x = x - mean
+        if center is None:
+            center = token_center(x, visible)
+        x = x - center
     if visible is None:
         visible = np.ones(x.shape[:2], bool)
     seen = np.broadcast_to(visible[..., None, None], x.shape)
@@ -88,7 +88,7 @@ def quantize(x: Any, spec: QuantSpec, mean: Any = None, visible: Any = None) -> 
         scale = most / levels - least / levels
     if is_bfloat16:
         scale = scale.astype(ml_dtypes.bfloat16) if spec.bits == 4 else _bfloat16_up(scale)
-    scale = np.where(scale.astype(np.float32) < LEAST_SCALE, scale.dtype.type(0), scale)
+    scale = np.where(scale.astype(np.float32) < MIN_SCALE, scale.dtype.type(0), scale)
     wide = scale.astype(np.float32)
     divisor = np.where(wide > 0, wide, np.float32(np.inf))
     if not spec.symmetric and not spec.float_minimum:
@@ -107,7 +107,7 @@ def quantize(x: Any, spec: QuantSpec, mean: Any = None, visible: Any = None) -> 
     if spec.bits == 4:
         biased = (codes + 8).astype(np.uint8)
         codes = biased[..., 0::2] | biased[..., 1::2] << 4
-    kept = mean if spec.center else None
+    kept = center if spec.center else None
     return QuantizedTensor(codes, scale, zero_point, minimum, kept, spec, dtype, H)
 
 
@@ -125,4 +125,4 @@ def dequantize(x: QuantizedTensor) -> np.ndarray[Any, Any]:
         codes = (codes - spread(np.asarray(x.zero_point, np.float64), spec, x.shape)) * scale
     else:
         codes = codes * scale
-    return codes if x.mean is None else codes + np.asarray(x.mean, np.float64)
+    return codes if x.center is None else codes + np.asarray(x.center, np.float64)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from encoder import Problem
 
-from jax_gluon.formats import QuantizedTensor, QuantSpec
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SHAPE: dict[str, int] = dict(B=2, T=45, S=77, N=4, K=2, H=28, V=22)
@@ -24,7 +24,7 @@ def draw(
     B, T, S, N, K, H, V = (s[x] for x in "BTSNKHV")
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V)
     query, key, value, d_out = (rng.standard_normal(x).astype(DTYPES[dtype]) for x in shapes)
-    # Means, for centring to have something to take.
+    # Means, for centering to have something to take.
     if specs[1] is not None:
         key += rng.standard_normal((1, 1, K, H)).astype(key.dtype)
     if specs[2] is not None:
@@ -142,7 +142,7 @@ QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
         "float",
         2e-6,
     ),
-    "int8_centred_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 2e-6),
+    "int8_centered_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 2e-6),
     "int4": (
         (
             INT8,

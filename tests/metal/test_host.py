@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon import QuantSpec, lowering
-from jax_gluon.formats import PRESETS
+from jax_gluon import QuantSpec, _lowering
+from jax_gluon._quantization.formats import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 plugin = pytest.importorskip("jax_gluon._plugin")
@@ -79,7 +79,7 @@ def test_quantize_as_on_the_cpu(bits, granularity):
         np.testing.assert_array_equal(a, b)
 
 
-def test_centred_and_rotated_codes():
+def test_centered_and_rotated_codes():
     (x,) = draw(2, (2, 50, 3, 32))
     lengths = np.array([50, 7], np.int32)
     for spec in (PRESETS["int8"].key, PRESETS["int4"].key, QuantSpec(rotate=True)):
@@ -179,7 +179,7 @@ def test_vmap_quantizes_each_operand_once(monkeypatch, relative_error, has_lengt
         assert relative_error(found, gradient.sum(axes)) <= 1e-6
     queries, keys, values = (3, 3, 6) if has_lengths else (3, 1, 2)
     # Threadgroups: of heads and batch; of four tokens each besides.
-    assert groups["quantize_mean"] == 4 * 2 * queries + 2 * 2 * keys + 2 * 2 * values
+    assert groups["quantize_center"] == 4 * 2 * queries + 2 * 2 * keys + 2 * 2 * values
     assert groups["quantize_blocks"] == 8 * 2 * 2 * keys
     assert groups["quantize_codes"] == 5 * 4 * 2 * queries + 8 * 2 * 2 * values
 
@@ -331,7 +331,7 @@ def test_the_plugin_refuses_rows_over_512():
     with pytest.raises(
         jax.errors.JaxRuntimeError, match=r"the head dim is 514; the quantizer takes"
     ):
-        jax.block_until_ready(lowering.quantize(spec, "metal", x, None))
+        jax.block_until_ready(_lowering.quantize(spec, "metal", x, None))
 
 
 # --- Pinned arrays ---
@@ -546,7 +546,7 @@ def test_a_call_is_one_command_buffer():
         ["attention_forward_float_64"],
         [
             "quantize_blocks",
-            "quantize_mean",
+            "quantize_center",
             "quantize_blocks",
             "quantize_blocks",
             "attention_decode_half_64",

@@ -12,7 +12,7 @@ import pytest
 from encoder import SHADERS, Encoder, Problem, enum, library, struct
 from problems import draw, feature
 
-from jax_gluon.formats import QuantSpec
+from jax_gluon._quantization.formats import QuantSpec
 
 STEMS = sorted(path.stem for path in SHADERS.glob("*.metal"))
 WHOLE = QuantSpec(symmetric=False, center=True)

@@ -7,7 +7,7 @@ import pytest
 from encoder import BLOCK_ROWS, SHADERS, Problem, backward, blocks, decode, forward, matrix_type
 from problems import DTYPES, QUANTIZED, draw
 
-from jax_gluon.formats import QuantSpec
+from jax_gluon._quantization.formats import QuantSpec
 
 COUNT = dict(instrumentation="counters")
 INT4 = QuantSpec(4, granularity="group", block_size=32)

@@ -8,7 +8,7 @@ import pytest
 from encoder import EMPTY_ROW_LOG2_SUM, Problem, forward, head_dim_class, matrix_type
 from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature, wide
 
-from jax_gluon.formats import QuantSpec
+from jax_gluon._quantization.formats import QuantSpec
 
 # Of 16-bit operands: twice what rounding exact results leaves.
 BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}

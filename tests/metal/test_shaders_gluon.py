@@ -14,7 +14,7 @@ import pytest
 from encoder import SHADERS, Problem, backward, forward
 from problems import DTYPES, QUANTIZED, draw, expected, feature
 
-from jax_gluon.formats import QuantSpec
+from jax_gluon._quantization.formats import QuantSpec
 
 COUNT = dict(instrumentation="counters")
 # What gluon may differ from the baseline by: relative L2, and of the output's elements one unit in

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from encoder import quantize
 
-from jax_gluon.formats import GRANULARITIES, QuantSpec, rotation
+from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec, rotation
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -32,7 +32,7 @@ def draw(shape=(2, 37, 3, 46), dtype=np.float32):
 
 
 def check_equal(found, wanted):
-    for name in ("data", "scale", "zero_point", "minimum", "mean"):
+    for name in ("data", "scale", "zero_point", "minimum", "center"):
         actual, expected = getattr(found, name), getattr(wanted, name)
         assert (actual is None) == (expected is None)
         if actual is not None:
@@ -48,7 +48,7 @@ def test_codes_are_numpys(name):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_centred(granularity, dtype):
+def test_centered(granularity, dtype):
     spec = QuantSpec(symmetric=False, granularity=granularity, block_size=10, center=True)
     x = draw((2, 70, 2, 130), dtype)
     check_equal(quantize(x, spec), formats.quantize(x, spec))
@@ -83,8 +83,8 @@ def test_center_of_finite_values():
     x[0, 3, 1, 7], x[1, 4, 0, 2] = np.nan, np.inf
     x[1, :30:2, 1], x[2, :, 0, 5] = -np.inf, np.nan
     found = quantize(x, QuantSpec(center=True))
-    np.testing.assert_array_equal(found.mean, formats.center(x))
-    assert found.mean[2, 0, 0, 5] == 0
+    np.testing.assert_array_equal(found.center, formats.token_center(x))
+    assert found.center[2, 0, 0, 5] == 0
     x[1, :30:2, 1], x[2, :, 0, 5] = 1, 1
     found = quantize(x, QuantSpec(center=True))
     bad = np.zeros(found.scale.shape, bool)
@@ -100,7 +100,7 @@ def test_rotated(granularity, H):
     x = draw((2, 40, 2, H))
     found = quantize(x, spec)
     wanted = formats.quantize(x, spec)
-    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.center, wanted.center, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-5)
     apart = np.abs(found.data.astype(int) - wanted.data)
     assert apart.max() <= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "plugin" / "softmetal"
+SOURCE = ROOT / "softmetal"
 PACKAGES = "clang-19 libclang-rt-19-dev"
 
 

@@ -19,7 +19,7 @@ from tools.macos.downloads import ZIG
 from tools.macos.target import LLVM, TRIPLE
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADERS = ROOT / "plugin/softmetal/include"
+HEADERS = ROOT / "softmetal/include"
 FRAMEWORKS = ("CoreFoundation", "Foundation", "Metal")
 VERSION = "13.3"  # as its settings tell the compiler
 

@@ -36,7 +36,7 @@ def load_oracles(macos: Path = MACOS) -> messages.Oracles:
         metal_cpp.load(
             MLX.folder(downloads) / "mlx/include/metal_cpp",
             macos / "sdk",
-            ROOT / "plugin/softmetal/include",
+            ROOT / "softmetal/include",
         ),
     )
 

@@ -1,0 +1,256 @@
+"""The plugin's custom calls: their attributes, operands and results.
+
+Handlers take the leading axes that vmap adds, of extent 1 where an operand is not mapped, so
+nothing is copied to broadcast it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_gluon._meshes import vary_like
+from jax_gluon._problem import AttentionProblem, Kernels, Operands, Residuals, log_sum_exp
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec, rotation
+from jax_gluon._quantization.operands import quantize_operands, with_codes
+from jax_gluon._visible_tokens import visible_tokens
+
+_Result = TypeVar("_Result")
+
+_ATTENTION_FORWARD = "jax_gluon.attention_forward"
+_ATTENTION_BACKWARD = "jax_gluon.attention_backward"
+_ATTENTION_BACKWARD_BIAS = "jax_gluon.attention_backward_bias"
+_QUANTIZE = "jax_gluon.quantize"
+# The calls' attribute `device`; None lets the plugin choose by the size of the problem.
+_DEVICES = {"cpu": np.int64(0), "metal": np.int64(1), None: np.int64(2)}
+
+
+def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
+    call = cast(Any, jax.ffi.ffi_call(target, results, vmap_method="expand_dims"))
+
+    def varying(*operands: Any, **attributes: Any) -> Any:
+        # JAX takes the call's results for the same on all devices of a `shard_map`.
+        return vary_like(operands, call(*operands, **attributes))
+
+    return varying
+
+
+def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands) -> dict[str, Any]:
+    left, right = problem.local_window or (-1, -1)
+    return {
+        "device": _DEVICES[problem.implementation],
+        "cpu_pipeline": np.int64(kernels.cpu.pipeline == "gluon"),
+        "cpu_block_k": np.int64(kernels.cpu.block_k),
+        "cpu_subtile": np.int64(kernels.cpu.subtile),
+        "cpu_stages": np.int64(kernels.cpu.stages),
+        "metal_pipeline": np.int64(kernels.metal.pipeline == "gluon"),
+        "scale": np.float32(problem.scale),
+        "soft_cap": np.float32(problem.soft_cap or 0.0),
+        "causal": np.int64(problem.is_causal),
+        "window_left": np.int64(left),
+        "window_right": np.int64(right),
+        "has_bias": np.int64(operands.bias is not None),
+        "has_mask": np.int64(operands.mask is not None),
+        "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
+        "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
+        "has_query_offset": np.int64(operands.query_offset is not None),
+        **_format_attributes("query", operands.query),
+        **_format_attributes("key", operands.key),
+        **_format_attributes("value", operands.value),
+    }
+
+
+def _format_attributes(name: str, x: jax.Array | QuantizedTensor) -> dict[str, np.int64]:
+    """How the handler reads operand `name`: bits 0 is float; block 0 is the whole axis."""
+    is_quantized = isinstance(x, QuantizedTensor)
+    offset = 0 if not is_quantized else 1 if x.zero_point is not None else 2 * x.spec.float_minimum
+    return {
+        f"{name}_bits": np.int64(x.spec.bits if is_quantized else 0),
+        f"{name}_token_block": np.int64(x.spec.token_block if is_quantized else 0),
+        f"{name}_head_block": np.int64(x.spec.head_block if is_quantized else 0),
+        f"{name}_offset": np.int64(offset),
+        f"{name}_has_center": np.int64(is_quantized and x.center is not None),
+    }
+
+
+def _arguments(operands: Operands) -> list[jax.Array]:
+    # The leaves of a QuantizedTensor are data, scale, zero point or minimum, center.
+    return jax.tree.leaves(operands)
+
+
+def _unrotated(operands: Operands) -> Operands:
+    """Operands that the kernels can multiply as they are.
+
+    They know nothing of rotations: query and key that are both rotated keep their product; else the
+    rotated one is dequantized.
+    """
+
+    def is_rotated(x: jax.Array | QuantizedTensor) -> bool:
+        return isinstance(x, QuantizedTensor) and x.spec.rotate
+
+    def plain(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTensor:
+        return x.dequantize(jnp.float32) if isinstance(x, QuantizedTensor) and is_rotated(x) else x
+
+    query, key, value = operands[:3]
+    if not (is_rotated(query) and is_rotated(key)):
+        query, key = plain(query), plain(key)
+    return operands._replace(query=query, key=key, value=plain(value))
+
+
+def _makes_codes(problem: AttentionProblem) -> bool:
+    """Whether the forward call quantizes too: one command buffer instead of up to four.
+
+    Codes of an operand that vmap does not map are then copied to each entry, so the CPU, which
+    gains nothing, quantizes in calls of its own.
+    """
+    may_be_metal = problem.implementation is None and sys.platform == "darwin"
+    return may_be_metal or problem.implementation == "metal"
+
+
+def forward(
+    problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
+) -> tuple[jax.Array, Residuals]:
+    specs: list[QuantSpec | None] = list(problem.quantization)
+    # Rotated rows may have to be made floats again, which the call does not do.
+    if not _makes_codes(problem) or any(spec is not None and spec.rotate for spec in specs):
+        operands = quantize_operands(
+            problem, operands, functools.partial(quantize, problem.implementation or "cpu")
+        )
+        specs = [None] * 3
+    given = _unrotated(operands)
+    rows = given.query.shape[:-1]
+    results = [
+        jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype),
+        jax.ShapeDtypeStruct(rows, jnp.float32),
+        jax.ShapeDtypeStruct(rows, jnp.float32),
+    ]
+    codes = [
+        None if spec is None else _codes(spec, cast(jax.Array, x))
+        for x, spec in zip(given[:3], specs, strict=True)
+    ]
+    made, unflatten = _flatten(codes)
+    attributes = _attributes(problem, problem.forward_kernels, with_codes(given, codes))
+    for name, spec in zip(Operands._fields, specs, strict=False):
+        attributes[f"{name}_is_made"] = np.int64(spec is not None)
+        attributes[f"{name}_per_tensor"] = np.int64(
+            spec is not None and spec.granularity == "tensor"
+        )
+    visible = visible_tokens(problem, operands) if any(specs) else (None, None)
+    for name, tokens in zip(("query", "key_value"), visible, strict=True):
+        attributes[f"has_{name}_visible"] = np.int64(tokens is not None)
+    out, row_maximum, log2_sum, *made = _ffi_call(_ATTENTION_FORWARD, [*results, *made])(
+        *_arguments(given), *(x for x in visible if x is not None), **attributes
+    )
+    residuals = Residuals(with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
+    return log_sum_exp(row_maximum, log2_sum, math.log(2.0)), residuals
+
+
+def _backward_call(
+    target: str,
+    results: Any,
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> Any:
+    operands = _unrotated(residuals.operands)
+    cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
+    return _ffi_call(target, results)(
+        *_arguments(operands),
+        residuals.out,
+        residuals.row_maximum,
+        residuals.log_sum,
+        *cotangents,
+        **_attributes(problem, problem.backward_kernels, operands),
+        has_d_log_sum_exp=np.int64(d_log_sum_exp is not None),
+    )
+
+
+def backward(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    dtype = residuals.out.dtype
+    results = [jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3]]
+    gradients = _backward_call(
+        _ATTENTION_BACKWARD, results, problem, residuals, d_out, d_log_sum_exp
+    )
+    # The gradient of a rotated array, back to the array.
+    d_query, d_key, d_value = (
+        _rotated_back(gradient) if isinstance(x, QuantizedTensor) and x.spec.rotate else gradient
+        for gradient, x in zip(gradients, _unrotated(residuals.operands)[:3], strict=True)
+    )
+    return d_query, d_key, d_value
+
+
+def _rotated_back(x: jax.Array) -> jax.Array:
+    matrix = jnp.asarray(rotation(x.shape[-1]).T, jnp.float32)
+    rows = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+    return rows.astype(x.dtype)
+
+
+def backward_bias(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> jax.Array:
+    bias = residuals.operands.bias
+    assert bias is not None
+    result = jax.ShapeDtypeStruct(bias.shape, bias.dtype)
+    return _backward_call(
+        _ATTENTION_BACKWARD_BIAS, result, problem, residuals, d_out, d_log_sum_exp
+    )
+
+
+def quantize(
+    implementation: str | None, x: jax.Array, spec: QuantSpec, visible: jax.Array | None
+) -> QuantizedTensor:
+    """The codes of float `x`; `visible` (bool `[B, T]`): tokens that can be seen."""
+    results, unflatten = _flatten(_codes(spec, x))
+    leaves = _ffi_call(_QUANTIZE, results)(
+        *([x] if visible is None else [x, visible]),
+        device=_DEVICES[implementation],
+        bits=np.int64(spec.bits),
+        symmetric=np.int64(spec.symmetric),
+        float_minimum=np.int64(spec.float_minimum),
+        token_block=np.int64(spec.token_block),
+        head_block=np.int64(spec.head_block),
+        per_tensor=np.int64(spec.granularity == "tensor"),
+        center=np.int64(spec.center),
+        rotate=np.int64(spec.rotate),
+        has_visible=np.int64(visible is not None),
+    )
+    return unflatten(leaves)
+
+
+def _flatten(tree: _Result) -> tuple[list[Any], Callable[[Any], _Result]]:
+    """The leaves of `tree`, and what makes such a tree of others."""
+    leaves, structure = cast(tuple[list[Any], Any], jax.tree.flatten(tree))
+    return leaves, functools.partial(jax.tree.unflatten, structure)
+
+
+def _codes(spec: QuantSpec, x: jax.Array) -> QuantizedTensor:
+    """The shapes and dtypes of the codes of `x`."""
+    *leading, H = x.shape
+    array = jax.ShapeDtypeStruct
+    scale = array(spec.scale_shape(x.shape), spec.scale_dtype)
+    data = array((*leading, H // 2), jnp.uint8) if spec.bits == 4 else array(x.shape, jnp.int8)
+    zero_point = minimum = center = None
+    if spec.float_minimum:
+        minimum = scale
+    elif not spec.symmetric:
+        zero_point = array(scale.shape, jnp.int8)
+    if spec.center:
+        center = array((x.shape[0], 1, *x.shape[2:]), jnp.float32)
+    make = cast(Any, QuantizedTensor)
+    return make(data, scale, zero_point, minimum, center, spec, x.dtype, H)

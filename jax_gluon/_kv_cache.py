@@ -1,0 +1,538 @@
+"""`QuantizedKVCache`: the codes of the keys and values so far, to which tokens are appended."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any, NoReturn, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_gluon import _attention as plain_attention
+from jax_gluon import _lowering
+from jax_gluon._arguments import AttentionKeywords, CheckedArguments, check_arguments
+from jax_gluon._lengths import checked_lengths
+from jax_gluon._meshes import on_meshes, vary_like
+from jax_gluon._quantization.formats import (
+    CENTER_TOKENS,
+    PRESETS,
+    AttentionQuantization,
+    QuantizedTensor,
+    QuantSpec,
+    preset,
+    rotation,
+    to_bits,
+)
+
+_GRANULARITIES = ("row", "group", "block", "channel_block")
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_INTEGERS: Any = (int, np.integer)
+_BOOLS: Any = (bool, np.bool_)
+# The cache itself knows which keys a query sees.
+_KEYWORDS = tuple(
+    name
+    for name in AttentionKeywords.__annotations__
+    if name not in ("is_causal", "key_value_seq_lengths", "local_window_size")
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "key",
+        "value",
+        "key_head",
+        "value_head",
+        "key_tail",
+        "value_tail",
+        "length",
+        "dropped",
+    ),
+    meta_fields=("query", "window", "dtype"),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedKVCache:
+    """Codes of the keys and values of up to `capacity` tokens, made by `create`.
+
+    A pytree, which `jit`, `vmap`, `scan` and donation take; donated or carried through a scan, it
+    is updated in place. No gradient flows through it.
+
+    - `key`, `value`: `QuantizedTensor`s `[B, capacity, K, H]` and `[B, capacity, K, V]`; entries
+      that no token has reached mean nothing.
+    - `key_head`, `value_head`: float32 `[B, 32, K, H]` and `[B, 32, K, V]`, the tokens that the
+      center is taken from (in whole blocks), where the format has one; else None.
+    - `key_tail`, `value_tail`: float32 `[B, block, K, H]` and `[B, block, K, V]`, the tokens of the
+      unfinished block, where the format shares scales between tokens; else None.
+    - `length`: int32 `[B]`, tokens stored; with a window, tokens seen.
+    - `dropped`: int32 `[B]`, tokens that found no room.
+    - `query`: how `attention` quantizes float queries, or None.
+    - `window`: None, or how many keys a query sees, its own included. The cache is then a ring:
+      token p is in slot `p % capacity`, over the token `capacity` before it.
+    - `dtype`: what the codes stand for.
+
+    >>> import jax, jax_gluon
+    >>> cache = jax_gluon.QuantizedKVCache.create(2, 128, 4, 64, quantization="int4")
+    >>> key, value = jax.random.normal(jax.random.key(0), (2, 2, 40, 4, 64))
+    >>> cache = cache.append(key, value)
+    >>> query = jax.random.normal(jax.random.key(1), (2, 1, 8, 64))
+    >>> cache.attention(query).shape, cache.length.tolist()
+    ((2, 1, 8, 64), [40, 40])
+    """
+
+    key: QuantizedTensor
+    value: QuantizedTensor
+    key_head: jax.Array | None
+    value_head: jax.Array | None
+    key_tail: jax.Array | None
+    value_tail: jax.Array | None
+    length: jax.Array
+    dropped: jax.Array
+    query: QuantSpec | None
+    window: int | None
+    dtype: np.dtype[Any]
+
+    @staticmethod
+    def create(
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        quantization: str | AttentionQuantization = "int8",
+        dtype: DTypeLike = jnp.float32,
+        window: int | None = None,
+    ) -> QuantizedKVCache:
+        """An empty cache.
+
+        **Arguments:**
+
+        - `batch`, `capacity`, `kv_heads`, `head_dim`: B, tokens of each entry of the batch, K, H.
+          The capacity must be a multiple of the token blocks of both formats, and with a window at
+          least that plus the larger block (1 for row and group).
+        - `value_dim`: V, default H.
+        - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization` with key and value, both
+          of granularity row, group, block or channel_block. Where it has a query, as the presets
+          do, `attention` quantizes float queries so, and products are made of integers; else they
+          are made of floats, which is slower and as exact as the cache.
+        - `dtype`: a float dtype, that of `key.dequantize()`; the codes do not depend on it.
+        - `window`: keys that a query sees, its own included; None is all.
+
+        **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
+        allowed.
+
+        >>> import jax_gluon
+        >>> cache = jax_gluon.QuantizedKVCache.create(1, 128, 4, 64, window=100)
+        >>> cache.capacity, cache.key.shape, cache.nbytes
+        (128, (1, 128, 4, 64), 103432)
+        """
+        batch, kv_heads = _size("batch", batch), _size("kv_heads", kv_heads)
+        capacity, head_dim = _size("capacity", capacity), _size("head_dim", head_dim)
+        value_dim = head_dim if value_dim is None else _size("value_dim", value_dim)
+        window = None if window is None else _size("window", window)
+        query_spec, key_spec, value_spec = _specs(quantization, head_dim, value_dim)
+        blocks = key_spec.token_block, value_spec.token_block
+        whole = math.lcm(*blocks)
+        if capacity % whole:
+            allowed = f"a multiple of {whole}, whole blocks of tokens"
+            _fail(ValueError, "create", "capacity", f"{capacity}", allowed)
+        if window is not None and capacity < window + max(blocks):
+            allowed = f"at least {window + max(blocks)}, the window and a block of tokens"
+            _fail(ValueError, "create", "capacity", f"{capacity}", allowed)
+        stands_for = _float_dtype(dtype)
+
+        def empty(spec: QuantSpec, width: int) -> QuantizedTensor:
+            # Zeros stand for 0 in every format. No float array of this size is ever made.
+            x = jax.ShapeDtypeStruct((batch, capacity, kv_heads, width), jnp.float32)
+            parts = jax.eval_shape(functools.partial(_lowering.quantize, spec, "xla"), x, None)
+            parts = jax.eval_shape(functools.partial(jax.tree.map, to_bits), parts)
+            return dataclasses.replace(_zeros(parts), dtype=stands_for)
+
+        def head(spec: QuantSpec, width: int) -> jax.Array | None:
+            if not spec.center:
+                return None
+            tokens = -(-CENTER_TOKENS // spec.token_block) * spec.token_block
+            return jnp.zeros((batch, tokens, kv_heads, width), jnp.float32)
+
+        def tail(spec: QuantSpec, width: int) -> jax.Array | None:
+            if spec.token_block == 1:
+                return None
+            return jnp.zeros((batch, spec.token_block, kv_heads, width), jnp.float32)
+
+        # Two arrays of zeros: one can't be donated twice.
+        length, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+        return QuantizedKVCache(
+            empty(key_spec, head_dim), empty(value_spec, value_dim),
+            head(key_spec, head_dim), head(value_spec, value_dim),
+            tail(key_spec, head_dim), tail(value_spec, value_dim),
+            length, dropped, query_spec, window, stands_for,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"QuantizedKVCache(key={self.key}, value={self.value}, window={self.window})"
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self.key.shape[-3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        leaves: list[jax.Array] = jax.tree.leaves(self)
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    def append(
+        self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
+    ) -> QuantizedKVCache:
+        """The cache with T more tokens, each behind those of its entry of the batch.
+
+        Codes are those of all tokens quantized at once; those of an unfinished block change as it
+        fills. Without a window, tokens past the capacity are counted in `dropped` and nothing is
+        overwritten for them; a query for one sees all that is stored.
+
+        Where a format is centered, the first 32 tokens of an entry are its center; until they are
+        there, the codes of the fewer change with each append.
+
+        **Arguments:**
+
+        - `key`, `value`: `[B, T, K, H]` and `[B, T, K, V]`, float of any dtype, T at least 1.
+        - `lengths`: integers `[B]`, clamped to `[0, T]`: how many of the T tokens are real; those
+          behind them are ignored. Default T.
+
+        **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
+        allowed; `ImportError` where the plugin is needed and can't be loaded.
+
+        >>> import jax.numpy as jnp, jax_gluon
+        >>> cache = jax_gluon.QuantizedKVCache.create(2, 16, 4, 64)
+        >>> cache = cache.append(jnp.ones((2, 9, 4, 64)), jnp.ones((2, 9, 4, 64)), [9, 4])
+        >>> cache.append(jnp.ones((2, 9, 4, 64)), jnp.ones((2, 9, 4, 64))).length.tolist()
+        [16, 13]
+        """
+        new_key = _tokens("key", key, self.key)
+        new_value = _tokens("value", value, self.value)
+        T = new_key.shape[1]
+        if new_value.shape[1] != T:
+            _fail(ValueError, "append", "value", f"of {new_value.shape[1]} tokens", f"key's, {T}")
+        if lengths is None:
+            count = jnp.full_like(self.length, T)
+        else:
+            count = checked_lengths(
+                lengths, self.length.shape, T, f"shape [B] = [{len(self.length)}]", _fail_lengths
+            )
+        return on_meshes(_append, (), self, self, new_key, new_value, count)
+
+    def attention(
+        self,
+        query: ArrayLike | QuantizedTensor,
+        *,
+        scale: ArrayLike | None = None,
+        logits_soft_cap: float | None = None,
+        implementation: str | None = None,
+        **keywords: Any,
+    ) -> jax.Array:
+        """Attention of the last T tokens over the cache, each up to its own position.
+
+        Row t belongs to the token T - t before the end, whatever `lengths` its append had: the last
+        T real ones of each entry, so rows of ragged queries stand at the right. Rows before the
+        first token give 0. Float queries are quantized as the cache was told to. With a window, the
+        ring must still have what the first of the T sees: T may be up to
+        `capacity - window - block + 2`, with the larger token block.
+
+        **Arguments:** `query`: `[B, T, N, H]`, appended before. The rest, `query_seq_lengths`,
+        `quantization` (of the query, in place of the cache's) and `kernel` included, as
+        `jax_gluon.dot_product_attention`.
+
+        **Returns:** `[B, T, N, V]` of query's dtype.
+
+        **Raises:** as `jax_gluon.dot_product_attention`.
+
+        >>> import jax.numpy as jnp, jax_gluon
+        >>> cache = jax_gluon.QuantizedKVCache.create(1, 64, 1, 8)
+        >>> cache = cache.append(jnp.ones((1, 5, 1, 8)), jnp.ones((1, 5, 1, 8)))
+        >>> cache.attention(jnp.ones((1, 5, 2, 8))).shape
+        (1, 5, 2, 8)
+        """
+        for name in keywords:
+            if name not in _KEYWORDS:
+                allowed = ", ".join(_KEYWORDS)
+                raise TypeError(
+                    "jax_gluon.QuantizedKVCache.attention: unexpected keyword argument "
+                    f'"{name}"; allowed: {allowed}.'
+                )
+        q = query if isinstance(query, QuantizedTensor) else jnp.asarray(query)
+        if q.ndim != 4:
+            _fail(ValueError, "attention", "query", f"of rank {q.ndim}", "rank 4 (BTNH)")
+        T, window = q.shape[1], self.window
+        if window is not None:
+            block = max(x.spec.token_block for x in (self.key, self.value))
+            most = self.capacity - window - block + 2
+            if most < T:
+                allowed = f"at most {most}, for which this ring keeps all keys that they see"
+                _fail(ValueError, "attention", "query", f"of {T} tokens", allowed)
+        if self.query is not None:
+            keywords.setdefault("quantization", AttentionQuantization(query=self.query))
+        arguments = check_arguments(
+            "QuantizedKVCache.attention", q, self.key, self.value, None, None,
+            scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation,
+            is_causal=True, key_value_seq_lengths=self.length, **keywords,
+        )  # fmt: skip
+        first = self.length + self.dropped - T
+        if window is None:
+            return _attend(arguments, first, self.length)[0]
+        # A ring's slots hold two laps, and positions in each of them follow the slots: the lap that
+        # is being written from `base` on, and what is left of the one before.
+        arguments = dataclasses.replace(
+            arguments,
+            problem=dataclasses.replace(arguments.problem, local_window=(window - 1, 0)),
+        )
+        base = jnp.maximum(self.length - 1, 0) // self.capacity * self.capacity
+        older = jnp.minimum(base, self.capacity)  # 0 in the first lap
+        return _merge(
+            _attend(arguments, first - base, self.length - base),
+            _attend(arguments, first - base + self.capacity, older),
+        )
+
+
+def _attend(
+    arguments: CheckedArguments, query_offset: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    operands = arguments.operands._replace(query_offset=query_offset, key_value_seq_lengths=lengths)
+    return plain_attention.run(dataclasses.replace(arguments, operands=operands), True)
+
+
+@_lowering.jit()
+def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The output over both parts of the keys, of output and log-sum-exp over each."""
+    (out_a, log_a), (out_b, log_b) = a, b
+    # Finite where a row sees nothing, and far below all else.
+    largest = jnp.maximum(log_a, log_b)
+    weight_a, weight_b = (jnp.exp(log - largest)[..., None] for log in (log_a, log_b))
+    total = weight_a + weight_b
+    merged = out_a * (weight_a / total) + out_b * (weight_b / total)
+    return merged.astype(out_a.dtype)
+
+
+@_lowering.jit()
+def _append(
+    cache: QuantizedKVCache, key: jax.Array, value: jax.Array, count: jax.Array
+) -> QuantizedKVCache:
+    stored = count
+    if cache.window is None:
+        stored = jnp.minimum(count, cache.capacity - cache.length)
+    append = functools.partial(_stored, length=cache.length, count=stored)
+    new_key, key_head, key_tail = append(cache.key, cache.key_head, cache.key_tail, key)
+    new_value, value_head, value_tail = append(
+        cache.value, cache.value_head, cache.value_tail, value
+    )
+    return dataclasses.replace(
+        cache, key=new_key, value=new_value, key_head=key_head, value_head=value_head,
+        key_tail=key_tail, value_tail=value_tail,
+        length=cache.length + stored, dropped=cache.dropped + (count - stored),
+    )  # fmt: skip
+
+
+def _stored(
+    cached: QuantizedTensor,
+    head: jax.Array | None,
+    tail: jax.Array | None,
+    new: jax.Array,
+    length: jax.Array,
+    count: jax.Array,
+) -> tuple[QuantizedTensor, jax.Array | None, jax.Array | None]:
+    """The first `count` of the new tokens behind `length` others: codes, and the floats kept."""
+    spec = cached.spec
+    block = spec.token_block
+    x = jax.lax.stop_gradient(new).astype(jnp.float32)
+    center, recoded = cached.center, None
+    if head is not None:
+        head = _with_tokens(head, x, length, count)
+        recoded = _recoded(cached, head, length, count)
+        center = recoded.center
+    offset = length % block
+    if tail is not None:
+        x, tail = _whole_blocks(tail, x, offset, count)
+    fresh = _lowering.quantize(
+        dataclasses.replace(spec, center=False), None, _centered(cached, x, center), None
+    )
+    first = length // block
+    end = jnp.where(count > 0, -(-(length + count) // block), 0)
+
+    def scatter(name: str, size: int) -> Any:
+        """`size` entries a block. Past the end is the beginning, in a ring; else nothing is."""
+        old = getattr(cached, name)
+        if old is None:
+            return None
+        entries = to_bits(getattr(fresh, name))
+        place = (first * size)[:, None] + jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :]
+        if recoded is not None:
+            again = to_bits(getattr(recoded, name))
+            entries = jnp.concatenate([again, entries], axis=1)
+            early = jnp.arange(again.shape[1], dtype=jnp.int32)[None, :]
+            # A final center leaves these codes what they are.
+            early = jnp.where((length < CENTER_TOKENS)[:, None], early, -1)
+            place = jnp.concatenate([early, place], axis=1)
+        last = (end * size)[:, None]
+        # More than a ring holds: of entries for the same slot, only the last is written.
+        is_kept = (place >= 0) & (place < last) & (place >= last - old.shape[1])
+        target = jnp.where(is_kept, place % old.shape[1], old.shape[1])
+        entry = jnp.arange(old.shape[0], dtype=jnp.int32)[:, None]
+        return old.at[entry, target].set(entries, mode="drop")
+
+    codes = dataclasses.replace(
+        cached, data=scatter("data", block), scale=scatter("scale", 1),
+        zero_point=scatter("zero_point", 1), minimum=scatter("minimum", 1), center=center,
+    )  # fmt: skip
+    return codes, head, tail
+
+
+def _with_tokens(head: jax.Array, new: jax.Array, length: jax.Array, count: jax.Array) -> jax.Array:
+    """The first tokens of all, with those of `new`, the first `count`, that are among them."""
+    place = jnp.arange(head.shape[1], dtype=jnp.int32)[None, :] - length[:, None]
+    is_new = (place >= 0) & (place < count[:, None])
+    tokens = _gather(new, jnp.clip(place, 0, new.shape[1] - 1))
+    return jnp.where(is_new[:, :, None, None], tokens, head)
+
+
+def _recoded(
+    cached: QuantizedTensor, head: jax.Array, length: jax.Array, count: jax.Array
+) -> QuantizedTensor:
+    """Codes of the first tokens, and the center, where it is not final; zeros in their place."""
+    B, tokens = head.shape[:2]
+    is_open = length < CENTER_TOKENS
+
+    def code() -> QuantizedTensor:
+        token = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+        visible = jnp.broadcast_to(token < (length + count)[:, None], (B, tokens))
+        return _lowering.quantize(cached.spec, None, head, visible)
+
+    codes = cast(Any, jax.lax.cond)(
+        jnp.any(is_open), code, lambda: vary_like(head, _zeros(cast(Any, jax.eval_shape)(code)))
+    )
+    center = jnp.where(is_open[:, None, None, None], codes.center, cast(Any, cached.center))
+    return dataclasses.replace(codes, center=center)
+
+
+def _centered(cached: QuantizedTensor, x: jax.Array, center: jax.Array | None) -> jax.Array:
+    """`x` less its center, which the cache keeps rotated where the format is."""
+    if center is None:
+        return x
+    if cached.spec.rotate:
+        back = jnp.asarray(rotation(cached.head_dim).T, jnp.float32)
+        center = jnp.matmul(center, back, precision=jax.lax.Precision.HIGHEST)
+    largest = float(np.finfo(np.float32).max)
+    # A difference of two finite numbers is kept finite.
+    return jnp.where(jnp.isfinite(x), jnp.clip(x - center, -largest, largest), x)
+
+
+def _whole_blocks(
+    tail: jax.Array, new: jax.Array, offset: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first `offset` tokens of the tail and `count` new ones, in whole blocks; the new tail.
+
+    The last token is repeated to the end, which leaves the extremes of its block what they are.
+    """
+    block, T = tail.shape[1], new.shape[1]
+    extent = -(-(T + block - 1) // block) * block
+    place = jnp.arange(extent, dtype=jnp.int32)[None, :]
+    last = jnp.maximum(count - 1, 0)[:, None]
+    behind = _gather(new, jnp.clip(place - offset[:, None], 0, last))
+    before = jnp.pad(tail, [(0, 0), (0, extent - block), (0, 0), (0, 0)])
+    is_old = (place < offset[:, None]) | (count == 0)[:, None]
+    x = jnp.where(is_old[:, :, None, None], before, behind)
+    start = (offset + count) // block * block
+    # Behind the buffer only where its last block is full: the tail is then empty.
+    unfinished = start[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
+    return x, _gather(x, jnp.minimum(unfinished, extent - 1))
+
+
+def _gather(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, tokens[:, :, None, None], axis=1, mode="promise_in_bounds")
+
+
+def _zeros(parts: QuantizedTensor) -> QuantizedTensor:
+    def zeros(x: Any) -> jax.Array:
+        return jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(zeros, parts)
+
+
+def _size(name: str, x: Any) -> int:
+    if isinstance(x, _BOOLS) or not isinstance(x, _INTEGERS):
+        _fail(TypeError, "create", name, f"{x!r}", "an int of at least 1")
+    if x < 1:
+        _fail(ValueError, "create", name, f"{x}", "an int of at least 1")
+    return operator.index(x)
+
+
+def _float_dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        found: np.dtype[Any] | None = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or dtype is None or found.name not in _FLOATS:
+        _fail(TypeError, "create", "dtype", f"{dtype!r}", ", ".join(_FLOATS))
+    return found
+
+
+def _specs(
+    quantization: Any, head_dim: int, value_dim: int
+) -> tuple[QuantSpec | None, QuantSpec, QuantSpec]:
+    names = ", ".join(f'"{name}"' for name in PRESETS)
+    allowed = f"{names}, an AttentionQuantization with key and value"
+    if not isinstance(quantization, str | AttentionQuantization):
+        found = f"a {type(quantization).__name__}"
+        _fail(TypeError, "create", "quantization", found, allowed)
+    if isinstance(quantization, str) and quantization not in PRESETS:
+        _fail(ValueError, "create", "quantization", f'"{quantization}"', allowed)
+    both = preset(quantization) or AttentionQuantization()
+
+    def spec_of(name: str, argument: str, width: int) -> QuantSpec:
+        spec: QuantSpec | None = getattr(both, name)
+        if spec is None:
+            _fail(ValueError, "create", "quantization", f"without {name}", allowed)
+        if spec.granularity not in _GRANULARITIES:
+            found = f'of granularity "{spec.granularity}" for {name}'
+            granularities = ", ".join(_GRANULARITIES)
+            _fail(
+                ValueError, "create", "quantization", found,
+                f"{granularities} (a scale over all tokens can't be appended to)",
+            )  # fmt: skip
+        if spec.bits == 4 and width % 2:
+            _fail(ValueError, "create", argument, f"{width}", "an even one, which 4 bits need")
+        return spec
+
+    query: QuantSpec | None = both.query
+    if query is not None and query.bits == 4 and head_dim % 2:
+        _fail(ValueError, "create", "head_dim", f"{head_dim}", "an even one, which 4 bits need")
+    return query, spec_of("key", "head_dim", head_dim), spec_of("value", "value_dim", value_dim)
+
+
+def _tokens(name: str, x: Any, cached: QuantizedTensor) -> jax.Array:
+    if isinstance(x, QuantizedTensor):
+        _fail(TypeError, "append", name, "a QuantizedTensor", "a float array")
+    array = jnp.asarray(x)
+    if array.dtype.name not in _FLOATS:
+        _fail(TypeError, "append", name, f"of dtype {array.dtype.name}", ", ".join(_FLOATS))
+    B, _, K, H = cached.shape
+    if array.ndim != 4 or array.shape[1] < 1 or array.shape != (B, array.shape[1], K, H):
+        allowed = f"[{B}, T, {K}, {H}] with T at least 1"
+        _fail(ValueError, "append", name, f"of shape {list(array.shape)}", allowed)
+    return array
+
+
+def _fail_lengths(error: type[Exception], found: str, allowed: str) -> NoReturn:
+    _fail(error, "append", "lengths", found, allowed)
+
+
+def _fail(
+    error: type[Exception], function: str, argument: str, found: str, allowed: str
+) -> NoReturn:
+    raise error(
+        f"jax_gluon.QuantizedKVCache.{function}: {argument} is {found}; allowed: {allowed}."
+    )

@@ -1,0 +1,156 @@
+"""From a problem to what runs it: the plugin's custom calls, or the XLA implementation.
+
+Every function here is jitted with the problem static, so that a call outside `jax.jit` compiles
+once per problem and shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import ad_checkpoint
+
+from jax_gluon import _ffi, _native
+from jax_gluon._problem import AttentionProblem, Operands, Residuals
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from jax_gluon._quantization.operands import with_codes
+from jax_gluon._xla import implementation as xla
+from jax_gluon._xla import quantize as xla_quantize
+
+#: Names, for policies of `jax.checkpoint`, of what forward makes and backward reads: the output;
+#: the log-sum-exp and its parts; the codes made of float operands.
+OUT_NAME = "jax_gluon.attention_out"
+LOG_SUM_EXP_NAME = "jax_gluon.attention_log_sum_exp"
+CODES_NAME = "jax_gluon.attention_codes"
+CHECKPOINT_NAMES = (OUT_NAME, LOG_SUM_EXP_NAME, CODES_NAME)
+
+_Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def jit(*static_argnums: int) -> Callable[[_Function], _Function]:
+    """`jax.jit`, inlined into the caller's program, for a function that keeps its type."""
+
+    def decorate(function: _Function) -> _Function:
+        return cast(_Function, jax.jit(function, static_argnums=static_argnums, inline=True))
+
+    return decorate
+
+
+@jit(0, 1)
+def quantize(
+    spec: QuantSpec, implementation: str | None, x: jax.Array, visible: jax.Array | None
+) -> QuantizedTensor:
+    """The codes of float `x` `[B, T, N, H]`; `visible` (bool `[B, T]`): tokens that can be seen."""
+    if x.dtype == jnp.float64:
+        dtype = x.dtype
+        quantized = quantize(spec, implementation, x.astype(jnp.float32), visible)
+        return dataclasses.replace(quantized, dtype=dtype)
+
+    def in_plugin(x: jax.Array, visible: jax.Array | None) -> QuantizedTensor:
+        return _ffi.quantize(implementation, x, spec, visible)
+
+    def in_xla(x: jax.Array, visible: jax.Array | None) -> QuantizedTensor:
+        return xla_quantize.quantize(x, spec, visible)
+
+    return _on_platform(implementation, in_plugin, in_xla, x, visible)
+
+
+@jit(0, 1)
+def forward(
+    problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
+) -> tuple[jax.Array, Residuals]:
+    """The natural log-sum-exp `[B, T, N]`, and what backward takes, with the output among it.
+
+    The output `[B, T, N, V]` is of `dtype`; the operands are those that were multiplied, codes
+    where `problem.quantization` asks for them. The log-sum-exp is left in two parts: a maximum of
+    each row's logits, and the logarithm of the sum of their exponentials relative to it; one number
+    could not hold the second beside a maximum of -1e9. They are in the base in which the
+    implementation has its logits, since a change of base rounds: 2 in the plugin, e in XLA.
+    All that the call makes has its name of `CHECKPOINT_NAMES`.
+    """
+    log_sum_exp, residuals = _on_platform(
+        problem.implementation,
+        functools.partial(_ffi.forward, problem, dtype),
+        functools.partial(xla.forward, problem, dtype),
+        operands,
+    )
+    codes = [
+        None if spec is None else _named(CODES_NAME, cast(QuantizedTensor, x))
+        for x, spec in zip(residuals.operands[:3], problem.quantization, strict=True)
+    ]
+    log_sum_exp, row_maximum, log_sum = _named(
+        LOG_SUM_EXP_NAME, (log_sum_exp, residuals.row_maximum, residuals.log_sum)
+    )
+    return log_sum_exp, Residuals(
+        with_codes(residuals.operands, codes),
+        _named(OUT_NAME, residuals.out),
+        row_maximum,
+        log_sum,
+    )
+
+
+def _named(name: str, tree: _Result) -> _Result:
+    # JAX 0.5 names arrays alone, no trees of them.
+    return jax.tree.map(
+        functools.partial(cast(Any, ad_checkpoint).checkpoint_name, name=name), tree
+    )
+
+
+@jit(0)
+def backward(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value (of what its codes stand for), of the output's dtype.
+
+    `d_log_sum_exp` is the cotangent of the natural-log form.
+    """
+    return _on_platform(
+        problem.implementation,
+        functools.partial(_ffi.backward, problem),
+        functools.partial(xla.backward, problem),
+        residuals,
+        d_out,
+        d_log_sum_exp,
+    )
+
+
+@jit(0)
+def backward_bias(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> jax.Array:
+    """Gradient of the bias. A call of its own, so that XLA drops it when nobody asks for it."""
+    return _on_platform(
+        problem.implementation,
+        functools.partial(_ffi.backward_bias, problem),
+        functools.partial(xla.backward_bias, problem),
+        residuals,
+        d_out,
+        d_log_sum_exp,
+    )
+
+
+def _on_platform(
+    implementation: str | None,
+    native: Callable[..., _Result],
+    in_xla: Callable[..., _Result],
+    *operands: Any,
+) -> _Result:
+    if implementation == "xla":
+        return in_xla(*operands)
+    _native.plugin()
+    if implementation is not None:
+        return native(*operands)
+    return cast(_Result, jax.lax.platform_dependent(*operands, cpu=native, default=in_xla))

@@ -1,0 +1,143 @@
+"""The table that `jax-gluon tune` keeps: how long each kernel took on this device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import re
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jax_gluon import _native
+from jax_gluon._plan.selection import PIPELINES, KernelConfig, Measurement
+
+_SCHEMA = 2
+
+
+def cache_folder() -> Path | None:
+    """Where tables are kept: JAX_GLUON_CACHE_DIR, else the user's cache folder; None without."""
+    if given := os.environ.get("JAX_GLUON_CACHE_DIR"):
+        return Path(given)
+    if sys.platform != "darwin" and (given := os.environ.get("XDG_CACHE_HOME")):
+        return Path(given) / "jax_gluon"
+    home = os.environ.get("HOME")
+    if not home:
+        return None
+    return Path(home) / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "jax_gluon"
+
+
+def device_name(device: str) -> str:
+    """What `"cpu"` or `"metal"` is on this machine."""
+    if device == "metal":
+        return _native.metal_device()[0]
+    return f"{_processor()}, {_native.plugin().cpu_isa()}"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.machine()
+
+
+def _version() -> str:
+    return metadata.version("jax-gluon")
+
+
+def table_path(device: str) -> Path | None:
+    """The file of this device's table; None where there is no cache folder."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return folder / f"tuned-{_version()}-{slug}.json"
+
+
+def measured(device: str) -> tuple[Measurement, ...]:
+    """The table of `"cpu"` or `"metal"`, read once for each state of its file.
+
+    Empty where there is none; one that is broken, or another device's or version's, is ignored
+    with a warning.
+    """
+    path = table_path(device)
+    try:
+        changed = path.stat().st_mtime_ns if path else None
+    except OSError:
+        return ()
+    return () if path is None or changed is None else _read(path, device, changed)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path, device: str, changed: int) -> tuple[Measurement, ...]:
+    del changed  # part of the cache's key
+    try:
+        return load(path, device)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(
+            f"jax_gluon: the table {path} is ignored: {error}; `jax-gluon tune` makes a new one.",
+            stacklevel=4,
+        )
+        return ()
+
+
+def load(path: Path, device: str) -> tuple[Measurement, ...]:
+    """The rows of a table.
+
+    **Raises:** `OSError`, `ValueError`, `TypeError` or `KeyError` for a file that is no table of
+    this device and version.
+    """
+    document: Any = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {
+        "schema": _SCHEMA,
+        "package": _version(),
+        "device": device_name(device),
+    }
+    for name, value in wanted.items():
+        if document[name] != value:
+            raise ValueError(f'its {name} is "{document[name]}", not "{value}"')
+    return tuple(_from_json(**row) for row in document["rows"])
+
+
+def _from_json(operands: str, direction: str, H: int, S: int, kernels: list[Any]) -> Measurement:
+    seconds = {KernelConfig(**kernel["config"]): kernel["seconds"] for kernel in kernels}
+    row = Measurement(operands, direction, H, S, seconds)
+    pipelines = {config.pipeline for config in seconds}
+    if pipelines != set(PIPELINES):
+        raise ValueError(f"a row has kernels of the pipelines {sorted(pipelines)} alone")
+    if not (H > 0 and S > 0 and all(s > 0 for s in seconds.values())):
+        raise ValueError(f"a row has a number that is not positive: {row}")
+    return row
+
+
+def _to_json(row: Measurement) -> dict[str, Any]:
+    kernels = [
+        {"config": dataclasses.asdict(config), "seconds": seconds}
+        for config, seconds in row.seconds.items()
+    ]
+    return {
+        "operands": row.operands, "direction": row.direction, "H": row.H, "S": row.S,
+        "kernels": kernels,
+    }  # fmt: skip
+
+
+def save(path: Path, device: str, rows: list[Measurement]) -> None:
+    """Writes a table; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "schema": _SCHEMA,
+        "package": _version(),
+        "device": device_name(device),
+        "rows": [_to_json(row) for row in rows],
+    }
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,106 @@
+"""The one description of an attention problem that travels through every layer.
+
+Letters, everywhere: B batch, T query length, S key length, N query heads, K kv heads, H head dim,
+V value head dim. Query head n reads kv head `n // (N // K)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_gluon._plan.selection import KernelConfig
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+
+#: What a row that sees no key has as its log-sum-exp, and stores as the logarithm of its sum beside
+#: a maximum of 0. An infinity would trip `jax_debug_infs`; only the public value is -inf.
+EMPTY_ROW_LOG_SUM_EXP = -3.0e38
+
+
+class Kernels(NamedTuple):
+    """The kernel for each device that a call may run on."""
+
+    cpu: KernelConfig = KernelConfig("baseline", 96, 192, 192, 1)
+    metal: KernelConfig = KernelConfig("baseline", 32, 64, 64, 1)
+
+
+_DEFAULT_KERNELS = Kernels()
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """The static part of a problem: `softmax(mask(soft_cap(scale * q k^T + bias))) v`.
+
+    `local_window` is `(left, right)`: key j is visible to query i where
+    `i - left <= j <= i + right`. `soft_cap` c turns a logit x into `c * tanh(x / c)`.
+    `implementation` None leaves the choice to the platform that the program is lowered for.
+    `quantization` is how query, key and value are still to be quantized. The kernels are those of
+    the plugin.
+    """
+
+    scale: float
+    is_causal: bool = False
+    local_window: tuple[int, int] | None = None
+    soft_cap: float | None = None
+    quantization: tuple[QuantSpec | None, QuantSpec | None, QuantSpec | None] = (None, None, None)
+    implementation: str | None = None
+    forward_kernels: Kernels = _DEFAULT_KERNELS
+    backward_kernels: Kernels = _DEFAULT_KERNELS
+
+
+#: A bias below this hides its key like -inf, unless there is a soft cap. It is about the least
+#: logit that stays finite in float32 as a multiple of log 2, the unit of the CPU kernels.
+MIN_LOGIT = -2.35e38
+
+
+_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor, covariant=True)
+
+
+class AttentionOperands(NamedTuple, Generic[_Rows]):
+    """The arrays of a problem, all of rank 4 but the lengths.
+
+    query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
+    or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
+    extent 1 or the full one; the lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where
+    they are used. Row i stands at position `i + query_offset[b]` (int32 `[B]`; None: 0), in which
+    causal and window are meant.
+    """
+
+    query: _Rows
+    key: _Rows
+    value: _Rows
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    query_seq_lengths: jax.Array | None = None
+    key_value_seq_lengths: jax.Array | None = None
+    query_offset: jax.Array | None = None
+
+
+Operands = AttentionOperands[jax.Array | QuantizedTensor]
+FloatOperands = AttentionOperands[jax.Array]
+
+
+class Residuals(NamedTuple):
+    """What forward leaves for backward; the last two are the parts that `forward` returns."""
+
+    operands: Operands
+    out: jax.Array
+    row_maximum: jax.Array
+    log_sum: jax.Array
+
+
+def compute_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """What operands of `dtype` are computed in: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == jnp.float64 else np.float32)
+
+
+def log_sum_exp(row_maximum: jax.Array, log_sum: jax.Array, unit: float) -> jax.Array:
+    """The natural log-sum-exp of parts in multiples of `unit`; finite where a row sees no key."""
+    empty = jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum.dtype)
+    natural = (row_maximum + log_sum) * jnp.asarray(unit, log_sum.dtype)
+    return jnp.where(log_sum == empty, empty, natural)

@@ -1,0 +1,1 @@
+"""Codes: what they look like, and how arrays become them."""

@@ -1,0 +1,1 @@
+"""The XLA implementation of everything."""

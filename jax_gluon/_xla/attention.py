@@ -1,0 +1,390 @@
+"""Attention in plain XLA, in O(T) memory: for platforms without the plugin, and for float64.
+
+One tile of scores, a block of queries by a chunk of keys, is alive at a time. Tiles that causal,
+window or lengths exclude are not visited. Sums are float32, or float64 for float64 operands.
+
+A hidden key contributes nothing, not `0 * NaN`: where an operand holds a number that is not finite,
+every tile's products are replaced by several that tell hidden terms from visible ones. Finite
+operands pay one more pass over each of them, which is O(T), to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_gluon._problem import (
+    EMPTY_ROW_LOG_SUM_EXP,
+    MIN_LOGIT,
+    AttentionProblem,
+    FloatOperands,
+)
+from jax_gluon._quantization.formats import from_bits, to_bits
+from jax_gluon._xla.tiles import (
+    KEYS_FIRST,
+    QUERIES_FIRST,
+    Tiles,
+    add_slice,
+    all_finite,
+    arrange,
+    keys_first,
+    swap_tokens_and_heads,
+)
+
+_State = TypeVar("_State")
+
+
+def forward(
+    problem: AttentionProblem, operands: FloatOperands
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output `[B, T, N, V]` in query's dtype, and the two parts of each row's log-sum-exp.
+
+    Those are the maximum of its logits and the natural logarithm of the sum of their exponentials
+    relative to it, `[B, T, N]`, float32 (float64 for float64 operands) and finite: a row that sees
+    no key stores 0 and `EMPTY_ROW_LOG_SUM_EXP`, and its output is 0. The online softmax is that of
+    FlashAttention-2 (https://arxiv.org/abs/2307.08691).
+    """
+    B, T, N, _ = operands.query.shape
+    _, S, _, V = operands.value.shape
+    tiles = Tiles(problem, operands)
+    # Like the query: in `shard_map`, the loop's state varies as the operands do.
+    out = jnp.zeros_like(operands.query, shape=(B, T, N, V))
+    row_maximum = jnp.zeros_like(out, tiles.dtype, (B, T, N, 1))
+    log_sum = jnp.full_like(row_maximum, EMPTY_ROW_LOG_SUM_EXP)
+    if 0 in (B, T, S):
+        return out, row_maximum[..., 0], log_sum[..., 0]
+    value_is_finite = all_finite(operands.value)
+
+    def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array]):
+        query = tiles.rows(operands.query, i)
+
+        def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+            weighted, maximum, total = state
+            logits, visible, _ = tiles.scores(query, i, c, QUERIES_FIRST)
+            raised = jnp.maximum(maximum, jnp.max(logits, axis=-1, keepdims=True))
+            p = _hide(jnp.exp(logits - raised), visible)
+            decay = jnp.exp(maximum - raised)
+            products = _sum_visible(
+                "bkgts,bksv->bkgtv", p, tiles.values(c), visible, value_is_finite
+            )
+            total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
+            return weighted * decay + products, raised, total
+
+        column = jnp.zeros_like(query[..., :1])
+        state = (jnp.broadcast_to(column, (*query.shape[:-1], V)), column + MIN_LOGIT, column)
+        weighted, maximum, total = _loop(*tiles.chunk_range(i), key_chunk, state)
+        is_empty = total == 0
+        total = jnp.where(is_empty, 1.0, total)
+        log_total = jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, jnp.log(total))
+        return (
+            tiles.write_rows(results[0], i, (weighted / total).astype(operands.query.dtype)),
+            tiles.write_rows(results[1], i, jnp.where(is_empty, 0.0, maximum)),
+            tiles.write_rows(results[2], i, log_total),
+        )
+
+    results = (to_bits(out), row_maximum, log_sum)
+    out, row_maximum, log_sum = _loop(0, tiles.queries.count, query_block, results)
+    return from_bits(out, operands.query.dtype), row_maximum[..., 0], log_sum[..., 0]
+
+
+def backward(
+    problem: AttentionProblem,
+    operands: FloatOperands,
+    out: jax.Array,
+    row_maximum: jax.Array,
+    log_sum: jax.Array,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value, in their dtype, from `forward`'s results.
+
+    `d_out` is the cotangent of `out`, and `d_log_sum_exp` `[B, T, N]` that of the *natural*
+    log-sum-exp. P is recomputed tile by tile: `dS = P * (dO V^T - rowsum(dO * O))`. Where `out` was
+    rounded, rowsum is taken of P and dO V^T instead, in a sweep before that of the gradients: rows
+    of dS sum to 0. What the sweep makes of a block of rows is kept, unless that is too large.
+    """
+    query, key, value = operands[:3]
+    if 0 in (*query.shape, *key.shape):
+        return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
+    tiles = Tiles(problem, operands)
+    cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
+    keeps_rows = out.dtype != tiles.dtype and _kept_rows(query, key) > 0
+    if keeps_rows:
+        tiles = Tiles(problem, operands, _kept_rows(query, key))
+    query_is_finite, key_is_finite, d_out_is_finite = map(all_finite, (query, key, d_out))
+
+    def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array, _Kept]):
+        d_query, d_key, d_value, kept = results
+        rows, kept = _backward_rows(tiles, cotangent, i, kept)
+
+        def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+            d_columns, d_key, d_value = state
+            tile = kept.chunk(c) if kept else _probabilities(tiles, rows, i, c, KEYS_FIRST)
+            p, d_scores, visible = _backward_tile(rows, tile, KEYS_FIRST)
+            d_columns += _sum_visible(
+                "bksgt,bksh->bkhgt", d_scores, tiles.keys(c), visible, key_is_finite
+            )
+            d_key_chunk = _sum_visible(
+                "bksgt,bkgth->bksh", d_scores, rows.query, visible, query_is_finite
+            )
+            d_value_chunk = _sum_visible(
+                "bksgt,bkgtv->bksv", p, rows.d_out, visible, d_out_is_finite
+            )
+            start = tiles.chunks.start(c)
+            return (
+                d_columns,
+                add_slice(d_key, d_key_chunk, {2: start}),
+                add_slice(d_value, d_value_chunk, {2: start}),
+            )
+
+        state = (keys_first(jnp.zeros_like(rows.query)), d_key, d_value)
+        d_columns, d_key, d_value = _loop(*tiles.chunk_range(i), key_chunk, state)
+        d_rows = jnp.transpose(problem.scale * d_columns, (0, 1, 3, 4, 2))
+        return tiles.write_rows(d_query, i, d_rows.astype(query.dtype)), d_key, d_value, kept
+
+    results = (
+        to_bits(jnp.zeros_like(query)),
+        jnp.zeros_like(tiles.key, tiles.dtype),
+        jnp.zeros_like(tiles.value, tiles.dtype),
+        _room(tiles, cotangent) if keeps_rows else None,
+    )
+    d_query, d_key, d_value, _ = _loop(0, tiles.queries.count, query_block, results)
+    return (
+        from_bits(d_query, query.dtype),
+        swap_tokens_and_heads((problem.scale * d_key).astype(key.dtype)),
+        swap_tokens_and_heads(d_value.astype(value.dtype)),
+    )
+
+
+def backward_bias(
+    problem: AttentionProblem,
+    operands: FloatOperands,
+    out: jax.Array,
+    row_maximum: jax.Array,
+    log_sum: jax.Array,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> jax.Array:
+    """Gradient of the bias, of its shape and dtype; the arguments are `backward`'s."""
+    bias = operands.bias
+    if bias is None:
+        raise ValueError("jax_gluon.xla.backward_bias: operands.bias is None; allowed: an array.")
+    if 0 in (*operands.query.shape, *operands.key.shape):
+        return jnp.zeros_like(bias)
+    tiles = Tiles(problem, operands)
+    cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
+    summed = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
+    # Each element of a bias that is broadcast along neither T nor S belongs to one tile: it is
+    # rounded once, and needs no wider copy of the largest array here.
+    is_written_once = 2 not in summed and 3 not in summed
+    dtype = bias.dtype if is_written_once else np.promote_types(bias.dtype, tiles.dtype)
+
+    def query_block(i: jax.Array, d_bias: jax.Array):
+        rows, _ = _backward_rows(tiles, cotangent, i, None)
+
+        def key_chunk(c: jax.Array, d_bias: jax.Array):
+            tile = _probabilities(tiles, rows, i, c, QUERIES_FIRST)
+            _, d_scores, _ = _backward_tile(rows, tile, QUERIES_FIRST)
+            B, K, G, t, s = d_scores.shape
+            tile = jnp.sum(d_scores.reshape(B, K * G, t, s), axis=summed, keepdims=True)
+            starts = {2: tiles.queries.start(i), 3: tiles.chunks.start(c)}
+            kept = {axis: start for axis, start in starts.items() if axis not in summed}
+            return add_slice(d_bias, tile.astype(dtype), kept)
+
+        return _loop(*tiles.chunk_range(i), key_chunk, d_bias)
+
+    zeros = to_bits(jnp.zeros_like(bias, dtype))
+    return from_bits(_loop(0, tiles.queries.count, query_block, zeros), dtype).astype(bias.dtype)
+
+
+class _Cotangent(NamedTuple):
+    """What backward reads beside the operands; see `backward`."""
+
+    out: jax.Array
+    row_maximum: jax.Array
+    log_sum: jax.Array
+    d_out: jax.Array
+    d_log_sum_exp: jax.Array | None
+
+
+class _BackwardRows(NamedTuple):
+    """One query block, `[B, K, G, t, X]`; X is 1 but for `query` and `d_out`."""
+
+    query: jax.Array
+    d_out: jax.Array
+    maximum: jax.Array
+    log_sum: jax.Array
+    delta: jax.Array
+
+
+class _Probabilities(NamedTuple):
+    """P of a tile and its gradient dO V^T; which are visible (None: all), the soft cap's slope."""
+
+    p: jax.Array
+    d_p: jax.Array
+    visible: jax.Array | None
+    slope: jax.Array | None
+
+    def chunk(self, c: jax.Array) -> _Probabilities:
+        """One of those of all chunks of keys, whose axis leads."""
+
+        def index(x: jax.Array) -> jax.Array:
+            return cast(Any, jax.lax.dynamic_index_in_dim)(x, c, keepdims=False)
+
+        return jax.tree.map(index, self)
+
+    def with_chunk(self, c: jax.Array, tile: _Probabilities) -> _Probabilities:
+        """Those of all chunks with one replaced."""
+
+        def update(x: jax.Array, part: jax.Array) -> jax.Array:
+            return cast(Any, jax.lax.dynamic_update_index_in_dim)(x, part, c, 0)
+
+        return jax.tree.map(update, self, tile)
+
+
+# Those of all chunks of keys, for a block of rows: a leading axis. None where they are not kept.
+_Kept = _Probabilities | None
+# Elements of P that are kept, at most: 64 MiB of float32. Rows of a block that is kept, at most,
+# which take the memory of a few operands, and at least, so that products are of matrices.
+_MAX_KEPT, _MAX_KEPT_ROWS, _MIN_KEPT_ROWS = 2**24, 64, 16
+
+
+def _kept_rows(query: jax.Array, key: jax.Array) -> int:
+    """Rows of a block whose P and dP are kept; 0 where there is no room."""
+    B, _, N, _ = query.shape
+    rows = _MAX_KEPT // (B * N * key.shape[1])
+    return min(rows, _MAX_KEPT_ROWS) if rows >= _MIN_KEPT_ROWS else 0
+
+
+def _room(tiles: Tiles, cotangent: _Cotangent) -> _Probabilities:
+    """Room for what the sweep before that of the gradients makes of a block of rows."""
+    first = jnp.zeros((), jnp.int32)
+
+    def tile() -> _Probabilities:
+        rows = _saved_rows(tiles, cotangent, first)
+        return _probabilities(tiles, rows, first, first, KEYS_FIRST)
+
+    def room(x: jax.Array) -> jax.Array:
+        # Like the query: in `shard_map`, a loop's state varies as the operands do.
+        return jnp.zeros_like(tiles.query, x.dtype, (tiles.chunks.count, *x.shape))
+
+    return jax.tree.map(room, cast(Any, jax.eval_shape)(tile))
+
+
+def _saved_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardRows:
+    """A query block as forward left it: without delta, which is zeros."""
+    maximum = tiles.rows(cotangent.row_maximum[..., None], i)
+    log_sum = tiles.rows(cotangent.log_sum[..., None], i)
+    # Nothing is visible to an empty row; 0 keeps its unused exponentials finite.
+    log_sum = jnp.where(log_sum == EMPTY_ROW_LOG_SUM_EXP, 0.0, log_sum)
+    query, d_out = (tiles.rows(x, i) for x in (tiles.query, cotangent.d_out))
+    return _BackwardRows(query, d_out, maximum, log_sum, jnp.zeros_like(log_sum))
+
+
+def _backward_rows(
+    tiles: Tiles, cotangent: _Cotangent, i: jax.Array, kept: _Kept
+) -> tuple[_BackwardRows, _Kept]:
+    """A query block; P and its gradient, for all keys, where there is room for them."""
+    rows = _saved_rows(tiles, cotangent, i)
+    if cotangent.out.dtype == tiles.dtype:
+        delta = jnp.sum(rows.d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
+    else:
+        delta, kept = _mean_d_probability(tiles, rows, i, kept)
+    if cotangent.d_log_sum_exp is not None:
+        delta -= tiles.rows(cotangent.d_log_sum_exp[..., None], i)
+    return rows._replace(delta=delta), kept
+
+
+def _mean_d_probability(
+    tiles: Tiles, rows: _BackwardRows, i: jax.Array, kept: _Kept
+) -> tuple[jax.Array, _Kept]:
+    """Each row's mean of dO V^T, weighted by P: what `rowsum(dO * O)` is for an exact O."""
+
+    def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, _Kept]):
+        weighted, total, kept = state
+        tile = _probabilities(tiles, rows, i, c, KEYS_FIRST)
+        weighted += jnp.sum(_hide(tile.p * tile.d_p, tile.visible), axis=2, keepdims=True)
+        total += jnp.sum(tile.p, axis=2, keepdims=True)
+        if kept is not None:
+            kept = kept.with_chunk(c, tile)
+        return weighted, total, kept
+
+    zero = keys_first(jnp.zeros_like(rows.maximum))
+    weighted, total, kept = _loop(*tiles.chunk_range(i), key_chunk, (zero, zero, kept))
+    mean = weighted / jnp.where(total == 0, 1.0, total)
+    return jnp.transpose(mean, (0, 1, 3, 4, 2)), kept
+
+
+def _probabilities(
+    tiles: Tiles, rows: _BackwardRows, i: jax.Array, c: jax.Array, order: str
+) -> _Probabilities:
+    logits, visible, slope = tiles.scores(rows.query, i, c, order)
+    # In this order: the logarithm of the sum would vanish in a large maximum.
+    below_maximum = logits - arrange(rows.maximum, order)
+    p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
+    d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
+    return _Probabilities(p, d_p, visible, slope)
+
+
+def _backward_tile(
+    rows: _BackwardRows, tile: _Probabilities, order: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """P, the gradient of the biased scores, and which of them are visible (None: all)."""
+    d_scores = tile.p * (tile.d_p - arrange(rows.delta, order))
+    if tile.slope is not None:
+        d_scores *= tile.slope
+    return tile.p, _hide(d_scores, tile.visible), tile.visible
+
+
+def _hide(x: jax.Array, visible: jax.Array | None) -> jax.Array:
+    return x if visible is None else jnp.where(visible, x, 0.0)
+
+
+def _sum_visible(
+    subscripts: str,
+    weights: jax.Array,
+    rows: jax.Array,
+    visible: jax.Array | None,
+    rows_are_finite: jax.Array,
+) -> jax.Array:
+    """`einsum(subscripts, weights, rows)` over visible weights; hidden weights are 0."""
+
+    def multiply(weights: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, weights.astype(rows.dtype), rows)
+
+    if visible is None:
+        return multiply(weights, rows)
+    everywhere = jnp.broadcast_to(visible, weights.shape)
+
+    def ieee_sum() -> jax.Array:
+        """The IEEE sum of the visible terms: a hidden one is absent instead of `0 * x`."""
+        finite = multiply(weights, jnp.where(jnp.isfinite(rows), rows, 0.0))
+        # Terms are counted by products too: infinite ones with their signs and without, and all
+        # that are not finite. NaN and 0 times infinity are what the last has more.
+        infinity = jnp.where(jnp.isinf(rows), jnp.sign(rows), 0.0)
+        sign = jnp.sign(weights)
+        balance, infinite = multiply(sign, infinity), multiply(jnp.abs(sign), jnp.abs(infinity))
+        not_finite = multiply(
+            everywhere.astype(rows.dtype), (~jnp.isfinite(rows)).astype(rows.dtype)
+        )
+        is_nan = (not_finite > infinite) | (jnp.abs(balance) < infinite)
+        limit = jnp.where(is_nan, jnp.nan, jnp.sign(balance) * jnp.inf)
+        return jnp.where(not_finite > 0, limit, finite)
+
+    return cast(Any, jax.lax.cond)(rows_are_finite, lambda: multiply(weights, rows), ieee_sum)
+
+
+def _loop(
+    begin: int | jax.Array, end: int | jax.Array, body: Callable[..., Any], state: _State
+) -> _State:
+    """`fori_loop` with int32 indices, also under x64; bounds that are ints stay static."""
+    bounds = [np.int32(x) if isinstance(x, int) else x for x in (begin, end)]
+
+    def with_int32(index: jax.Array, state: _State) -> _State:
+        return body(jnp.asarray(index, jnp.int32), state)  # an int under disable_jit
+
+    return cast(Any, jax.lax.fori_loop)(*bounds, with_int32, state)

@@ -1,0 +1,85 @@
+"""The passes in XLA, of float operands and of codes, which are dequantized for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_gluon._problem import (
+    AttentionProblem,
+    FloatOperands,
+    Operands,
+    Residuals,
+    compute_dtype,
+    log_sum_exp,
+)
+from jax_gluon._quantization.formats import QuantizedTensor
+from jax_gluon._quantization.operands import quantize_operands
+from jax_gluon._xla import attention
+from jax_gluon._xla.quantize import quantize
+
+_Result = TypeVar("_Result")
+
+
+def _float_operands(operands: Operands, dtype: DTypeLike) -> FloatOperands:
+    compute = compute_dtype(dtype)
+    if not any(isinstance(x, QuantizedTensor) for x in operands[:3]):
+        return cast(FloatOperands, operands)
+    query, key, value = (
+        x.dequantize(compute) if isinstance(x, QuantizedTensor) else x.astype(compute)
+        for x in (operands.query, operands.key, operands.value)
+    )
+    return FloatOperands(query, key, value, *operands[3:])
+
+
+def forward(
+    problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
+) -> tuple[jax.Array, Residuals]:
+    operands = quantize_operands(problem, operands, quantize)
+    out, row_maximum, log_sum = attention.forward(problem, _float_operands(operands, dtype))
+    residuals = Residuals(operands, out.astype(dtype), row_maximum, log_sum)
+    return log_sum_exp(row_maximum, log_sum, 1.0), residuals
+
+
+def backward(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    gradients = _apply_xla(attention.backward, problem, residuals, d_out, d_log_sum_exp)
+    d_query, d_key, d_value = (gradient.astype(residuals.out.dtype) for gradient in gradients)
+    return d_query, d_key, d_value
+
+
+def backward_bias(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> jax.Array:
+    return _apply_xla(attention.backward_bias, problem, residuals, d_out, d_log_sum_exp)
+
+
+def _apply_xla(
+    backward: Callable[..., _Result],
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> _Result:
+    operands = _float_operands(residuals.operands, residuals.out.dtype)
+    dtype = operands.query.dtype
+    return backward(
+        problem,
+        operands,
+        residuals.out,
+        residuals.row_maximum,
+        residuals.log_sum,
+        d_out.astype(dtype),
+        d_log_sum_exp,
+    )

@@ -1,0 +1,191 @@
+"""Quantization in plain `jax.numpy`: the same codes as the plugin's `jax_gluon.quantize` call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_gluon._quantization.formats import (
+    CENTER_TOKENS,
+    QuantizedTensor,
+    QuantSpec,
+    pack,
+    rotation,
+    spread,
+)
+
+# A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
+_MIN_SCALE = 2.0**-125
+# A center above this counts as zero: differences from it might not be finite.
+_LARGEST_CENTER = 2.0**100
+
+
+def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) -> QuantizedTensor:
+    """Codes of float `x` `[..., T, N, H]`; `visible`, bool `[..., T]`, says what can be seen.
+
+    A hidden token counts in no extreme and in no center, and is coded as zeros. A block with a NaN
+    or an infinity gets a NaN scale and codes of 0, so that it dequantizes to NaN.
+    """
+    dtype, H = x.dtype, x.shape[-1]
+    x = x.astype(jnp.float32)
+    if spec.rotate:
+        matrix = jnp.asarray(rotation(H), jnp.float32)
+        x = jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
+    center = None
+    if spec.center:
+        center = token_center(x, visible)
+        largest = np.finfo(np.float32).max
+        # A difference of two finite numbers is kept finite.
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x - center, -largest, largest), x)
+    hidden = None if visible is None else ~visible[..., None, None]
+    if hidden is not None:
+        x = jnp.where(hidden, jnp.zeros_like(x), x)
+    least, most = _extremes(x, hidden, spec)
+    scale, zero_point, minimum = _parameters(least, most, spec)
+    codes = _codes(x, scale, zero_point, minimum, spec)
+    return QuantizedTensor(
+        pack(codes) if spec.bits == 4 else codes, scale, zero_point, minimum, center,
+        spec, np.dtype(dtype), H,
+    )  # fmt: skip
+
+
+def token_center(x: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """The lower median of each head and channel over the first `CENTER_TOKENS` visible tokens.
+
+    Of the finite values; 0 where there is none, or where a difference from it might overflow. It
+    depends on no later token, so neither the future of a causal row nor the order in which a cache
+    gets its tokens moves it, and an outlier does not either.
+
+    **Arguments:** `x`: float32 `[..., T, N, H]`; `visible`: bool `[..., T]`, or None for all.
+
+    **Returns:** float32 `[..., 1, N, H]`.
+    """
+    count = min(CENTER_TOKENS, x.shape[-3])
+    if count == 0:
+        return jnp.zeros((*x.shape[:-3], 1, *x.shape[-2:]), x.dtype)
+    if visible is None:
+        x = x[..., :count, :, :]
+    else:
+        first = jnp.argsort(~visible, axis=-1, stable=True)[..., :count]
+        taken = jnp.take_along_axis(visible, first, axis=-1)[..., None, None]
+        x = jnp.take_along_axis(x, first[..., None, None], axis=-3)
+        x = jnp.where(taken, x, jnp.full_like(x, jnp.inf))
+    finite = jnp.isfinite(x)
+    ordered = jnp.sort(jnp.where(finite, x, jnp.full_like(x, jnp.inf)), axis=-3)
+    number = jnp.sum(finite, axis=-3, keepdims=True, dtype=jnp.int32)
+    at = jnp.maximum(number - 1, 0) // 2
+    middle = jnp.take_along_axis(ordered, at, axis=-3)
+    # An infinity, where there is none, is too large too.
+    return jnp.where(jnp.abs(middle) <= _LARGEST_CENTER, middle, jnp.zeros_like(middle))
+
+
+def _extremes(
+    x: jax.Array, hidden: jax.Array | None, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Least and largest element of each block; NaN where one of them is not finite.
+
+    Hidden tokens do not count; a block of nothing else has 0 for both.
+    """
+    shape = spec.scale_shape(x.shape)
+    if 0 in x.shape:
+        return jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
+    T, N, H = x.shape[-3:]
+    token, head = spec.token_block or T, spec.head_block or H
+    if spec.granularity == "tensor":
+        blocked, axes = x.shape, None
+    else:
+        blocked = (*x.shape[:-3], shape[-3], token, N, shape[-1], head)
+        axes = (-4, -1)
+
+    def reduced(reduce: Callable[..., jax.Array], x: jax.Array, neutral: Any) -> jax.Array:
+        if hidden is not None:
+            x = jnp.where(hidden, jnp.full_like(x, neutral), x)
+        # A short last block is filled up with what changes nothing.
+        widths = [(0, 0)] * (x.ndim - 3) + [(0, -T % token), (0, 0), (0, -H % head)]
+        x = jnp.pad(x, widths, constant_values=neutral)
+        return jnp.broadcast_to(reduce(x.reshape(blocked), axis=axes), shape)
+
+    least, most = reduced(jnp.min, x, jnp.inf), reduced(jnp.max, x, -jnp.inf)
+    # XLA's minimum and maximum drop a NaN on the CPU.
+    is_finite = reduced(jnp.all, jnp.isfinite(x), True)
+    nan = jnp.full_like(least, jnp.nan)
+    is_empty = least > most
+    least, most = (
+        jnp.where(is_empty, jnp.zeros_like(x), jnp.where(is_finite, x, nan)) for x in (least, most)
+    )
+    return least, most
+
+
+def _parameters(
+    least: jax.Array, most: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Scale, and zero point or minimum, as they are stored."""
+    lowest, highest = (jnp.asarray(code, jnp.float32) for code in spec.code_range)
+    levels = highest - lowest
+    minimum = zero_point = None
+    if spec.symmetric:
+        scale = jnp.maximum(-least, most) / highest
+    elif spec.float_minimum:
+        minimum = least
+        if spec.scale_dtype == jnp.bfloat16:
+            minimum = -_round_up(-least)
+        scale = most / levels - minimum / levels
+    else:
+        least, most = jnp.minimum(least, 0.0), jnp.maximum(most, 0.0)
+        scale = most / levels - least / levels
+    if spec.scale_dtype == jnp.bfloat16 and spec.bits == 8:
+        # Rounded down, the ends of a block would lose up to half of a step; of 15 steps, little.
+        scale = _round_up(scale)
+    scale = scale.astype(spec.scale_dtype).astype(jnp.float32)
+    scale = jnp.where(scale < _MIN_SCALE, jnp.zeros_like(scale), scale)
+    if not spec.symmetric and not spec.float_minimum:
+        zero = jnp.clip(jnp.round(lowest - least / _divisor(scale)), lowest, highest)
+        zero_point = jnp.where(scale > 0, zero, jnp.zeros_like(zero)).astype(jnp.int8)
+    if minimum is not None:
+        minimum = minimum.astype(spec.scale_dtype)
+    return scale.astype(spec.scale_dtype), zero_point, minimum
+
+
+def _divisor(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+
+
+def _codes(
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    minimum: jax.Array | None,
+    spec: QuantSpec,
+) -> jax.Array:
+    lowest, highest = (jnp.asarray(code, jnp.float32) for code in spec.code_range)
+    scale = scale.astype(jnp.float32)
+    usable = spread(scale, spec, x.shape) > 0
+    divisor = spread(_divisor(scale), spec, x.shape)
+    if minimum is not None:
+        half = jnp.asarray(0.5, jnp.float32)
+        offset = spread(minimum.astype(jnp.float32), spec, x.shape)
+        codes = jnp.round((x * half - offset * half) / (divisor * half)) + lowest
+    elif zero_point is not None:
+        zero = spread(zero_point.astype(jnp.float32), spec, x.shape)
+        codes = jnp.round(x / divisor) + zero
+    else:
+        codes = jnp.round(x / divisor)
+    zero_code = jnp.zeros_like(codes) if minimum is None else jnp.full_like(codes, lowest)
+    codes = jnp.where(usable, jnp.clip(codes, lowest, highest), zero_code)
+    return jnp.where(jnp.isnan(codes), jnp.zeros_like(codes), codes).astype(jnp.int8)
+
+
+def _round_up(x: jax.Array) -> jax.Array:
+    """The least bfloat16 number that is not below finite `x`, as float32; NaN stays NaN."""
+    narrow = x.astype(jnp.bfloat16).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(narrow, jnp.int32)
+    # The next one: away from 0 where positive, towards it where negative.
+    step = jnp.where(narrow < 0, jnp.full_like(bits, -0x10000), jnp.full_like(bits, 0x10000))
+    above = jax.lax.bitcast_convert_type(bits + step, jnp.float32)
+    rounded = jnp.where(narrow < x, above, narrow)
+    largest = jnp.asarray(jnp.finfo(jnp.bfloat16).max, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, jnp.clip(rounded, -largest, largest))

@@ -1,0 +1,295 @@
+"""The problem of `jax_gluon.xla`, cut into tiles: blocks of queries by chunks of keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
+from jax_gluon._quantization.formats import from_bits, to_bits
+
+# A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
+# operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache
+# and visit more keys that causal masking hides.
+_QUERY_BLOCK = 256
+_KEY_CHUNK = 256
+# Many heads share a tile, so that wide devices have enough to do; its rows are cut where their
+# scores would take more than 64 MiB of float32, but not below what keeps a matrix product busy.
+_TILE_SCORES = 2**24
+_MIN_QUERY_BLOCK = 32
+# Blocks are multiples of the longest SIMD register, in float32.
+_ALIGNMENT = 16
+# Offsets and windows as far as this reach past any sequence, and their sums fit into 32 bits.
+_FAR = 2**29
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An axis in blocks of one size, without padding.
+
+    Where the size does not divide the length, the last block begins early, to end with the axis.
+    Positions that the block before it holds too are not `is_new` there, and are hidden.
+    """
+
+    length: int
+    size: int
+
+    @staticmethod
+    def of(length: int, most: int) -> Blocks:
+        """Blocks of about equal size, at most `most` rounded up to the alignment."""
+        even = math.ceil(length / math.ceil(length / most))
+        return Blocks(length, min(length, math.ceil(even / _ALIGNMENT) * _ALIGNMENT))
+
+    @property
+    def count(self) -> int:
+        """How many blocks the axis has."""
+        return math.ceil(self.length / self.size)
+
+    def start(self, index: jax.Array) -> jax.Array:
+        """The first position of a block."""
+        return jnp.minimum(index * self.size, self.length - self.size)
+
+    def positions(self, index: jax.Array) -> jax.Array:
+        """The positions in a block, int32 `[size]`."""
+        return self.start(index) + jnp.arange(self.size, dtype=jnp.int32)
+
+    def is_new(self, index: jax.Array) -> jax.Array | None:
+        """Which positions no earlier block has, bool `[size]`; None: all."""
+        if self.length % self.size == 0:
+            return None
+        return self.positions(index) >= index * self.size
+
+
+# Axes of a tile. Backward sums over the queries of each key: there a matrix with a row per key is
+# the operand that needs no transpose.
+QUERIES_FIRST = "bkgts"
+KEYS_FIRST = "bksgt"
+
+
+def arrange(x: jax.Array, order: str) -> jax.Array:
+    """What is in `QUERIES_FIRST` order, in `order`."""
+    return x if order == QUERIES_FIRST else keys_first(x)
+
+
+def keys_first(x: jax.Array) -> jax.Array:
+    """From `QUERIES_FIRST` order to `KEYS_FIRST`; any extents."""
+    return jnp.transpose(x, (0, 1, 4, 2, 3))
+
+
+class Scores(NamedTuple):
+    """Logits of one tile, the least one where hidden; `visible` None: all are.
+
+    A logit of -inf hides its key, which a soft cap prevents.
+    `slope` is d logit / d (uncapped logit), where there is a soft cap.
+    """
+
+    logits: jax.Array
+    visible: jax.Array | None
+    slope: jax.Array | None
+
+
+class Tiles:
+    """The operands, cut into tiles. Query heads are grouped by the kv head they read: N = K * G.
+
+    `most_rows` bounds the rows of a block of queries.
+    """
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        operands: FloatOperands,
+        most_rows: int | None = None,
+    ):
+        B, T, N, _ = operands.query.shape
+        _, S, K, _ = operands.key.shape
+        self.problem = problem
+        self.groups = (K, N // K)
+        self.dtype = np.promote_types(operands.query.dtype, np.float32)
+        self.query = operands.query
+        self.key = swap_tokens_and_heads(operands.key)
+        self.value = swap_tokens_and_heads(operands.value)
+        self.bias = operands.bias
+        self.mask = operands.mask
+        self.query_seq_lengths = operands.query_seq_lengths
+        self.key_value_seq_lengths = operands.key_value_seq_lengths
+        self.query_offset = operands.query_offset
+        if 0 in (B, T, S):
+            return
+        self.chunks = Blocks.of(S, _KEY_CHUNK)
+        fit = max(_MIN_QUERY_BLOCK, _TILE_SCORES // (B * N * self.chunks.size))
+        self.queries = Blocks.of(T, min(_QUERY_BLOCK, fit, most_rows or _QUERY_BLOCK))
+
+    def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
+        """Block i of `[B, T, N, X]` as `[B, K, G, t, X]`."""
+        block = _slice(x, self.queries.start(i), self.queries.size, 1)
+        B, t, _, X = block.shape
+        block = block.reshape(B, t, *self.groups, X)
+        return jnp.transpose(block, (0, 2, 3, 1, 4)).astype(self.dtype)
+
+    def write_rows(self, x: jax.Array, i: jax.Array, block: jax.Array) -> jax.Array:
+        """`x`, the bits of `[B, T, N, X]`, with the rows of block i that are new replaced."""
+        B, _, N, X = x.shape
+        start = self.queries.start(i)
+        rows = to_bits(jnp.transpose(block, (0, 3, 1, 2, 4)).reshape(B, -1, N, X))
+        is_new = self.queries.is_new(i)
+        if is_new is not None:
+            kept = jax.lax.dynamic_slice_in_dim(x, start, self.queries.size, 1)
+            rows = jnp.where(is_new[None, :, None, None], rows, kept)
+        return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 1)
+
+    def keys(self, c: jax.Array) -> jax.Array:
+        """Chunk c of the keys, `[B, K, s, H]`."""
+        return self._tokens(self.key, c)
+
+    def values(self, c: jax.Array) -> jax.Array:
+        """Chunk c of the values, `[B, K, s, V]`."""
+        return self._tokens(self.value, c)
+
+    def _tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        return _slice(x, self.chunks.start(c), self.chunks.size, 2).astype(self.dtype)
+
+    def chunk_range(self, i: jax.Array) -> tuple[int | jax.Array, int | jax.Array]:
+        """The chunks of keys, begin and end, that any row of query block i may see."""
+        begin: int | jax.Array = 0
+        end: int | jax.Array = self.chunks.length
+        first_row = i * self.queries.size
+        end_row = jnp.minimum(first_row + self.queries.size, self.queries.length)
+        first_position, end_position = first_row, end_row
+        if (offset := self._offset()) is not None:
+            first_position -= _largest(-offset)
+            end_position += _largest(offset)
+        if self.problem.is_causal:
+            end = jnp.minimum(end, end_position)
+        if self.problem.local_window is not None:
+            left, right = self._window(self.problem.local_window)
+            begin = jnp.maximum(first_position - left, 0) // self.chunks.size
+            end = jnp.minimum(end, end_position + right)
+        if self.key_value_seq_lengths is not None:
+            end = jnp.minimum(end, _largest(self.key_value_seq_lengths))
+        if self.query_seq_lengths is not None:
+            end = jnp.where(first_row < _largest(self.query_seq_lengths), end, 0)
+        return begin, (jnp.maximum(end, 0) + self.chunks.size - 1) // self.chunks.size
+
+    # Clipped where more changes nothing, for sums to fit into 32 bits.
+
+    def _window(self, window: tuple[int, int]) -> tuple[int, int]:
+        most = _FAR if self.query_offset is not None else self.queries.length + self.chunks.length
+        return min(window[0], most), min(window[1], most)
+
+    def _offset(self) -> jax.Array | None:
+        return None if self.query_offset is None else jnp.clip(self.query_offset, -_FAR, _FAR)
+
+    def scores(self, query: jax.Array, i: jax.Array, c: jax.Array, order: str) -> Scores:
+        """The tile of query block i, `[B, K, G, t, H]`, and chunk c of the keys."""
+        products = jnp.einsum(f"bkgth,bksh->{order}", query, self.keys(c))
+        logits = self.problem.scale * products
+        bias = self._tile(self.bias, i, c)
+        if bias is not None:
+            bias = bias.astype(self.dtype)
+            logits += arrange(bias, order)
+        visible = self._visible(i, c, bias)
+        if visible is not None:
+            visible = arrange(visible, order)
+        slope = None
+        if (cap := self.problem.soft_cap) is not None:
+            tanh = jnp.tanh(logits / cap)
+            logits, slope = cap * tanh, 1.0 - tanh * tanh
+        else:
+            is_finite = ~(logits < MIN_LOGIT)  # NaN is visible
+            visible = is_finite if visible is None else visible & is_finite
+        if visible is not None:
+            logits = jnp.where(visible, logits, MIN_LOGIT)
+        return Scores(logits, visible, slope)
+
+    def _tile(self, x: jax.Array | None, i: jax.Array, c: jax.Array) -> jax.Array | None:
+        """The tile of `[b, n, t, s]`, `[b, k, g, t, s]`, of extent 1 where `x` is."""
+        if x is None:
+            return None
+        # Heads are grouped after the cut: XLA would copy all of `x` to group them before.
+        for axis, blocks, index in ((2, self.queries, i), (3, self.chunks, c)):
+            if x.shape[axis] > 1:
+                x = _slice(x, blocks.start(index), blocks.size, axis)
+        b, n, t, s = x.shape
+        return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
+
+    def _visible(self, i: jax.Array, c: jax.Array, bias: jax.Array | None) -> jax.Array | None:
+        row = self.queries.positions(i).reshape(1, 1, 1, -1, 1)
+        key = self.chunks.positions(c).reshape(1, 1, 1, 1, -1)
+        conditions: list[jax.Array] = []
+        if (is_new := self.queries.is_new(i)) is not None:
+            conditions.append(is_new.reshape(row.shape))
+        if (is_new := self.chunks.is_new(c)) is not None:
+            conditions.append(is_new.reshape(key.shape))
+        position = row
+        if (offset := self._offset()) is not None:
+            position += offset.reshape(-1, 1, 1, 1, 1)
+        if self.problem.is_causal:
+            conditions.append(key <= position)
+        if self.problem.local_window is not None:
+            left, right = self._window(self.problem.local_window)
+            conditions.append((position - left <= key) & (key <= position + right))
+        if self.query_seq_lengths is not None:
+            conditions.append(row < self.query_seq_lengths.reshape(-1, 1, 1, 1, 1))
+        if self.key_value_seq_lengths is not None:
+            conditions.append(key < self.key_value_seq_lengths.reshape(-1, 1, 1, 1, 1))
+        if (mask := self._tile(self.mask, i, c)) is not None:
+            conditions.append(mask)
+        if bias is not None and self.problem.soft_cap is None:
+            conditions.append(~(bias < MIN_LOGIT))  # NaN is visible
+        visible = None
+        for condition in conditions:
+            visible = condition if visible is None else visible & condition
+        return visible
+
+
+# The barrier keeps XLA from making a copy of the integers before a loop.
+def _slice(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    if x.dtype == jnp.bfloat16:
+        x, start = cast(Any, jax.lax.optimization_barrier)((x, start))
+    bits = jax.lax.dynamic_slice_in_dim(to_bits(x), start, size, axis)
+    return from_bits(bits, x.dtype)
+
+
+def add_slice(x: jax.Array, part: jax.Array, starts: dict[int, jax.Array]) -> jax.Array:
+    """`x`, the bits of an array, with `part` added from `starts[axis]` on (0 where it has none)."""
+    zero = jnp.zeros((), jnp.int32)
+    start = [starts.get(axis, zero) for axis in range(x.ndim)]
+    old = from_bits(jax.lax.dynamic_slice(x, start, part.shape), part.dtype)
+    return jax.lax.dynamic_update_slice(x, to_bits(old + part), start)
+
+
+def swap_tokens_and_heads(x: jax.Array) -> jax.Array:
+    """From `[B, S, K, H]` to `[B, K, S, H]`, where a head's tokens are one matrix; and back."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _whole_batch(reduce: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """A reduction to a scalar that also reduces the axes that vmap adds.
+
+    Its result steers a loop or a branch, which stays one for the whole batch.
+    """
+    reduction: Any = jax.custom_batching.custom_vmap(reduce)
+
+    def rule(axis_size: int, in_batched: list[bool], x: jax.Array):
+        del axis_size, in_batched
+        return reduction(x), False
+
+    reduction.def_vmap(rule)
+    return cast(Callable[[jax.Array], jax.Array], reduction)
+
+
+@_whole_batch
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN or infinite."""
+    return jnp.all(jnp.isfinite(x))
+
+
+@_whole_batch
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(x)

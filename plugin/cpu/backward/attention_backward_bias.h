@@ -1,0 +1,216 @@
+// Gradient of the bias: dBias = dS, summed over the axes that the bias broadcasts. A task owns a
+// block of the bias and walks everything that is summed into it, in a fixed order.
+#pragma once
+
+#include "cpu/backward/backward_rows.h"
+#include "cpu/tiles/microkernel.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+template <class Isa>
+class AttentionBackwardBias {
+  using Core = F32Core<Isa>;
+  static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns, W = Isa::kLanes;
+  static constexpr int64_t kRows = 96, kKeys = 192;
+  static_assert(kRows % R == 0 && kKeys % C == 0);
+  using Rules = LogitRules<Isa, kKeys>;
+  using Rows = BackwardRows<Isa, AttentionBackwardBiasCall>;
+
+ public:
+  AttentionBackwardBias(const AttentionBackwardBiasCall& call, Parallel& parallel)
+      : call_(call),
+        parallel_(parallel),
+        rows_(call),
+        row_blocks_(call.t == 1 ? 1 : ceil_div(call.T, kRows)),
+        tiles_(ceil_div(call.S, kKeys) + 1),
+        scratch_(parallel.threads()) {}
+
+  void run() {
+    rows_.find_centers(parallel_);
+    const int64_t tasks = call_.L * call_.b * call_.n * row_blocks_;
+    parallel_.run(tasks, [this](int64_t task) { differentiate(task); });
+  }
+
+ private:
+  struct Scratch {
+    Buffer<float> sum;  // [kRows or 1][s]
+    Buffer<float> query_tiles, d_out_tiles, key_scores, value_scores;
+    // [tiles][kRows][kKeys]; cap_slope only under a soft cap
+    Buffer<float> scores, d_probability, cap_slope;
+    Buffer<float> rows, weighted, total;  // the last two: [kRows][W]
+    Buffer<typename Rows::Statistics> statistics;
+  };
+
+  void prepare(Scratch& s) const {
+    const int64_t H = call_.H, V = call_.V;
+    s.sum.allocate((call_.t == 1 ? 1 : kRows) * call_.s);
+    s.query_tiles.allocate(kRows * H);
+    s.d_out_tiles.allocate(kRows * V);
+    s.key_scores.allocate(kKeys * H);
+    s.value_scores.allocate(kKeys * V);
+    s.scores.allocate(tiles_ * kRows * kKeys);
+    s.d_probability.allocate(tiles_ * kRows * kKeys);
+    if (call_.soft_cap != 0.0f) s.cap_slope.allocate(tiles_ * kRows * kKeys);
+    s.weighted.allocate(kRows * W);
+    s.total.allocate(kRows * W);
+    s.rows.allocate((2 * std::max(R, C) + 1) * (std::max(H, V) + Isa::kLanes));
+    s.statistics.allocate(kRows);
+  }
+
+  void differentiate(int64_t task) {
+    const int64_t row_block = task % row_blocks_, lbn = task / row_blocks_;
+    const int64_t n_bias = lbn % call_.n, b_bias = lbn / call_.n % call_.b;
+    const int64_t l = lbn / (call_.n * call_.b), batch = call_.B / std::max<int64_t>(call_.L, 1);
+    auto lease = scratch_.acquire();
+    Scratch& s = *lease;
+    prepare(s);
+    const Range rows = call_.t == 1
+                           ? Range{0, call_.T}
+                           : Range{row_block * kRows, std::min(call_.T, (row_block + 1) * kRows)};
+    const int64_t sums = call_.t == 1 ? 1 : rows.end - rows.begin;
+    std::fill(s.sum.get(), s.sum.get() + sums * call_.s, 0.0f);
+    const Range batches = call_.b == 1 ? Range{0, batch} : Range{b_bias, b_bias + 1};
+    const Range heads = call_.n == 1 ? Range{0, call_.N} : Range{n_bias, n_bias + 1};
+    for (int64_t b = batches.begin; b < batches.end; ++b) {
+      for (int64_t n = heads.begin; n < heads.end; ++n) {
+        for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kRows) {
+          add_rows(l * batch + b, n, {i0, std::min(i0 + kRows, rows.end)}, s);
+        }
+      }
+    }
+    for (int64_t r = 0; r < sums; ++r) {
+      const int64_t i = call_.t == 1 ? 0 : rows.begin + r;
+      const int64_t index = (((l * call_.b + b_bias) * call_.n + n_bias) * call_.t + i) * call_.s;
+      store_row<Isa>(call_.d_bias, index, s.sum.get() + r * call_.s, call_.s, 1.0f);
+    }
+  }
+
+  void add_rows(int64_t b, int64_t n, Range rows, Scratch& s) const {
+    const Visibility visibility(call_, b);
+    const Rules rules(call_, b, n);
+    const Range keys = visibility.of_rows(rows);
+    if (keys.empty()) return;
+    load_queries(b, n, rows, s);
+    std::fill(s.weighted.get(), s.weighted.get() + kRows * W, 0.0f);
+    std::fill(s.total.get(), s.total.get() + kRows * W, 0.0f);
+    const int64_t first = keys.begin / C * C;
+    // Calls body(keys, tile) for the tiles that any of the rows sees.
+    const auto each_tile = [&](const auto& body) {
+      for (int64_t key0 = first; key0 < keys.end; key0 += kKeys) {
+        const Range block{key0, std::min(key0 + kKeys, call_.S)};
+        if (rules.any_visible(rows, intersect(keys, block))) body(block, (key0 - first) / kKeys);
+      }
+    };
+    each_tile([&](Range block, int64_t tile) {
+      load_keys(b, n / (call_.N / call_.K), block, s);
+      probabilities(visibility, rules, rows, block, tile, s);
+    });
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
+      if (total == 0.0f) continue;
+      s.statistics[r].delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
+    }
+    each_tile([&](Range block, int64_t tile) { add_gradients(visibility, rows, block, tile, s); });
+  }
+
+  void load_queries(int64_t b, int64_t n, Range rows, Scratch& s) const {
+    const int64_t H = call_.H, V = call_.V;
+    float* query = s.rows.get();
+    float* d_out = query + R * H;
+    for (int64_t t = 0; t < round_up(rows.end - rows.begin, R); t += R) {
+      for (int64_t r = 0; r < R; ++r) {
+        const int64_t i = rows.begin + t + r;
+        float* q = query + r * H;
+        float* d = d_out + r * V;
+        s.statistics[t + r] = {};
+        if (i < rows.end) {
+          rows_.query(b, i, n, q);
+          rows_.d_out(b, i, n, d);
+          s.statistics[t + r] = rows_.statistics(b, i, n, q);
+          scale_row<Isa>(q, H, call_.scale * kLog2E);
+        } else {
+          std::fill(q, q + H, 0.0f);
+          std::fill(d, d + V, 0.0f);
+        }
+      }
+      interleave<R>(query, H, H, s.query_tiles.get() + t * H);
+      interleave<R>(d_out, V, V, s.d_out_tiles.get() + t * V);
+    }
+  }
+
+  void load_keys(int64_t b, int64_t k, Range keys, Scratch& s) const {
+    const int64_t H = call_.H, V = call_.V;
+    float* row = s.rows.get();
+    float* value = row + C * H;
+    for (int64_t j0 = 0; j0 < round_up(keys.end - keys.begin, C); j0 += C) {
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t j = keys.begin + j0 + c;
+        if (j < keys.end) {
+          rows_.key(b, j, k, row + c * H);
+          rows_.value(b, j, k, value + c * V);
+        } else {
+          std::fill(row + c * H, row + (c + 1) * H, 0.0f);
+          std::fill(value + c * V, value + (c + 1) * V, 0.0f);
+        }
+      }
+      interleave<C>(row, H, H, s.key_scores.get() + j0 * H);
+      interleave<C>(value, V, V, s.value_scores.get() + j0 * V);
+    }
+  }
+
+  static int64_t place_of(int64_t tile, int64_t r) { return (tile * kRows + r) * kKeys; }
+  float* slope_of(Scratch& s, int64_t at) const {
+    return call_.soft_cap != 0.0f ? s.cap_slope.get() + at : nullptr;
+  }
+
+  // P and dP of a tile, and its share of the row sums.
+  void probabilities(const Visibility& visibility, const Rules& rules, Range rows, Range keys,
+                     int64_t tile, Scratch& s) const {
+    const int64_t columns = round_up(keys.end - keys.begin, C);
+    for (int64_t t = 0; t < round_up(rows.end - rows.begin, R); t += R) {
+      for (int64_t j = 0; j < columns; j += C) {
+        const int64_t at = place_of(tile, t) + j;
+        score_tile<Core>(s.query_tiles.get() + t * call_.H, s.key_scores.get() + j * call_.H,
+                         call_.H, s.scores.get() + at, kKeys);
+        score_tile<Core>(s.d_out_tiles.get() + t * call_.V, s.value_scores.get() + j * call_.V,
+                         call_.V, s.d_probability.get() + at, kKeys);
+      }
+    }
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      const Range visible = visibility.of_row(rows.begin + r);
+      if (visible.empty() || s.statistics[r].empty) continue;
+      const int64_t at = place_of(tile, r);
+      probability_row<Isa>(rules, s.statistics[r], rows.begin + r, keys.begin, 0, columns, visible,
+                           s.scores.get() + at, s.d_probability.get() + at, slope_of(s, at),
+                           s.weighted.get() + r * W, s.total.get() + r * W);
+    }
+  }
+
+  void add_gradients(const Visibility& visibility, Range rows, Range keys, int64_t tile,
+                     Scratch& s) const {
+    const int64_t columns = round_up(keys.end - keys.begin, C);
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      if (visibility.of_row(rows.begin + r).empty() || s.statistics[r].empty) continue;
+      const int64_t at = place_of(tile, r);
+      float* ds = s.d_probability.get() + at;
+      const float total = gradient_row<Isa>(s.statistics[r].delta, 0, columns, s.scores.get() + at,
+                                            slope_of(s, at), ds);
+      float* sum = s.sum.get() + (call_.t == 1 ? 0 : r) * call_.s;
+      if (call_.s == 1) {
+        sum[0] += total;
+      } else {
+        for (int64_t j = 0; j < keys.end - keys.begin; ++j) sum[keys.begin + j] += ds[j];
+      }
+    }
+  }
+
+  const AttentionBackwardBiasCall& call_;
+  Parallel& parallel_;
+  Rows rows_;
+  const int64_t row_blocks_, tiles_;
+  ScratchPool<Scratch> scratch_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,133 @@
+// What both backward kernels need of the operands: float32 rows, dequantized and safe to multiply.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/rows/centered_rows.h"
+#include "cpu/tiles/pack.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// The operands of a backward call as float32 rows. Quantized keys come without their center, values
+// without the one that the quantizer took away: what it adds to a row's logits is one number, kept
+// beside the row's maximum, and what it adds to dP and to delta cancels.
+template <class Isa, class Call>
+class BackwardRows {
+ public:
+  explicit BackwardRows(const Call& call)
+      : call_(call), keys_(call, call.key, call.H), values_(call, call.value, call.V) {}
+
+  void find_centers(Parallel& parallel) { keys_.find_centers(parallel); }
+
+  void key(int64_t b, int64_t j, int64_t k, float* out) const { keys_.load(b, j, k, out); }
+  void value(int64_t b, int64_t j, int64_t k, float* out) const { values_.load(b, j, k, out); }
+  void query(int64_t b, int64_t i, int64_t n, float* out) const {
+    QuantizedRow<Isa>::load_uncentered(call_.query, b, i, n, call_.H, out);
+  }
+  void d_out(int64_t b, int64_t i, int64_t n, float* out) const {
+    load_row<Isa>(row_of(call_.d_out, b, i, n), call_.d_out.dtype, call_.V, out);
+  }
+
+  // Whether rowsum(dO * O) is delta: nothing that O was made of was rounded, nor O itself.
+  bool output_is_exact() const {
+    const auto is_exact = [](const QuantizableOperand& x) {
+      return !x.quantization && x.dtype == DType::kF32;
+    };
+    return call_.out.dtype == DType::kF32 && is_exact(call_.query) && is_exact(call_.key) &&
+           is_exact(call_.value);
+  }
+  // rowsum(dO * O) of row (b, i, n), which `d_out` holds; `row` is scratch of V floats.
+  float output_delta(int64_t b, int64_t i, int64_t n, const float* d_out, float* row) const {
+    load_row<Isa>(row_of(call_.out, b, i, n), call_.out.dtype, call_.V, row);
+    return dot<Isa>(d_out, row, call_.V);
+  }
+
+  // Whether what a center of keys adds to dQ, rowsum(dS) times it, may not be exactly zero: the
+  // logits were capped, or the log-sum-exp has a cotangent.
+  bool key_center_matters() const { return call_.soft_cap != 0.0f || call_.d_log_sum_exp; }
+  const float* key_center(int64_t b, int64_t k) const { return keys_.center_of(b, k); }
+
+  struct Statistics {
+    bool empty = true;
+    float maximum = 0.0f, log2_sum = 0.0f;  // of the logits that the kernels recompute
+    float delta = 0.0f;   // dS = P * (dP - delta): the kernels add rowsum(P dP) / rowsum(P)
+    float center = 0.0f;  // added to every logit before bias and soft cap
+  };
+
+  // `query` holds row (b, i, n).
+  Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query) const {
+    Statistics s;
+    s.maximum = scalar_of(call_.row_maximum, b, i, n);
+    s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
+    s.empty = s.log2_sum == kEmptyRowLog2Sum;
+    if (s.empty) return s;
+    if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    if (const float* stored = key_center(b, n / (call_.N / call_.K))) {
+      const float center = call_.scale * kLog2E * dot<Isa>(query, stored, call_.H);
+      if (needs_whole_logits(call_)) {
+        s.center = center;
+      } else {
+        s.maximum -= center;
+      }
+    }
+    return s;
+  }
+
+ private:
+  const Call& call_;
+  CenteredRows<Isa> keys_, values_;
+};
+
+// P of one row of a tile, in place of `scores` (scaled products, base 2); dP = dO V^T stands in
+// `d_probability`. Adds lanes of sum(P dP) to `weighted` and of sum(P) to `total`; `cap_slope`,
+// null without a soft cap, takes d logit / d (uncapped logit).
+template <class Isa, class Rules, class Statistics>
+void probability_row(const Rules& rules, const Statistics& statistics, int64_t i, int64_t key0,
+                     int64_t begin, int64_t end, Range visible, float* scores,
+                     const float* d_probability, float* cap_slope, float* weighted, float* total) {
+  constexpr int64_t W = Isa::kLanes;
+  if (statistics.center != 0.0f) {
+    for (int64_t j = begin; j < end; j += W) {
+      Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(statistics.center)));
+    }
+  }
+  if (rules.any() || visible.begin > key0 + begin || visible.end < key0 + end) {
+    rules.apply(scores, i, key0, begin, end, visible, cap_slope);
+  }
+  const auto maximum = Isa::set1(statistics.maximum);
+  const auto log2_sum = Isa::set1(statistics.log2_sum);
+  auto p_sum = Isa::load(total), weighted_sum = Isa::load(weighted);
+  for (int64_t j = begin; j < end; j += W) {
+    // In this order: log2_sum would vanish in a large maximum.
+    const auto below_maximum = Isa::sub(Isa::load(scores + j), maximum);
+    const auto p = Isa::template exp2<5>(Isa::sub(below_maximum, log2_sum));
+    // Hidden keys have P = 0 exactly; their dP may be NaN.
+    const auto term = Isa::where_nonzero(p, Isa::mul(p, Isa::load(d_probability + j)));
+    p_sum = Isa::add(p_sum, p);
+    weighted_sum = Isa::add(weighted_sum, term);
+    Isa::store(scores + j, p);
+  }
+  Isa::store(total, p_sum);
+  Isa::store(weighted, weighted_sum);
+}
+
+// dS = P * (dP - delta) of one row of a tile, in place of dP, and its sum.
+template <class Isa>
+float gradient_row(float delta, int64_t begin, int64_t end, const float* p, const float* cap_slope,
+                   float* d_probability) {
+  auto sum = Isa::zero();
+  for (int64_t j = begin; j < end; j += Isa::kLanes) {
+    const auto x = Isa::load(p + j);
+    auto ds = Isa::mul(x, Isa::sub(Isa::load(d_probability + j), Isa::set1(delta)));
+    if (cap_slope) ds = Isa::mul(ds, Isa::load(cap_slope + j));
+    // Where P = 0 neither dP nor the slope need be there.
+    ds = Isa::where_nonzero(x, ds);
+    sum = Isa::add(sum, ds);
+    Isa::store(d_probability + j, ds);
+  }
+  return Isa::reduce_add(sum);
+}
+
+}  // namespace
+}  // namespace jax_gluon::cpu

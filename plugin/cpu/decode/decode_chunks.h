@@ -1,0 +1,118 @@
+// Attention of a few queries over many keys: the keys are split into chunks, so that all threads
+// work on few heads, and the chunks' partial results are merged (Flash-Decoding).
+#pragma once
+
+#include <cmath>
+
+#include "cpu/rows/logit_rules.h"
+#include "cpu/rows/quantized_rows.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+template <class Isa>
+class DecodeChunks {
+ public:
+  static constexpr int64_t kMaxQueries = 4;
+  static bool takes(const AttentionForwardCall& call) { return call.T <= kMaxQueries; }
+
+  // Rows of a kv head.
+  static int64_t rows_of(const AttentionForwardCall& call) {
+    return call.T * (call.N / std::max<int64_t>(call.K, 1));
+  }
+
+  // The length of a chunk: at least this, and so long that partial results of many rows take no
+  // more memory than those of a few.
+  static int64_t keys_of(const AttentionForwardCall& call, int64_t least) {
+    constexpr int64_t kMaxPartials = 4096, kMinChunks = 16;
+    const int64_t chunks = std::max(kMaxPartials / std::max<int64_t>(rows_of(call), 1), kMinChunks);
+    return std::max(least, round_up(ceil_div(call.S, chunks), least));
+  }
+
+  // `keys` is the length of a chunk: by shape alone, so that results are the same for any number of
+  // threads.
+  DecodeChunks(const AttentionForwardCall& call, Parallel& parallel, int64_t keys)
+      : call_(call),
+        parallel_(parallel),
+        keys_(keys),
+        group_(call.N / std::max<int64_t>(call.K, 1)),
+        rows_(call.T * group_),
+        chunks_(std::max<int64_t>(1, ceil_div(call.S, keys))) {}
+
+  // Rows of a kv head: row r is query r / group of head k * group + r % group.
+  int64_t rows() const { return rows_; }
+  int64_t query_of(int64_t r) const { return r / group_; }
+  int64_t head_of(int64_t k, int64_t r) const { return k * group_ + r % group_; }
+
+  // What a chunk found for row r of kv head k: V sums of values by probabilities relative to
+  // 2^maximum, and the sum of those.
+  struct Partial {
+    float *values, *maximum, *sum;
+  };
+  Partial partial(int64_t b, int64_t k, int64_t chunk, int64_t r) const {
+    const int64_t index = ((b * call_.K + k) * chunks_ + chunk) * rows_ + r;
+    float* values = partial_.get() + index * (call_.V + 2);
+    return {values, values + call_.V, values + call_.V + 1};
+  }
+
+  // Calls attend(b, chunk, visibility, keys) for every chunk with keys that some row may see. It
+  // fills the partials of all kv heads.
+  template <class Attend>
+  void run(Attend attend) {
+    const int64_t heads = call_.B * call_.K;
+    if (heads * call_.T == 0) return;
+    partial_.allocate(heads * chunks_ * rows_ * (call_.V + 2));
+    parallel_.run(call_.B * chunks_, [&](int64_t task) {
+      const int64_t b = task / chunks_, chunk = task % chunks_;
+      const Visibility visibility(call_, b);
+      const Range all{chunk * keys_, std::min(call_.S, (chunk + 1) * keys_)};
+      const Range keys = intersect(visibility.keys(), all);
+      if (!keys.empty()) return attend(b, chunk, visibility, keys);
+      for (int64_t i = 0; i < call_.K * rows_; ++i) {
+        const Partial none = partial(b, i / rows_, chunk, i % rows_);
+        *none.maximum = kHidden;
+        *none.sum = 0.0f;
+      }
+    });
+    parallel_.run(heads, [&](int64_t head) { merge(head / call_.K, head % call_.K); });
+  }
+
+ private:
+  void merge(int64_t b, int64_t k) const {
+    const float* center = stored_center(call_.value, b, k);
+    Buffer<float> out(call_.V);
+    for (int64_t r = 0; r < rows_; ++r) {
+      float maximum = kHidden, sum = 0.0f;
+      for (int64_t c = 0; c < chunks_; ++c) {
+        maximum = std::max(maximum, *partial(b, k, c, r).maximum);
+      }
+      const float reference = maximum == kHidden ? 0.0f : maximum;
+      std::fill(out.get(), out.get() + call_.V, 0.0f);
+      for (int64_t c = 0; c < chunks_; ++c) {
+        const Partial from = partial(b, k, c, r);
+        if (*from.sum == 0.0f) continue;
+        const float factor = *from.maximum == kHidden ? 1.0f : std::exp2(*from.maximum - reference);
+        sum += *from.sum * factor;
+        for (int64_t v = 0; v < call_.V; ++v) out[v] += from.values[v] * factor;
+      }
+      const bool empty = sum == 0.0f;
+      float factor = empty ? 0.0f : 1.0f / sum;
+      if (center && !empty) {
+        for (int64_t v = 0; v < call_.V; ++v) out[v] = out[v] * factor + center[v];
+        factor = 1.0f;
+      }
+      const int64_t index = (b * call_.T + query_of(r)) * call_.N + head_of(k, r);
+      store_row<Isa>(call_.out, index * call_.V, out.get(), call_.V, factor);
+      static_cast<float*>(call_.row_maximum.data)[index] = empty ? 0.0f : reference;
+      static_cast<float*>(call_.log2_sum.data)[index] = empty ? kEmptyRowLog2Sum : std::log2(sum);
+    }
+  }
+
+  const AttentionForwardCall& call_;
+  Parallel& parallel_;
+  const int64_t keys_, group_, rows_, chunks_;
+  Buffer<float> partial_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,337 @@
+// The gluon pipeline of attention forward: a task takes all rows of a kv head that fit, and passes
+// over its keys once, a ring of packed blocks ahead of it. A group of rows goes through a block by
+// subtiles of keys: the products of the next one come before the softmax of this one, whose
+// probabilities are multiplied with the values at once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+
+#include "cpu/forward/forward_rows.h"
+#include "cpu/forward/key_value_ring.h"
+#include "cpu/forward/online_softmax.h"
+#include "cpu/forward/subtile_softmax.h"
+#include "cpu/tiles/microkernel.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+template <class Core>
+class GluonForward {
+  using Isa = typename Core::Isa;
+  using Lane = typename Core::Lane;
+  static constexpr int W = Isa::kLanes;
+  static constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
+  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kStep = ForwardBlocks<Core>::kStep;
+  static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
+  // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of
+  // its own, or to keep threads busy, but then not below the least, and what is packed is shared.
+  static constexpr int64_t kMaxBlocks = 43, kMinBlocks = 4;
+  static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;  // of a subtile, at most
+  using Rules = LogitRules<Isa, kKeys>;
+  using Softmax = SubtileSoftmax<Core>;
+  using Yes = std::true_type;
+  using No = std::false_type;
+
+ public:
+  GluonForward(const AttentionForwardCall& call, Parallel& parallel)
+      : call_(call),
+        parallel_(parallel),
+        lanes_(ceil_div(call.H, G)),
+        value_panels_(ceil_div(call.V, C)),
+        value_columns_(value_panels_ * C),
+        row_blocks_(ceil_div(call.T, kBlockRows)),
+        head_blocks_(call.K == 0 ? 0 : call.N / call.K * row_blocks_),
+        subtile_keys_(ForwardBlocks<Core>::subtile_keys(call)),
+        key_values_(call),
+        shared_(call, key_values_),
+        rows_(call, key_values_),
+        block_softmax_(call),
+        scratch_(parallel.threads()) {
+    const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
+    const int64_t busy =
+        std::min(ceil_div(2 * parallel.threads(), heads), ceil_div(head_blocks_, kMinBlocks));
+    const int64_t least = std::max<int64_t>(1, ceil_div(head_blocks_, kMaxBlocks));
+    const int64_t tasks = std::max(least, std::min(busy, head_blocks_));
+    shares_ = tasks > least;
+    task_blocks_ = std::max<int64_t>(1, ceil_div(head_blocks_, tasks));
+  }
+
+  void run() {
+    if (call_.B * call_.T * call_.N == 0) return;
+    key_values_.prepare(parallel_);
+    if (shares_) shared_.pack_all(parallel_);
+    const int64_t tasks = ceil_div(head_blocks_, task_blocks_);
+    parallel_.run(call_.B * call_.K * tasks, [this, tasks](int64_t task) {
+      // Last rows first: with causal masking they are the longest.
+      const int64_t first = (tasks - 1 - task % tasks) * task_blocks_;
+      attend(task / tasks, first, std::min(first + task_blocks_, head_blocks_));
+    });
+  }
+
+ private:
+  // A row block of a task: rows of one query head.
+  struct RowBlock {
+    int64_t n;
+    Range rows;
+    RowState state;
+  };
+
+  struct Scratch {
+    RowScratch<Core> load;
+    std::optional<KeyValueRing<Core>> ring;
+    Buffer<RowBlock> blocks;
+    Buffer<Lane> query;               // row tiles of each block
+    Buffer<float> out;                // [rows][value_columns]
+    Buffer<float> sums, offset_sums;  // [rows][W]
+    Buffer<float> scores;             // two of [kGroupRows][kKeys]
+    Buffer<Lane> probabilities;       // [kGroupRows][kKeys / G]; the scores where G == 1
+    Buffer<typename Softmax::Group> group;
+  };
+
+  // What a task's groups have in common on one block of keys, which is packed at key `place` of row
+  // `row` of `packed`.
+  struct KeyBlock {
+    int64_t b, k, key0;
+    const PackedKeyValues<Core>& packed;
+    int64_t row, place;
+  };
+
+  void prepare(Scratch& s) const {
+    if (s.ring) return;
+    s.load.prepare(call_);
+    s.ring.emplace(call_, key_values_);
+    const int64_t rows = task_blocks_ * kBlockRows;
+    s.blocks.allocate(task_blocks_);
+    s.group.allocate(1);
+    s.group[0] = {};
+    s.query.allocate(rows * lanes_);
+    s.out.allocate(rows * value_columns_);
+    s.sums.allocate(rows * W);
+    if (key_values_.has_value_offsets()) s.offset_sums.allocate(rows * W);
+    s.scores.allocate(2 * kGroupRows * kKeys);
+    if (G != 1) s.probabilities.allocate(kGroupRows * kKeys / G);
+  }
+
+  void attend(int64_t head, int64_t first, int64_t last) {
+    const int64_t b = head / call_.K, k = head % call_.K, group = call_.N / call_.K;
+    const Visibility visibility(call_, b);
+    auto lease = scratch_.acquire();
+    Scratch& s = *lease;
+    prepare(s);
+
+    const int64_t rows = (last - first) * kBlockRows;
+    std::fill(s.out.get(), s.out.get() + rows * value_columns_, 0.0f);
+    std::fill(s.sums.get(), s.sums.get() + rows * W, 0.0f);
+    if (s.offset_sums.get()) std::fill(s.offset_sums.get(), s.offset_sums.get() + rows * W, 0.0f);
+    Range keys{call_.S, 0};
+    for (int64_t u = first; u < last; ++u) {
+      RowBlock& block = s.blocks[u - first];
+      const int64_t i0 = u % row_blocks_ * kBlockRows;
+      block.n = k * group + u / row_blocks_;
+      block.rows = {i0, std::min(call_.T, i0 + kBlockRows)};
+      rows_.load(b, block.n, block.rows, s.load, s.query.get() + (u - first) * kBlockRows * lanes_,
+                 block.state);
+      const Range seen = visibility.of_rows(block.rows);
+      if (seen.empty()) continue;
+      keys = {std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
+    }
+    KeyValueRing<Core>& ring = *s.ring;
+    if (!shares_) ring.start(head, keys);
+    for (int64_t key0 = ring.first_block(keys); key0 < keys.end; key0 += ring.block_keys()) {
+      if (!shares_) ring.fill_ahead(key0, s.load);
+      const KeyBlock at = shares_ ? KeyBlock{b, k, key0, shared_, head, key0}
+                                  : KeyBlock{b, k, key0, ring.packed(), ring.slot(key0), 0};
+      for (int64_t u = 0; u < last - first; ++u) attend_block(visibility, at, u, s);
+    }
+    for (int64_t u = 0; u < last - first; ++u) finish(b, u, s);
+  }
+
+  void attend_block(const Visibility& visibility, const KeyBlock& at, int64_t u, Scratch& s) const {
+    RowBlock& block = s.blocks[u];
+    const Range rows = block.rows, keys{at.key0, at.key0 + s.ring->block_keys()};
+    if (intersect(visibility.of_rows(rows), keys).empty()) return;
+    const Rules rules(call_, at.b, block.n);
+    for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
+      const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
+      const Range seen = intersect(visibility.of_rows(group), keys);
+      if (seen.empty() || !rules.any_visible(group, seen)) continue;
+      const int64_t begin = (seen.begin - at.key0) / kStep * kStep;
+      const int64_t end = round_up(seen.end - at.key0, kStep);
+      float* scores = s.scores.get();
+      float* next_scores = scores + kGroupRows * kKeys;
+      const Lane* query = s.query.get() + (u * kBlockRows + g) * lanes_;
+      multiply_keys(query, at, begin, std::min(begin + subtile_keys_, end), scores);
+      for (int64_t j = begin; j < end; j += subtile_keys_, std::swap(scores, next_scores)) {
+        const int64_t next = j + subtile_keys_;
+        if (next < end) {
+          multiply_keys(query, at, next, std::min(next + subtile_keys_, end), next_scores);
+        }
+        subtile(visibility, rules, at, group, u, g, {begin, end}, j, scores, s);
+      }
+    }
+  }
+
+  void multiply_keys(const Lane* query, const KeyBlock& at, int64_t begin, int64_t end,
+                     float* scores) const {
+    for (int64_t j = begin; j < end; j += C) {
+      for (int t = 0; t < kGroupRows; t += R) {
+        score_tile<Core>(query + t * lanes_, at.packed.key_panels(at.row, at.place + j), lanes_,
+                         scores + t * kKeys + j - begin, kKeys);
+      }
+    }
+  }
+
+  // Softmax and values of the subtile that starts at column `begin` of the block, of which the
+  // group sees `seen`; `scores` are its products.
+  void subtile(const Visibility& visibility, const Rules& rules, const KeyBlock& at, Range group,
+               int64_t u, int64_t g, Range seen, int64_t begin, float* scores, Scratch& s) const {
+    RowState& state = s.blocks[u].state;
+    const PackedKeyValues<Core>& packed = at.packed;
+    const int64_t place = at.place + begin;
+    const int64_t columns = std::min<int64_t>(seen.end - begin, subtile_keys_);
+    const int64_t rows = group.end - group.begin, key = at.key0 + begin;
+    const uint8_t* dirty = packed.dirty(at.row) + place;
+    Lane* probabilities = G == 1 ? reinterpret_cast<Lane*>(scores) : s.probabilities.get();
+    const bool marked = std::memchr(dirty, 1, static_cast<size_t>(columns)) != nullptr;
+    KeyScales scales;
+    if constexpr (kInt8) scales = packed.key_scales(at.row, place);
+    const bool edit_all = rules.any() || key_values_.has_offsets();
+    const auto cuts = [&](Range visible, int64_t from, int64_t to) {
+      return !contains(visible, {at.key0 + from, at.key0 + to});
+    };
+    // Ends of what rows see never decrease but to those past the lengths, which come last.
+    const Range first = visibility.of_row(group.begin), last = visibility.of_row(group.end - 1);
+    const bool inside =
+        !edit_all && !cuts(first, seen.begin, seen.end) && !cuts(last, seen.begin, seen.end);
+    s.group[0].rescales = false;
+    int64_t done = 0;
+    if constexpr (kInt8 && Softmax::kRowsAtOnce > 1) {
+      constexpr int kRows = Softmax::kRowsAtOnce;
+      for (; inside && done + kRows <= rows; done += kRows) {
+        run_int8<kRows>(false, marked, scales, scores + done * kKeys, done, g + done,
+                        probabilities + done * (kKeys / G), state, s.group[0]);
+      }
+    }
+    for (int64_t r = done; r < rows; ++r) {
+      const int64_t row = g + r;
+      float* row_scores = scores + r * kKeys;
+      Lane* out = probabilities + r * (kKeys / G);
+      const Range visible = inside ? first : visibility.of_row(group.begin + r);
+      const bool edit = !inside && (edit_all || cuts(visible, begin, begin + columns));
+      if (edit) {
+        block_softmax_.edit(rules, scales, key_values_.has_offsets(), group.begin + r, key, 0,
+                            columns, visible, row_scores, row, state);
+        if (kInt8 && call_.bias) {
+          block_softmax_.move_origin(0, columns, row_scores, row, state, state.maximum[row]);
+        }
+      }
+      if constexpr (kInt8) {
+        run_int8<1>(edit, marked, scales, row_scores, r, row, out, state, s.group[0]);
+      } else if (kBf16 && !edit) {
+        Softmax::template run_row<true>(row_scores, columns, r, state.factor[row],
+                                        state.maximum[row], out, s.group[0]);
+      } else {
+        Softmax::template run_row<false>(row_scores, columns, r, 1.0f, state.maximum[row], out,
+                                         s.group[0]);
+      }
+    }
+    const int64_t at_row = u * kBlockRows + g;
+    float* sums = s.sums.get() + at_row * W;
+    float* offset_sums =
+        key_values_.has_value_offsets() ? s.offset_sums.get() + at_row * W : nullptr;
+    Softmax::finish(state.maximum + g, sums, offset_sums, s.group[0]);
+    float* out = s.out.get() + at_row * value_columns_;
+    multiply_values(probabilities, columns, packed.value_lines(at.row, place),
+                    packed.value_panel_stride(), rows, s.group[0], out);
+    if (!marked) return;
+    rows_.add_marked_values(
+        at.b, at.k, key, {0, columns}, dirty, rows, s.load, out, value_columns_,
+        [&](int64_t r, int64_t c) {
+          if constexpr (kInt8) {
+            const float logit = scores[r * kKeys + c];
+            return logit == kHidden ? 0.0f
+                                    : std::exp2(logit - scales.fold_log2[c] - state.maximum[g + r]);
+          } else if constexpr (kBf16) {
+            const auto* bits = reinterpret_cast<const uint16_t*>(probabilities);
+            return float_from_bf16(bits[r * kKeys + c]);
+          } else {
+            return scores[r * kKeys + c];
+          }
+        });
+  }
+
+  // `scores` and `out` are those of row r of the group, row `row` of the block.
+  template <int kRows>
+  void run_int8(bool are_logits, bool keep, const KeyScales& scales, float* scores, int64_t r,
+                int64_t row, Lane* out, const RowState& state,
+                typename Softmax::Group& group) const {
+    const auto run = [&](auto logits, auto keeps, auto has_offsets) {
+      Softmax::template run_rows_int8<kRows, logits(), keeps(), has_offsets()>(
+          scales, scores, r, state.factor + row, state.key_bias + row, state.maximum + row, out,
+          group);
+    };
+    const auto run_kind = [&](auto keeps, auto has_offsets) {
+      are_logits ? run(Yes(), keeps, has_offsets) : run(No(), keeps, has_offsets);
+    };
+    if (key_values_.has_value_offsets()) {
+      run_kind(Yes(), Yes());
+    } else if (keep) {
+      run_kind(Yes(), No());
+    } else {
+      run_kind(No(), No());
+    }
+  }
+
+  void multiply_values(const Lane* probabilities, int64_t columns, const Lane* values,
+                       int64_t panel_stride, int64_t rows, const typename Softmax::Group& group,
+                       float* out) const {
+    if (kInt8 && group.rescales) {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (group.rescale[r] != 1.0f) {
+          scale_row<Isa>(out + r * value_columns_, value_columns_, group.rescale[r]);
+        }
+      }
+    }
+    const float* factor = kInt8 ? group.factor : group.rescale;
+    for (int64_t p = 0; p < value_panels_; ++p, values += panel_stride) {
+      for (int t = 0; t < kGroupRows; t += R) {
+        value_tile<Core, kKeys / G>(probabilities + t * (kKeys / G), values, columns / G,
+                                    out + t * value_columns_ + p * C, value_columns_, factor + t);
+      }
+    }
+  }
+
+  void finish(int64_t b, int64_t u, Scratch& s) const {
+    RowBlock& block = s.blocks[u];
+    for (int64_t r = 0; r < block.rows.end - block.rows.begin; ++r) {
+      const int64_t at = u * kBlockRows + r;
+      block.state.sum[r] = Isa::reduce_add(Isa::load(s.sums.get() + at * W));
+      if (key_values_.has_value_offsets()) {
+        block.state.value_offset[r] = Isa::reduce_add(Isa::load(s.offset_sums.get() + at * W));
+      }
+      rows_.store(b, block.n, block.rows.begin + r, r, s.out.get() + at * value_columns_,
+                  block.state);
+    }
+  }
+
+  const AttentionForwardCall& call_;
+  Parallel& parallel_;
+  const int64_t lanes_, value_panels_, value_columns_;
+  const int64_t row_blocks_, head_blocks_;  // of a query head, of a kv head
+  const int64_t subtile_keys_;
+  int64_t task_blocks_ = 1;
+  bool shares_ = false;
+  KeyValueRows<Core> key_values_;
+  PackedKeyValues<Core> shared_;  // all keys and values, where tasks share them
+  const ForwardRows<Core> rows_;
+  const OnlineSoftmax<Core> block_softmax_;
+  ScratchPool<Scratch> scratch_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,97 @@
+// The blocks that a forward pass works in.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/memory/buffer.h"
+#include "cpu/tiles/cores.h"
+#include "device.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// Keys per block, at most, of the baseline pipeline: the scores of a row group (12 x 256 x 4 bytes)
+// stay in L1, and a block of K and V (64 KiB each at H = 64 float32) in L2 while every row group of
+// a query block reads it.
+constexpr int kBlockKeys = 256;
+// Query rows per task: a multiple of every row group; what K and V are read from L2 for.
+constexpr int kBlockRows = 96;
+// Keys that share one maximum where probabilities have 8 bits (facts: 64 is the knee between the
+// error of a coarser maximum and the cost of rescaling).
+constexpr int kSubtileKeys = 64;
+
+template <class Core>
+struct ForwardBlocks {
+  static constexpr int R = Core::kTileRows, C = Core::kTileColumns;
+  static constexpr bool kInt8 = Core::kFormat == Format::kInt8;
+  static constexpr bool kBf16 = Core::kFormat == Format::kBf16;
+  // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.
+  static constexpr int kGroupRows = R >= 12 ? R : 2 * R;
+  // Keys of a subtile of the gluon pipeline, at most: a row's logits are kept in 16 registers, with
+  // AVX-512 half of all.
+  static constexpr int kSubtileColumns = kInt8 ? kSubtileKeys : 16 * Core::Isa::kLanes;
+  // Key ranges are rounded to this many keys.
+  static constexpr int kStep = kInt8 ? (kSubtileKeys > C ? kSubtileKeys : C) : C;
+  static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % kGroupRows == 0);
+
+  // The baseline pipeline's keys in a block.
+  static int64_t block_keys(const AttentionForwardCall& call) {
+    return std::min<int64_t>(kBlockKeys, round_up(call.cpu_kernel.block_k, kStep));
+  }
+  // The gluon pipeline's keys in a subtile, and in a block of its ring: whole subtiles.
+  static int64_t subtile_keys(const AttentionForwardCall& call) {
+    return kInt8 ? kSubtileColumns
+                 : std::min<int64_t>(kSubtileColumns, round_up(call.cpu_kernel.subtile, C));
+  }
+  static int64_t ring_keys(const AttentionForwardCall& call) {
+    return round_up(call.cpu_kernel.block_k, std::max<int64_t>(kStep, subtile_keys(call)));
+  }
+
+  // Whether the core computes the call: INT8 where all operands are codes whose scales don't vary
+  // along a row (4-bit rows are rounded to INT8 rows otherwise), float32 takes everything.
+  static bool takes(const AttentionForwardCall& call) {
+    const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
+    for (const QuantizableOperand* x : operands) {
+      const Quantization& q = x->quantization;
+      if (kInt8 && (!q || (q.bits == 8 && q.head_block != 0))) return false;
+      if (kBf16 && (q || x->dtype != DType::kBF16)) return false;
+    }
+    return !kInt8 || !call.query.quantization.center;
+  }
+};
+
+// Rows of operands on their way to lanes: of one task.
+template <class Core>
+struct RowScratch {
+  using Lane = typename Core::Lane;
+
+  void prepare(const AttentionForwardCall& call) {
+    if (rows) return;
+    int64_t bytes = 0;
+    const auto reserve = [&](int64_t count) {
+      const int64_t at = bytes;
+      bytes += round_up(count * 4, kAlignment);
+      return at;
+    };
+    constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
+    const int64_t widest = std::max(call.H, round_up(call.V, C));
+    const int64_t rows_at = reserve(std::max(C, R) * ceil_div(call.H, G));
+    const int64_t row_at = reserve(widest + Core::Isa::kLanes);
+    code_stride = round_up(std::max(call.H, call.V), kAlignment);
+    const int64_t codes_at = reserve(
+        ForwardBlocks<Core>::kInt8 ? kSubtileKeys * code_stride / 4 + Core::Isa::kLanes : 0);
+    memory.allocate(bytes);
+    rows = reinterpret_cast<Lane*>(memory.get() + rows_at);
+    row = reinterpret_cast<float*>(memory.get() + row_at);
+    codes = reinterpret_cast<int8_t*>(memory.get() + codes_at);
+  }
+
+  Buffer<char> memory;
+  Lane* rows = nullptr;     // rows as lanes
+  float* row = nullptr;     // a float row
+  int8_t* codes = nullptr;  // INT8: rows of codes of a subtile
+  int64_t code_stride = 0;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,250 @@
+// The online softmax of a block of rows (Milakov and Gimelshein 2018): products to logits, logits
+// to probabilities.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/forward/forward_blocks.h"
+#include "cpu/forward/packed_key_values.h"
+#include "cpu/rows/logit_rules.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// Per row of a block, base 2: the largest logit so far, the sum of probabilities relative to it,
+// the factor of its integer or unscaled products, and what key centering takes from each logit.
+// INT8 under a bias: the maximum is relative to `origin`, the largest logit so far.
+struct RowState {
+  alignas(kAlignment) float origin[kBlockRows + 16];
+  alignas(kAlignment) float maximum[kBlockRows + 16];
+  alignas(kAlignment) float sum[kBlockRows + 16];
+  alignas(kAlignment) float factor[kBlockRows + 16];
+  alignas(kAlignment) float center[kBlockRows + 16];
+  alignas(kAlignment) int32_t key_bias[kBlockRows + 16];
+  // The query's part of what offsets add to a logit, scaled: its sum times the key's offset, and
+  // its offset times the key's code sum. The value offsets' part of the sum of values.
+  alignas(kAlignment) float query_sum[kBlockRows + 16];
+  alignas(kAlignment) float query_offset[kBlockRows + 16];
+  alignas(kAlignment) float value_offset[kBlockRows + 16];
+};
+
+template <class Core>
+class OnlineSoftmax {
+  using Isa = typename Core::Isa;
+  using Lane = typename Core::Lane;
+  using F = typename Isa::F;
+  static constexpr int W = Isa::kLanes, C = Core::kTileColumns, G = Core::kGroup;
+  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
+  static constexpr int kDegree = kInt8 || kBf16 ? 3 : 5;
+
+ public:
+  // Per subtile and row of a group: what turns integer sums into the running scale.
+  using SubtileFactors = float[kBlockKeys / kSubtileKeys][kGroupRows];
+
+  explicit OnlineSoftmax(const AttentionForwardCall& call) : call_(call) {}
+
+  // The products of a row with keys key0 + begin.. to logits, hidden where the row does not see
+  // them.
+  template <class Rules>
+  void edit(const Rules& rules, const KeyScales& keys, bool has_offsets, int64_t i, int64_t key0,
+            int64_t begin, int64_t end, Range visible, float* scores, int64_t row,
+            const RowState& state) const {
+    if constexpr (kInt8) {
+      to_logits(keys, has_offsets, begin, end, scores, row, state);
+    } else if constexpr (kBf16) {
+      scale_row<Isa>(scores + begin, end - begin, state.factor[row]);
+    } else {
+      add_centre(begin, end, scores, state.center[row]);
+    }
+    rules.apply(scores, i, key0, begin, end, visible);
+  }
+
+  // Logits to probabilities relative to the running maximum, which may grow: `rescale` is what that
+  // does to everything accumulated before.
+  // With kScale, `scores` are products that the row's factor makes logits.
+  template <bool kScale>
+  void run(const float* scores, int64_t begin, int64_t end, int64_t row, Lane* out, RowState& state,
+           float& rescale) const {
+    const F factor = Isa::set1(state.factor[row]);
+    const auto logit = [&](int64_t j) {
+      const F x = Isa::load(scores + j);
+      return kScale ? Isa::mul(x, factor) : x;
+    };
+    F m0 = Isa::set1(kHidden), m1 = m0;
+    static_assert(C % (2 * W) == 0 || C == W);
+    constexpr int kUnroll = C == W ? 1 : 2;
+    for (int64_t j = begin; j < end; j += kUnroll * W) {
+      m0 = Isa::max(m0, logit(j));
+      if constexpr (kUnroll == 2) m1 = Isa::max(m1, logit(j + W));
+    }
+    const float before = state.maximum[row];
+    const float now = std::max(before, Isa::reduce_max(Isa::max(m0, m1)));
+    if (now == kHidden) {
+      // Nothing visible yet. (A NaN is not hidden: it must reach the output.)
+      rescale = 1.0f;
+      bool nan = false;
+      for (int64_t j = begin; j < end; ++j) nan |= scores[j] != scores[j];
+      if (!nan) {
+        std::fill(out + begin / G, out + end / G, Lane(0));
+        return;
+      }
+    }
+    const F minus_max = Isa::set1(now == kHidden ? 0.0f : -now);
+    F l0 = Isa::zero(), l1 = l0;
+    for (int64_t j = begin; j < end; j += kUnroll * W) {
+      const F p0 = Isa::template exp2<kDegree>(Isa::add(logit(j), minus_max));
+      l0 = Isa::add(l0, p0);
+      F p1 = Isa::zero();
+      if constexpr (kUnroll == 2) {
+        p1 = Isa::template exp2<kDegree>(Isa::add(logit(j + W), minus_max));
+        l1 = Isa::add(l1, p1);
+      }
+      if constexpr (kBf16) {
+        Isa::store_bf16_pair(out + j / G, p0, p1);
+      } else {
+        Isa::store(reinterpret_cast<float*>(out) + j, p0);
+        if constexpr (kUnroll == 2) Isa::store(reinterpret_cast<float*>(out) + j + W, p1);
+      }
+    }
+    rescale = before == kHidden ? (state.sum[row] == 0.0f ? 0.0f : 1.0f) : std::exp2(before - now);
+    state.maximum[row] = now;
+    state.sum[row] = state.sum[row] * rescale + Isa::reduce_add(Isa::add(l0, l1));
+  }
+
+  // 8-bit probabilities: integer scores, or logits where a subtile is not in `products`, become
+  // logit + log2(value scale) in place; each subtile of keys is rounded against its own maximum of
+  // them; the normaliser, and the sum of value offsets, take the unrounded probabilities.
+  template <bool kValueOffsets>
+  void run_int8(const KeyScales& keys, int64_t begin, int64_t end, Range products, float* scores,
+                int64_t row, int64_t r, Lane* probabilities, RowState& state, float& rescale,
+                SubtileFactors& subtile_factor) const {
+    constexpr float kLog2Of255 = 7.99435344f;
+    // A subtile with nothing visible keeps a finite maximum: -inf - -inf would be NaN.
+    constexpr float kFloor = -1e30f;
+    const float* fold = keys.fold_log2;
+    const float* inverse = keys.fold_inverse;
+    const float* key_scale = keys.scale;
+    [[maybe_unused]] const float* value_offset = keys.value_offset;
+    const F row_factor = Isa::set1(state.factor[row]);
+    // Of each subtile: the largest of its numbers, and what they are relative to.
+    float subtile_max[kBlockKeys / kSubtileKeys], origin[kBlockKeys / kSubtileKeys];
+    const float first_origin = state.origin[row];
+    float before = state.maximum[row], now = before;
+    for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
+      if (call_.bias) move_origin(j0, j0 + kSubtileKeys, scores, row, state, now);
+      origin[j0 / kSubtileKeys] = state.origin[row];
+      const bool are_logits = !contains(products, {j0, j0 + kSubtileKeys});
+      F m = Isa::set1(kFloor);
+      for (int64_t j = j0; j < j0 + kSubtileKeys; j += W) {
+        const F x = are_logits ? Isa::add(Isa::load(scores + j), Isa::load(fold + j))
+                               : Isa::fma(unbiased(scores + j, row, state),
+                                          Isa::mul(Isa::load(key_scale + j), row_factor),
+                                          Isa::load(fold + j));
+        Isa::store(scores + j, x);
+        m = Isa::max(m, x);
+      }
+      const float largest = Isa::reduce_max(m);
+      subtile_max[j0 / kSubtileKeys] = largest;
+      if (largest > kFloor) now = std::max(now, largest);
+    }
+    const float last_origin = state.origin[row];
+    if (before != kHidden) before += first_origin - last_origin;
+    const float reference = now == kHidden ? 0.0f : now;
+    rescale = before == kHidden ? 0.0f : std::exp2(before - reference);
+    float sum = state.sum[row] * rescale, offset_sum = state.value_offset[row] * rescale;
+    char* out = reinterpret_cast<char*>(probabilities);
+    for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
+      const float largest = subtile_max[j0 / kSubtileKeys];
+      const F shift = Isa::set1(kLog2Of255 - largest);
+      F l = Isa::zero(), offsets = Isa::zero();
+      for (int64_t j = j0; j < j0 + kSubtileKeys; j += G * W) {
+        F p[G];
+        for (int i = 0; i < G; ++i) {
+          p[i] = Isa::template exp2<kDegree>(Isa::add(Isa::load(scores + j + i * W), shift));
+          if constexpr (kValueOffsets) {
+            const F unfolded = Isa::mul(p[i], Isa::load(inverse + j + i * W));
+            offsets = Isa::fma(unfolded, Isa::load(value_offset + j + i * W), offsets);
+            l = Isa::add(l, unfolded);
+          } else {
+            l = Isa::fma(p[i], Isa::load(inverse + j + i * W), l);
+          }
+        }
+        Isa::store_probabilities(out + j * (4 / G), p);
+      }
+      const float move = origin[j0 / kSubtileKeys] - last_origin;
+      const float factor =
+          largest > kFloor ? std::exp2(largest + move - reference) * (1.0f / 255.0f) : 0.0f;
+      if (largest > kFloor && move != 0.0f) {
+        for (int64_t j = j0; j < j0 + kSubtileKeys; ++j) scores[j] += move;
+      }
+      subtile_factor[j0 / kSubtileKeys][r] = factor;
+      const float total = Isa::reduce_add(l);
+      // Not total * 0 for an empty subtile: a NaN logit must reach the output.
+      sum += total != total ? total : factor * total;
+      if constexpr (kValueOffsets) {
+        if (factor != 0.0f) offset_sum += factor * Isa::reduce_add(offsets);
+      }
+    }
+    if constexpr (kValueOffsets) state.value_offset[row] = offset_sum;
+    state.maximum[row] = now;
+    state.sum[row] = sum;
+  }
+
+  // Makes logits relative to the largest so far: log2(value scale) would vanish in a logit of -1e9.
+  void move_origin(int64_t begin, int64_t end, float* scores, int64_t row, RowState& state,
+                   float& maximum) const {
+    F m = Isa::set1(kHidden);
+    for (int64_t j = begin; j < end; j += W) m = Isa::max(m, Isa::load(scores + j));
+    const float before = state.origin[row], now = std::max(before, Isa::reduce_max(m));
+    if (now == kHidden) return;
+    state.origin[row] = now;
+    if (maximum != kHidden) maximum += before - now;
+    const F origin = Isa::set1(now);
+    for (int64_t j = begin; j < end; j += W) {
+      Isa::store(scores + j, Isa::sub(Isa::load(scores + j), origin));
+    }
+  }
+
+ private:
+  static F unbiased(const float* scores, int64_t row, const RowState& state) {
+    const F score = Isa::to_float(Isa::load_i32(scores));
+    if constexpr (Core::kKeyBias == 0) return score;
+    return Isa::sub(score, Isa::set1(static_cast<float>(state.key_bias[row])));
+  }
+
+  // What centering took from the logits of a row, if bias or soft cap need it.
+  void add_centre(int64_t begin, int64_t end, float* scores, float center) const {
+    if (!needs_whole_logits(call_) || center == 0.0f) return;
+    for (int64_t j = begin; j < end; j += W) {
+      Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(center)));
+    }
+  }
+
+  // Integer scores to logits, in place: (score - bias) * key scale * row factor, plus what offsets
+  // add, and what centering took away if bias or soft cap need it.
+  void to_logits(const KeyScales& keys, bool has_offsets, int64_t begin, int64_t end, float* scores,
+                 int64_t row, const RowState& state) const {
+    const float* key_scale = keys.scale;
+    const F center = Isa::set1(needs_whole_logits(call_) ? state.center[row] : 0.0f);
+    for (int64_t j = begin; j < end; j += W) {
+      const F factor = Isa::mul(Isa::load(key_scale + j), Isa::set1(state.factor[row]));
+      Isa::store(scores + j, Isa::fma(unbiased(scores + j, row, state), factor, center));
+    }
+    if (!has_offsets) return;
+    const float* offset = keys.offset;
+    const float* code_sum = keys.code_sum;
+    const F query_sum = Isa::set1(state.query_sum[row]);
+    const F query_offset = Isa::set1(state.query_offset[row]);
+    for (int64_t j = begin; j < end; j += W) {
+      const F logit = Isa::fma(Isa::load(offset + j), query_sum, Isa::load(scores + j));
+      Isa::store(scores + j, Isa::fma(Isa::load(code_sum + j), query_offset, logit));
+    }
+  }
+
+  const AttentionForwardCall& call_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

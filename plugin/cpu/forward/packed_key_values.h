@@ -1,0 +1,238 @@
+// Blocks of keys and values of a forward pass, packed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/forward/forward_blocks.h"
+#include "cpu/forward/key_value_rows.h"
+#include "cpu/memory/buffer.h"
+#include "cpu/rows/logit_rules.h"
+#include "cpu/tiles/pack.h"
+#include "device.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// INT8: what a kv head's keys from some key on have beside their codes.
+struct KeyScales {
+  const float* scale = nullptr;
+  // log2 of the value scale that the key's probability folds in (in units of the head's), and that
+  // value scale's reciprocal.
+  const float* fold_log2 = nullptr;
+  const float* fold_inverse = nullptr;
+  // Where keys or queries have offsets: the key's, and its scale times the sum of its codes.
+  const float* offset = nullptr;
+  const float* code_sum = nullptr;
+  // Where values have offsets.
+  const float* value_offset = nullptr;
+};
+
+// Places for packed keys and values: `heads` rows of as many keys. A kernel that packs everything
+// once has a place for every kv head's every key; one that fills blocks as it goes, a few slots.
+template <class Core>
+class PackedKeyValues {
+  using Isa = typename Core::Isa;
+  using Lane = typename Core::Lane;
+  using Scratch = RowScratch<Core>;
+  static constexpr int C = Core::kTileColumns, G = Core::kGroup;
+  static constexpr int kStep = ForwardBlocks<Core>::kStep;
+  static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
+
+ public:
+  PackedKeyValues(const AttentionForwardCall& call, const KeyValueRows<Core>& rows)
+      : call_(call), rows_(rows), lanes_(ceil_div(call.H, G)), value_panels_(ceil_div(call.V, C)) {}
+
+  // `keys` is a multiple of kStep.
+  void allocate(int64_t heads, int64_t keys) {
+    keys_ = keys;
+    packed_keys_.allocate(heads * keys * lanes_);
+    packed_values_.allocate(heads * keys / G * value_panels_ * C);
+    value_dirty_.allocate(heads * keys);
+    if constexpr (kInt8) {
+      row_scales_.allocate(heads * keys * 3);
+      if (rows_.has_offsets()) key_offsets_.allocate(heads * keys * 2);
+      if (rows_.has_value_offsets()) value_offsets_.allocate(heads * keys);
+    }
+  }
+
+  // Packs a block of every kv head's keys where its number says.
+  void pack_all(Parallel& parallel) {
+    const int64_t blocks = ceil_div(call_.S, kBlockKeys);
+    allocate(call_.B * call_.K, blocks * kBlockKeys);
+    ScratchPool<Scratch> scratch(parallel.threads());
+    parallel.run(call_.B * call_.K * blocks, [&](int64_t task) {
+      auto lease = scratch.acquire();
+      lease->prepare(call_);
+      const int64_t head = task / blocks, begin = task % blocks * kBlockKeys;
+      pack(head, {begin, begin + kBlockKeys}, {head, 0}, *lease);
+    });
+  }
+
+  // Where a kv head's keys are packed: key j at place j - shift of row `head`.
+  struct Place {
+    int64_t head, shift;
+  };
+
+  // Packs keys of kv head `head`, a whole number of steps. Rows of V that are not finite are packed
+  // as zeros and marked: where a row does see such a key they are added exactly, and where it does
+  // not they can't leak (0 * NaN).
+  void pack(int64_t head, Range keys, Place to, Scratch& s) {
+    const int64_t b = head / call_.K, k = head % call_.K, begin = keys.begin;
+    // Of what no row sees, only the rest of a block is packed.
+    const Range seen = Visibility(call_, b).keys();
+    const int64_t end = std::min(seen.end, keys.end);
+    if (begin >= end || seen.empty() || keys.end <= seen.begin) return;
+    pack_score_panels<Core>(begin, end, call_.H, s.rows, key_panels(to.head, begin - to.shift),
+                            [&](int64_t j, Lane* out) { load_key(to, b, j, k, s, out); });
+    // Panels beyond the last key are read only up to the rounded end of the block's visible range.
+    const int64_t packed = begin + round_up(end - begin, C),
+                  last = begin + round_up(end - begin, kStep);
+    std::fill(key_panels(to.head, packed - to.shift), key_panels(to.head, last - to.shift),
+              Lane(0));
+
+    uint8_t* dirty = marks(to.head) + begin - to.shift;
+    std::fill(dirty, dirty + last - begin, uint8_t(0));
+    if constexpr (kInt8) {
+      for (int64_t j = begin; j < last; j += kSubtileKeys) {
+        pack_subtile_of_values(to, head, j, end, s, dirty + j - begin);
+      }
+    } else {
+      for (int64_t j = begin; j < last; j += G) {
+        pack_values(b, k, j, end, s, dirty + j - begin, value_lines(to.head, j - to.shift));
+      }
+    }
+  }
+
+  Lane* key_panels(int64_t head, int64_t key) const {
+    return packed_keys_.get() + (head * keys_ + key) * lanes_;
+  }
+  // Line of value panel 0 that holds `key`; panels are value_panel_stride() apart.
+  Lane* value_lines(int64_t head, int64_t key) const {
+    return packed_values_.get() + head * value_panel_stride() * value_panels_ + key / G * C;
+  }
+  int64_t value_panel_stride() const { return keys_ / G * C; }
+  // INT8: those of the keys from `key` on.
+  KeyScales key_scales(int64_t head, int64_t key) const {
+    KeyScales out;
+    out.scale = scale_of_key(head) + key;
+    out.fold_log2 = fold_log2(head) + key;
+    out.fold_inverse = fold_inverse(head) + key;
+    if (rows_.has_offsets()) {
+      out.offset = key_offsets(head) + key;
+      out.code_sum = key_code_sums(head) + key;
+    }
+    if (rows_.has_value_offsets()) out.value_offset = value_offsets(head) + key;
+    return out;
+  }
+  // Of each key: whether its value row is packed as zeros, because it is not finite.
+  const uint8_t* dirty(int64_t head) const { return marks(head); }
+
+ private:
+  uint8_t* marks(int64_t head) const { return value_dirty_.get() + head * keys_; }
+  float* scale_of_key(int64_t head) const { return row_scales_.get() + head * keys_ * 3; }
+  float* fold_log2(int64_t head) const { return scale_of_key(head) + keys_; }
+  float* fold_inverse(int64_t head) const { return fold_log2(head) + keys_; }
+  float* key_offsets(int64_t head) const { return key_offsets_.get() + head * keys_ * 2; }
+  float* key_code_sums(int64_t head) const { return key_offsets(head) + keys_; }
+  float* value_offsets(int64_t head) const { return value_offsets_.get() + head * keys_; }
+
+  // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
+  void load_key(Place to, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
+    if constexpr (kInt8) {
+      constexpr int32_t kBias = G == 4 ? 128 : 0;
+      ScaleAndOffset scale;
+      const int8_t* codes = rows_.keys().codes_of(b, j, k, s.row, s.codes, &scale);
+      row_to_lanes<Core>(codes, DType::kS8, call_.H, kBias, out);
+      const int64_t at = j - to.shift;
+      scale_of_key(to.head)[at] = scale.scale;
+      if (rows_.has_offsets()) {
+        key_offsets(to.head)[at] = scale.offset;
+        key_code_sums(to.head)[at] = scale.scale * static_cast<float>(sum_of(codes, call_.H));
+      }
+    } else if constexpr (kBf16) {
+      row_to_lanes<Core>(row_of(call_.key, b, j, k), call_.key.dtype, call_.H, 0, out);
+    } else {
+      rows_.keys().load(b, j, k, out);
+    }
+  }
+
+  void pack_values(int64_t b, int64_t k, int64_t j, int64_t end, Scratch& s, uint8_t* dirty,
+                   Lane* line) {
+    if constexpr (kBf16) {
+      const uint16_t* rows[G];
+      for (int g = 0; g < G; ++g) {
+        rows[g] = nullptr;
+        if (j + g >= end) continue;
+        const void* source = row_of(call_.value, b, j + g, k);
+        load_row<Isa>(source, call_.value.dtype, call_.V, s.row);
+        dirty[g] = !all_finite<Isa>(s.row, call_.V);
+        if (!dirty[g]) rows[g] = static_cast<const uint16_t*>(source);
+      }
+      pack_value_line<Core, uint16_t>(rows, call_.V, line, value_panel_stride());
+    } else {
+      const float* rows[1] = {nullptr};
+      if (j < end) {
+        rows_.values().load(b, j, k, s.row);
+        dirty[0] = !all_finite<Isa>(s.row, call_.V);
+        if (!dirty[0]) rows[0] = s.row;
+      }
+      pack_value_line<Core, float>(rows, call_.V, line, value_panel_stride());
+    }
+  }
+
+  // INT8. A value row's scale is folded into its probability before that is rounded to 8 bits.
+  // Scales of zero, or so small beside their subtile's largest that the row can't show, fold as a
+  // small number instead: their codes are 0 or vanish, and the reciprocal, which takes the factor
+  // out of the normaliser again, stays finite.
+  void pack_subtile_of_values(Place to, int64_t head, int64_t j0, int64_t end, Scratch& s,
+                              uint8_t* dirty) {
+    constexpr float kMax = std::numeric_limits<float>::max();
+    const int64_t b = head / call_.K, k = head % call_.K, at = j0 - to.shift;
+    const float unit = 1.0f / rows_.value_unit(head);
+    const int8_t* rows[kSubtileKeys] = {};
+    float scale[kSubtileKeys] = {}, largest = 0.0f;
+    for (int64_t c = 0; c < kSubtileKeys; ++c) {
+      ScaleAndOffset own;
+      if (j0 + c < end) {
+        const int8_t* codes =
+            rows_.values().codes_of(b, j0 + c, k, s.row, s.codes + c * s.code_stride, &own);
+        const bool is_finite = own.scale >= 0.0f && own.scale <= kMax;
+        dirty[c] = !is_finite || !(std::fabs(own.offset) <= kMax);
+        // A row without a scale is its offset alone.
+        if (!dirty[c] && own.scale != 0.0f) rows[c] = codes;
+        scale[c] = is_finite ? own.scale * unit : 0.0f;
+        largest = std::max(largest, scale[c]);
+      } else {
+        scale_of_key(to.head)[at + c] = 0.0f;
+        if (rows_.has_offsets()) {
+          key_offsets(to.head)[at + c] = key_code_sums(to.head)[at + c] = 0.0f;
+        }
+      }
+      if (rows_.has_value_offsets()) value_offsets(to.head)[at + c] = dirty[c] ? 0.0f : own.offset;
+    }
+    const float least = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
+    for (int64_t c = 0; c < kSubtileKeys; ++c) {
+      const float x = std::max(scale[c], least);
+      fold_log2(to.head)[at + c] = std::log2(x);
+      fold_inverse(to.head)[at + c] = 1.0f / x;
+    }
+    for (int64_t c = 0; c < kSubtileKeys; c += G) {
+      pack_value_line<Core, int8_t>(rows + c, call_.V, value_lines(to.head, at + c),
+                                    value_panel_stride());
+    }
+  }
+
+  const AttentionForwardCall& call_;
+  const KeyValueRows<Core>& rows_;
+  const int64_t lanes_, value_panels_;
+  int64_t keys_ = 0;  // places in a row
+  Buffer<Lane> packed_keys_, packed_values_;
+  // INT8, of each head: scales, logarithms and reciprocals; offsets and sums of codes.
+  Buffer<float> row_scales_, key_offsets_, value_offsets_;
+  Buffer<uint8_t> value_dirty_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

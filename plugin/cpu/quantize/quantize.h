@@ -1,0 +1,500 @@
+// Float rows to codes of any format: extremes of each block that shares a scale, the scale (and
+// zero point or minimum) as it is stored, then codes computed from the stored numbers.
+#pragma once
+
+#include <array>
+
+#include "cpu/rows/quantized_rows.h"
+#include "cpu/rows/token_center.h"
+#include "device.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// Signs of the rotation: the lowest bit of SplitMix64 of h + 1; the Python side has the same.
+inline float rotation_sign(int64_t h) {
+  uint64_t z = static_cast<uint64_t>(h + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return ((z ^ (z >> 31)) & 1) != 0 ? -1.0f : 1.0f;
+}
+
+// The least bfloat16 number that is not below finite x; NaN stays NaN.
+inline float round_up_to_bf16(float x) {
+  if (x != x) return x;
+  const uint32_t bits = bits_of(x);
+  const float up = float_from_bits((bits >> 31 ? bits : bits + 0xffffu) & 0xffff0000u);
+  const float largest = float_from_bits(0x7f7f0000u);
+  return std::min(std::max(up, -largest), largest);
+}
+
+template <class Isa>
+class Quantize {
+  using F = typename Isa::F;
+  static constexpr int64_t W = Isa::kLanes;
+  static constexpr int64_t kTokens = 256;  // of a task
+  // A step below this counts as zero: dividing by it, or halving it, might leave the normal
+  // numbers.
+  static constexpr float kMinScale = 0x1p-125f;
+
+ public:
+  Quantize(const QuantizeCall& call, Parallel& parallel)
+      : call_(call),
+        parallel_(parallel),
+        width_(round_up(call.H, W)),
+        scales_(call.head_block == 0 ? 1 : ceil_div(call.H, call.head_block)),
+        highest_(call.bits == 8 ? 127.0f : 7.0f),
+        lowest_(call.symmetric ? -highest_ : -highest_ - 1.0f) {}
+
+  void run() {
+    if (call_.rotate) {
+      sign_.allocate(call_.H);
+      const int64_t block = call_.H & -call_.H;
+      const float norm = 1.0f / std::sqrt(static_cast<float>(block));
+      for (int64_t h = 0; h < call_.H; ++h) sign_[h] = rotation_sign(h) * norm;
+    }
+    if (call_.is_centered)
+      parallel_.run(call_.B * call_.K, [this](int64_t task) { find_center(task); });
+    if (call_.token_block == 0) {
+      quantize_whole_axis();
+      return;
+    }
+    const int64_t step =
+        round_up(std::max(call_.token_block, std::min(kTokens, call_.S)), call_.token_block);
+    const int64_t chunks = ceil_div(call_.S, step);
+    parallel_.run(call_.B * chunks, [this, step, chunks](int64_t task) {
+      const int64_t b = task / chunks, begin = task % chunks * step;
+      if (call_.bits == 8 && call_.symmetric && call_.token_block == 1 && call_.head_block == 0 &&
+          !call_.rotate && call_.H % W == 0) {
+        quantize_rows(b, {begin, std::min(call_.S, begin + step)});
+        return;
+      }
+      Scratch s(*this);
+      for (int64_t i = begin; i < std::min(call_.S, begin + step); i += call_.token_block) {
+        const int64_t end = std::min(call_.S, i + call_.token_block);
+        for (int64_t k = 0; k < call_.K; ++k) quantize_block(b, k, i, end, s);
+      }
+    });
+  }
+
+ private:
+  struct Scratch {
+    explicit Scratch(const Quantize& q) : memory(6 * q.width_), codes(q.width_) {
+      row = memory.get();
+      least = row + q.width_;
+      most = least + q.width_;
+      probe = most + q.width_;
+      divisor = probe + q.width_;
+      offset = divisor + q.width_;
+    }
+    Buffer<float> memory;
+    Buffer<int8_t> codes;
+    float *row, *least, *most, *probe;  // of each element: extremes, NaN where one is not finite
+    float *divisor, *offset;            // of each element: scale, and zero point or minimum
+  };
+
+  float* center_of(int64_t b, int64_t k) const {
+    return static_cast<float*>(call_.center.data) + (b * call_.K + k) * call_.H;
+  }
+
+  bool is_visible(int64_t b, int64_t i) const {
+    return !call_.visible || call_.visible[call_.visible_offset[static_cast<size_t>(b)] + i] != 0;
+  }
+
+  // Row (b, i, k) as float32, rotated and zero-padded; not yet centered.
+  void load(int64_t b, int64_t i, int64_t k, float* row) const {
+    load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, call_.H, row);
+    std::fill(row + call_.H, row + width_, 0.0f);
+    if (call_.rotate) rotate(row);
+  }
+
+  // Zeros where the token can't be seen.
+  void load_centered(int64_t b, int64_t i, int64_t k, float* row) const {
+    if (!is_visible(b, i)) {
+      std::fill(row, row + width_, 0.0f);
+      return;
+    }
+    load(b, i, k, row);
+    if (!call_.is_centered) return;
+    const float* center = center_of(b, k);
+    int64_t h = 0;
+    for (; h + W <= call_.H; h += W) {
+      Isa::store(row + h, centered(Isa::load(row + h), Isa::load(center + h)));
+    }
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    for (; h < call_.H; ++h) {
+      const float x = std::min(std::max(row[h] - center[h], -kLargest), kLargest);
+      row[h] = std::fabs(row[h]) <= kLargest ? x : row[h];
+    }
+  }
+
+  // x less the center; a difference of two finite numbers is kept finite.
+  static F centered(F x, F center) {
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    const F largest = Isa::set1(kLargest), least = Isa::set1(-kLargest);
+    const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
+    F difference = Isa::max(Isa::sub(x, center), least);
+    difference = Isa::where_less(difference, largest, difference, largest);
+    return Isa::where_less(Isa::abs(x), infinity, difference, x);
+  }
+
+  // Signs, then a fast Walsh-Hadamard transform of each block of a power of two.
+  void rotate(float* row) const {
+    const int64_t H = call_.H, block = H & -H;
+    for (int64_t h = 0; h < H; ++h) row[h] *= sign_[h];
+    for (int64_t half = 1; half < block; half *= 2) {
+      for (int64_t h = 0; h < H; h += 2 * half) {
+        for (int64_t i = h; i < h + half; ++i) {
+          const float a = row[i], b = row[i + half];
+          row[i] = a + b;
+          row[i + half] = a - b;
+        }
+      }
+    }
+  }
+
+  // Any finite number keeps softmax's invariance exact.
+  void find_center(int64_t task) const {
+    const int64_t b = task / call_.K, k = task % call_.K;
+    Buffer<float> scratch((kCenterTokens + 1) * width_);
+    float *rows = scratch.get(), *center = rows + kCenterTokens * width_;
+    int64_t count = 0;
+    for (int64_t i = 0; i < call_.S && count < kCenterTokens; ++i) {
+      if (is_visible(b, i)) load(b, i, k, rows + count++ * width_);
+    }
+    median_of_rows<Isa>(rows, count, width_, width_, center);
+    std::copy(center, center + call_.H, center_of(b, k));
+  }
+
+  // Symmetric 8-bit rows, straight from the operand.
+  void quantize_rows(int64_t b, Range tokens) const {
+    switch (call_.x.dtype) {
+      case DType::kF32:
+        return quantize_rows_of<float>(b, tokens, [](const float* p) { return Isa::load(p); });
+      case DType::kBF16:
+        return quantize_rows_of<uint16_t>(b, tokens,
+                                          [](const uint16_t* p) { return Isa::load_bf16(p); });
+      default:
+        return quantize_rows_of<uint16_t>(b, tokens,
+                                          [](const uint16_t* p) { return Isa::load_f16(p); });
+    }
+  }
+
+  template <class Stored, class Load>
+  void quantize_rows_of(int64_t b, Range tokens, Load load) const {
+    for (int64_t i = tokens.begin; i < tokens.end; ++i) {
+      const int64_t first = (b * call_.S + i) * call_.K;
+      for (int64_t k = 0; k < call_.K; ++k) {
+        const Stored* x = static_cast<const Stored*>(row_of(call_.x, b, i, k));
+        const float* center = call_.is_centered ? center_of(b, k) : nullptr;
+        int8_t* codes = static_cast<int8_t*>(call_.data.data) + (first + k) * call_.H;
+        float* scale = static_cast<float*>(call_.scale.data) + first + k;
+        if (!is_visible(b, i)) {
+          std::fill(codes, codes + call_.H, static_cast<int8_t>(0));
+          *scale = 0.0f;
+          continue;
+        }
+        if (center) {
+          round_row([&](int64_t h) { return centered(load(x + h), Isa::load(center + h)); }, codes,
+                    scale);
+        } else {
+          round_row([&](int64_t h) { return load(x + h); }, codes, scale);
+        }
+      }
+    }
+  }
+
+  // element(h) is a vector of a row.
+  template <class Element>
+  void round_row(Element element, int8_t* codes, float* scale) const {
+    F most = Isa::zero(), probe = Isa::zero();
+    for (int64_t h = 0; h < call_.H; h += W) {
+      const F x = element(h);
+      most = Isa::max(Isa::abs(x), most);
+      probe = Isa::fma(x, Isa::zero(), probe);  // NaN once x is not finite
+    }
+    const float largest = Isa::reduce_max(most) + Isa::reduce_add(probe);
+    float step = largest / highest_;
+    if (step < kMinScale) step = 0.0f;
+    *scale = step;
+    // Codes of a row without a usable scale are 0.
+    const F divisor = Isa::set1(step > 0.0f ? step : std::numeric_limits<float>::infinity());
+    for (int64_t h = 0; h < call_.H; h += W) {
+      const F code = Isa::div(element(h), divisor);
+      Isa::store_s8(codes + h, Isa::to_int(step > 0.0f ? code : Isa::zero()));
+    }
+  }
+
+  // Tokens [begin, end) of one head, which share scales.
+  void quantize_block(int64_t b, int64_t k, int64_t begin, int64_t end, Scratch& s) const {
+    if (call_.token_block == 1) {
+      load_centered(b, begin, k, s.row);
+      const int64_t index = scale_index(b, begin, k), size = head_block();
+      for (int64_t c = 0; c < scales_; ++c) {
+        float low, high;
+        find_extremes(s.row + c * size, std::min(size, call_.H - c * size), &low, &high);
+        store_parameters_of(index + c, low, high);
+      }
+      load_parameters(b, begin, k, s);
+      store_codes(b, begin, k, s);
+      return;
+    }
+    clear_extremes(s.least, s.most, s.probe);
+    for (int64_t i = begin; i < end; ++i) {
+      if (!is_visible(b, i)) continue;
+      load_centered(b, i, k, s.row);
+      add_extremes(s.row, s.least, s.most, s.probe);
+    }
+    store_parameters(b, begin / call_.token_block, k, s.least, s.most, s.probe);
+    load_parameters(b, begin / call_.token_block, k, s);
+    for (int64_t i = begin; i < end; ++i) {
+      if (end - begin > 1) load_centered(b, i, k, s.row);
+      store_codes(b, i, k, s);
+    }
+  }
+
+  // Scales shared by all tokens: extremes of chunks of tokens, then of heads or of everything, then
+  // codes.
+  void quantize_whole_axis() {
+    const int64_t chunks = std::max<int64_t>(1, ceil_div(call_.S, kTokens)), heads = call_.K;
+    Buffer<float> extremes(call_.B * heads * chunks * 3 * width_);
+    const auto of = [&](int64_t b, int64_t k, int64_t chunk) {
+      return extremes.get() + ((b * heads + k) * chunks + chunk) * 3 * width_;
+    };
+    parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
+      const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
+      Buffer<float> row(width_);
+      float* x = of(b, k, chunk);
+      clear_extremes(x, x + width_, x + 2 * width_);
+      for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
+        if (!is_visible(b, i)) continue;
+        load_centered(b, i, k, row.get());
+        add_extremes(row.get(), x, x + width_, x + 2 * width_);
+      }
+    });
+    const auto merge = [&](float* into, const float* from) {
+      for (int64_t h = 0; h < width_; ++h) {
+        into[h] = std::min(into[h], from[h]);
+        into[width_ + h] = std::max(into[width_ + h], from[width_ + h]);
+        into[2 * width_ + h] += from[2 * width_ + h];
+      }
+    };
+    const int64_t batch = call_.B / std::max<int64_t>(call_.L, 1);
+    for (int64_t b = 0; b < call_.B; ++b) {
+      for (int64_t k = 0; k < heads; ++k) {
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) merge(of(b, k, 0), of(b, k, chunk));
+      }
+      if (!call_.per_tensor) {
+        for (int64_t k = 0; k < heads; ++k) {
+          float* x = of(b, k, 0);
+          store_parameters(b, 0, k, x, x + width_, x + 2 * width_);
+        }
+        continue;
+      }
+      for (int64_t k = 1; k < heads; ++k) merge(of(b, 0, 0), of(b, k, 0));
+      if (b % batch != 0) merge(of(b - b % batch, 0, 0), of(b, 0, 0));
+    }
+    for (int64_t b = 0; call_.per_tensor && heads > 0 && b < call_.B; ++b) {
+      float* x = of(b - b % batch, 0, 0);
+      store_parameters(b, 0, 0, x, x + width_, x + 2 * width_);
+    }
+    parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
+      const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
+      Scratch s(*this);
+      load_parameters(b, 0, k, s);
+      for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
+        load_centered(b, i, k, s.row);
+        store_codes(b, i, k, s);
+      }
+    });
+  }
+
+  void clear_extremes(float* least, float* most, float* probe) const {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    std::fill(least, least + width_, kInfinity);
+    std::fill(most, most + width_, -kInfinity);
+    std::fill(probe, probe + width_, 0.0f);
+  }
+
+  void add_extremes(const float* row, float* least, float* most, float* probe) const {
+    const F zero = Isa::zero();
+    for (int64_t h = 0; h < width_; h += W) {
+      const F x = Isa::load(row + h), lowest = Isa::load(least + h);
+      Isa::store(least + h, Isa::where_less(x, lowest, x, lowest));
+      Isa::store(most + h, Isa::max(Isa::load(most + h), x));
+      Isa::store(probe + h, Isa::fma(x, zero, Isa::load(probe + h)));
+    }
+  }
+
+  // Of n elements; NaN where one is not finite.
+  static void find_extremes(const float* row, int64_t n, float* low, float* high) {
+    const F zero = Isa::zero();
+    F most = Isa::set1(row[0]), least = Isa::set1(-row[0]), probe = zero;
+    int64_t h = 0;
+    for (; h + W <= n; h += W) {
+      const F x = Isa::load(row + h);
+      most = Isa::max(most, x);
+      least = Isa::max(least, Isa::sub(zero, x));
+      probe = Isa::fma(x, zero, probe);
+    }
+    *high = Isa::reduce_max(most);
+    *low = -Isa::reduce_max(least);
+    float finite = Isa::reduce_add(probe);
+    for (; h < n; ++h) {
+      *low = std::min(*low, row[h]);
+      *high = std::max(*high, row[h]);
+      finite += 0.0f * row[h];
+    }
+    if (finite != 0.0f) *low = *high = finite;  // NaN
+  }
+
+  int64_t scale_index(int64_t b, int64_t block, int64_t k) const {
+    const int64_t blocks = call_.token_block == 0 ? 1 : ceil_div(call_.S, call_.token_block);
+    const int64_t heads = call_.per_tensor ? 1 : call_.K;
+    return ((b * blocks + block) * heads + (call_.per_tensor ? 0 : k)) * scales_;
+  }
+
+  void store_parameters(int64_t b, int64_t block, int64_t k, const float* least, const float* most,
+                        const float* probe) const {
+    const int64_t index = scale_index(b, block, k), size = head_block();
+    for (int64_t c = 0; c < scales_; ++c) {
+      float low = std::numeric_limits<float>::infinity(), high = -low, finite = 0.0f;
+      for (int64_t h = c * size; h < std::min(call_.H, (c + 1) * size); ++h) {
+        low = std::min(low, least[h]);
+        high = std::max(high, most[h]);
+        finite += probe[h];
+      }
+      if (finite != 0.0f) low = high = finite;  // NaN
+      if (low > high) low = high = 0.0f;        // no tokens
+      store_parameters_of(index + c, low, high);
+    }
+  }
+
+  int64_t head_block() const { return call_.head_block == 0 ? call_.H : call_.head_block; }
+
+  void store_parameters_of(int64_t index, float low, float high) const {
+    const float levels = highest_ - lowest_;
+    float scale, minimum = 0.0f;
+    if (call_.symmetric) {
+      scale = std::max(-low, high) / highest_;
+    } else if (call_.float_minimum) {
+      minimum = call_.offset.dtype == DType::kBF16 ? -round_up_to_bf16(-low) : low;
+      scale = high / levels - minimum / levels;
+    } else {
+      low = std::min(low, 0.0f);
+      high = std::max(high, 0.0f);
+      scale = high / levels - low / levels;
+    }
+    // std::min and max may drop a NaN.
+    if (high != high) scale = high;
+    if (call_.scale.dtype == DType::kBF16) {
+      // Rounded down, the ends of a block lose at most 2^-9 of its steps: little of 15, half of one
+      // of 255.
+      scale = call_.bits == 4 ? float_from_bf16(bf16_from_float(scale)) : round_up_to_bf16(scale);
+    }
+    if (scale < kMinScale) scale = 0.0f;
+    store_float(call_.scale, index, scale);
+    if (call_.float_minimum) {
+      store_float(call_.offset, index, minimum);
+    } else if (!call_.symmetric) {
+      const float zero = std::nearbyint(lowest_ - low / scale);
+      static_cast<int8_t*>(call_.offset.data)[index] =
+          static_cast<int8_t>(scale > 0.0f ? std::min(std::max(zero, lowest_), highest_) : 0.0f);
+    }
+  }
+
+  static void store_float(const Result& out, int64_t index, float x) {
+    if (out.dtype == DType::kBF16) {
+      static_cast<uint16_t*>(out.data)[index] = bf16_from_float(x);
+    } else {
+      static_cast<float*>(out.data)[index] = x;
+    }
+  }
+
+  // What was stored for a block, spread over the elements of a row.
+  void load_parameters(int64_t b, int64_t block, int64_t k, Scratch& s) const {
+    const int64_t index = scale_index(b, block, k), size = head_block();
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    std::fill(s.divisor, s.divisor + width_, kInfinity);
+    std::fill(s.offset, s.offset + width_, 0.0f);
+    for (int64_t c = 0; c < scales_; ++c) {
+      const int64_t begin = c * size, end = std::min(call_.H, begin + size);
+      const float scale = float_at(call_.scale.data, call_.scale.dtype, index + c);
+      // Codes of a block without a usable scale are 0.
+      std::fill(s.divisor + begin, s.divisor + end, scale > 0.0f ? scale : kInfinity);
+      if (call_.symmetric) continue;
+      const float offset = float_at(call_.offset.data, call_.offset.dtype, index + c);
+      std::fill(s.offset + begin, s.offset + end, offset);
+    }
+  }
+
+  enum class Mode : uint8_t { kSymmetric, kZeroPoint, kMinimum };
+
+  void store_codes(int64_t b, int64_t i, int64_t k, Scratch& s) const {
+    if (call_.symmetric) return store_codes_of<Mode::kSymmetric>(b, i, k, s);
+    if (call_.float_minimum) return store_codes_of<Mode::kMinimum>(b, i, k, s);
+    store_codes_of<Mode::kZeroPoint>(b, i, k, s);
+  }
+
+  template <Mode kMode>
+  void store_codes_of(int64_t b, int64_t i, int64_t k, Scratch& s) const {
+    const int64_t index = (b * call_.S + i) * call_.K + k, H = call_.H;
+    if (call_.bits == 8) {
+      int8_t* out = static_cast<int8_t*>(call_.data.data) + index * H;
+      int64_t h = 0;
+      for (; h + W <= H; h += W) Isa::store_s8(out + h, Isa::to_int(code_of<kMode>(s, h)));
+      if (h == H) return;
+      Isa::store_s8(s.codes.get(), Isa::to_int(code_of<kMode>(s, h)));
+      std::memcpy(out + h, s.codes.get(), static_cast<size_t>(H - h));
+      return;
+    }
+    // Two codes, each larger by 8, in a byte: the even one is the low nibble.
+    uint8_t* out = static_cast<uint8_t*>(call_.data.data) + index * (H / 2);
+    const F sixteen = Isa::set1(16.0f), bias = Isa::set1(8.0f + 16.0f * 8.0f);
+    for (int64_t h = 0; h < H; h += 2 * W) {
+      F codes[2];
+      const F second = h + W < width_ ? code_of<kMode>(s, h + W) : Isa::zero();
+      Isa::deinterleave(code_of<kMode>(s, h), second, codes);
+      const auto bytes = Isa::to_int(Isa::add(Isa::fma(codes[1], sixteen, codes[0]), bias));
+      if (h + 2 * W <= H) {
+        Isa::store_u8(out + h / 2, bytes);
+      } else {
+        uint8_t last[W];
+        Isa::store_u8(last, bytes);
+        std::memcpy(out + h / 2, last, static_cast<size_t>((H - h) / 2));
+      }
+    }
+  }
+
+  // Codes of elements h.. of the row at hand, as floats.
+  template <Mode kMode>
+  F code_of(const Scratch& s, int64_t h) const {
+    const F zero = Isa::zero(), lowest = Isa::set1(lowest_), highest = Isa::set1(highest_);
+    const F half = Isa::set1(0.5f), largest = Isa::set1(1e30f);
+    const F x = Isa::load(s.row + h), divisor = Isa::load(s.divisor + h);
+    F code;
+    if constexpr (kMode == Mode::kMinimum) {
+      // Halves: the difference of two floats may be more than the largest.
+      const F distance = Isa::sub(Isa::mul(x, half), Isa::mul(Isa::load(s.offset + h), half));
+      code = Isa::div(distance, Isa::mul(divisor, half));
+    } else {
+      code = Isa::div(x, divisor);
+    }
+    // What is not finite has no scale either.
+    code = Isa::where_less(Isa::abs(code), largest, code, zero);
+    code = Isa::to_float(Isa::to_int(code));
+    if constexpr (kMode == Mode::kMinimum) code = Isa::add(code, lowest);
+    if constexpr (kMode == Mode::kZeroPoint) code = Isa::add(code, Isa::load(s.offset + h));
+    code = Isa::max(code, lowest);
+    return Isa::where_less(code, highest, code, highest);
+  }
+
+  const QuantizeCall& call_;
+  Parallel& parallel_;
+  const int64_t width_, scales_;
+  const float highest_, lowest_;
+  Buffer<float> sign_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

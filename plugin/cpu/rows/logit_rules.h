@@ -1,0 +1,173 @@
+// From scaled products to logits: bias, soft cap, masks. Logits are in base 2.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/rows/rows.h"
+#include "cpu/rows/visibility.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+// A bias below this hides its key like -inf: its logit may not be finite in base 2.
+constexpr float kMinBias = -2.35e38f;
+
+// Whether logits get back what centering took from their keys before bias and soft cap. A cap looks
+// at all of a logit, and a large bias rounds: of two numbers that differ by the center not
+// necessarily to two that do. Else the row's maximum gets it back.
+inline bool needs_whole_logits(const AttentionCall& call) {
+  return call.bias || call.soft_cap != 0.0f;
+}
+
+// tanh: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel; 1e-7 relative.
+template <class Isa>
+typename Isa::F tanh(typename Isa::F x) {
+  using F = typename Isa::F;
+  const F u = Isa::mul(x, x), one = Isa::set1(1.0f);
+  F p = Isa::fma(u, Isa::set1(-0.0058521687f), Isa::set1(0.020753629f));
+  p = Isa::fma(u, p, Isa::set1(-0.0537687048f));
+  p = Isa::fma(u, p, Isa::set1(0.13331689f));
+  p = Isa::fma(u, p, Isa::set1(-0.333332833f));
+  p = Isa::fma(u, p, one);
+  const F near = Isa::mul(x, p);
+  const F e = Isa::template exp2<5>(Isa::mul(Isa::abs(x), Isa::set1(-2.0f * kLog2E)));
+  const F far = Isa::div(Isa::sub(one, e), Isa::add(one, e));
+  const F minus_far = Isa::sub(Isa::zero(), far);
+  return Isa::where_less(Isa::abs(x), Isa::set1(0.6f), near,
+                         Isa::where_less(x, Isa::zero(), minus_far, far));
+}
+
+// Bias, soft cap and masks of one (batch, head), applied to rows of a tile of scores.
+template <class Isa, int kBlock>
+class LogitRules {
+ public:
+  LogitRules(const AttentionCall& call, int64_t b, int64_t n)
+      : call_(call), cap_(call.soft_cap * kLog2E) {
+    if (call.bias) {
+      bias_ = static_cast<const char*>(call.bias.data) +
+              (call.bias.batch_offset[static_cast<size_t>(b)] + n * call.bias.stride[0]) *
+                  static_cast<int64_t>(size_of(call.bias.dtype));
+    }
+    if (call.mask) {
+      mask_ = call.mask + call.mask_batch_offset[static_cast<size_t>(b)] + n * call.mask_stride[0];
+    }
+  }
+
+  // Whether rows need more than masking outside their interval.
+  bool any() const { return bias_ || mask_ || cap_ != 0.0f; }
+
+  // Whether the mask shows any of `keys` to any of `rows`.
+  bool any_visible(Range rows, Range keys) const {
+    if (!mask_) return true;
+    const int64_t ts = call_.mask_stride[1], ss = call_.mask_stride[2];
+    if (ts == 0) rows.end = rows.begin + 1;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const uint8_t* row = mask_ + i * ts;
+      if (ss == 0) {
+        if (row[0]) return true;
+        continue;
+      }
+      uint8_t any = 0;
+      for (int64_t j = keys.begin; j < keys.end; ++j) any |= row[j];
+      if (any) return true;
+    }
+    return false;
+  }
+
+  // Turns scaled products s[begin..end), which stand for keys key0 + begin.., into logits: adds
+  // bias, caps, hides. begin and end are multiples of the lanes; keys outside `visible` are hidden.
+  // `cap_slope`, where given, takes d logit / d (uncapped logit).
+  void apply(float* s, int64_t row, int64_t key0, int64_t begin, int64_t end, Range visible,
+             float* cap_slope = nullptr) const {
+    using F = typename Isa::F;
+    constexpr int64_t W = Isa::kLanes;
+    const Range inside = intersect({key0 + begin, key0 + end}, visible);
+    if (bias_) {
+      alignas(kAlignment) float bias[kBlock];
+      read_bias(row, inside, key0 + begin, key0 + end, bias);
+      const F log2e = Isa::set1(kLog2E), hidden = Isa::set1(kHidden);
+      const F lowest = Isa::set1(cap_ == 0.0f ? kMinBias : kHidden);
+      for (int64_t j = begin; j < end; j += W) {
+        const F b = Isa::load(bias + j - begin);
+        const F sum = Isa::fma(b, log2e, Isa::load(s + j));
+        // Such a bias hides its key even if the product is NaN, unless a cap makes it finite.
+        Isa::store(s + j, Isa::where_less(b, lowest, hidden, sum));
+      }
+    }
+    if (cap_ != 0.0f) {
+      const F cap = Isa::set1(cap_), inverse = Isa::set1(1.0f / cap_);
+      for (int64_t j = begin; j < end; j += W) {
+        const F t = tanh<Isa>(Isa::mul(Isa::load(s + j), inverse));
+        Isa::store(s + j, Isa::mul(t, cap));
+        if (cap_slope) {
+          Isa::store(cap_slope + j, Isa::sub(Isa::set1(1.0f), Isa::mul(t, t)));
+        }
+      }
+    }
+    if (mask_) {
+      alignas(kAlignment) uint8_t seen[kBlock];
+      read_mask(row, inside, key0 + begin, key0 + end, seen);
+      for (int64_t j = begin; j < end; j += W) {
+        Isa::store(s + j,
+                   Isa::where_visible(seen + j - begin, Isa::load(s + j), Isa::set1(kHidden)));
+      }
+    } else {
+      hide_outside(s, key0, begin, end, visible);
+    }
+  }
+
+  static void hide_outside(float* s, int64_t key0, int64_t begin, int64_t end, Range visible) {
+    constexpr int64_t W = Isa::kLanes;
+    const auto hidden = Isa::set1(kHidden);
+    const int64_t first = visible.begin - key0;
+    const int64_t last = std::max(visible.end, visible.begin) - key0;
+    const auto hide = [&](int64_t j) {
+      const auto lane = [&](int64_t x) {
+        return static_cast<int>(std::min(std::max<int64_t>(x - j, -1), W + 1));
+      };
+      Isa::store(s + j, Isa::where_between(lane(first), lane(last), Isa::load(s + j), hidden));
+    };
+    for (int64_t j = begin; j < end && j < first; j += W) hide(j);
+    for (int64_t j = std::max(begin, last / W * W); j < end; j += W) hide(j);
+  }
+
+ private:
+  void read_bias(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
+    std::fill(out, out + (end - begin), 0.0f);
+    const DType dtype = call_.bias.dtype;
+    const int64_t ss = call_.bias.stride[2], at = row * call_.bias.stride[1];
+    if (inside.empty()) return;
+    if (ss == 1) {
+      const char* p = bias_ + (at + inside.begin) * static_cast<int64_t>(size_of(dtype));
+      load_row<Isa>(p, dtype, inside.end - inside.begin, out + (inside.begin - begin));
+    } else {
+      for (int64_t j = inside.begin; j < inside.end; ++j) {
+        out[j - begin] = float_at(bias_, dtype, at + j * ss);
+      }
+    }
+  }
+
+  void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
+    std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
+    if (inside.empty()) return;
+    const uint8_t* p = mask_ + row * call_.mask_stride[1];
+    const int64_t ss = call_.mask_stride[2];
+    if (ss == 1) {
+      std::memcpy(out + (inside.begin - begin), p + inside.begin,
+                  static_cast<size_t>(inside.end - inside.begin));
+    } else {
+      for (int64_t j = inside.begin; j < inside.end; ++j) out[j - begin] = p[j * ss];
+    }
+  }
+
+  const AttentionCall& call_;
+  const char* bias_ = nullptr;
+  const uint8_t* mask_ = nullptr;
+  float cap_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

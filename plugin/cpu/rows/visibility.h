@@ -1,0 +1,79 @@
+// The keys that causal, window and lengths let rows see, as ranges.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "attention_call.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+struct Range {
+  int64_t begin = 0, end = 0;
+  bool empty() const { return begin >= end; }
+};
+
+inline Range intersect(Range a, Range b) {
+  return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+}
+
+inline bool contains(Range a, Range b) { return a.begin <= b.begin && b.end <= a.end; }
+
+// The keys that causal, window and lengths let each row of one batch entry see: an interval whose
+// ends never decrease from row to row. Rows before the first key or past the last may see nothing.
+class Visibility {
+ public:
+  Visibility(const AttentionCall& call, int64_t b)
+      : causal_(call.causal),
+        left_(reach(call.window_left)),
+        right_(reach(call.window_right)),
+        offset_(call.query_offset
+                    ? call.query_offset[call.query_offset_offset[static_cast<size_t>(b)]]
+                    : 0),
+        rows_(length(call.query_seq_lengths, call.query_seq_lengths_offset, b, call.T)),
+        keys_(length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)) {}
+
+  // Rows at or past this see nothing.
+  int64_t rows() const { return rows_; }
+
+  Range of_row(int64_t i) const {
+    if (i >= rows_) return {};
+    const int64_t position = i + offset_, last = causal_ ? position : position + right_;
+    return {clamp(position - left_, keys_), clamp(last + 1, keys_)};
+  }
+  // The keys that any of these rows sees.
+  Range of_rows(Range rows) const {
+    rows.end = std::min(rows.end, rows_);
+    if (rows.empty()) return {};
+    return {of_row(rows.begin).begin, of_row(rows.end - 1).end};
+  }
+  // The keys that any row sees.
+  Range keys() const { return of_rows({0, rows_}); }
+  // The rows that see any of these keys.
+  Range rows_of_keys(Range keys) const {
+    keys.end = std::min(keys.end, keys_);
+    if (keys.empty()) return {};
+    const int64_t first = causal_ ? keys.begin : keys.begin - right_;
+    return {clamp(first - offset_, rows_), clamp(keys.end + left_ - offset_, rows_)};
+  }
+
+ private:
+  // Past any sequence and any int32 offset, and small enough for sums.
+  static constexpr int64_t kFar = int64_t{1} << 60;
+  static int64_t reach(int64_t window) { return window < 0 ? kFar : std::min(window, kFar); }
+
+  static int64_t clamp(int64_t x, int64_t most) { return std::min(std::max<int64_t>(x, 0), most); }
+
+  static int64_t length(const int32_t* lengths, const std::vector<int64_t>& offset, int64_t b,
+                        int64_t most) {
+    return lengths ? clamp(lengths[offset[static_cast<size_t>(b)]], most) : most;
+  }
+
+  bool causal_;
+  int64_t left_, right_, offset_, rows_, keys_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

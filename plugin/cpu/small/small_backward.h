@@ -1,0 +1,157 @@
+// Attention backward of few queries over few keys, in float32: all of P and dP of a head are there,
+// so D = rowsum(P dP) / rowsum(P) is known before dS is made.
+#pragma once
+
+#include "cpu/backward/backward_rows.h"
+#include "cpu/small/small_heads.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+template <class Isa>
+class SmallBackward {
+  static constexpr int64_t W = Isa::kLanes;
+  using Heads = SmallHeads<Isa>;
+  using Rules = typename Heads::Rules;
+  using Rows = BackwardRows<Isa, AttentionBackwardCall>;
+
+ public:
+  SmallBackward(const AttentionBackwardCall& call, Parallel& parallel)
+      : call_(call), parallel_(parallel), rows_(call), heads_(call), scratch_(parallel.threads()) {}
+
+  void run() {
+    heads_.run(
+        parallel_, scratch_, [this](Scratch& s) { prepare(s); },
+        [this](int64_t b, int64_t k, Scratch& s) { differentiate(b, k, s); });
+  }
+
+ private:
+  struct Scratch {
+    Buffer<float> memory;
+    float *query, *scaled_query, *d_out, *key, *value;  // rows, padded with zeros
+    float* finite_key;                                  // as key, 0 where that is not finite
+    float *key_columns, *value_columns;
+    float *p, *ds, *cap_slope;  // [T][columns]; dP stands where dS will
+    float *d_query, *d_key, *d_value;
+    Buffer<typename Rows::Statistics> statistics;
+  };
+
+  void prepare(Scratch& s) const {
+    if (s.memory.get()) return;
+    s.statistics.allocate(call_.T);
+    const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
+    const int64_t scores = T * heads_.columns;
+    Heads::lay_out(s.memory, {{&s.query, T * H},
+                              {&s.scaled_query, T * H},
+                              {&s.d_out, T * V},
+                              {&s.key, S * H},
+                              {&s.finite_key, S * H},
+                              {&s.value, S * V},
+                              {&s.key_columns, heads_.columns_size(call_.H)},
+                              {&s.value_columns, heads_.columns_size(call_.V)},
+                              {&s.p, scores},
+                              {&s.ds, scores},
+                              {&s.cap_slope, call_.soft_cap != 0.0f ? scores : 0},
+                              {&s.d_query, T * H},
+                              {&s.d_key, S * H},
+                              {&s.d_value, S * V}});
+  }
+
+  void differentiate(int64_t b, int64_t k, Scratch& s) const {
+    const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
+    const Visibility visibility(call_, b);
+    if (k == 0 && S > 1) {
+      stream_heads(call_.query, b, 0, T, call_.N, call_.H);
+      stream_heads(call_.d_out, b, 0, T, call_.N, call_.V);
+      stream_heads(call_.key, b, 0, S, call_.K, call_.H);
+      stream_heads(call_.value, b, 0, S, call_.K, call_.V);
+    }
+    for (int64_t j = 0; j < S; ++j) {
+      rows_.key(b, j, k, s.key + j * H);
+      rows_.value(b, j, k, s.value + j * V);
+    }
+    std::copy(s.key, s.key + S * H, s.finite_key);
+    make_finite(s.finite_key, S * H);
+    heads_.to_columns(s.key, H, call_.H, s.key_columns);
+    heads_.to_columns(s.value, V, call_.V, s.value_columns);
+    for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
+      find_d_scores(visibility, b, n, s);
+      // In the products of dS what is not finite would meet the zeros of hidden pairs. (A row that
+      // does see it has NaN in dS already.)
+      make_finite(s.query, T * H);
+      const int64_t columns = heads_.columns;
+      SmallProduct<Isa>::run({s.ds, columns, 1}, T, s.finite_key, H, H, S, s.d_query, H);
+      if (n == k * heads_.group) {
+        SmallProduct<Isa>::run({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
+        SmallProduct<Isa>::run({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
+      } else {
+        SmallProduct<Isa>::template run<true>({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
+        SmallProduct<Isa>::template run<true>({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
+      }
+      for (int64_t i = 0; i < T; ++i) {
+        store_row<Isa>(call_.d_query, ((b * T + i) * call_.N + n) * call_.H, s.d_query + i * H,
+                       call_.H, call_.scale);
+      }
+    }
+    for (int64_t j = 0; j < S; ++j) {
+      const int64_t index = (b * S + j) * call_.K + k;
+      store_row<Isa>(call_.d_key, index * call_.H, s.d_key + j * H, call_.H, call_.scale);
+      store_row<Isa>(call_.d_value, index * call_.V, s.d_value + j * V, call_.V, 1.0f);
+    }
+  }
+
+  // P and dS of query head n.
+  void find_d_scores(const Visibility& visibility, int64_t b, int64_t n, Scratch& s) const {
+    const int64_t T = call_.T, H = heads_.head_width, V = heads_.value_width;
+    const Rules rules(call_, b, n);
+    typename Rows::Statistics* statistics = s.statistics.get();
+    for (int64_t i = 0; i < T; ++i) {
+      float* query = s.query + i * H;
+      float* d_out = s.d_out + i * V;
+      rows_.query(b, i, n, query);
+      rows_.d_out(b, i, n, d_out);
+      statistics[i] = rows_.statistics(b, i, n, query);
+      // A row that sees no key has no part in any sum.
+      if (statistics[i].empty || visibility.of_row(i).empty()) {
+        statistics[i].empty = true;
+        std::fill(query, query + H, 0.0f);
+        std::fill(d_out, d_out + V, 0.0f);
+      }
+      const auto factor = Isa::set1(call_.scale * kLog2E);
+      for (int64_t h = 0; h < H; h += W) {
+        Isa::store(s.scaled_query + i * H + h, Isa::mul(Isa::load(query + h), factor));
+      }
+    }
+    heads_.scores(s.scaled_query, s.key, s.key_columns, H, call_.H, s.p);
+    heads_.scores(s.d_out, s.value, s.value_columns, V, call_.V, s.ds);
+    for (int64_t i = 0; i < T; ++i) {
+      const int64_t at = i * heads_.columns;
+      if (statistics[i].empty) {
+        std::fill(s.p + at, s.p + at + heads_.columns, 0.0f);
+        std::fill(s.ds + at, s.ds + at + heads_.columns, 0.0f);
+        continue;
+      }
+      float* cap_slope = call_.soft_cap != 0.0f ? s.cap_slope + at : nullptr;
+      alignas(kAlignment) float weighted[W] = {}, total[W] = {};
+      probability_row<Isa>(rules, statistics[i], i, 0, 0, heads_.columns, visibility.of_row(i),
+                           s.p + at, s.ds + at, cap_slope, weighted, total);
+      const float sum = Isa::reduce_add(Isa::load(total));
+      const float share = sum == 0.0f ? 0.0f : Isa::reduce_add(Isa::load(weighted)) / sum;
+      gradient_row<Isa>(statistics[i].delta + share, 0, heads_.columns, s.p + at, cap_slope,
+                        s.ds + at);
+    }
+  }
+
+  static void make_finite(float* x, int64_t n) {
+    if (!all_finite<Isa>(x, n)) replace_nonfinite(x, n);
+  }
+
+  const AttentionBackwardCall& call_;
+  Parallel& parallel_;
+  const Rows rows_;
+  const Heads heads_;
+  ScratchPool<Scratch> scratch_;
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

@@ -1,0 +1,104 @@
+// What a 32-bit lane of the packed operands holds, and the two products that attention needs of it.
+//
+// A `Core` fixes the format of the matrix products: a lane packs kGroup elements that are
+// contiguous along the contraction. Packed layouts, in lanes, zero-padded, R = kTileRows, C =
+// kTileColumns:
+//   row tiles     [rows / R][ceil(n / kGroup)][R]       left operand of scores: queries
+//   score panels  [keys / C][ceil(n / kGroup)][C]       right operand of scores: keys
+//   value panels  [columns / C][ceil(keys / kGroup)][C] right operand of P V
+#pragma once
+
+#include "cpu/memory/buffer.h"
+#include "cpu/rows/rows.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+enum class Format { kF32, kBf16, kInt8 };
+
+template <class Isa_>
+struct F32Core {
+  using Isa = Isa_;
+  static constexpr Format kFormat = Format::kF32;
+  using Lane = float;
+  using Vector = typename Isa::F;
+  using Accumulator = typename Isa::F;
+  static constexpr int kGroup = 1;
+  static constexpr int kTileRows = Isa::kTileRows;
+  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
+
+  static Vector load(const Lane* p) { return Isa::load(p); }
+  static Vector broadcast(Lane x) { return Isa::set1(x); }
+  static Accumulator zero() { return Isa::zero(); }
+  static Accumulator dot_keys(Accumulator acc, Vector key, Vector query) {
+    return Isa::fma(key, query, acc);
+  }
+  static Accumulator dot_values(Accumulator acc, Vector value, Vector probability) {
+    return Isa::fma(value, probability, acc);
+  }
+  static void store(void* p, Accumulator x) { Isa::store(static_cast<float*>(p), x); }
+};
+
+// Two bfloat16 a lane, products and sums in float32.
+template <class Isa_>
+struct Bf16Core {
+  using Isa = Isa_;
+  static constexpr Format kFormat = Format::kBf16;
+  using Lane = uint32_t;
+  using Vector = typename Isa::I;
+  using Accumulator = typename Isa::F;
+  static constexpr int kGroup = 2;
+  static constexpr int kTileRows = Isa::kTileRows;
+  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
+
+  static Vector load(const Lane* p) { return Isa::load_i32(p); }
+  static Vector broadcast(Lane x) { return Isa::set1_i32(static_cast<int32_t>(x)); }
+  static Accumulator zero() { return Isa::zero(); }
+  static Accumulator dot_keys(Accumulator acc, Vector key, Vector query) {
+    return Isa::dot_bf16(acc, key, query);
+  }
+  static Accumulator dot_values(Accumulator acc, Vector value, Vector probability) {
+    return Isa::dot_bf16(acc, value, probability);
+  }
+  static void store(void* p, Accumulator x) { Isa::store(static_cast<float*>(p), x); }
+};
+
+// INT8 codes, products and sums in int32. kGroup 4: u8 . s8, keys stored biased by 128 and
+// probabilities as u8; kGroup 2: both as 16-bit numbers.
+template <class Isa_>
+struct Int8Core {
+  using Isa = Isa_;
+  static constexpr Format kFormat = Format::kInt8;
+  using Lane = uint32_t;
+  using Vector = typename Isa::I;
+  using Accumulator = typename Isa::I;
+  static constexpr int kGroup = Isa::kInt8Group;
+  static constexpr int kKeyBias = kGroup == 4 ? 128 : 0;
+  static constexpr int kTileRows = Isa::kTileRows;
+  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
+
+  static Vector load(const Lane* p) { return Isa::load_i32(p); }
+  static Vector broadcast(Lane x) { return Isa::set1_i32(static_cast<int32_t>(x)); }
+  static Accumulator zero() { return Isa::set1_i32(0); }
+  static Accumulator dot_keys(Accumulator acc, Vector key, Vector query) {
+    return Isa::dot_keys(acc, key, query);
+  }
+  static Accumulator dot_values(Accumulator acc, Vector value, Vector probability) {
+    return Isa::dot_values(acc, value, probability);
+  }
+  static void store(void* p, Accumulator x) { Isa::store_i32(p, x); }
+
+  // kGroup codes as one lane, each with `bias` added.
+  static Lane lane(const int32_t* code, int32_t bias) {
+    Lane packed = 0;
+    constexpr int kBits = 32 / kGroup;
+    for (int i = 0; i < kGroup; ++i) {
+      const uint32_t field = static_cast<uint32_t>(code[i] + bias) & ((1ull << kBits) - 1);
+      packed |= field << (kBits * i);
+    }
+    return packed;
+  }
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

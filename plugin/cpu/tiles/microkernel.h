@@ -1,0 +1,168 @@
+// Register-tile matrix products; everything else in a kernel is built around these. Each is kept
+// out of line: inlined into a driver its accumulators spill.
+#pragma once
+
+#include "cpu/simd/compiler.h"
+#include "cpu/tiles/cores.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// acc[r][c] = sum over lanes of row tile[r] . score panel[c], for one tile of R x C.
+template <class Core>
+JAX_GLUON_INLINE void multiply_panel(const typename Core::Lane* rows,
+                                     const typename Core::Lane* panel, int64_t lanes,
+                                     typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
+  constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) acc[r][v] = Core::zero();
+  }
+  for (int64_t d = 0; d < lanes; ++d, rows += R, panel += NV * W) {
+    typename Core::Vector key[NV];
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) key[v] = Core::load(panel + v * W);
+    JAX_GLUON_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename Core::Vector query = Core::broadcast(rows[r]);
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_keys(acc[r][v], key[v], query);
+    }
+  }
+}
+
+// scores[r][c] = sum over lanes of row tile[r] . score panel[c], for one tile of R x C. `scores`
+// holds the accumulator type (float or int32), rows `stride` apart.
+template <class Core>
+JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
+                                   const typename Core::Lane* panel, int64_t lanes, void* scores,
+                                   int64_t stride) {
+  constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
+  typename Core::Accumulator acc[R][NV];
+  multiply_panel<Core>(rows, panel, lanes, acc);
+  char* out = static_cast<char*>(scores);
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) Core::store(out + 4 * (r * stride + v * W), acc[r][v]);
+  }
+}
+
+// Of rows whose log-sum-exp is known.
+template <int kRows>
+struct RowStatistics {
+  float maximum[kRows], log2_sum[kRows];
+};
+
+// One tile of P, from scaled products in base 2, or of dP, where P stands in `p`: what becomes of
+// the products of row tiles and score panels before they leave the registers. Lanes of the rows'
+// sums, of P or of P dP, are added to `sums`. In float32, the arithmetic is probability_row's.
+template <class Core, bool kIsGradient>
+JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int64_t lanes,
+                                      const RowStatistics<Core::kTileRows>& statistics,
+                                      const float* p, float* out, int64_t stride, float* sums) {
+  using Isa = typename Core::Isa;
+  constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
+  typename Isa::F acc[R][NV];
+  multiply_panel<Core>(rows, panel, lanes, acc);
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    auto sum = Isa::load(sums + r * W);
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (kIsGradient) {
+        const auto probability = Isa::load(p + r * stride + v * W);
+        // Hidden keys have P = 0 exactly; their dP may be NaN.
+        const auto term = Isa::mul(probability, acc[r][v]);
+        sum = Isa::add(sum, Isa::where_nonzero(probability, term));
+      } else {
+        // In this order: log2_sum would vanish in a large maximum.
+        const auto below = Isa::sub(acc[r][v], Isa::set1(statistics.maximum[r]));
+        acc[r][v] = Isa::template exp2<5>(Isa::sub(below, Isa::set1(statistics.log2_sum[r])));
+        sum = Isa::add(sum, acc[r][v]);
+      }
+      Isa::store(out + r * stride + v * W, acc[r][v]);
+    }
+    Isa::store(sums + r * W, sum);
+  }
+}
+
+// out[r][c] = out[r][c] * factor[r] + sum over lanes of p[r][lane] * value panel[lane][c] where the
+// sum is float; out[r][c] += factor[r] * sum where it is int32.
+template <class Core, int kStride>
+JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename Core::Lane* panel,
+                                   int64_t lanes, float* out, int64_t out_stride,
+                                   const float* factor) {
+  using Isa = typename Core::Isa;
+  constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
+  constexpr bool kFloat = Core::kFormat != Format::kInt8;
+  typename Core::Accumulator acc[R][NV];
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (kFloat) {
+        acc[r][v] = Isa::mul(Isa::load(out + r * out_stride + v * W), Isa::set1(factor[r]));
+      } else {
+        acc[r][v] = Core::zero();
+      }
+    }
+  }
+  for (int64_t j = 0; j < lanes; ++j, panel += NV * W) {
+    typename Core::Vector value[NV];
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) value[v] = Core::load(panel + v * W);
+    JAX_GLUON_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename Core::Vector probability = Core::broadcast(p[r * kStride + j]);
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_values(acc[r][v], value[v], probability);
+    }
+  }
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      float* o = out + r * out_stride + v * W;
+      if constexpr (kFloat) {
+        Isa::store(o, acc[r][v]);
+      } else {
+        Isa::store(o, Isa::fma(Isa::to_float(acc[r][v]), Isa::set1(factor[r]), Isa::load(o)));
+      }
+    }
+  }
+}
+
+// out[r][c] += sum over j of a[j][r] * panel[j][c] (float32): the transposed left operand of dK =
+// dS^T Q and dV = P^T dO, rows of `a` kStride apart.
+template <class Isa, int kStride>
+JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int64_t rows,
+                                        float* out, int64_t out_stride) {
+  constexpr int R = Isa::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
+  typename Isa::F acc[R][NV];
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) acc[r][v] = Isa::load(out + r * out_stride + v * W);
+  }
+  for (int64_t j = 0; j < rows; ++j, a += kStride, panel += NV * W) {
+    typename Isa::F right[NV];
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) right[v] = Isa::load(panel + v * W);
+    JAX_GLUON_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const auto left = Isa::set1(a[r]);
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = Isa::fma(right[v], left, acc[r][v]);
+    }
+  }
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) Isa::store(out + r * out_stride + v * W, acc[r][v]);
+  }
+}
+
+}  // namespace
+}  // namespace jax_gluon::cpu

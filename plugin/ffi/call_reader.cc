@@ -1,0 +1,429 @@
+#include "ffi/call_reader.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_gluon {
+namespace ffi = xla::ffi;
+
+namespace {
+
+const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
+                                            ffi::DataType::F16};
+constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 4;
+// Of a kernel's blocks: what bounds its scratch.
+constexpr int64_t kMaxBlockKeys = 4096, kMaxStages = 8;
+
+// How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
+// by an offset and a center where they have them. Or they come as floats, and the call makes codes
+// of them, which are results of its own.
+struct Format {
+  int64_t bits = 0, token_block = 0, head_block = 0, offset = 0;
+  bool has_center = false;
+  bool is_made = false;
+  bool per_tensor = false;  // of codes that are made
+
+  Quantization::Offset offset_kind() const { return static_cast<Quantization::Offset>(offset); }
+  // Of rows of `shape`, but for its arrays.
+  Quantization quantization(const Shape& shape) const {
+    Quantization q;
+    q.bits = bits;
+    q.token_block = token_block;
+    // One group a row is one scale a row.
+    q.head_block = head_block >= shape[3] && shape[3] > 1 ? 0 : head_block;
+    q.offset_kind = offset_kind();
+    return q;
+  }
+  bool is_float() const { return bits == 0 || is_made; }
+  size_t operands() const {
+    return is_float() ? 1 : size_t{2} + (offset != 0 ? 1 : 0) + (has_center ? 1 : 0);
+  }
+  // The shape of the elements that stand in a buffer of `shape`.
+  Shape elements(Shape shape) const {
+    if (bits == 4 && !is_made) shape.back() *= 2;
+    return shape;
+  }
+};
+
+// `may_be_made`: of a call that can make codes.
+Format read_format(BufferReader& reader, const std::string& name, bool may_be_made) {
+  Format format;
+  format.bits = reader.integer(name + "_bits", 0, 8);
+  if (format.bits != 0 && format.bits != 4 && format.bits != 8) {
+    reader.fail("attribute " + name + "_bits is " + std::to_string(format.bits) +
+                ", expected 0, 4 or 8");
+    format.bits = 0;
+  }
+  format.token_block = reader.integer(name + "_token_block", 0, kMax);
+  format.head_block = reader.integer(name + "_head_block", 0, kMax);
+  format.offset = reader.integer(name + "_offset", 0, 2);
+  format.has_center = reader.flag(name + "_has_center");
+  if (!may_be_made) return format;
+  format.is_made = reader.flag(name + "_is_made");
+  format.per_tensor = reader.flag(name + "_per_tensor");
+  if (format.is_made && format.bits == 0) {
+    reader.fail("attribute " + name + "_bits is 0, expected 4 or 8 where " + name +
+                "_is_made is 1");
+  }
+  if (format.per_tensor && (format.token_block != 0 || format.head_block != 0)) {
+    reader.fail("attribute " + name +
+                "_per_tensor is 1, expected 0 where blocks are not whole axes");
+  }
+  return format;
+}
+
+int64_t blocks(int64_t extent, int64_t size) {
+  return size == 0 ? 1 : extent / size + (extent % size != 0 ? 1 : 0);
+}
+
+// Rows of `shape` [batch, tokens, heads, columns].
+QuantizableOperand read_rows(BufferReader& reader, const std::string& name, const Format& format,
+                             const Shape& shape) {
+  using Offset = Quantization::Offset;
+  QuantizableOperand x;
+  if (format.is_float()) {
+    static_cast<Operand&>(x) = reader.float_operand(name, shape);
+    return x;
+  }
+  const bool packed = format.bits == 4;
+  Shape stored = shape;
+  if (packed) stored.back() /= 2;
+  static_cast<Operand&>(x) =
+      reader.operand_of(name, stored, {packed ? ffi::DataType::U8 : ffi::DataType::S8});
+  Quantization& q = x.quantization;
+  q = format.quantization(shape);
+  // uint16: bits of bfloat16, as the cache stores them.
+  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16,
+                                             ffi::DataType::U16};
+  const Shape blocked = {shape[0], blocks(shape[1], q.token_block), shape[2],
+                         blocks(shape[3], q.head_block)};
+  q.scale = reader.operand_of(name + "_scale", blocked, floats, true);
+  if (q.offset_kind == Offset::kZeroPoint) {
+    q.offset = reader.operand_of(name + "_zero_point", blocked, {ffi::DataType::S8}, true);
+  } else if (q.offset_kind == Offset::kMinimum) {
+    q.offset = reader.operand_of(name + "_minimum", blocked, floats, true);
+  }
+  if (format.has_center) {
+    q.center =
+        reader.operand_of(name + "_mean", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
+  }
+  // Kernels read a scale for each element of a row as a contiguous run.
+  const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);
+  if (!reader.failed() && q.head_block != 0 && blocked[3] > 1 && is_short) {
+    reader.fail("operand " + name + "_scale has one scale a row, expected " +
+                std::to_string(blocked[3]));
+  }
+  return x;
+}
+
+// The results of the quantizer for rows of `shape`, whose call says all but them.
+void read_codes(BufferReader& reader, const std::string& prefix, const Shape& shape,
+                QuantizeCall& call) {
+  if (call.H < 1 || (call.bits == 4 && call.H % 2 != 0)) {
+    reader.fail(prefix + "x has shape " + to_string(shape) +
+                ", expected a head dim of at least 1, even for 4 bits");
+  }
+  Shape stored = shape;
+  if (call.bits == 4) stored.back() /= 2;
+  call.data = reader.result(prefix + "data", stored,
+                            {call.bits == 4 ? ffi::DataType::U8 : ffi::DataType::S8});
+  const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
+  const Shape scale = {shape[0], blocks(call.S, call.token_block), call.per_tensor ? 1 : call.K,
+                       blocks(call.H, call.head_block)};
+  call.scale = reader.result(prefix + "scale", scale, floats);
+  if (call.float_minimum) {
+    call.offset = reader.result(prefix + "minimum", scale, floats);
+  } else if (!call.symmetric) {
+    call.offset = reader.result(prefix + "zero_point", scale, {ffi::DataType::S8});
+  }
+  if (call.is_centered) {
+    call.center =
+        reader.result(prefix + "center", {shape[0], 1, call.K, call.H}, {ffi::DataType::F32});
+  }
+}
+
+// Leaves of each of the call's operands the entries of the vmap axes that differ, in order, and
+// says which of them each entry is. Offsets within an entry are the same steps in all.
+void make_distinct_maps(QuantizeCall& call, int64_t batch) {
+  if (batch == 0) return;
+  const auto stride = static_cast<size_t>(batch);
+  const std::vector<int64_t> x = std::move(call.x.batch_offset);
+  const std::vector<int64_t> visible = std::move(call.visible_offset);
+  call.x.batch_offset.clear();
+  call.visible_offset.clear();
+  std::map<std::pair<int64_t, int64_t>, int64_t> seen;
+  for (size_t at = 0; at < x.size(); at += stride) {
+    const std::pair<int64_t, int64_t> key = {x[at], visible.empty() ? 0 : visible[at]};
+    const auto [found, is_first] = seen.emplace(key, static_cast<int64_t>(seen.size()));
+    call.map_made.push_back(found->second);
+    if (!is_first) continue;
+    const auto append = [&](std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+      if (from.empty()) return;
+      const auto begin = from.begin() + static_cast<std::ptrdiff_t>(at);
+      to.insert(to.end(), begin, begin + batch);
+    };
+    append(call.x.batch_offset, x);
+    append(call.visible_offset, visible);
+  }
+  call.L = static_cast<int64_t>(seen.size());
+  call.B = call.L * batch;
+}
+
+// A result of the quantizer as an operand of what runs after it, of rows of `shape`.
+Operand as_operand(const Result& result, const QuantizeCall& made, const Shape& shape) {
+  Operand x;
+  x.data = result.data;
+  x.dtype = result.dtype;
+  int64_t step = 1;
+  for (size_t d = 3; d > 0; --d) {
+    x.stride[d - 1] = shape[d] == 1 ? 0 : step;
+    step *= shape[d];
+  }
+  for (const int64_t map : made.map_made) {
+    for (int64_t b = 0; b < shape[0]; ++b) x.batch_offset.push_back((map * shape[0] + b) * step);
+  }
+  return x;
+}
+
+// Which of the S tokens of each entry can be seen.
+void read_visible(BufferReader& reader, const std::string& name, int64_t batch, int64_t S,
+                  const uint8_t** visible, std::vector<int64_t>* offset) {
+  ffi::DataType dtype;
+  std::vector<int64_t> strides;
+  *visible = static_cast<const uint8_t*>(
+      reader.operand(name, {batch, S}, false, {ffi::DataType::PRED}, &dtype, offset, &strides));
+}
+
+// What an attention call makes of one operand's floats: codes, which become the operand. `made`
+// says whose they are, and which tokens can be seen. What vmap did not map is made once, and its
+// codes are read by all entries.
+void read_made_codes(BufferReader& reader, const std::string& name, const Format& format,
+                     const Shape& shape, QuantizableOperand& x, QuantizeCall& made) {
+  made.S = shape[1];
+  made.K = shape[2];
+  made.H = shape[3];
+  made.x = x;
+  made.bits = format.bits;
+  made.symmetric = format.offset_kind() == Quantization::Offset::kNone;
+  made.float_minimum = format.offset_kind() == Quantization::Offset::kMinimum;
+  made.token_block = format.token_block;
+  made.head_block = format.head_block;
+  made.per_tensor = format.per_tensor;
+  made.is_centered = format.has_center;
+  read_codes(reader, name + "_", shape, made);
+  if (reader.failed()) return;
+
+  make_distinct_maps(made, shape[0]);
+  Shape stored = shape, blocked = shape;
+  if (made.bits == 4) stored.back() /= 2;
+  blocked[1] = blocks(made.S, made.token_block);
+  if (made.per_tensor) blocked[2] = 1;
+  blocked[3] = blocks(made.H, made.head_block);
+  static_cast<Operand&>(x) = as_operand(made.data, made, stored);
+  Quantization& q = x.quantization;
+  q = format.quantization(shape);
+  q.scale = as_operand(made.scale, made, blocked);
+  if (made.offset) q.offset = as_operand(made.offset, made, blocked);
+  if (made.center) q.center = as_operand(made.center, made, {shape[0], 1, made.K, made.H});
+}
+
+// The operands that every attention call starts with; returns the length of its real batch axis.
+// With `made`, which takes how they are stored, codes may be the call's to make.
+int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum_exp,
+                  Shape* bias_shape, std::vector<Format>* made = nullptr) {
+  call.cpu_kernel.pipeline = static_cast<Pipeline>(reader.integer("cpu_pipeline", 0, 1));
+  call.cpu_kernel.block_k = reader.integer("cpu_block_k", 1, kMaxBlockKeys);
+  call.cpu_kernel.subtile = reader.integer("cpu_subtile", 1, kMaxBlockKeys);
+  call.cpu_kernel.stages = reader.integer("cpu_stages", 1, kMaxStages);
+  call.metal_pipeline = static_cast<Pipeline>(reader.integer("metal_pipeline", 0, 1));
+  call.scale = reader.finite("scale");
+  call.soft_cap = reader.finite("soft_cap");
+  if (call.soft_cap < 0.0f) {
+    reader.fail("attribute soft_cap is " + std::to_string(call.soft_cap) +
+                ", expected 0 (none) or more");
+  }
+  call.causal = reader.flag("causal");
+  call.window_left = reader.integer("window_left", -1, kMax);
+  call.window_right = reader.integer("window_right", -1, kMax);
+  const bool has_bias = reader.flag("has_bias");
+  const bool has_mask = reader.flag("has_mask");
+  const bool has_query_seq_lengths = reader.flag("has_query_seq_lengths");
+  const bool has_query_offset = reader.flag("has_query_offset");
+  const bool has_key_value_seq_lengths = reader.flag("has_key_value_seq_lengths");
+  const std::vector<Format> formats = {read_format(reader, "query", made != nullptr),
+                                       read_format(reader, "key", made != nullptr),
+                                       read_format(reader, "value", made != nullptr)};
+  if (made) *made = formats;
+  if (has_d_log_sum_exp) *has_d_log_sum_exp = reader.flag("has_d_log_sum_exp");
+
+  reader.set_leading(4);
+  if (bias_shape && !has_bias) reader.fail("attribute has_bias is 0, expected 1");
+  const size_t key_at = formats[0].operands(), value_at = key_at + formats[1].operands();
+  const Shape query = formats[0].elements(reader.peek_shape(0, "query", 4));
+  const Shape key = formats[1].elements(reader.peek_shape(key_at, "key", 4));
+  const Shape value = formats[2].elements(reader.peek_shape(value_at, "value", 4));
+  if (reader.failed()) return 0;
+  const int64_t batch = query[0];
+  call.B = reader.flat_batch(batch);
+  call.T = query[1];
+  call.N = query[2];
+  call.H = query[3];
+  call.S = key[1];
+  call.K = key[2];
+  call.V = value[3];
+  if (call.H < 1 || call.V < 1) {
+    reader.fail("query has shape " + to_string(query) + " and value " + to_string(value) +
+                ", expected head dims of at least 1");
+    return 0;
+  }
+  if (call.K == 0 ? call.N != 0 : call.N % call.K != 0) {
+    reader.fail("query has " + std::to_string(call.N) + " heads, expected a multiple of key's " +
+                std::to_string(call.K));
+    return 0;
+  }
+  const Shape key_shape = {batch, call.S, call.K, call.H};
+  const Shape value_shape = {batch, call.S, call.K, call.V};
+  call.query = read_rows(reader, "query", formats[0], query);
+  call.key = read_rows(reader, "key", formats[1], key_shape);
+  call.value = read_rows(reader, "value", formats[2], value_shape);
+  const Shape logits = {batch, call.N, call.T, call.S};
+  if (has_bias) call.bias = reader.float_operand("bias", logits, true, bias_shape);
+  ffi::DataType dtype;
+  std::vector<int64_t> strides;
+  if (has_mask) {
+    call.mask = static_cast<const uint8_t*>(reader.operand(
+        "mask", logits, true, {ffi::DataType::PRED}, &dtype, &call.mask_batch_offset, &strides));
+    std::copy(strides.begin(), strides.begin() + 3, call.mask_stride);
+  }
+  const std::vector<ffi::DataType> ints = {ffi::DataType::S32};
+  if (has_query_seq_lengths) {
+    call.query_seq_lengths = static_cast<const int32_t*>(
+        reader.operand("query_seq_lengths", {batch}, false, ints, &dtype,
+                       &call.query_seq_lengths_offset, &strides));
+  }
+  if (has_key_value_seq_lengths) {
+    call.key_value_seq_lengths = static_cast<const int32_t*>(
+        reader.operand("key_value_seq_lengths", {batch}, false, ints, &dtype,
+                       &call.key_value_seq_lengths_offset, &strides));
+  }
+  if (has_query_offset) {
+    call.query_offset = static_cast<const int32_t*>(reader.operand(
+        "query_offset", {batch}, false, ints, &dtype, &call.query_offset_offset, &strides));
+  }
+  return batch;
+}
+
+// What a backward call reads besides: the forward call's results and the cotangents.
+template <class Call>
+void read_cotangents(BufferReader& reader, Call& call, int64_t batch, bool has_d_log_sum_exp) {
+  const Shape rows = {batch, call.T, call.N};
+  const Shape out = {batch, call.T, call.N, call.V};
+  call.out = reader.float_operand("out", out);
+  call.row_maximum = reader.operand_of("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = reader.operand_of("log2_sum", rows, {ffi::DataType::F32});
+  call.d_out = reader.float_operand("d_out", out);
+  if (has_d_log_sum_exp) {
+    call.d_log_sum_exp = reader.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
+  }
+}
+
+}  // namespace
+
+AttentionForwardCall read_forward(BufferReader& reader) {
+  AttentionForwardCall call;
+  std::vector<Format> formats;
+  const int64_t batch = read_call(reader, call, nullptr, nullptr, &formats);
+  call.out = reader.result("out", {batch, call.T, call.N, call.V}, kFloats);
+  const Shape rows = {batch, call.T, call.N};
+  call.row_maximum = reader.result("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = reader.result("log2_sum", rows, {ffi::DataType::F32});
+  if (reader.failed()) return call;
+  QuantizeCall query, key_value;  // for who can be seen alone
+  if (reader.flag("has_query_visible")) {
+    read_visible(reader, "query_visible", batch, call.T, &query.visible, &query.visible_offset);
+  }
+  if (reader.flag("has_key_value_visible")) {
+    read_visible(reader, "key_value_visible", batch, call.S, &key_value.visible,
+                 &key_value.visible_offset);
+  }
+  if (reader.failed()) return call;
+  const auto make = [&](const char* name, const Format& format, const Shape& shape,
+                        QuantizableOperand& x, QuantizeCall made) {
+    if (!format.is_made || reader.failed()) return;
+    made.L = reader.leading_count();
+    made.B = call.B;
+    read_made_codes(reader, name, format, shape, x, made);
+    call.quantize.push_back(std::move(made));
+  };
+  make("query", formats[0], {batch, call.T, call.N, call.H}, call.query, query);
+  make("key", formats[1], {batch, call.S, call.K, call.H}, call.key, key_value);
+  make("value", formats[2], {batch, call.S, call.K, call.V}, call.value, key_value);
+  return call;
+}
+
+AttentionBackwardCall read_backward(BufferReader& reader) {
+  AttentionBackwardCall call;
+  bool has_d_log_sum_exp = false;
+  const int64_t batch = read_call(reader, call, &has_d_log_sum_exp, nullptr);
+  read_cotangents(reader, call, batch, has_d_log_sum_exp);
+  call.d_query = reader.result("d_query", {batch, call.T, call.N, call.H}, kFloats);
+  call.d_key = reader.result("d_key", {batch, call.S, call.K, call.H}, kFloats);
+  call.d_value = reader.result("d_value", {batch, call.S, call.K, call.V}, kFloats);
+  return call;
+}
+
+AttentionBackwardBiasCall read_backward_bias(BufferReader& reader) {
+  AttentionBackwardBiasCall call;
+  bool has_d_log_sum_exp = false;
+  Shape bias(4, 1);
+  const int64_t batch = read_call(reader, call, &has_d_log_sum_exp, &bias);
+  read_cotangents(reader, call, batch, has_d_log_sum_exp);
+  call.d_bias = reader.result("d_bias", bias, kFloats);
+  call.L = reader.leading_count();
+  call.b = bias[0];
+  call.n = bias[1];
+  call.t = bias[2];
+  call.s = bias[3];
+  return call;
+}
+
+QuantizeCall read_quantize(BufferReader& reader) {
+  QuantizeCall call;
+  call.bits = reader.integer("bits", 4, 8);
+  if (call.bits != 4 && call.bits != 8) {
+    reader.fail("attribute bits is " + std::to_string(call.bits) + ", expected 4 or 8");
+  }
+  call.symmetric = reader.flag("symmetric");
+  call.float_minimum = reader.flag("float_minimum");
+  if (call.symmetric && call.float_minimum) {
+    reader.fail("attribute float_minimum is 1, expected 0 where symmetric is 1");
+  }
+  call.token_block = reader.integer("token_block", 0, kMax);
+  call.head_block = reader.integer("head_block", 0, kMax);
+  call.per_tensor = reader.flag("per_tensor");
+  if (call.per_tensor && (call.token_block != 0 || call.head_block != 0)) {
+    reader.fail("attribute per_tensor is 1, expected 0 where blocks are not whole axes");
+  }
+  call.is_centered = reader.flag("center");
+  call.rotate = reader.flag("rotate");
+  const bool has_visible = reader.flag("has_visible");
+  reader.set_leading(4);
+  const Shape shape = reader.peek_shape(0, "x", 4);
+  call.L = reader.leading_count();
+  call.B = reader.flat_batch(shape[0]);
+  call.S = shape[1];
+  call.K = shape[2];
+  call.H = shape[3];
+  call.x = reader.float_operand("x", shape);
+  if (has_visible) {
+    read_visible(reader, "visible", shape[0], call.S, &call.visible, &call.visible_offset);
+  }
+  read_codes(reader, "", shape, call);
+  return call;
+}
+
+}  // namespace jax_gluon

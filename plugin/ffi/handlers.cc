@@ -1,0 +1,170 @@
+#include "ffi/handlers.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "device.h"
+#include "ffi/buffer_reader.h"
+#include "ffi/call_reader.h"
+#include "ffi/xla_parallel.h"
+#include "metal/metal.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_gluon {
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Where a call is to run, as its attribute `device` says.
+enum class Wanted : int64_t { kCpu = 0, kMetal = 1, kEither = 2 };
+
+// Runs `run` on the device that is wanted; `products` are the call's multiply-accumulates, and
+// `widest` its longest row.
+template <class Run>
+Status run_on(Wanted wanted, int64_t products, int64_t widest, Run run) {
+  if (wanted == Wanted::kCpu || (wanted == Wanted::kEither && !prefers_metal(products, widest))) {
+    return run(cpu_device());
+  }
+  std::string why;
+  if (Device* device = metal_device(&why)) return run(*device);
+  if (wanted == Wanted::kEither) return run(cpu_device());
+  return "there is no Metal device: " + why;
+}
+
+int64_t products_of(const AttentionCall& call) {
+  return call.B * call.N * call.T * call.S * (call.H + call.V);
+}
+
+void zero(const Result& result, int64_t count) {
+  std::memset(result.data, 0, static_cast<size_t>(count) * size_of(result.dtype));
+}
+
+// Moves the codes that a forward call made to the entries of the vmap axes that have them. From the
+// last to the first: none lies before the place where it was made.
+void spread_codes(const QuantizeCall& call) {
+  if (call.B == 0) return;
+  const auto blocks = [](int64_t extent, int64_t size) {
+    return size == 0 ? 1 : (extent + size - 1) / size;
+  };
+  const int64_t batch = call.B / call.L;
+  const int64_t scales = batch * blocks(call.S, call.token_block) * (call.per_tensor ? 1 : call.K) *
+                         blocks(call.H, call.head_block);
+  const auto spread = [&](const Result& x, int64_t count) {
+    if (!x) return;
+    const size_t bytes = static_cast<size_t>(count) * size_of(x.dtype);
+    char* const data = static_cast<char*>(x.data);
+    for (size_t i = call.map_made.size(); i-- > 0;) {
+      const auto made = static_cast<size_t>(call.map_made[i]);
+      if (made != i) std::memcpy(data + i * bytes, data + made * bytes, bytes);
+    }
+  };
+  spread(call.data, batch * call.S * call.K * (call.bits == 4 ? call.H / 2 : call.H));
+  spread(call.scale, scales);
+  spread(call.offset, scales);
+  spread(call.center, batch * call.K * call.H);
+}
+
+// Calls `handle`, which may throw: memory may run out anywhere.
+template <class Handle>
+ffi::Error guarded(const char* target, Handle handle) {
+  try {
+    return handle();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      std::string(target) + ": out of memory for scratch");
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string(target) + ": " + error.what());
+  } catch (...) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string(target) + ": unknown exception");
+  }
+}
+
+// A handler: reads the call, then runs it.
+template <class Read, class Run>
+ffi::Error handle(const char* target, ffi::ThreadPool pool, ffi::RemainingArgs args,
+                  ffi::RemainingRets results, ffi::Dictionary attributes, Read read, Run run) {
+  return guarded(target, [&] {
+    BufferReader reader(target, args, results, attributes);
+    const auto wanted = static_cast<Wanted>(reader.integer("device", 0, 2));
+    const auto call = read(reader);
+    reader.finish();
+    if (reader.failed()) return ffi::Error::InvalidArgument(reader.error());
+    XlaParallel parallel(pool);
+    if (const Status status = run(call, wanted, parallel)) {
+      return ffi::Error(ffi::ErrorCode::kInternal, std::string(target) + ": " + *status);
+    }
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                             ffi::RemainingRets results, ffi::Dictionary attributes) {
+  return handle("jax_gluon.attention_forward", pool, args, results, attributes, read_forward,
+                [](const AttentionForwardCall& call, Wanted wanted, Parallel& parallel) -> Status {
+                  if (call.B * call.T * call.N == 0) {
+                    for (const QuantizeCall& each : call.quantize) {
+                      if (Status status = cpu_device().quantize(each, parallel)) return status;
+                    }
+                  } else if (Status status = run_on(
+                                 wanted, products_of(call), std::max(call.H, call.V),
+                                 [&](Device& device) { return device.forward(call, parallel); })) {
+                    return status;
+                  }
+                  for (const QuantizeCall& each : call.quantize) spread_codes(each);
+                  return {};
+                });
+}
+
+ffi::Error attention_backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                              ffi::RemainingRets results, ffi::Dictionary attributes) {
+  return handle("jax_gluon.attention_backward", pool, args, results, attributes, read_backward,
+                [](const AttentionBackwardCall& call, Wanted wanted, Parallel& parallel) -> Status {
+                  if (call.B * call.T * call.N * call.S == 0) {
+                    zero(call.d_query, call.B * call.T * call.N * call.H);
+                    zero(call.d_key, call.B * call.S * call.K * call.H);
+                    zero(call.d_value, call.B * call.S * call.K * call.V);
+                    return {};
+                  }
+                  return run_on(wanted, products_of(call), std::max(call.H, call.V),
+                                [&](Device& device) { return device.backward(call, parallel); });
+                });
+}
+
+ffi::Error attention_backward_bias(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                                   ffi::RemainingRets results, ffi::Dictionary attributes) {
+  return handle(
+      "jax_gluon.attention_backward_bias", pool, args, results, attributes, read_backward_bias,
+      [](const AttentionBackwardBiasCall& call, Wanted wanted, Parallel& parallel) -> Status {
+        if (call.B * call.T * call.N * call.S == 0) {
+          zero(call.d_bias, call.L * call.b * call.n * call.t * call.s);
+          return {};
+        }
+        return run_on(wanted, products_of(call), std::max(call.H, call.V),
+                      [&](Device& device) { return device.backward_bias(call, parallel); });
+      });
+}
+
+ffi::Error quantize(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                    ffi::Dictionary attributes) {
+  return handle("jax_gluon.quantize", pool, args, results, attributes, read_quantize,
+                [](const QuantizeCall& call, Wanted wanted, Parallel& parallel) {
+                  // Without products: where either will do, the CPU is as near to the memory.
+                  return run_on(wanted, 0, call.H,
+                                [&](Device& device) { return device.quantize(call, parallel); });
+                });
+}
+
+}  // namespace
+}  // namespace jax_gluon
+
+#define JAX_GLUON_BINDING \
+  xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionForward, jax_gluon::attention_forward,
+                              JAX_GLUON_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionBackward, jax_gluon::attention_backward,
+                              JAX_GLUON_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionBackwardBias, jax_gluon::attention_backward_bias,
+                              JAX_GLUON_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonQuantize, jax_gluon::quantize, JAX_GLUON_BINDING);

@@ -1,0 +1,57 @@
+// The Python module jax_gluon._plugin: handler capsules and device information, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "device.h"
+#include "ffi/handlers.h"
+#include "metal/metal.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_plugin, module) {
+  module.def(
+      "registrations",
+      [] {
+        const auto capsule = [](XLA_FFI_Handler* handler) {
+          return py::capsule(reinterpret_cast<void*>(handler));
+        };
+        py::dict handlers;
+        handlers["jax_gluon.attention_forward"] = capsule(JaxGluonAttentionForward);
+        handlers["jax_gluon.attention_backward"] = capsule(JaxGluonAttentionBackward);
+        handlers["jax_gluon.attention_backward_bias"] = capsule(JaxGluonAttentionBackwardBias);
+        handlers["jax_gluon.quantize"] = capsule(JaxGluonQuantize);
+        return handlers;
+      },
+      "Custom-call targets and their XLA FFI handlers.");
+  module.def("cpu_isa", &jax_gluon::cpu_isa,
+             "Instruction-set variant that the CPU kernels run in.");
+  module.def("cpu_isas_supported", &jax_gluon::cpu_isas_supported,
+             "Variants that are compiled in and that this processor runs, best first.");
+  module.def(
+      "metal_device",
+      [] {
+        std::string why;
+        const bool is_there = jax_gluon::metal_device(&why) != nullptr;
+        return py::make_tuple(is_there ? jax_gluon::metal_device_name() : "", why);
+      },
+      "Name of the Metal device, or an empty string and why there is none.");
+  module.def("prefers_metal", &jax_gluon::prefers_metal, py::arg("products"), py::arg("widest"),
+             "Whether a call that may run on either device is for Metal.");
+  module.def(
+      "metal_pin",
+      [](uintptr_t address, size_t bytes) {
+        std::string why;
+        // Python's name for an array's memory is an integer.
+        // NOLINTNEXTLINE(performance-no-int-to-ptr)
+        const auto* memory = reinterpret_cast<const void*>(address);
+        const int64_t pin = jax_gluon::metal_pin(memory, bytes, &why);
+        return py::make_tuple(pin, why);
+      },
+      py::arg("address"), py::arg("bytes"),
+      "Number of the pin that keeps memory as a buffer of Metal's, or 0 and why there is none.");
+  module.def("metal_unpin", &jax_gluon::metal_unpin, py::arg("pin"), "Lets a pin go.");
+  module.def("metal_pin_uses", &jax_gluon::metal_pin_uses, py::arg("pin"),
+             "How many operands of calls were read from a pin.");
+  module.def("metal_counters", &jax_gluon::metal_counters, py::arg("reset"),
+             "Work of the software Metal device, as JSON.");
+}
