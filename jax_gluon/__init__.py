@@ -1,5 +1,7 @@
 """Quantized flash attention that trains, in JAX, on every CPU."""
 
+from importlib import metadata as _metadata
+
 from jax_gluon import _native, debug, reference
 from jax_gluon._attention import (
     Plan,
@@ -7,17 +9,18 @@ from jax_gluon._attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._lowering import CHECKPOINT_NAMES
 from jax_gluon._pinning import Pin, pin
-from jax_gluon._plan.selection import KernelConfig
 from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor, QuantSpec
 from jax_gluon._quantize import quantize
 
 __all__ = [
     "CHECKPOINT_NAMES",
     "AttentionQuantization",
-    "KernelConfig",
+    "CpuKernel",
+    "MetalKernel",
     "Pin",
     "Plan",
     "QuantSpec",
@@ -32,4 +35,6 @@ __all__ = [
     "reference",
 ]
 
+#: The version of the package.
+__version__: str = _metadata.version("jax-gluon")
 _native.register()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import operator
 import warnings
-from typing import Any, NoReturn, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +15,30 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
-from jax_gluon._lengths import checked_lengths
-from jax_gluon._plan import kernels
-from jax_gluon._plan.selection import PIPELINES, KernelConfig
+from jax_gluon._errors import FLOATS, Checker
+from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
 from jax_gluon._problem import AttentionOperands, AttentionProblem, Operands
 from jax_gluon._quantization.formats import (
     PRESETS,
     AttentionQuantization,
+    Preset,
     QuantizedTensor,
     QuantSpec,
     check_parts,
     preset,
 )
 
-IMPLEMENTATIONS = ("cpu", "metal", "xla")
-_WIDEST_ROW_OF_METAL = 256
+Implementation = Literal["cpu", "metal", "xla"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _KERNEL_BIAS_DTYPES = ("float32", "bfloat16", "float16")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # What masks made of biases hold, or less; 8 bits do not hold it exactly.
 _MASKING_BIAS = -1e9 * (1 - 2**-8)
 
-# NumPy's scalars beside Python's, as `Any`: their own generic types say nothing here.
 _ARRAYS: Any = np.ndarray
 _BOOLS: Any = (bool, np.bool_)
 _INTEGERS: Any = (int, np.integer)
-_NUMBERS: Any = (numbers.Real, np.number)
-_NOT_REAL: Any = (bool, np.bool_, np.complexfloating)
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -54,106 +49,37 @@ class AttentionKeywords(TypedDict, total=False):
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
     local_window_size: int | tuple[int, int] | None
-    quantization: str | AttentionQuantization | None
+    quantization: Preset | AttentionQuantization | None
     logits_soft_cap: float | None
     dropout_rate: float
     dropout_rng: jax.Array | None
     sinks: ArrayLike | None
-    implementation: str | None
-    kernel: kernels.Wishes
+    implementation: Implementation | None
+    kernel: KernelWishes
+
+
+KEYWORDS = tuple(AttentionKeywords.__annotations__)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedArguments:
     """Arguments that passed every check.
 
-    `scale`, a scalar or `[N]`, is set where the scale is an array: `problem.scale` is then 1.
+    `kernel` is the caller's wish. `scale`, a scalar or `[N]`, is set where the scale is an array:
+    `problem.scale` is then 1.
     `is_batched` is False for rank-3 arrays, to which `operands` adds a batch axis of extent 1.
     """
 
+    check: Checker
     problem: AttentionProblem
     operands: Operands
     scale: jax.Array | None
     is_batched: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Checker:
-    """Words every complaint the same way: function, argument, what was found, what is allowed."""
-
-    function: str
-
-    def _text(self, argument: str, found: str, allowed: str) -> str:
-        return f"jax_gluon.{self.function}: {argument} is {found}; allowed: {allowed}."
-
-    def fail(self, error: type[Exception], argument: str, found: str, allowed: str) -> NoReturn:
-        raise error(self._text(argument, found, allowed))
-
-    def type_error(self, argument: str, found: str, allowed: str) -> NoReturn:
-        raise TypeError(self._text(argument, found, allowed))
-
-    def value_error(self, argument: str, found: str, allowed: str) -> NoReturn:
-        raise ValueError(self._text(argument, found, allowed))
-
-    def not_available(self, argument: str, found: str, allowed: str) -> NoReturn:
-        raise NotImplementedError(self._text(argument, found, allowed))
-
-    def array(self, argument: str, x: Any) -> jax.Array:
-        try:
-            array = jnp.asarray(x)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise TypeError(
-                self._text(argument, f"a {type(x).__name__} ({error})", "an array or a list")
-            ) from error
-        # Python numbers leave a weak type, which would change what the dtype means later on.
-        return jax.lax.convert_element_type(array, array.dtype)
-
-    def operand(self, argument: str, x: Any) -> jax.Array | QuantizedTensor:
-        if not isinstance(x, QuantizedTensor):
-            return self.array(argument, x)
-        wrong = check_parts(x) if x.ndim in (3, 4) else None
-        if wrong:
-            self.value_error(
-                argument, f"a QuantizedTensor whose {wrong}", "parts as jax_gluon.quantize makes"
-            )
-        return x
-
-    def flag(self, argument: str, x: Any) -> bool:
-        if not isinstance(x, _BOOLS):
-            self.type_error(argument, f"a {type(x).__name__}", "True or False")
-        return bool(x)
-
-    def number(self, argument: str, x: Any) -> float:
-        number = x[()] if isinstance(x, _ARRAYS) and x.ndim == 0 else x
-        if not isinstance(number, _NUMBERS) or isinstance(number, _NOT_REAL):
-            self.type_error(argument, f"a {type(x).__name__}", "a real Python or NumPy number")
-        return float(number)
-
-    def name(self, argument: str, x: Any, known: tuple[str, ...]) -> None:
-        allowed = ", ".join(["None", *(f'"{name}"' for name in known)])
-        if x is not None and not isinstance(x, str):
-            self.type_error(argument, f"a {type(x).__name__}", allowed)
-        if x is not None and x not in known:
-            self.value_error(argument, f'"{x}"', allowed)
-
-
-def check_keyword_names(function: str, keywords: Any) -> None:
-    """Raise `TypeError` on a keyword that `dot_product_attention` does not have."""
-    for name in keywords:
-        if name not in AttentionKeywords.__annotations__:
-            raise TypeError(
-                f'jax_gluon.{function}: unexpected keyword argument "{name}"; '
-                f"allowed: {', '.join(AttentionKeywords.__annotations__)}."
-            )
-
-
-def check_flag(function: str, argument: str, x: Any) -> bool:
-    """`x` as a bool; `TypeError` where it is anything else, a traced bool included."""
-    return _Checker(function).flag(argument, x)
+    kernel: KernelWishes
 
 
 def check_arguments(
-    function: str,
+    check: Checker,
     query: ArrayLike | QuantizedTensor,
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
@@ -165,21 +91,20 @@ def check_arguments(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    quantization: str | AttentionQuantization | None = None,
+    quantization: Preset | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     sinks: ArrayLike | None = None,
-    implementation: str | None = None,
-    kernel: kernels.Wishes = None,
+    implementation: Implementation | None = None,
+    kernel: KernelWishes = None,
 ) -> CheckedArguments:
-    """Check the arguments of the public function named `function`.
+    """Check the arguments of the public function that `check` names.
 
     **Raises:** `TypeError` and `ValueError` that name the function, the argument, what was found
     and what is allowed; `NotImplementedError` for dropout and sinks; `RuntimeError` for
     `implementation="metal"`. Warns of a concrete bias that a soft cap keeps from hiding keys.
     """
-    check = _Checker(function)
     del dropout_rng  # Only read where dropout_rate > 0, which raises.
     _check_names(check, quantization, implementation, kernel)
     _check_dropout(check, dropout_rate)
@@ -187,7 +112,7 @@ def check_arguments(
         check.not_available("sinks", "set", "None: attention sinks are not supported")
 
     named = (("query", query), ("key", key), ("value", value))
-    arrays = {name: check.operand(name, x) for name, x in named}
+    arrays = {name: _operand(check, name, x) for name, x in named}
     is_batched = _check_ranks(check, arrays) == 4
     q, k, v = (x if is_batched else _with_batch_axis(x) for x in arrays.values())
     _check_shapes(check, q, k, v)
@@ -216,15 +141,27 @@ def check_arguments(
     )
     if problem.soft_cap is not None:
         _warn_of_visible_keys(check, bias, mask, problem.soft_cap)
-    if problem.implementation != "xla" and _native.has_plugin():
-        if refused := kernels.refused(problem, operands, kernel):
-            check.value_error("kernel", *refused)
-        problem = dataclasses.replace(
-            problem,
-            forward_kernels=kernels.of_devices(problem, operands, "forward", kernel),
-            backward_kernels=kernels.of_devices(problem, operands, "backward", kernel),
-        )
-    return CheckedArguments(problem, operands, scale_array, is_batched)
+    for wish in kernel if isinstance(kernel, tuple) else (kernel,):
+        if isinstance(wish, CpuKernel | MetalKernel) and not concerned(problem, wish):
+            found = f"{wish} for implementation {problem.implementation!r}"
+            check.value_error("kernel", found, "one of a device that the call may run on")
+    return CheckedArguments(check, problem, operands, scale_array, is_batched, kernel)
+
+
+def concerned(problem: AttentionProblem, wish: CpuKernel | MetalKernel) -> bool:
+    """Whether a call may run on the device of a wish."""
+    device = "metal" if isinstance(wish, MetalKernel) else "cpu"
+    return problem.implementation in (device, None)
+
+
+def _operand(check: Checker, argument: str, x: Any) -> jax.Array | QuantizedTensor:
+    if not isinstance(x, QuantizedTensor):
+        return check.array(argument, x)
+    wrong = check_parts(x) if x.ndim in (3, 4) else None
+    if wrong:
+        found = f"a QuantizedTensor whose {wrong}"
+        check.value_error(argument, found, "parts as jax_gluon.quantize makes")
+    return x
 
 
 def _with_batch_axis(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTensor:
@@ -234,55 +171,45 @@ def _with_batch_axis(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTen
     return jax.tree.map(expanded, x)
 
 
-def check_metal(function: str) -> None:
+def check_metal(check: Checker) -> None:
     """Raises `RuntimeError` where there is no Metal device."""
     name, why = _native.metal_device()
     if not name:
         raise RuntimeError(
-            f'jax_gluon.{function}: implementation is "metal", but {why}; allowed: None, "cpu", '
-            '"xla".'
+            f'jax_gluon.{check.function}: implementation is "metal", but {why}; allowed: None, '
+            '"cpu", "xla".'
         )
 
 
-def _check_names(check: _Checker, quantization: Any, implementation: Any, kernel: Any) -> None:
+def _check_names(check: Checker, quantization: Any, implementation: Any, kernel: Any) -> None:
     if not isinstance(quantization, AttentionQuantization):
-        names = ", ".join(f'"{name}"' for name in PRESETS)
-        allowed = f"None, {names}, an AttentionQuantization"
-        if quantization is not None and not isinstance(quantization, str):
-            check.type_error("quantization", f"a {type(quantization).__name__}", allowed)
-        if quantization is not None and quantization not in PRESETS:
-            check.value_error("quantization", f'"{quantization}"', allowed)
+        check.name("quantization", quantization, tuple(PRESETS), "an AttentionQuantization")
     if implementation == "metal":
-        check_metal(check.function)
+        check_metal(check)
     check.name("implementation", implementation, IMPLEMENTATIONS)
     _check_kernel(check, kernel, implementation)
 
 
-def _check_kernel(check: _Checker, kernel: Any, implementation: Any) -> None:
-    if isinstance(kernel, tuple) and len(cast(tuple[Any, ...], kernel)) != 2:
-        check.value_error(
-            "kernel", f"of length {len(cast(tuple[Any, ...], kernel))}",
-            "a pair, of forward and of backward",
-        )  # fmt: skip
+def _check_kernel(check: Checker, kernel: Any, implementation: Any) -> None:
     wishes = cast(tuple[Any, ...], kernel) if isinstance(kernel, tuple) else (kernel,)
+    if isinstance(kernel, tuple) and len(wishes) != 2:
+        found = f"of length {len(wishes)}"
+        check.value_error("kernel", found, "a pair, of forward and of backward")
     for wish in wishes:
-        if isinstance(wish, KernelConfig):
-            if wish.pipeline not in PIPELINES:
-                check.value_error("kernel", f"{wish}", "pipelines " + " and ".join(PIPELINES))
-        elif wish is not None and not isinstance(wish, str):
-            allowed = 'None, "baseline", "gluon", a KernelConfig, or a pair of these'
-            check.type_error("kernel", f"a {type(wish).__name__}", allowed)
-        else:
-            check.name("kernel", wish, PIPELINES)
-        is_gluon = "gluon" in (wish, getattr(wish, "pipeline", None))
-        if is_gluon and implementation == "xla":
-            check.value_error(
-                "kernel", '"gluon"', 'None, "baseline": XLA has no kernels to choose from'
-            )
+        others = ("a CpuKernel", "a MetalKernel", "a pair of these")
+        name = wish.name if isinstance(wish, CpuKernel | MetalKernel) else wish
+        check.name("kernel", name, KERNEL_NAMES, *others)
+        for size in ("block_k", "subtile", "stages"):
+            if getattr(wish, size, None) is not None:
+                allowed = "an int of at least 1"
+                check.integer(f"kernel.{size}", getattr(wish, size), 1, allowed)
+        if name not in (None, "baseline") and implementation == "xla":
+            allowed = 'None, "baseline": XLA has no kernels to choose from'
+            check.value_error("kernel", f'"{name}"', allowed)
 
 
 def _specs(
-    check: _Checker, quantization: Any, arrays: dict[str, jax.Array | QuantizedTensor]
+    check: Checker, quantization: Any, arrays: dict[str, jax.Array | QuantizedTensor]
 ) -> tuple[QuantSpec | None, QuantSpec | None, QuantSpec | None]:
     """What is still to be quantized: a `QuantizedTensor` stays as it is."""
     specs = preset(quantization) or AttentionQuantization()
@@ -291,14 +218,12 @@ def _specs(
         for name, x in arrays.items()
     }
     for name, spec in left.items():
-        if spec is not None and spec.bits == 4 and arrays[name].shape[-1] % 2:
-            check.value_error(
-                name, f"of head dim {arrays[name].shape[-1]}", "an even one, which 4 bits need"
-            )
+        if spec is not None and spec.bits == 4:
+            check.even_head_dim(name, arrays[name].shape[-1])
     return left["query"], left["key"], left["value"]
 
 
-def _check_dropout(check: _Checker, dropout_rate: Any) -> None:
+def _check_dropout(check: Checker, dropout_rate: Any) -> None:
     rate = check.number("dropout_rate", dropout_rate)
     if not 0.0 <= rate < 1.0:
         check.value_error("dropout_rate", f"{rate}", "a number in [0, 1)")
@@ -306,7 +231,7 @@ def _check_dropout(check: _Checker, dropout_rate: Any) -> None:
         check.not_available("dropout_rate", f"{rate}", "0: dropout is not supported")
 
 
-def _check_ranks(check: _Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> int:
+def _check_ranks(check: Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> int:
     for name, x in arrays.items():
         if x.ndim not in (3, 4):
             layout = "TNH or BTNH" if name == "query" else "SKH or BSKH"
@@ -319,7 +244,7 @@ def _check_ranks(check: _Checker, arrays: dict[str, jax.Array | QuantizedTensor]
 
 
 def _check_shapes(
-    check: _Checker,
+    check: Checker,
     q: jax.Array | QuantizedTensor,
     k: jax.Array | QuantizedTensor,
     v: jax.Array | QuantizedTensor,
@@ -344,17 +269,17 @@ def _check_shapes(
 
 
 def _check_dtypes(
-    check: _Checker,
+    check: Checker,
     arrays: dict[str, jax.Array | QuantizedTensor],
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> bool:
     """Whether the operands are float64. Float arrays share a dtype; codes go with any."""
     floats = {name: x for name, x in arrays.items() if not isinstance(x, QuantizedTensor)}
     first = next(iter(floats), "query")
     dtype = arrays[first].dtype
     for name, x in floats.items():
-        if x.dtype.name not in _FLOATS:
-            check.type_error(name, f"of dtype {x.dtype.name}", ", ".join(_FLOATS))
+        if x.dtype.name not in FLOATS:
+            check.type_error(name, f"of dtype {x.dtype.name}", ", ".join(FLOATS))
         if x.dtype != dtype:
             check.type_error(name, f"of dtype {x.dtype.name}", f"{first}'s dtype, {dtype.name}")
     is_float64 = jnp.float64 in (dtype, arrays["query"].dtype)
@@ -364,18 +289,20 @@ def _check_dtypes(
             f'"{implementation}" for float64 operands, which its kernels do not take',
             'None or "xla" for float64',
         )
-    widest = max(arrays[name].shape[-1] for name in ("query", "value"))
-    if implementation == "metal" and widest > _WIDEST_ROW_OF_METAL:
-        check.value_error(
-            "implementation",
-            f'"metal" for a head dim of {widest}',
-            f'None, "cpu" or "xla" for head dims over {_WIDEST_ROW_OF_METAL}',
-        )
+    if implementation == "metal":
+        widest = max(arrays[name].shape[-1] for name in ("query", "value"))
+        limit = _native.plugin().METAL_MAX_HEAD_DIM
+        if widest > limit:
+            check.value_error(
+                "implementation",
+                f'"metal" for a head dim of {widest}',
+                f'None, "cpu" or "xla" for head dims over {limit}',
+            )
     return is_float64
 
 
 def _scale(
-    check: _Checker, scale: Any, heads: int, head_dim: int, is_float64: bool
+    check: Checker, scale: Any, heads: int, head_dim: int, is_float64: bool
 ) -> tuple[float, jax.Array | None]:
     if scale is None:
         return 1.0 / math.sqrt(head_dim), None
@@ -395,7 +322,7 @@ def _scale(
     return number, None
 
 
-def _soft_cap(check: _Checker, soft_cap: Any) -> float | None:
+def _soft_cap(check: Checker, soft_cap: Any) -> float | None:
     if soft_cap is None:
         return None
     number = check.number("logits_soft_cap", soft_cap)
@@ -407,7 +334,7 @@ def _soft_cap(check: _Checker, soft_cap: Any) -> float | None:
     return number
 
 
-def _window(check: _Checker, size: Any, T: int, S: int) -> tuple[int, int] | None:
+def _window(check: Checker, size: Any, T: int, S: int) -> tuple[int, int] | None:
     if size is None:
         return None
     allowed = "an int >= 0, a pair (left, right) of them, or None"
@@ -429,7 +356,7 @@ def _window(check: _Checker, size: Any, T: int, S: int) -> tuple[int, int] | Non
 
 
 def _bias(
-    check: _Checker, bias: Any, extents: tuple[int, ...], is_float64: bool
+    check: Checker, bias: Any, extents: tuple[int, ...], is_float64: bool
 ) -> jax.Array | None:
     if bias is None:
         return None
@@ -442,7 +369,7 @@ def _bias(
     return array if array.dtype.name in _KERNEL_BIAS_DTYPES else array.astype(jnp.float32)
 
 
-def _warn_of_visible_keys(check: _Checker, bias: Any, mask: Any, soft_cap: float) -> None:
+def _warn_of_visible_keys(check: Checker, bias: Any, mask: Any, soft_cap: float) -> None:
     """Warn of a concrete bias like -inf: capped, it hides nothing that a mask does not hide."""
     lowest = _concrete(bias)
     if lowest is None or lowest.size == 0:
@@ -474,7 +401,7 @@ def _concrete(x: Any) -> Any:
     return x if isinstance(x, _ARRAYS) else None
 
 
-def _mask(check: _Checker, mask: Any, extents: tuple[int, ...]) -> jax.Array | None:
+def _mask(check: Checker, mask: Any, extents: tuple[int, ...]) -> jax.Array | None:
     if mask is None:
         return None
     array = check.array("mask", mask)
@@ -484,7 +411,7 @@ def _mask(check: _Checker, mask: Any, extents: tuple[int, ...]) -> jax.Array | N
 
 
 def _expand_to_logits(
-    check: _Checker, argument: str, array: jax.Array, extents: tuple[int, ...]
+    check: Checker, argument: str, array: jax.Array, extents: tuple[int, ...]
 ) -> jax.Array:
     fits = array.ndim <= 4 and all(
         extent in (1, full) for extent, full in zip(array.shape[::-1], extents[::-1], strict=False)
@@ -496,15 +423,9 @@ def _expand_to_logits(
 
 
 def _lengths(
-    check: _Checker, argument: str, lengths: Any, batch: int, limit: int
+    check: Checker, argument: str, lengths: Any, batch: int, limit: int
 ) -> jax.Array | None:
-    if lengths is None:
-        return None
-
-    def fail(error: type[Exception], found: str, allowed: str) -> NoReturn:
-        check.fail(error, argument, found, allowed)
-
-    return checked_lengths(lengths, (batch,), limit, f"shape [B] = [{batch}]", fail)
+    return None if lengths is None else check.lengths(argument, lengths, (batch,), limit)
 
 
 def _is_integer(array: jax.Array) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack, cast, overload
 
 import jax
@@ -12,15 +12,16 @@ from jax.typing import ArrayLike
 
 from jax_gluon import _lowering, _native
 from jax_gluon._arguments import (
+    KEYWORDS,
     AttentionKeywords,
     CheckedArguments,
+    Implementation,
     check_arguments,
-    check_flag,
-    check_keyword_names,
 )
+from jax_gluon._errors import Checker
+from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
 from jax_gluon._meshes import on_meshes
-from jax_gluon._plan import kernels
-from jax_gluon._plan.selection import KernelConfig
+from jax_gluon._plan.choice import choose_kernel, kernels_of
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionOperands,
@@ -29,7 +30,12 @@ from jax_gluon._problem import (
     Residuals,
     compute_dtype,
 )
-from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor, QuantSpec
+from jax_gluon._quantization.formats import (
+    AttentionQuantization,
+    Preset,
+    QuantizedTensor,
+    QuantSpec,
+)
 
 
 @overload
@@ -71,13 +77,13 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    quantization: str | AttentionQuantization | None = None,
+    quantization: Preset | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     sinks: ArrayLike | None = None,
-    implementation: str | None = None,
-    kernel: kernels.Wishes = None,
+    implementation: Implementation | None = None,
+    kernel: KernelWishes = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention `softmax(scale * query key^T + bias) value`, as `jax.nn.dot_product_attention`.
 
@@ -113,12 +119,14 @@ def dot_product_attention(
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.
-    - `kernel`: the pipeline of the plugin's kernels: `"baseline"`; `"gluon"`, which takes the
-      softmax in subtiles and fills keys and values ahead of their use; or a `KernelConfig`, a
-      pipeline with sizes of blocks, which forward takes (backward its pipeline alone); or a pair of
-      these, for forward and for backward. None chooses when the call is traced: by the environment
-      variable JAX_GLUON_KERNEL, by the table of `jax-gluon tune`, else by the problem. Few
-      queries, and the gradient of a bias, have kernels of their own. `explain` says which.
+    - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
+      the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
+      where the problem is of few queries, or of few queries and keys; or a `CpuKernel` or
+      `MetalKernel`, for that device alone, with sizes of blocks, which forward takes; or a pair of
+      these, for forward and for backward. Without a pair backward takes the kernel of that name if
+      it has one. None chooses when the call is traced: by the environment variable
+      JAX_GLUON_KERNEL, by the problem where a kernel is made for it, by the table of
+      `jax-gluon tune`, else by the size of the problem. `explain` says which and why.
 
     Under `jax.checkpoint` backward runs forward again, but for what a policy saves by name:
     `jax.checkpoint_policies.save_only_these_names(*jax_gluon.CHECKPOINT_NAMES)` saves all that
@@ -139,10 +147,10 @@ def dot_product_attention(
     >>> jax_gluon.dot_product_attention(query, key, value, is_causal=True).shape
     (2, 128, 8, 64)
     """
-    function = "dot_product_attention"
-    check_flag(function, "return_residual", return_residual)
+    check = Checker("dot_product_attention")
+    check.flag("return_residual", return_residual)
     arguments = check_arguments(
-        function,
+        check,
         query,
         key,
         value,
@@ -195,9 +203,9 @@ def attention_with_log_sum_exp(
     >>> log_sum_exp.shape
     (2, 128, 8)
     """
-    function = "attention_with_log_sum_exp"
-    check_keyword_names(function, keywords)
-    arguments = check_arguments(function, query, key, value, bias, mask, **keywords)
+    check = Checker("attention_with_log_sum_exp")
+    check.keywords(keywords, KEYWORDS)
+    arguments = check_arguments(check, query, key, value, bias, mask, **keywords)
     out, log_sum_exp = run(arguments, True)
     return out, _show_empty_rows(log_sum_exp)
 
@@ -206,14 +214,15 @@ def attention_with_log_sum_exp(
 class Plan:
     """What a call of `dot_product_attention` runs, and why.
 
-    `forward` and `backward` are the kernels of the passes, None where XLA generates the code; few
-    queries have kernels of their own. `reasons` are those of the implementation,
-    of the forward kernel and of the backward kernel.
+    `forward`, `backward` and `backward_bias` are the kernels of the passes; None where XLA
+    generates the code, and where there is no bias. `reasons` are those of the implementation, then
+    of the kernels that there are, in that order. `jax_gluon.debug.kernels` says what ran.
     """
 
-    implementation: str
-    forward: KernelConfig | None
-    backward: KernelConfig | None
+    implementation: Implementation
+    forward: CpuKernel | MetalKernel | None
+    backward: CpuKernel | MetalKernel | None
+    backward_bias: CpuKernel | MetalKernel | None
     reasons: tuple[str, ...]
 
 
@@ -241,9 +250,9 @@ def explain(
     >>> jax_gluon.explain(x, x, x, implementation="xla").implementation
     'xla'
     """
-    function = "explain"
-    check_flag(function, "return_residual", return_residual)
-    check_keyword_names(function, keywords)
+    checker = Checker("explain")
+    checker.flag("return_residual", return_residual)
+    checker.keywords(keywords, KEYWORDS)
     arguments: dict[str, Any] = {
         "query": query, "key": key, "value": value, "bias": bias, "mask": mask, **keywords
     }  # fmt: skip
@@ -255,61 +264,72 @@ def explain(
     plans: list[Plan] = []
 
     def check(arrays: dict[str, Any]) -> None:
-        checked = check_arguments(function, **(arguments | arrays))
-        plans.append(_plan(checked, arguments.get("implementation"), arguments.get("kernel")))
+        checked = check_arguments(checker, **(arguments | arrays))
+        plans.append(_plan(checked, arguments.get("implementation")))
 
     jax.eval_shape(check, shapes)
     return plans[0]
 
 
-def _plan(arguments: CheckedArguments, implementation: str | None, kernel: kernels.Wishes) -> Plan:
+def _plan(arguments: CheckedArguments, implementation: Implementation | None) -> Plan:
     platform = jax.default_backend()
+    device: Device | None = "cpu"
     if implementation is not None:
         reason = f'implementation="{implementation}" was asked for'
+        device = None if implementation == "xla" else implementation
     elif arguments.operands.query.dtype == jnp.float64:
-        implementation, reason = "xla", "only the XLA implementation takes float64"
+        device, reason = None, "only the XLA implementation takes float64"
     elif platform == "cpu":
-        implementation, reason = _device_by_size(arguments)
+        device, reason = _device_by_size(arguments)
     else:
-        implementation, reason = "xla", f'the plugin has no kernels for platform "{platform}"'
-    if implementation == "xla":
+        device, reason = None, f'the plugin has no kernels for platform "{platform}"'
+    if device is None:
         reasons = (reason, "XLA generates the code: no kernel to choose")
-        return Plan(implementation, None, None, reasons)
-    if implementation == "metal":
+        return Plan("xla", None, None, None, reasons)
+    if device == "metal":
         reason = f'{reason}; it runs on "{_native.metal_device()[0]}"'
-    forward, backward = (
-        kernels.choose(
-            kernels.kernel_problem(arguments.problem, arguments.operands, direction),
-            implementation,
-            kernel,
+    operands = _scaled(arguments)
+    passes: tuple[Pass, ...] = ("forward", "backward")
+    if operands.bias is not None:
+        passes = (*passes, "backward_bias")
+    chosen = {
+        each: choose_kernel(
+            arguments.check, arguments.problem, operands, each, device, arguments.kernel
         )
-        for direction in ("forward", "backward")
+        for each in passes
+    }
+    kernels = {each: kernel for each, (kernel, _) in chosen.items()}
+    reasons = (reason, *(f"{each}: {why}" for each, (_, why) in chosen.items()))
+    bias_kernel = kernels.get("backward_bias")
+    return Plan(device, kernels["forward"], kernels["backward"], bias_kernel, reasons)
+
+
+def _scaled(arguments: CheckedArguments) -> Operands:
+    """The operands of the call, an array scale multiplied into the query."""
+    operands = arguments.operands
+    if arguments.scale is None:
+        return operands
+    query = operands.query
+    if isinstance(query, QuantizedTensor):
+        query = query.dequantize(jnp.float32)
+    # In 16 bits the product may overflow, and float operands share a dtype.
+    wide = compute_dtype(operands.query.dtype)
+    key, value = (
+        x if isinstance(x, QuantizedTensor) else x.astype(wide)
+        for x in (operands.key, operands.value)
     )
-    reasons = (reason, f"forward: {forward[1]}", f"backward: {backward[1]}")
-    return Plan(implementation, forward[0], backward[0], reasons)
+    scale = arguments.scale.astype(wide)
+    if scale.ndim:
+        scale = scale.reshape(1, 1, -1, 1)
+    return operands._replace(query=query.astype(wide) * scale, key=key, value=value)
 
 
 def run(
     arguments: CheckedArguments, differentiates_log_sum_exp: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Output and natural log-sum-exp, finite in empty rows, in the caller's rank."""
-    operands = arguments.operands
-    dtype = operands.query.dtype
-    if arguments.scale is not None:
-        query = operands.query
-        if isinstance(query, QuantizedTensor):
-            query = query.dequantize(jnp.float32)
-        # In 16 bits the product may overflow, and float operands share a dtype.
-        wide = compute_dtype(dtype)
-        key, value = (
-            x if isinstance(x, QuantizedTensor) else x.astype(wide)
-            for x in (operands.key, operands.value)
-        )
-        scale = arguments.scale.astype(wide)
-        if scale.ndim:
-            scale = scale.reshape(1, 1, -1, 1)
-        query = query.astype(wide) * scale
-        operands = operands._replace(query=query, key=key, value=value)
+    dtype = arguments.operands.query.dtype
+    operands = _scaled(arguments)
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
     if 0 in (B, T, S):
@@ -319,10 +339,13 @@ def run(
             query, EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32"), (B, T, N)
         )
     else:
-        query = operands.query
+        query, problem = operands.query, arguments.problem
+        if problem.implementation != "xla" and _native.has_plugin():
+            kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)
+            problem = replace(problem, kernels=kernels)
         out, log_sum_exp = on_meshes(
             _attend,
-            (arguments.problem, differentiates_log_sum_exp),
+            (problem, differentiates_log_sum_exp),
             query.data if isinstance(query, QuantizedTensor) else query,
             operands,
         )
@@ -387,7 +410,7 @@ _attend = cast(
 )
 
 
-def _device_by_size(arguments: CheckedArguments) -> tuple[str, str]:
+def _device_by_size(arguments: CheckedArguments) -> tuple[Device, str]:
     """What the plugin's handlers take where they may choose, and why."""
     query, key, value = arguments.operands[:3]
     B, T, N, H = query.shape

@@ -9,8 +9,9 @@ from typing import Any
 
 from jax_gluon import _native
 from jax_gluon import _tuning as tuning
+from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._plan import tuned_table
-from jax_gluon._plan.selection import KernelConfig, Measurement
+from jax_gluon._plan.selection import Measurement
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,8 +67,11 @@ def _tune(options: argparse.Namespace, path: Path) -> int:
     return 0
 
 
-def _describe(config: KernelConfig) -> str:
-    return f"{config.pipeline} {config.block_k}/{config.subtile}"
+def _describe(kernel: CpuKernel | MetalKernel) -> str:
+    if isinstance(kernel, MetalKernel):
+        return kernel.name
+    sizes = [str(size) for size in (kernel.block_k, kernel.subtile) if size is not None]
+    return " ".join([kernel.name, *filter(None, ["/".join(sizes)])])
 
 
 class _Lines:

@@ -10,14 +10,15 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
-from jax_gluon._problem import AttentionProblem, Kernels, Operands, Residuals, log_sum_exp
+from jax_gluon._problem import AttentionProblem, Operands, Residuals, log_sum_exp
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec, rotation
 from jax_gluon._quantization.operands import quantize_operands, with_codes
 from jax_gluon._visible_tokens import visible_tokens
@@ -25,8 +26,6 @@ from jax_gluon._visible_tokens import visible_tokens
 _Result = TypeVar("_Result")
 
 _ATTENTION_FORWARD = "jax_gluon.attention_forward"
-_ATTENTION_BACKWARD = "jax_gluon.attention_backward"
-_ATTENTION_BACKWARD_BIAS = "jax_gluon.attention_backward_bias"
 _QUANTIZE = "jax_gluon.quantize"
 # The calls' attribute `device`; None lets the plugin choose by the size of the problem.
 _DEVICES = {"cpu": np.int64(0), "metal": np.int64(1), None: np.int64(2)}
@@ -42,17 +41,9 @@ def _ffi_call(target: str, results: Any) -> Callable[..., Any]:
     return varying
 
 
-def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands) -> dict[str, Any]:
+def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[str, Any]:
     left, right = problem.local_window or (-1, -1)
     return {
-        "device": _DEVICES[problem.implementation],
-        "cpu_pipeline": np.int64(kernels.cpu.pipeline == "gluon"),
-        "cpu_block_k": np.int64(kernels.cpu.block_k),
-        "cpu_subtile": np.int64(kernels.cpu.subtile),
-        "cpu_stages": np.int64(kernels.cpu.stages),
-        "metal_pipeline": np.int64(kernels.metal.pipeline == "gluon"),
-        "scale": np.float32(problem.scale),
-        "soft_cap": np.float32(problem.soft_cap or 0.0),
         "causal": np.int64(problem.is_causal),
         "window_left": np.int64(left),
         "window_right": np.int64(right),
@@ -65,6 +56,42 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         **_format_attributes("key", operands.key),
         **_format_attributes("value", operands.value),
     }
+
+
+def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands) -> dict[str, Any]:
+    return {
+        "device": _DEVICES[problem.implementation],
+        "cpu_kernel": kernels.cpu.name,
+        "cpu_block_k": np.int64(kernels.cpu.block_k or 0),
+        "cpu_subtile": np.int64(kernels.cpu.subtile or 0),
+        "cpu_stages": np.int64(kernels.cpu.stages or 0),
+        "metal_kernel": kernels.metal.name,
+        "scale": np.float32(problem.scale),
+        "soft_cap": np.float32(problem.soft_cap or 0.0),
+        **_problem_attributes(problem, operands),
+    }
+
+
+def kernel_query(
+    problem: AttentionProblem, operands: Operands
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The numbers and names by which the plugin says what kernels it has: of what is multiplied."""
+    codes = [
+        None if spec is None else _codes(spec, cast(jax.Array, x))
+        for x, spec in zip(operands[:3], problem.quantization, strict=True)
+    ]
+    given = with_codes(operands, codes)
+    if any(isinstance(x, QuantizedTensor) and x.spec.rotate for x in given[:3]):
+        given = jax.eval_shape(_unrotated, given)
+    _, T, N, H = given.query.shape
+    _, S, K, _ = given.key.shape
+    extents = {"T": T, "S": S, "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
+    attributes = _problem_attributes(problem, given)
+    names = {
+        f"{name}_dtype": (x.data if isinstance(x, QuantizedTensor) else x).dtype.name
+        for name, x in zip(Operands._fields, given[:3], strict=False)
+    }
+    return extents | {name: int(value) for name, value in attributes.items()}, names
 
 
 def _format_attributes(name: str, x: jax.Array | QuantizedTensor) -> dict[str, np.int64]:
@@ -136,7 +163,7 @@ def forward(
         for x, spec in zip(given[:3], specs, strict=True)
     ]
     made, unflatten = _flatten(codes)
-    attributes = _attributes(problem, problem.forward_kernels, with_codes(given, codes))
+    attributes = _attributes(problem, problem.kernels.forward, with_codes(given, codes))
     for name, spec in zip(Operands._fields, specs, strict=False):
         attributes[f"{name}_is_made"] = np.int64(spec is not None)
         attributes[f"{name}_per_tensor"] = np.int64(
@@ -153,7 +180,7 @@ def forward(
 
 
 def _backward_call(
-    target: str,
+    direction: Literal["backward", "backward_bias"],
     results: Any,
     problem: AttentionProblem,
     residuals: Residuals,
@@ -162,13 +189,13 @@ def _backward_call(
 ) -> Any:
     operands = _unrotated(residuals.operands)
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
-    return _ffi_call(target, results)(
+    return _ffi_call(f"jax_gluon.attention_{direction}", results)(
         *_arguments(operands),
         residuals.out,
         residuals.row_maximum,
         residuals.log_sum,
         *cotangents,
-        **_attributes(problem, problem.backward_kernels, operands),
+        **_attributes(problem, getattr(problem.kernels, direction), operands),
         has_d_log_sum_exp=np.int64(d_log_sum_exp is not None),
     )
 
@@ -181,9 +208,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     dtype = residuals.out.dtype
     results = [jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3]]
-    gradients = _backward_call(
-        _ATTENTION_BACKWARD, results, problem, residuals, d_out, d_log_sum_exp
-    )
+    gradients = _backward_call("backward", results, problem, residuals, d_out, d_log_sum_exp)
     # The gradient of a rotated array, back to the array.
     d_query, d_key, d_value = (
         _rotated_back(gradient) if isinstance(x, QuantizedTensor) and x.spec.rotate else gradient
@@ -207,9 +232,7 @@ def backward_bias(
     bias = residuals.operands.bias
     assert bias is not None
     result = jax.ShapeDtypeStruct(bias.shape, bias.dtype)
-    return _backward_call(
-        _ATTENTION_BACKWARD_BIAS, result, problem, residuals, d_out, d_log_sum_exp
-    )
+    return _backward_call("backward_bias", result, problem, residuals, d_out, d_log_sum_exp)
 
 
 def quantize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon import _attention as plain_attention
 from jax_gluon import _lowering
-from jax_gluon._arguments import AttentionKeywords, CheckedArguments, check_arguments
-from jax_gluon._lengths import checked_lengths
+from jax_gluon._arguments import KEYWORDS, CheckedArguments, Implementation, check_arguments
+from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes, vary_like
 from jax_gluon._quantization.formats import (
     CENTER_TOKENS,
     PRESETS,
     AttentionQuantization,
+    Preset,
     QuantizedTensor,
     QuantSpec,
     preset,
@@ -30,13 +30,13 @@ from jax_gluon._quantization.formats import (
 )
 
 _GRANULARITIES = ("row", "group", "block", "channel_block")
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
-_INTEGERS: Any = (int, np.integer)
-_BOOLS: Any = (bool, np.bool_)
+_CREATE, _APPEND, _ATTENTION = (
+    Checker(f"QuantizedKVCache.{name}") for name in ("create", "append", "attention")
+)
 # The cache itself knows which keys a query sees.
 _KEYWORDS = tuple(
     name
-    for name in AttentionKeywords.__annotations__
+    for name in KEYWORDS
     if name not in ("is_causal", "key_value_seq_lengths", "local_window_size")
 )
 
@@ -104,7 +104,7 @@ class QuantizedKVCache:
         head_dim: int,
         *,
         value_dim: int | None = None,
-        quantization: str | AttentionQuantization = "int8",
+        quantization: Preset | AttentionQuantization = "int8",
         dtype: DTypeLike = jnp.float32,
         window: int | None = None,
     ) -> QuantizedKVCache:
@@ -140,11 +140,11 @@ class QuantizedKVCache:
         whole = math.lcm(*blocks)
         if capacity % whole:
             allowed = f"a multiple of {whole}, whole blocks of tokens"
-            _fail(ValueError, "create", "capacity", f"{capacity}", allowed)
+            _CREATE.value_error("capacity", f"{capacity}", allowed)
         if window is not None and capacity < window + max(blocks):
             allowed = f"at least {window + max(blocks)}, the window and a block of tokens"
-            _fail(ValueError, "create", "capacity", f"{capacity}", allowed)
-        stands_for = _float_dtype(dtype)
+            _CREATE.value_error("capacity", f"{capacity}", allowed)
+        stands_for = _CREATE.float_dtype("dtype", dtype)
 
         def empty(spec: QuantSpec, width: int) -> QuantizedTensor:
             # Zeros stand for 0 in every format. No float array of this size is ever made.
@@ -218,13 +218,11 @@ class QuantizedKVCache:
         new_value = _tokens("value", value, self.value)
         T = new_key.shape[1]
         if new_value.shape[1] != T:
-            _fail(ValueError, "append", "value", f"of {new_value.shape[1]} tokens", f"key's, {T}")
+            _APPEND.value_error("value", f"of {new_value.shape[1]} tokens", f"key's, {T}")
         if lengths is None:
             count = jnp.full_like(self.length, T)
         else:
-            count = checked_lengths(
-                lengths, self.length.shape, T, f"shape [B] = [{len(self.length)}]", _fail_lengths
-            )
+            count = _APPEND.lengths("lengths", lengths, self.length.shape, T)
         return on_meshes(_append, (), self, self, new_key, new_value, count)
 
     def attention(
@@ -233,7 +231,7 @@ class QuantizedKVCache:
         *,
         scale: ArrayLike | None = None,
         logits_soft_cap: float | None = None,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         **keywords: Any,
     ) -> jax.Array:
         """Attention of the last T tokens over the cache, each up to its own position.
@@ -258,27 +256,21 @@ class QuantizedKVCache:
         >>> cache.attention(jnp.ones((1, 5, 2, 8))).shape
         (1, 5, 2, 8)
         """
-        for name in keywords:
-            if name not in _KEYWORDS:
-                allowed = ", ".join(_KEYWORDS)
-                raise TypeError(
-                    "jax_gluon.QuantizedKVCache.attention: unexpected keyword argument "
-                    f'"{name}"; allowed: {allowed}.'
-                )
+        _ATTENTION.keywords(keywords, _KEYWORDS)
         q = query if isinstance(query, QuantizedTensor) else jnp.asarray(query)
         if q.ndim != 4:
-            _fail(ValueError, "attention", "query", f"of rank {q.ndim}", "rank 4 (BTNH)")
+            _ATTENTION.value_error("query", f"of rank {q.ndim}", "rank 4 (BTNH)")
         T, window = q.shape[1], self.window
         if window is not None:
             block = max(x.spec.token_block for x in (self.key, self.value))
             most = self.capacity - window - block + 2
             if most < T:
                 allowed = f"at most {most}, for which this ring keeps all keys that they see"
-                _fail(ValueError, "attention", "query", f"of {T} tokens", allowed)
+                _ATTENTION.value_error("query", f"of {T} tokens", allowed)
         if self.query is not None:
             keywords.setdefault("quantization", AttentionQuantization(query=self.query))
         arguments = check_arguments(
-            "QuantizedKVCache.attention", q, self.key, self.value, None, None,
+            _ATTENTION, q, self.key, self.value, None, None,
             scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation,
             is_causal=True, key_value_seq_lengths=self.length, **keywords,
         )  # fmt: skip
@@ -463,21 +455,7 @@ def _zeros(parts: QuantizedTensor) -> QuantizedTensor:
 
 
 def _size(name: str, x: Any) -> int:
-    if isinstance(x, _BOOLS) or not isinstance(x, _INTEGERS):
-        _fail(TypeError, "create", name, f"{x!r}", "an int of at least 1")
-    if x < 1:
-        _fail(ValueError, "create", name, f"{x}", "an int of at least 1")
-    return operator.index(x)
-
-
-def _float_dtype(dtype: Any) -> np.dtype[Any]:
-    try:
-        found: np.dtype[Any] | None = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or dtype is None or found.name not in _FLOATS:
-        _fail(TypeError, "create", "dtype", f"{dtype!r}", ", ".join(_FLOATS))
-    return found
+    return _CREATE.integer(name, x, 1, "an int of at least 1")
 
 
 def _specs(
@@ -487,52 +465,37 @@ def _specs(
     allowed = f"{names}, an AttentionQuantization with key and value"
     if not isinstance(quantization, str | AttentionQuantization):
         found = f"a {type(quantization).__name__}"
-        _fail(TypeError, "create", "quantization", found, allowed)
+        _CREATE.type_error("quantization", found, allowed)
     if isinstance(quantization, str) and quantization not in PRESETS:
-        _fail(ValueError, "create", "quantization", f'"{quantization}"', allowed)
+        _CREATE.value_error("quantization", f'"{quantization}"', allowed)
     both = preset(quantization) or AttentionQuantization()
 
     def spec_of(name: str, argument: str, width: int) -> QuantSpec:
         spec: QuantSpec | None = getattr(both, name)
         if spec is None:
-            _fail(ValueError, "create", "quantization", f"without {name}", allowed)
+            _CREATE.value_error("quantization", f"without {name}", allowed)
         if spec.granularity not in _GRANULARITIES:
             found = f'of granularity "{spec.granularity}" for {name}'
             granularities = ", ".join(_GRANULARITIES)
-            _fail(
-                ValueError, "create", "quantization", found,
+            _CREATE.value_error("quantization", found,
                 f"{granularities} (a scale over all tokens can't be appended to)",
             )  # fmt: skip
         if spec.bits == 4 and width % 2:
-            _fail(ValueError, "create", argument, f"{width}", "an even one, which 4 bits need")
+            _CREATE.value_error(argument, f"{width}", "an even one, which 4 bits need")
         return spec
 
     query: QuantSpec | None = both.query
     if query is not None and query.bits == 4 and head_dim % 2:
-        _fail(ValueError, "create", "head_dim", f"{head_dim}", "an even one, which 4 bits need")
+        _CREATE.value_error("head_dim", f"{head_dim}", "an even one, which 4 bits need")
     return query, spec_of("key", "head_dim", head_dim), spec_of("value", "value_dim", value_dim)
 
 
 def _tokens(name: str, x: Any, cached: QuantizedTensor) -> jax.Array:
     if isinstance(x, QuantizedTensor):
-        _fail(TypeError, "append", name, "a QuantizedTensor", "a float array")
-    array = jnp.asarray(x)
-    if array.dtype.name not in _FLOATS:
-        _fail(TypeError, "append", name, f"of dtype {array.dtype.name}", ", ".join(_FLOATS))
+        _APPEND.type_error(name, "a QuantizedTensor", "a float array")
+    array = _APPEND.float_array(name, x)
     B, _, K, H = cached.shape
     if array.ndim != 4 or array.shape[1] < 1 or array.shape != (B, array.shape[1], K, H):
         allowed = f"[{B}, T, {K}, {H}] with T at least 1"
-        _fail(ValueError, "append", name, f"of shape {list(array.shape)}", allowed)
+        _APPEND.value_error(name, f"of shape {list(array.shape)}", allowed)
     return array
-
-
-def _fail_lengths(error: type[Exception], found: str, allowed: str) -> NoReturn:
-    _fail(error, "append", "lengths", found, allowed)
-
-
-def _fail(
-    error: type[Exception], function: str, argument: str, found: str, allowed: str
-) -> NoReturn:
-    raise error(
-        f"jax_gluon.QuantizedKVCache.{function}: {argument} is {found}; allowed: {allowed}."
-    )

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jax_gluon import _native
+from jax_gluon._errors import Checker
 
 _TRACER: Any = Tracer
 
@@ -101,20 +102,16 @@ def pin(tree: Any) -> Pin:
     name, why = _native.metal_device()
     if not name:
         raise RuntimeError(f"jax_gluon.pin: {why}; allowed: calls where there is a Metal device.")
+    check = Checker("pin")
     arrays: list[jax.Array] = []
     for path, leaf in cast(Any, jax.tree_util).tree_leaves_with_path(tree):
         name = "tree" + jax.tree_util.keystr(path)
         is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, _TRACER)
         if not is_array:
-            raise TypeError(
-                f"jax_gluon.pin: {name} is a {type(leaf).__name__}; allowed: jax.Array, outside of "
-                "jit."
-            )
+            check.type_error(name, f"a {type(leaf).__name__}", "jax.Array, outside of jit")
         array: jax.Array = leaf
         platforms = {device.platform for device in array.devices()}
         if platforms != {"cpu"}:
-            raise ValueError(
-                f"jax_gluon.pin: {name} is on {', '.join(sorted(platforms))}; allowed: cpu."
-            )
+            check.value_error(name, f"on {', '.join(sorted(platforms))}", "cpu")
         arrays.append(array)
     return Pin(arrays)

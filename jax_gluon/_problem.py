@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_gluon._plan.selection import KernelConfig
+from jax_gluon._kernels import PassKernels
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 
 #: What a row that sees no key has as its log-sum-exp, and stores as the logarithm of its sum beside
@@ -22,14 +22,7 @@ from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 EMPTY_ROW_LOG_SUM_EXP = -3.0e38
 
 
-class Kernels(NamedTuple):
-    """The kernel for each device that a call may run on."""
-
-    cpu: KernelConfig = KernelConfig("baseline", 96, 192, 192, 1)
-    metal: KernelConfig = KernelConfig("baseline", 32, 64, 64, 1)
-
-
-_DEFAULT_KERNELS = Kernels()
+_DEFAULT_KERNELS = PassKernels()
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,7 @@ class AttentionProblem:
     soft_cap: float | None = None
     quantization: tuple[QuantSpec | None, QuantSpec | None, QuantSpec | None] = (None, None, None)
     implementation: str | None = None
-    forward_kernels: Kernels = _DEFAULT_KERNELS
-    backward_kernels: Kernels = _DEFAULT_KERNELS
+    kernels: PassKernels = _DEFAULT_KERNELS
 
 
 #: A bias below this hides its key like -inf, unless there is a soft cap. It is about the least

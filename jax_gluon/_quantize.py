@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_gluon import _lowering
-from jax_gluon._arguments import check_metal
-from jax_gluon._lengths import checked_lengths
+from jax_gluon import _lowering, _native
+from jax_gluon._arguments import IMPLEMENTATIONS, Implementation, check_metal
+from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._visible_tokens import tokens_within
-
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
-_IMPLEMENTATIONS = (None, "cpu", "metal", "xla")
-# That its quantizer has room for.
-_WIDEST_ROW_OF_METAL = 512
 
 
 def quantize(
@@ -26,7 +18,7 @@ def quantize(
     spec: QuantSpec,
     *,
     lengths: ArrayLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> QuantizedTensor:
     """The integer codes of `x`, with the scales and what else `spec` asks for.
 
@@ -54,37 +46,31 @@ def quantize(
     >>> quantized.data.shape, quantized.scale.shape
     ((2, 128, 8, 32), (2, 128, 8, 2))
     """
+    check = Checker("quantize")
     if not isinstance(spec, QuantSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(_text("spec", f"a {type(spec).__name__}", "a QuantSpec"))
+        check.type_error("spec", f"a {type(spec).__name__}", "a QuantSpec")
     if isinstance(x, QuantizedTensor):
-        raise TypeError(_text("x", "a QuantizedTensor", "a float array"))
-    array = jnp.asarray(x)
-    if array.dtype.name not in _FLOATS:
-        raise TypeError(_text("x", f"of dtype {array.dtype.name}", ", ".join(_FLOATS)))
+        check.type_error("x", "a QuantizedTensor", "a float array")
+    array = check.float_array("x", x)
     if array.ndim not in (3, 4):
-        raise ValueError(_text("x", f"of rank {array.ndim}", "rank 3 or 4 (TNH or BTNH)"))
-    if array.shape[-1] == 0:
-        raise ValueError(_text("x", f"of head dim 0 (shape {array.shape})", "at least 1"))
-    if spec.bits == 4 and array.shape[-1] % 2:
-        raise ValueError(
-            _text("x", f"of head dim {array.shape[-1]}", "an even head dim where spec.bits is 4")
-        )
-    if implementation not in _IMPLEMENTATIONS:
-        allowed = 'None, "cpu", "metal", "xla"'
-        raise ValueError(_text("implementation", repr(implementation), allowed))
+        check.value_error("x", f"of rank {array.ndim}", "rank 3 or 4 (TNH or BTNH)")
+    H = array.shape[-1]
+    if H == 0:
+        check.value_error("x", f"of head dim 0 (shape {array.shape})", "at least 1")
+    if spec.bits == 4:
+        check.even_head_dim("x", H)
+    check.name("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "metal":
-        check_metal("quantize")
-        if array.shape[-1] > _WIDEST_ROW_OF_METAL:
-            allowed = f'at most {_WIDEST_ROW_OF_METAL} where implementation is "metal"'
-            raise ValueError(_text("x", f"of head dim {array.shape[-1]}", allowed))
+        check_metal(check)
+        widest = _native.plugin().METAL_MAX_QUANTIZED_HEAD_DIM
+        if widest < H:
+            allowed = f'at most {widest} where implementation is "metal"'
+            check.value_error("x", f"of head dim {H}", allowed)
     is_batched = array.ndim == 4
     checked = None
     if lengths is not None:
-        shape = array.shape[:-3]
-        checked = checked_lengths(lengths, shape, array.shape[-3], f"shape {shape}", _fail_lengths)
+        checked = check.lengths("lengths", lengths, array.shape[:-3], array.shape[-3]).reshape(-1)
     array = jax.lax.stop_gradient(array if is_batched else array[None])
-    if checked is not None:
-        checked = checked.reshape(-1)
     quantized = on_meshes(_quantize, (spec, implementation), array, array, checked)
     return quantized if is_batched else quantized[0]
 
@@ -94,11 +80,3 @@ def _quantize(
 ) -> QuantizedTensor:
     visible = None if lengths is None else tokens_within(lengths, x.shape[1])
     return _lowering.quantize(spec, implementation, x, visible)
-
-
-def _fail_lengths(error: type[Exception], found: str, allowed: str) -> NoReturn:
-    raise error(_text("lengths", found, allowed))
-
-
-def _text(argument: str, found: Any, allowed: str) -> str:
-    return f"jax_gluon.quantize: {argument} is {found}; allowed: {allowed}."

@@ -12,18 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_gluon._arguments import check_arguments
 from jax_gluon._attention import dot_product_attention
+from jax_gluon._errors import Checker
+from jax_gluon._kernels import CpuKernel, Device, MetalKernel, Pass
 from jax_gluon._plan import tuned_table
-from jax_gluon._plan.selection import KernelConfig, KernelProblem, Measurement, kernel_configs
+from jax_gluon._plan.choice import find_offers
+from jax_gluon._plan.selection import Measurement, candidates
+from jax_gluon._quantization.formats import Preset
 
-_OPERANDS: dict[str, tuple[Any, str | None]] = {
+_OPERANDS: dict[str, tuple[Any, Preset | None]] = {
     "float32": (jnp.float32, None),
     "bfloat16": (jnp.bfloat16, None),
     "float16": (jnp.float16, None),
     "int8": (jnp.float32, "int8"),
     "int4": (jnp.float32, "int4"),
 }
-_DIRECTIONS = ("forward", "backward")
+_DIRECTIONS: tuple[Pass, ...] = ("forward", "backward")
 _HEAD_DIMS = (64, 128)
 _LENGTHS = (256, 512, 1024, 2048, 4096)
 #: Heads of the problems that are timed.
@@ -35,7 +40,7 @@ class Case:
     """A problem that is timed: B1, T = S."""
 
     operands: str
-    direction: str
+    direction: Pass
     H: int
     S: int
 
@@ -52,7 +57,7 @@ def cases() -> list[Case]:
 
 
 def tune(
-    path: Path, device: str, *, seconds: float, rounds: int = 5, least: float = 0.02
+    path: Path, device: Device, *, seconds: float, rounds: int = 5, least: float = 0.02
 ) -> Iterator[tuple[Case, Measurement | None]]:
     """Times the cases that the table at `path` lacks, and keeps it after each.
 
@@ -77,21 +82,37 @@ def tune(
         yield case, row
 
 
-def measure(case: Case, device: str, *, rounds: int, least: float) -> Measurement:
+def kernels_of(case: Case, device: Device) -> tuple[CpuKernel | MetalKernel, ...]:
+    """The kernels that are timed for a case."""
+    dtype, quantization = _OPERANDS[case.operands]
+    found: list[tuple[CpuKernel | MetalKernel, ...]] = []
+
+    def look(x: jax.Array) -> None:
+        arguments = check_arguments(
+            Checker("tune"), x, x, x, None, None, quantization=quantization, implementation=device
+        )
+        _, offers = find_offers(arguments.problem, arguments.operands, case.direction, device)
+        found.append(candidates(offers))
+
+    jax.eval_shape(look, jax.ShapeDtypeStruct((1, case.S, _HEADS, case.H), dtype))
+    return found[0]
+
+
+def measure(case: Case, device: Device, *, rounds: int, least: float) -> Measurement:
     """Median seconds of every kernel, in turn."""
     dtype, quantization = _OPERANDS[case.operands]
     keys = jax.random.split(jax.random.key(case.S + case.H), 3)
     shape = (1, case.S, _HEADS, case.H)
     x = [jax.random.normal(key, shape, dtype) for key in keys]
 
-    def make(config: KernelConfig) -> Callable[..., Any]:
+    def make(kernel: CpuKernel | MetalKernel) -> Callable[..., Any]:
         is_forward = case.direction == "forward"
-        kernel = (config, None) if is_forward else (None, config)
+        pair = (kernel, None) if is_forward else (None, kernel)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return dot_product_attention(
                 query, key, value,
-                quantization=quantization, implementation=device, kernel=kernel,
+                quantization=quantization, implementation=device, kernel=pair,
             )  # fmt: skip
 
         def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -105,19 +126,15 @@ def measure(case: Case, device: str, *, rounds: int, least: float) -> Measuremen
             jax.block_until_ready(function(*x))
         return (time.perf_counter() - start) / calls
 
-    problem = KernelProblem(
-        case.S, case.S, case.H, case.H, case.operands, case.direction,
-        has_exact_codes=case.operands != "int4",
-    )  # fmt: skip
-    functions = {config: make(config) for config in kernel_configs(problem, device)}
-    once: dict[KernelConfig, float] = {}
-    for config, function in functions.items():
+    functions = {each: make(each) for each in kernels_of(case, device)}
+    once: dict[CpuKernel | MetalKernel, float] = {}
+    for kernel, function in functions.items():
         turn(function, 1)  # compiles
-        once[config] = turn(function, 1)
-    times: dict[KernelConfig, list[float]] = {config: [] for config in functions}
+        once[kernel] = turn(function, 1)
+    times: dict[CpuKernel | MetalKernel, list[float]] = {kernel: [] for kernel in functions}
     for _ in range(rounds):
-        for config, function in functions.items():
+        for kernel, function in functions.items():
             turn(function, 1)  # takes what the one before has left in caches and allocator
-            times[config].append(turn(function, max(1, round(least / once[config]))))
-    medians = {config: statistics.median(values) for config, values in times.items()}
+            times[kernel].append(turn(function, max(1, round(least / once[kernel]))))
+    medians = {kernel: statistics.median(values) for kernel, values in times.items()}
     return Measurement(case.operands, case.direction, case.H, case.S, medians)

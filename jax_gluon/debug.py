@@ -1,11 +1,37 @@
-"""What the software Metal device counted: for development."""
+"""What ran: the kernels of the last calls; what the software Metal device counted."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import jax
+
 from jax_gluon import _native
+
+
+def kernels(reset: bool = True) -> list[dict[str, Any]]:
+    """The kernels of the last attention calls of this process, oldest first; at most 256.
+
+    **Arguments:**
+
+    - `reset`: forget what is returned.
+
+    **Returns:** dicts of `pass` (`"forward"`, `"backward"` or `"backward_bias"`), `device`
+    (`"cpu"` or `"metal"`), `kernel` (the name that `explain` gives), `arithmetic` (what was
+    multiplied), `variant` (the CPU's instruction set, or the functions of shaders), and the sizes
+    `block_k`, `subtile` and `stages`, 0 where the kernel has none.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon
+    >>> x = jnp.ones((1, 40, 2, 64))
+    >>> jax_gluon.debug.kernels()  # doctest: +ELLIPSIS
+    [...]
+    >>> out = jax_gluon.dot_product_attention(x[:, :1], x, x, implementation="cpu")
+    >>> [(run["pass"], run["kernel"]) for run in jax_gluon.debug.kernels()]
+    [('forward', 'decode')]
+    """
+    jax.effects_barrier()
+    return _native.plugin().kernel_runs(reset)
 
 
 def metal_counters(reset: bool = True) -> list[dict[str, Any]]:
@@ -27,6 +53,6 @@ def metal_counters(reset: bool = True) -> list[dict[str, Any]]:
         each["threadgroup_bytes"] = (
             each["threadgroup_bytes_read"] + each["threadgroup_bytes_written"]
         )
-        each["barriers"] = each["threadgroup_barriers"]
-        each["simd_operations"] = each["simdgroup_operations"]
+        each["barriers"] = each.pop("threadgroup_barriers")
+        each["simd_operations"] = each.pop("simdgroup_operations")
     return dispatches

@@ -19,10 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_gluon._arguments import Implementation
 from jax_gluon._attention import dot_product_attention
+from jax_gluon._errors import Checker
+from jax_gluon._kernels import KernelWishes
 from jax_gluon._kv_cache import QuantizedKVCache
-from jax_gluon._plan.kernels import Wishes
-from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor
+from jax_gluon._quantization.formats import AttentionQuantization, Preset, QuantizedTensor
+
+_CHECK = Checker("flax.attention_fn")
 
 
 def attention_fn(
@@ -31,9 +35,9 @@ def attention_fn(
     local_window_size: int | tuple[int, int] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    quantization: str | AttentionQuantization | None = None,
-    implementation: str | None = None,
-    kernel: Wishes = None,
+    quantization: Preset | AttentionQuantization | None = None,
+    implementation: Implementation | None = None,
+    kernel: KernelWishes = None,
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.linen` and `flax.nnx` multi-head attention modules.
 
@@ -78,9 +82,9 @@ class _AttentionFn:
     local_window_size: int | tuple[int, int] | None
     scale: float | None
     logits_soft_cap: float | None
-    quantization: str | AttentionQuantization | None
-    implementation: str | None
-    kernel: Wishes
+    quantization: Preset | AttentionQuantization | None
+    implementation: Implementation | None
+    kernel: KernelWishes
 
     # Linen passes only the keywords that it finds in the signature, by name: each is spelled out.
     def __call__(
@@ -106,15 +110,14 @@ class _AttentionFn:
     ) -> jax.Array:
         del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
         if dropout_rate > 0.0 and not deterministic:
-            raise NotImplementedError(
-                f"jax_gluon.flax.attention_fn: dropout_rate is {dropout_rate} with "
-                "deterministic=False; dropout of the attention weights is not supported, expected "
-                "dropout_rate=0.0 or deterministic=True."
+            _CHECK.not_available(
+                "dropout_rate",
+                f"{dropout_rate} with deterministic=False",
+                "0.0, or deterministic=True: dropout of the attention weights is not supported",
             )
         if module is not None:
-            raise NotImplementedError(
-                "jax_gluon.flax.attention_fn: sow_weights=True; the attention weights are never "
-                "formed, so that there is nothing to sow, expected sow_weights=False."
+            _CHECK.not_available(
+                "sow_weights", "True", "False: the attention weights are never formed"
             )
         einsums = {
             "einsum_dot_general": einsum_dot_general,
@@ -123,9 +126,8 @@ class _AttentionFn:
         }
         for name, einsum in einsums.items():
             if einsum is not None:
-                raise NotImplementedError(
-                    f"jax_gluon.flax.attention_fn: {name} is set; the products are fused and can't "
-                    "be replaced, expected None."
+                _CHECK.not_available(
+                    name, "set", "None: the products are fused and can't be replaced"
                 )
         if promote_dtype is not None:
             query, key, value = promote_dtype((query, key, value), dtype=dtype)
@@ -162,15 +164,12 @@ class _AttentionFn:
             return
         where = f"for one query over {S} keys, whose position Flax does not pass (decode=True)"
         if is_causal:
-            raise ValueError(
-                f"jax_gluon.flax.attention_fn: is_causal is True {where}; allowed: False, the "
-                "mask of Flax's cache is causal."
+            _CHECK.value_error(
+                "is_causal", f"True {where}", "False: the mask of Flax's cache is causal"
             )
         if self.local_window_size is not None:
-            raise ValueError(
-                f"jax_gluon.flax.attention_fn: local_window_size is {self.local_window_size} "
-                f"{where}; allowed: None, with the window in the mask."
-            )
+            found = f"{self.local_window_size} {where}"
+            _CHECK.value_error("local_window_size", found, "None, with the window in the mask")
 
 
 def _common_dtype(*arrays: jax.Array) -> jnp.dtype[Any]:
@@ -187,15 +186,10 @@ def _check_batch_axes(query: jax.Array, key: jax.Array, value: jax.Array) -> Non
         ("value", value, "S, K"),
     ):
         if x.ndim < 3:
-            raise ValueError(
-                f"jax_gluon.flax.attention_fn: {name} is of shape {x.shape}; allowed: "
-                f"[..., {length}, H]."
-            )
+            _CHECK.value_error(name, f"of shape {x.shape}", f"[..., {length}, H]")
         if x.shape[:-3] != query.shape[:-3]:
-            raise ValueError(
-                f"jax_gluon.flax.attention_fn: {name} is of batch axes {x.shape[:-3]}; allowed: "
-                f"query's, {query.shape[:-3]}."
-            )
+            found, allowed = f"of batch axes {x.shape[:-3]}", f"query's, {query.shape[:-3]}"
+            _CHECK.value_error(name, found, allowed)
 
 
 def _one_batch_axis(x: jax.Array) -> jax.Array:
@@ -211,10 +205,8 @@ def _flatten_batch(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> ja
     if len(own) > len(batch) or any(
         extent not in (1, full) for extent, full in zip(own[::-1], batch[::-1], strict=False)
     ):
-        raise ValueError(
-            f"jax_gluon.flax.attention_fn: {name} is of shape {x.shape}; allowed: batch axes that "
-            f"broadcast to query's, {batch}."
-        )
+        allowed = f"batch axes that broadcast to query's, {batch}"
+        _CHECK.value_error(name, f"of shape {x.shape}", allowed)
     if all(extent == 1 for extent in own):
         return jnp.reshape(x, (1, *x.shape[-3:]))
     x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
@@ -235,6 +227,8 @@ def _parts(x: Any) -> tuple[dict[str, Any], str]:
 
 
 def _register(serialization: Any, kind: type) -> None:
+    check = Checker("flax")
+
     def to_state_dict(x: Any) -> dict[str, Any]:
         arrays, words = _parts(x)
         states = {name: serialization.to_state_dict(part) for name, part in arrays.items()}
@@ -243,18 +237,19 @@ def _register(serialization: Any, kind: type) -> None:
     def from_state_dict(target: Any, state: dict[str, Any]) -> Any:
         arrays, words = _parts(target)
         if set(state) != {*arrays, _FORMAT} or state[_FORMAT] != words:
-            raise ValueError(
-                f"jax_gluon.flax: the state of a {kind.__name__} is of {sorted(state)} and "
-                f"{state.get(_FORMAT)}; allowed: those of the target, {sorted(arrays)} and {words}."
+            check.value_error(
+                f"the state of a {kind.__name__}",
+                f"of {sorted(state)} and {state.get(_FORMAT)}",
+                f"those of the target, {sorted(arrays)} and {words}",
             )
         restored: dict[str, Any] = {}
         for name, part in arrays.items():
             new = serialization.from_state_dict(part, state[name], name=name)
             if (new.shape, new.dtype) != (part.shape, part.dtype):
-                raise ValueError(
-                    f"jax_gluon.flax: {name} in the state of a {kind.__name__} is "
-                    f"{new.dtype}{list(new.shape)}; allowed: the target's, "
-                    f"{part.dtype}{list(part.shape)}."
+                check.value_error(
+                    f"{name} in the state of a {kind.__name__}",
+                    f"{new.dtype}{list(new.shape)}",
+                    f"the target's, {part.dtype}{list(part.shape)}",
                 )
             restored[name] = new if isinstance(new, QuantizedTensor) else jnp.asarray(new)
         return dataclasses.replace(target, **restored)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_gluon._arguments import AttentionKeywords, check_arguments, check_flag, check_keyword_names
+from jax_gluon._arguments import KEYWORDS, AttentionKeywords, check_arguments
+from jax_gluon._errors import Checker
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._visible_tokens import tokens_within, visible_tokens
@@ -75,9 +76,9 @@ def dot_product_attention(
     >>> jax_gluon.reference.dot_product_attention(x, x, x, is_causal=True).shape
     (2, 128, 8, 64)
     """
-    function = "reference.dot_product_attention"
-    check_flag(function, "return_residual", return_residual)
-    out, log_sum_exp = _run(function, query, key, value, bias, mask, keywords)
+    check = Checker("reference.dot_product_attention")
+    check.flag("return_residual", return_residual)
+    out, log_sum_exp = _run(check, query, key, value, bias, mask, keywords)
     if not return_residual:
         return out
     key_dtype = key.dtype if isinstance(key, QuantizedTensor) else jnp.asarray(key).dtype
@@ -106,7 +107,8 @@ def attention_with_log_sum_exp(
     >>> log_sum_exp.shape
     (2, 128, 8)
     """
-    return _run("reference.attention_with_log_sum_exp", query, key, value, bias, mask, keywords)
+    check = Checker("reference.attention_with_log_sum_exp")
+    return _run(check, query, key, value, bias, mask, keywords)
 
 
 def fake_quantize(x: jax.Array, spec: QuantSpec, *, lengths: jax.Array | None = None) -> jax.Array:
@@ -138,7 +140,7 @@ def _rounded(x: jax.Array, spec: QuantSpec, visible: jax.Array | None) -> jax.Ar
 
 
 def _run(
-    function: str,
+    check: Checker,
     query: ArrayLike | QuantizedTensor,
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
@@ -146,8 +148,8 @@ def _run(
     mask: ArrayLike | None,
     keywords: AttentionKeywords,
 ) -> tuple[jax.Array, jax.Array]:
-    check_keyword_names(function, keywords)
-    arguments = check_arguments(function, query, key, value, bias, mask, **keywords)
+    check.keywords(keywords, KEYWORDS)
+    arguments = check_arguments(check, query, key, value, bias, mask, **keywords)
     problem, operands = arguments.problem, arguments.operands
     scale = problem.scale if arguments.scale is None else arguments.scale
     dtype = np.promote_types(operands.query.dtype, np.float32)
@@ -205,17 +207,15 @@ def _attend(
 def _floats(
     problem: AttentionProblem, operands: Operands, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    specs = problem.quantization
     rows, keys = visible_tokens(problem, operands)
 
-    def floats(name: str, visible: jax.Array | None) -> jax.Array:
-        x, spec = getattr(operands, name), specs and getattr(specs, name)
+    def floats(x: Any, spec: QuantSpec | None, visible: jax.Array | None) -> jax.Array:
         if isinstance(x, QuantizedTensor):
             return x.dequantize(dtype)
         wide = x.astype(np.promote_types(x.dtype, np.float32))
         return (_rounded(wide, spec, visible) if spec else x).astype(dtype)
 
-    query, key, value = map(floats, ("query", "key", "value"), (rows, keys, keys))
+    query, key, value = map(floats, operands[:3], problem.quantization, (rows, keys, keys))
     return query, key, value
 
 

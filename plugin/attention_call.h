@@ -56,29 +56,37 @@ struct Quantization {
   explicit operator bool() const { return bits != 0; }
 };
 
+// One group a row is one scale a row.
+constexpr int64_t whole_head_block(int64_t head_block, int64_t width) {
+  return head_block >= width && width > 1 ? 0 : head_block;
+}
+
 // Rows of floats or of codes.
 struct QuantizableOperand : Operand {
   Quantization quantization;
 };
 
-// How kernels walk the keys: a block is loaded, then computed on, its softmax in one piece; or
-// blocks are filled ahead of their use, and the softmax is taken a subtile at a time. Results agree
-// up to rounding.
-enum class Pipeline : uint8_t { kBaseline, kGluon };
+// The kernels of a pass; results agree up to rounding. kernels.h says which a device has for a
+// call.
+// - baseline: a block of keys is loaded, then computed on, its softmax in one piece.
+// - gluon: blocks are filled ahead of their use, and the softmax is taken a subtile at a time.
+// - decode: few queries; the keys are split, and partial results merged.
+// - small: heads of few queries and keys, each in one piece.
+enum class Kernel : uint8_t { kBaseline, kGluon, kDecode, kSmall };
 
-// A pipeline of the CPU's kernels and the sizes of its blocks, in keys: of those that are loaded at
-// a time, of those that share a step of the softmax; and how many blocks are kept. A kernel rounds
-// them to whole tiles, and to the most that it has room for.
-struct KernelConfig {
-  Pipeline pipeline = Pipeline::kBaseline;
-  int64_t block_k = 256, subtile = 256, stages = 1;
+// A kernel and the sizes of its blocks, in keys: of those that are loaded at a time, of those that
+// share a step of the softmax; and how many blocks are kept. 0: the kernel has no such size. The
+// CPU rounds them to whole tiles, and to the most that it has room for.
+struct KernelChoice {
+  Kernel kernel = Kernel::kBaseline;
+  int64_t block_k = 0, subtile = 0, stages = 0;
 };
 
 struct AttentionCall {
   // One for each device, since a call may leave open where it runs. Block sizes are compiled into
   // Metal's kernels.
-  KernelConfig cpu_kernel;
-  Pipeline metal_pipeline = Pipeline::kBaseline;
+  KernelChoice cpu_kernel;
+  Kernel metal_kernel = Kernel::kBaseline;
 
   // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.
   int64_t B = 0, T = 0, S = 0, N = 0, K = 0, H = 0, V = 0;

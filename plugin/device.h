@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention_call.h"
+#include "kernels.h"
 
 namespace jax_gluon {
 
@@ -25,13 +26,22 @@ class Parallel {
 // Empty on success, else what went wrong.
 using Status = std::optional<std::string>;
 
+// A pass takes a call whose kernel is among the offers for it, and says in `run` what ran.
 class Device {
  public:
   virtual ~Device() = default;
-  virtual Status forward(const AttentionForwardCall& call, Parallel& parallel) = 0;
-  virtual Status backward(const AttentionBackwardCall& call, Parallel& parallel) = 0;
-  virtual Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel) = 0;
+  virtual Status forward(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run) = 0;
+  virtual Status backward(const AttentionBackwardCall& call, Parallel& parallel,
+                          KernelRun& run) = 0;
+  virtual Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel,
+                               KernelRun& run) = 0;
   virtual Status quantize(const QuantizeCall& call, Parallel& parallel) = 0;
+
+  // The kernels for a call, of which everything but the data counts; by the rules that the passes
+  // go by. Empty where the device can't run at all.
+  virtual KernelOffers offers(const AttentionForwardCall& call) const = 0;
+  virtual KernelOffers offers(const AttentionBackwardCall& call) const = 0;
+  virtual KernelOffers offers(const AttentionBackwardBiasCall& call) const = 0;
 };
 
 // The native CPU kernels. Never null.

@@ -1,4 +1,4 @@
-"""Which kernel runs a problem, and why: pure functions of the problem's shape.
+"""Which kernel runs a problem, and why: pure functions of the problem and of what a device offers.
 
 GLUON is the pipeline of subtiled softmax and of keys and values that are filled ahead of their use
 (`docs/how-it-works.md`); `baseline` is the other.
@@ -7,82 +7,105 @@ GLUON is the pipeline of subtiled softmax and of keys and values that are filled
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-PIPELINES = ("baseline", "gluon")
+from jax_gluon._kernels import CpuKernel, Device, KernelName, MetalKernel, Pass
 
-#: GLUON is chosen from this many keys in a row's sight and this head dim on, where nothing was
-#: measured on the device.
+#: The kernels that any problem can be run by, among which `jax-gluon tune` chooses.
+PIPELINES: tuple[KernelName, ...] = ("baseline", "gluon")
+
+#: GLUON is chosen from this many visible keys and this head dim on, where nothing was measured on
+#: the device.
 MIN_KEYS, MIN_HEAD_DIM = 512, 64
 
 
 @dataclass(frozen=True)
-class KernelConfig:
-    """A pipeline and the sizes of its blocks, in tokens.
+class SizeRange:
+    """What a size may be: from `min` to `max` in steps."""
 
-    - `pipeline`: `"baseline"` or `"gluon"`.
-    - `block_q`: queries that share what is loaded of keys and values.
-    - `block_k`: keys that are loaded at a time.
-    - `subtile`: keys that share a step of the softmax, at most: the CPU's kernels take fewer where
-      vectors are short. In backward on the CPU, keys whose P and dS are kept at a time.
-    - `stages`: blocks of keys that are kept at a time; over 1, they are filled ahead.
+    preferred: int
+    min: int
+    max: int
+    step: int
 
-    Where dK and dV are made, on Metal, queries and keys change places. `dot_product_attention`
-    takes a configuration as `kernel=`, and says what is allowed where a device lacks its sizes: on
-    Metal they are compiled in.
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max and (size - self.min) % self.step == 0
 
-    >>> import jax.numpy as jnp
-    >>> import jax_gluon
-    >>> config = jax_gluon.KernelConfig("gluon", block_q=96, block_k=256, subtile=128, stages=2)
-    >>> x = jnp.ones((1, 300, 1, 64))
-    >>> jax_gluon.dot_product_attention(x, x, x, kernel=config).shape
-    (1, 300, 1, 64)
+    def __str__(self) -> str:
+        if self.max == self.min + self.step:
+            return f"{self.min} or {self.max}"
+        steps = "" if self.step == 1 else f" in steps of {self.step}"
+        return f"{self.min} to {self.max}{steps}"
+
+
+@dataclass(frozen=True)
+class KernelOffer:
+    """A kernel that a device has for a problem, as the plugin says it.
+
+    `arithmetic` is what is multiplied; `reason` what the kernel is for, where it is not for every
+    problem; `sizes` what the sizes of a `CpuKernel` may be, of those that there is a choice of.
     """
 
-    pipeline: str
-    block_q: int
-    block_k: int
-    subtile: int
-    stages: int
+    device: Device
+    name: KernelName
+    arithmetic: str = "float32"
+    reason: str = ""
+    sizes: Mapping[str, SizeRange] = field(default_factory=dict[str, SizeRange])
+
+    def kernel(self, **sizes: int | None) -> CpuKernel | MetalKernel:
+        """The kernel with these sizes, and else those that it prefers."""
+        if self.device == "metal":
+            return MetalKernel(self.name)
+        preferred = {name: size.preferred for name, size in self.sizes.items()}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        # A block that was not asked for follows a subtile that was.
+        if "subtile" in given and "block_k" not in given:
+            subtile = given["subtile"]
+            blocks = max(2, preferred["block_k"] // max(subtile, 1))
+            preferred["block_k"] = blocks * subtile
+        return CpuKernel(self.name, **(preferred | given))
+
+    def takes(self, kernel: CpuKernel | MetalKernel) -> bool:
+        """Whether this is the kernel, and its sizes are among those that there are."""
+        if isinstance(kernel, MetalKernel):
+            return self.device == "metal" and self.name == kernel.name
+        if self.device != "cpu" or self.name != kernel.name:
+            return False
+        found = {
+            "block_k": kernel.block_k,
+            "subtile": kernel.subtile,
+            "stages": kernel.stages,
+        }
+        for name, size in found.items():
+            if (size is not None) != (name in self.sizes):
+                return False
+            if size is not None and size not in self.sizes[name]:
+                return False
+        block_k, subtile = kernel.block_k, kernel.subtile
+        is_whole = block_k is None or subtile is None or block_k % subtile == 0
+        return is_whole and (block_k is None or subtile is None or block_k >= 2 * subtile)
+
+    def __str__(self) -> str:
+        sizes = [f"{name} {size}" for name, size in self.sizes.items()]
+        if "subtile" in self.sizes:
+            sizes.append("block_k two subtiles or more, and whole ones")
+        return f'"{self.name}"' + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 @dataclass(frozen=True)
 class KernelProblem:
-    """What the choice of a kernel depends on.
+    """What the choice among the offers for a problem depends on.
 
     `operands` is what is multiplied: `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` or `"int4"`,
-    where codes beside floats are multiplied as `"float32"`; `has_exact_codes` says that scales and
-    zero points of codes are constant along the contraction, `has_integer_rows` that forward on the
-    CPU multiplies them as integers. `direction` is `"forward"` or `"backward"`. `local_window` is
-    `(left, right)`.
+    where codes beside floats are multiplied as `"float32"`. `visible_keys` is the most keys that
+    any row can see, H the head dim.
     """
 
-    T: int
-    S: int
+    direction: Pass
+    operands: str
+    visible_keys: int
     H: int
-    V: int
-    operands: str = "float32"
-    direction: str = "forward"
-    is_causal: bool = False
-    local_window: tuple[int, int] | None = None
-    has_exact_codes: bool = True
-    has_integer_rows: bool = True
-
-    @property
-    def is_integer_on_cpu(self) -> bool:
-        """Whether the CPU multiplies integers: in forward, rows of codes."""
-        is_codes = self.operands in ("int8", "int4")
-        return is_codes and self.has_integer_rows and self.direction == "forward"
-
-    @property
-    def keys(self) -> int:
-        """The most keys that any row can see."""
-        seen = min(self.S, self.T) if self.is_causal else self.S
-        if self.local_window is None:
-            return seen
-        left, right = self.local_window
-        return min(seen, left + (0 if self.is_causal else right) + 1)
 
 
 @dataclass(frozen=True)
@@ -93,10 +116,10 @@ class Measurement:
     direction: str
     H: int
     S: int
-    seconds: Mapping[KernelConfig, float]
+    seconds: Mapping[CpuKernel | MetalKernel, float]
 
     @property
-    def fastest(self) -> KernelConfig:
+    def fastest(self) -> CpuKernel | MetalKernel:
         """The fastest kernel; the first of those that are equal."""
         return min(self.seconds, key=self.seconds.__getitem__)
 
@@ -104,155 +127,82 @@ class Measurement:
     def ratio(self) -> float:
         """Time of the fastest gluon kernel over that of the fastest baseline one."""
         gluon, baseline = (
-            min(s for config, s in self.seconds.items() if config.pipeline == pipeline)
-            for pipeline in ("gluon", "baseline")
+            min(s for kernel, s in self.seconds.items() if kernel.name == name)
+            for name in ("gluon", "baseline")
         )
         return gluon / baseline
 
 
 def select_kernel(
-    problem: KernelProblem, device: str, measured: Sequence[Measurement] = ()
-) -> tuple[KernelConfig, str]:
-    """The kernel for a problem on `"cpu"` or `"metal"`, and the reason.
+    problem: KernelProblem, offers: Sequence[KernelOffer], measured: Sequence[Measurement] = ()
+) -> tuple[CpuKernel | MetalKernel, str]:
+    """The kernel for a problem among what a device offers for it, and the reason.
 
-    `measured` is the table of `jax-gluon tune` for this device: the row with the same operands and
-    direction that is nearest in head dim, then in keys, decides. Without one the default does:
-    GLUON is for large problems, where it was measured on CPUs (`docs/gluon.md`); on Metal the
-    pipelines differ in counted work alone so far.
+    A kernel made for such problems (small, decode) goes first. Else `measured`, the table of
+    `jax-gluon tune` for the device, decides: its row with the same operands and direction that is
+    nearest in head dim, then in keys. Without one GLUON is for large problems, where it was
+    measured on CPUs (`docs/gluon.md`); on Metal the pipelines differ in counted work alone so far.
 
-    >>> from jax_gluon._plan.selection import KernelProblem, select_kernel
-    >>> select_kernel(KernelProblem(T=1024, S=1024, H=64, V=64), "metal")[0].pipeline
-    'gluon'
-    >>> select_kernel(KernelProblem(T=1024, S=256, H=64, V=64), "metal")[0].pipeline
-    'baseline'
+    >>> from jax_gluon._plan.selection import KernelOffer, KernelProblem, select_kernel
+    >>> offers = KernelOffer("metal", "baseline"), KernelOffer("metal", "gluon")
+    >>> select_kernel(KernelProblem("forward", "float32", 1024, 64), offers)[0]
+    MetalKernel(name='gluon')
+    >>> select_kernel(KernelProblem("forward", "float32", 256, 64), offers)[1]
+    'baseline: GLUON needs at least 512 visible keys and head dim 64; here 256 and 64'
     """
+    named = {offer.name: offer for offer in offers}
+    for name in ("small", "decode"):
+        if name in named:
+            return named[name].kernel(), f"{name}: {named[name].reason}"
+    if len(offers) == 1:
+        return offers[0].kernel(), f"{offers[0].name}: the one kernel of this pass"
     rows = [
         row
         for row in measured
         if row.operands == problem.operands and row.direction == problem.direction
     ]
-    if rows and problem.keys > 0:
+    if rows and problem.visible_keys > 0:
 
         def distance(row: Measurement) -> tuple[float, float]:
-            return abs(math.log2(row.H / problem.H)), abs(math.log2(row.S / problem.keys))
+            keys = abs(math.log2(row.S / problem.visible_keys))
+            return abs(math.log2(row.H / problem.H)), keys
 
         row = min(rows, key=distance)
-        config = row.fastest
-        if is_allowed(config, problem, device):
-            return config, (
-                f"measured here at {row.S} keys and head dim {row.H}: gluon takes "
-                f"{row.ratio:.2f} times as long as baseline"
+        kernel = row.fastest
+        where = f"measured here at {row.S} keys and head dim {row.H}"
+        if any(offer.takes(kernel) for offer in offers):
+            return kernel, (
+                f"{kernel.name}: {where}, gluon takes {row.ratio:.2f} times as long as baseline"
             )
-        # Measured on kernels of other sizes, such as those of another head dim.
-        pipeline = config.pipeline
-        return kernel_config(problem, device, pipeline), (
-            f"measured here at {row.S} keys and head dim {row.H}: {pipeline} is faster"
-        )
-    pipeline, reason = _default_pipeline(problem)
-    return kernel_config(problem, device, pipeline), reason
+        # Measured with other sizes, such as those of another head dim.
+        return named[kernel.name].kernel(), f"{kernel.name}: {where}, it is faster"
+    here = f"here {problem.visible_keys} and {problem.H}"
+    if problem.visible_keys < MIN_KEYS or problem.H < MIN_HEAD_DIM:
+        needs = f"at least {MIN_KEYS} visible keys and head dim {MIN_HEAD_DIM}"
+        return named["baseline"].kernel(), f"baseline: GLUON needs {needs}; {here}"
+    enough = f"{MIN_KEYS} visible keys and head dim {MIN_HEAD_DIM}, or more"
+    return named["gluon"].kernel(), f"gluon: {enough}; {here}"
 
 
-def _default_pipeline(problem: KernelProblem) -> tuple[str, str]:
-    seen = f"a row sees at most {problem.keys} keys, and the head dim is {problem.H}"
-    if problem.keys < MIN_KEYS or problem.H < MIN_HEAD_DIM:
-        return "baseline", f"{seen}: gluon is for {MIN_KEYS} and {MIN_HEAD_DIM} on"
-    return "gluon", f"{seen}: {MIN_KEYS} and {MIN_HEAD_DIM} or more"
-
-
-def kernel_config(problem: KernelProblem, device: str, pipeline: str) -> KernelConfig:
-    """A pipeline with the sizes of blocks that are best for a problem, as far as is known."""
-    is_gluon = pipeline == "gluon"
-    if device == "metal":
-        return _metal_config(problem, is_gluon)
-    if problem.direction == "backward":
-        # A larger block is for long rows, which every block reads again.
-        is_long = problem.H > 64 and problem.keys >= 2048
-        sizes = (192, 192, 1) if not is_gluon else (768, 192, 2) if is_long else (192, 96, 2)
-    elif problem.is_integer_on_cpu:
-        sizes = (512, 64, 2) if is_gluon else (256, 64, 1)
-    else:
-        sizes = (512, 256, 2) if is_gluon else (256, 256, 1)
-    return KernelConfig(pipeline, _CPU_ROWS, *sizes)
-
-
-_BACKWARD_SIZES = ((192, 96), (384, 192), (768, 192))
-
-
-def kernel_configs(problem: KernelProblem, device: str) -> tuple[KernelConfig, ...]:
+def candidates(offers: Sequence[KernelOffer]) -> tuple[CpuKernel | MetalKernel, ...]:
     """The kernels among which `jax-gluon tune` looks for the fastest."""
-    defaults = tuple(kernel_config(problem, device, pipeline) for pipeline in PIPELINES)
-    if device == "metal":
-        return defaults
-    if problem.direction == "backward":
-        sizes = [("baseline", 96, 96, 1), *(("gluon", k, n, 2) for k, n in _BACKWARD_SIZES)]
-    elif problem.is_integer_on_cpu:
-        sizes = [("baseline", 128, 64, 1), ("gluon", 256, 64, 2), ("gluon", 1024, 64, 2)]
-    else:
-        sizes = [("baseline", 128, 128, 1), ("gluon", 256, 128, 2), ("gluon", 1024, 256, 2)]
-    others = (KernelConfig(name, _CPU_ROWS, *rest) for name, *rest in sizes)
-    return *defaults, *(config for config in others if config not in defaults)
+    found: dict[CpuKernel | MetalKernel, None] = {}
+    for offer in offers:
+        if offer.name in PIPELINES:
+            found |= dict.fromkeys(kernel for kernel in _sized(offer) if offer.takes(kernel))
+    return tuple(found)
 
 
-#: Queries of a block in all kernels of the CPU, and its largest blocks of keys and rings.
-_CPU_ROWS, _MAX_KEYS, _MAX_STAGES = 96, 4096, 8
-
-
-def allowed_configs(problem: KernelProblem, device: str, pipeline: str) -> str:
-    """The sizes that a pipeline can have, in words."""
-    if device == "metal":
-        sizes = kernel_config(problem, device, pipeline)
-        return f"{sizes}, whose sizes are compiled in"
-    is_gluon = pipeline == "gluon"
-    subtile, block_k = "block_k", "64, 128, 192 or 256"
-    if problem.direction == "backward":
-        block_k = "96 or 192"
-        if is_gluon:
-            subtile = "96 or 192"
-    elif problem.is_integer_on_cpu:
-        subtile = "64"
-    elif is_gluon:
-        subtile = "128 or 256"
-    if is_gluon:
-        block_k = f"a multiple of subtile, at least twice it and at most {_MAX_KEYS}"
-    stages = f"2 to {_MAX_STAGES}" if is_gluon else "1"
-    return f"block_q {_CPU_ROWS}, subtile {subtile}, block_k {block_k}, stages {stages}"
-
-
-def is_allowed(config: KernelConfig, problem: KernelProblem, device: str) -> bool:
-    """Whether the device has a kernel of these sizes for a problem; see `allowed_configs`."""
-    if device == "metal":
-        return config == kernel_config(problem, device, config.pipeline)
-    is_gluon = config.pipeline == "gluon"
-    if problem.direction == "backward":
-        subtiles = (96, 192)
-    elif problem.is_integer_on_cpu:
-        subtiles = (64,)
-    else:
-        subtiles = (128, 256) if is_gluon else (64, 128, 192, 256)
-    if config.block_q != _CPU_ROWS or config.subtile not in subtiles:
-        return False
-    if is_gluon:
-        blocks = range(2 * config.subtile, _MAX_KEYS + 1, config.subtile)
-        return config.block_k in blocks and 2 <= config.stages <= _MAX_STAGES
-    blocks = (64, 128, 192, 256) if problem.is_integer_on_cpu else (config.subtile,)
-    if problem.direction == "backward":
-        blocks = (config.subtile,)
-    return config.block_k in blocks and config.stages == 1
-
-
-def _metal_config(problem: KernelProblem, is_gluon: bool) -> KernelConfig:
-    # The table of shaders/block_sizes.h.
-    is_half = problem.operands == "float16"
-    if problem.direction == "forward":
-        is_half |= problem.operands == "bfloat16"
-        is_half |= problem.operands in ("int8", "int4") and problem.has_exact_codes
-    head_dim = next((d for d in (64, 128) if d >= max(problem.H, problem.V)), 256)
-    tile = 8192 // (head_dim * (2 if is_half else 4))
-    is_backward = problem.direction == "backward"
-    if not is_gluon:
-        return KernelConfig("baseline", 32, tile, 8 if is_backward else tile, 1)
-    granule = max(tile // 2, 8)
-    if is_backward:
-        return KernelConfig("gluon", 32, granule, 8, 1 if tile == 8 else 2)
-    stages = 1 if tile == 8 else 2 if granule == 8 else 3
-    return KernelConfig("gluon", 32, granule, max(granule // 2, 8), stages)
+def _sized(offer: KernelOffer) -> Iterator[CpuKernel | MetalKernel]:
+    """The kernel as it prefers to be, then with blocks of half and of several times the size."""
+    yield offer.kernel()
+    block = offer.sizes.get("block_k")
+    if block is None:
+        return
+    subtile = offer.sizes.get("subtile")
+    for numerator, denominator in ((1, 2), (2, 1), (4, 1)):
+        block_k = block.preferred * numerator // denominator
+        if subtile is None:
+            yield offer.kernel(block_k=block_k)
+        else:
+            yield offer.kernel(block_k=block_k, subtile=min(subtile.max, block_k // 2))

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_gluon import _native
-from jax_gluon._plan.selection import PIPELINES, KernelConfig, Measurement
+from jax_gluon._kernels import CpuKernel, MetalKernel
+from jax_gluon._plan.selection import PIPELINES, Measurement
 
-_SCHEMA = 2
+_SCHEMA = 3
 
 
 def cache_folder() -> Path | None:
@@ -108,20 +109,29 @@ def load(path: Path, device: str) -> tuple[Measurement, ...]:
 
 
 def _from_json(operands: str, direction: str, H: int, S: int, kernels: list[Any]) -> Measurement:
-    seconds = {KernelConfig(**kernel["config"]): kernel["seconds"] for kernel in kernels}
+    seconds = {_kernel_from_json(**kernel["kernel"]): kernel["seconds"] for kernel in kernels}
     row = Measurement(operands, direction, H, S, seconds)
-    pipelines = {config.pipeline for config in seconds}
-    if pipelines != set(PIPELINES):
-        raise ValueError(f"a row has kernels of the pipelines {sorted(pipelines)} alone")
+    names = {kernel.name for kernel in seconds}
+    if names != set(PIPELINES):
+        raise ValueError(f"a row has the kernels {sorted(names)} alone")
     if not (H > 0 and S > 0 and all(s > 0 for s in seconds.values())):
         raise ValueError(f"a row has a number that is not positive: {row}")
     return row
 
 
+def _kernel_from_json(device: str, **fields: Any) -> CpuKernel | MetalKernel:
+    return CpuKernel(**fields) if device == "cpu" else MetalKernel(**fields)
+
+
+def _kernel_to_json(kernel: CpuKernel | MetalKernel) -> dict[str, Any]:
+    device = "cpu" if isinstance(kernel, CpuKernel) else "metal"
+    return {"device": device, **dataclasses.asdict(kernel)}
+
+
 def _to_json(row: Measurement) -> dict[str, Any]:
     kernels = [
-        {"config": dataclasses.asdict(config), "seconds": seconds}
-        for config, seconds in row.seconds.items()
+        {"kernel": _kernel_to_json(kernel), "seconds": seconds}
+        for kernel, seconds in row.seconds.items()
     ]
     return {
         "operands": row.operands, "direction": row.direction, "H": row.H, "S": row.S,

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes
 
+Preset = Literal["int8", "int4"]
 Granularity = Literal["tensor", "head", "row", "block", "group", "channel", "channel_block"]
 
 GRANULARITIES: tuple[Granularity, ...] = (
@@ -86,8 +88,7 @@ class QuantSpec:
             self._raise(ValueError, "float_minimum", "False where symmetric is True")
 
     def _raise(self, error: type[Exception], field: str, allowed: str) -> NoReturn:
-        found = getattr(self, field)
-        raise error(f"jax_gluon.QuantSpec: {field} is {found!r}; allowed: {allowed}.")
+        raise error(Checker("QuantSpec").text(field, f"{getattr(self, field)!r}", allowed))
 
     @property
     def token_block(self) -> int:
@@ -145,16 +146,15 @@ class AttentionQuantization:
         for name in ("query", "key", "value"):
             spec = getattr(self, name)
             if spec is not None and not isinstance(spec, QuantSpec):
-                raise TypeError(
-                    f"jax_gluon.AttentionQuantization: {name} is a {type(spec).__name__}; "
-                    "allowed: None or a QuantSpec."
-                )
+                found = f"a {type(spec).__name__}"
+                Checker("AttentionQuantization").type_error(name, found, "None or a QuantSpec")
 
 
+_INDEX = Checker("QuantizedTensor")
 _MINIMUM = {"symmetric": False, "float_minimum": True}
 
 #: The recipes that a string names; the documentation has the measurements that chose them.
-PRESETS = {
+PRESETS: dict[Preset, AttentionQuantization] = {
     "int8": AttentionQuantization(QuantSpec(), QuantSpec(center=True), QuantSpec()),
     "int4": AttentionQuantization(
         QuantSpec(),
@@ -223,9 +223,8 @@ class QuantizedTensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if copy is False:
-            raise ValueError(
-                "jax_gluon.QuantizedTensor.__array__: copy is False; allowed: None, True (values "
-                "are computed from the codes)."
+            Checker("QuantizedTensor.__array__").value_error(
+                "copy", "False", "None, True: values are computed from the codes"
             )
         return np.asarray(self.dequantize(), dtype)
 
@@ -254,7 +253,7 @@ class QuantizedTensor:
         index = (*parts, *(slice(None),) * (self.ndim - len(parts)))
         if len(index) > self.ndim or any(x != slice(None) for x in index[leading + 1 :]):
             raise IndexError(
-                f"jax_gluon.QuantizedTensor: index {index!r}; allowed: leading axes and tokens."
+                _INDEX.text("index", f"{index!r}", "ints and slices of leading axes and tokens")
             )
         tokens = self._token_blocks(index[leading])
 
@@ -274,16 +273,17 @@ class QuantizedTensor:
         """The slice of the scales that belongs to a slice of the tokens."""
         T, block = self.shape[-3], self.spec.token_block
         if not isinstance(tokens, slice) or tokens.step not in (None, 1):
-            raise IndexError(
-                f"jax_gluon.QuantizedTensor: token index {tokens!r}; allowed: a slice of step 1."
-            )
+            raise IndexError(_INDEX.text("index of tokens", f"{tokens!r}", "a slice of step 1"))
         if block == 0:
             return slice(None)
         start, stop, _ = tokens.indices(T)
         if start % block or (stop % block and stop < T):
             raise IndexError(
-                f"jax_gluon.QuantizedTensor: tokens {start} to {stop} of {T}; allowed: whole "
-                f"blocks of {block} tokens, which share scales."
+                _INDEX.text(
+                    "index of tokens",
+                    f"{start} to {stop} of {T}",
+                    f"whole blocks of {block} tokens, which share scales",
+                )
             )
         return slice(start // block, max(start // block, _blocks(stop, block)))
 
@@ -427,6 +427,6 @@ def rotation_signs(head_dim: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     return 1.0 - 2.0 * (z & np.uint64(1)).astype(np.float64)
 
 
-def preset(quantization: Any) -> AttentionQuantization | None:
+def preset(quantization: Preset | AttentionQuantization | None) -> AttentionQuantization | None:
     """The recipe that the `quantization` argument stands for: None, a preset's name or itself."""
     return PRESETS[quantization] if isinstance(quantization, str) else quantization

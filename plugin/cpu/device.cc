@@ -66,29 +66,45 @@ Status unsupported() {
 
 class CpuDevice : public Device {
  public:
-  Status forward(const AttentionForwardCall& call, Parallel& parallel) override {
+  Status forward(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run) override {
     for (const QuantizeCall& each : call.quantize) {
       if (Status status = quantize(each, parallel)) return status;
     }
-    return run(&Kernels::forward, call, parallel);
+    return run_pass(&Kernels::forward, call, parallel, run);
   }
-  Status backward(const AttentionBackwardCall& call, Parallel& parallel) override {
-    return run(&Kernels::backward, call, parallel);
+  Status backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) override {
+    return run_pass(&Kernels::backward, call, parallel, run);
   }
-  Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel) override {
-    return run(&Kernels::backward_bias, call, parallel);
+  Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel,
+                       KernelRun& run) override {
+    return run_pass(&Kernels::backward_bias, call, parallel, run);
   }
   Status quantize(const QuantizeCall& call, Parallel& parallel) override {
-    return run(&Kernels::quantize, call, parallel);
+    const Kernels* kernels = selected();
+    return kernels ? kernels->quantize(call, parallel) : unsupported();
+  }
+  KernelOffers offers(const AttentionForwardCall& call) const override {
+    const Kernels* kernels = selected();
+    return kernels ? kernels->forward_offers(call) : KernelOffers();
+  }
+  KernelOffers offers(const AttentionBackwardCall& call) const override {
+    const Kernels* kernels = selected();
+    return kernels ? kernels->backward_offers(call) : KernelOffers();
+  }
+  KernelOffers offers(const AttentionBackwardBiasCall& call) const override {
+    const Kernels* kernels = selected();
+    return kernels ? kernels->backward_bias_offers(call) : KernelOffers();
   }
 
  private:
   template <class Call>
-  static Status run(Status (*Kernels::*kernel)(const Call&, Parallel&), const Call& call,
-                    Parallel& parallel) {
+  static Status run_pass(Status (*Kernels::*pass)(const Call&, Parallel&, KernelRun&),
+                         const Call& call, Parallel& parallel, KernelRun& run) {
     const Kernels* kernels = selected();
     if (!kernels) return unsupported();
-    return (kernels->*kernel)(call, parallel);
+    run.device = "cpu";
+    run.variant = kernels->isa;
+    return (kernels->*pass)(call, parallel, run);
   }
 };
 

@@ -8,10 +8,13 @@ namespace jax_gluon::cpu {
 
 struct Kernels {
   const char* isa;
-  Status (*forward)(const AttentionForwardCall&, Parallel&);
-  Status (*backward)(const AttentionBackwardCall&, Parallel&);
-  Status (*backward_bias)(const AttentionBackwardBiasCall&, Parallel&);
+  Status (*forward)(const AttentionForwardCall&, Parallel&, KernelRun&);
+  Status (*backward)(const AttentionBackwardCall&, Parallel&, KernelRun&);
+  Status (*backward_bias)(const AttentionBackwardBiasCall&, Parallel&, KernelRun&);
   Status (*quantize)(const QuantizeCall&, Parallel&);
+  KernelOffers (*forward_offers)(const AttentionForwardCall&);
+  KernelOffers (*backward_offers)(const AttentionBackwardCall&);
+  KernelOffers (*backward_bias_offers)(const AttentionBackwardBiasCall&);
 };
 
 const Kernels& portable_kernels();

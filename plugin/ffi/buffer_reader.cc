@@ -106,6 +106,15 @@ int64_t BufferReader::integer(std::string_view name, int64_t least, int64_t most
   return *value;
 }
 
+std::string BufferReader::text(std::string_view name) {
+  const auto value = attributes_.get<std::string_view>(name);
+  if (!value.has_value()) {
+    fail("attribute " + std::string(name) + " is missing or not a string");
+    return {};
+  }
+  return std::string(*value);
+}
+
 float BufferReader::finite(std::string_view name) {
   const auto value = attributes_.get<float>(name);
   if (!value.has_value()) {

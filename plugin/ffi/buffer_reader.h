@@ -30,6 +30,7 @@ class BufferReader {
   const std::string& error() const { return *error_; }
 
   int64_t integer(std::string_view name, int64_t least, int64_t most);
+  std::string text(std::string_view name);
   bool flag(std::string_view name) { return integer(name, 0, 1) != 0; }
   float finite(std::string_view name);
 

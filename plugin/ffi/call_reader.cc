@@ -5,6 +5,7 @@
 #include <map>
 #include <utility>
 
+#include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gluon {
@@ -15,9 +16,6 @@ namespace {
 const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
                                             ffi::DataType::F16};
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 4;
-// Of a kernel's blocks: what bounds its scratch.
-constexpr int64_t kMaxBlockKeys = 4096, kMaxStages = 8;
-
 // How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
 // by an offset and a center where they have them. Or they come as floats, and the call makes codes
 // of them, which are results of its own.
@@ -33,8 +31,7 @@ struct Format {
     Quantization q;
     q.bits = bits;
     q.token_block = token_block;
-    // One group a row is one scale a row.
-    q.head_block = head_block >= shape[3] && shape[3] > 1 ? 0 : head_block;
+    q.head_block = whole_head_block(head_block, shape[3]);
     q.offset_kind = offset_kind();
     return q;
   }
@@ -231,15 +228,39 @@ void read_made_codes(BufferReader& reader, const std::string& name, const Format
   if (made.center) q.center = as_operand(made.center, made, {shape[0], 1, made.K, made.H});
 }
 
+Kernel read_kernel(BufferReader& reader, const std::string& attribute) {
+  const std::string name = reader.text(attribute);
+  const auto kernel = kernel_named(name);
+  if (!kernel) {
+    std::string names;
+    for (const char* each : kKernelNames) names += (names.empty() ? "" : ", ") + std::string(each);
+    reader.fail("attribute " + attribute + " is \"" + name + "\", expected one of " + names);
+  }
+  return kernel.value_or(Kernel::kBaseline);
+}
+
+KernelChoice read_cpu_kernel(BufferReader& reader) {
+  KernelChoice choice;
+  choice.kernel = read_kernel(reader, "cpu_kernel");
+  choice.block_k = reader.integer("cpu_block_k", 0, kMaxBlockKeys);
+  choice.subtile = reader.integer("cpu_subtile", 0, kMaxBlockKeys);
+  choice.stages = reader.integer("cpu_stages", 0, kMaxStages);
+  const bool has_blocks = choice.kernel == Kernel::kBaseline || choice.kernel == Kernel::kGluon;
+  const bool is_gluon = choice.kernel == Kernel::kGluon;
+  if (!has_blocks) choice.block_k = choice.subtile = choice.stages = 0;
+  if (is_gluon && choice.stages == 0) {
+    reader.fail("attribute cpu_stages is 0, expected 1 to " + std::to_string(kMaxStages) +
+                " where cpu_kernel is gluon");
+  }
+  return choice;
+}
+
 // The operands that every attention call starts with; returns the length of its real batch axis.
 // With `made`, which takes how they are stored, codes may be the call's to make.
 int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum_exp,
                   Shape* bias_shape, std::vector<Format>* made = nullptr) {
-  call.cpu_kernel.pipeline = static_cast<Pipeline>(reader.integer("cpu_pipeline", 0, 1));
-  call.cpu_kernel.block_k = reader.integer("cpu_block_k", 1, kMaxBlockKeys);
-  call.cpu_kernel.subtile = reader.integer("cpu_subtile", 1, kMaxBlockKeys);
-  call.cpu_kernel.stages = reader.integer("cpu_stages", 1, kMaxStages);
-  call.metal_pipeline = static_cast<Pipeline>(reader.integer("metal_pipeline", 0, 1));
+  call.cpu_kernel = read_cpu_kernel(reader);
+  call.metal_kernel = read_kernel(reader, "metal_kernel");
   call.scale = reader.finite("scale");
   call.soft_cap = reader.finite("soft_cap");
   if (call.soft_cap < 0.0f) {

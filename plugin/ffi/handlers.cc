@@ -36,6 +36,18 @@ int64_t products_of(const AttentionCall& call) {
   return call.B * call.N * call.T * call.S * (call.H + call.V);
 }
 
+// Runs an attention call's `pass`, and keeps what ran.
+template <class Call>
+Status run_pass(const char* name, Status (Device::*pass)(const Call&, Parallel&, KernelRun&),
+                Wanted wanted, const Call& call, Parallel& parallel) {
+  KernelRun run;
+  run.pass = name;
+  const Status status = run_on(wanted, products_of(call), std::max(call.H, call.V),
+                               [&](Device& device) { return (device.*pass)(call, parallel, run); });
+  if (!status) keep(run);
+  return status;
+}
+
 void zero(const Result& result, int64_t count) {
   std::memset(result.data, 0, static_cast<size_t>(count) * size_of(result.dtype));
 }
@@ -100,20 +112,19 @@ ffi::Error handle(const char* target, ffi::ThreadPool pool, ffi::RemainingArgs a
 
 ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
                              ffi::RemainingRets results, ffi::Dictionary attributes) {
-  return handle("jax_gluon.attention_forward", pool, args, results, attributes, read_forward,
-                [](const AttentionForwardCall& call, Wanted wanted, Parallel& parallel) -> Status {
-                  if (call.B * call.T * call.N == 0) {
-                    for (const QuantizeCall& each : call.quantize) {
-                      if (Status status = cpu_device().quantize(each, parallel)) return status;
-                    }
-                  } else if (Status status = run_on(
-                                 wanted, products_of(call), std::max(call.H, call.V),
-                                 [&](Device& device) { return device.forward(call, parallel); })) {
-                    return status;
-                  }
-                  for (const QuantizeCall& each : call.quantize) spread_codes(each);
-                  return {};
-                });
+  return handle(
+      "jax_gluon.attention_forward", pool, args, results, attributes, read_forward,
+      [](const AttentionForwardCall& call, Wanted wanted, Parallel& parallel) -> Status {
+        if (call.B * call.T * call.N == 0) {
+          for (const QuantizeCall& each : call.quantize) {
+            if (Status status = cpu_device().quantize(each, parallel)) return status;
+          }
+        } else if (Status status = run_pass("forward", &Device::forward, wanted, call, parallel)) {
+          return status;
+        }
+        for (const QuantizeCall& each : call.quantize) spread_codes(each);
+        return {};
+      });
 }
 
 ffi::Error attention_backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
@@ -126,8 +137,7 @@ ffi::Error attention_backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
                     zero(call.d_value, call.B * call.S * call.K * call.V);
                     return {};
                   }
-                  return run_on(wanted, products_of(call), std::max(call.H, call.V),
-                                [&](Device& device) { return device.backward(call, parallel); });
+                  return run_pass("backward", &Device::backward, wanted, call, parallel);
                 });
 }
 
@@ -140,8 +150,7 @@ ffi::Error attention_backward_bias(ffi::ThreadPool pool, ffi::RemainingArgs args
           zero(call.d_bias, call.L * call.b * call.n * call.t * call.s);
           return {};
         }
-        return run_on(wanted, products_of(call), std::max(call.H, call.V),
-                      [&](Device& device) { return device.backward_bias(call, parallel); });
+        return run_pass("backward_bias", &Device::backward_bias, wanted, call, parallel);
       });
 }
 

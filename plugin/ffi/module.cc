@@ -4,6 +4,7 @@
 
 #include "device.h"
 #include "ffi/handlers.h"
+#include "ffi/kernel_query.h"
 #include "metal/metal.h"
 
 namespace py = pybind11;
@@ -23,6 +24,60 @@ PYBIND11_MODULE(_plugin, module) {
         return handlers;
       },
       "Custom-call targets and their XLA FFI handlers.");
+  module.def(
+      "offers",
+      [](const std::string& device, const std::string& pass,
+         const std::map<std::string, int64_t>& numbers,
+         const std::map<std::string, std::string>& names) {
+        py::list offers;
+        for (const auto& offer : jax_gluon::find_offers(device, pass, {numbers, names})) {
+          py::dict sizes;
+          const auto add = [&](const char* name, const jax_gluon::SizeRange& size) {
+            if (size.max != 0) {
+              sizes[name] = py::make_tuple(size.preferred, size.min, size.max, size.step);
+            }
+          };
+          add("block_k", offer.block_k);
+          add("subtile", offer.subtile);
+          add("stages", offer.stages);
+          offers.append(py::make_tuple(jax_gluon::name_of(offer.kernel), offer.arithmetic,
+                                       offer.reason, sizes));
+        }
+        return offers;
+      },
+      py::arg("device"), py::arg("pass"), py::arg("numbers"), py::arg("names"),
+      "The kernels that a device has for a problem: name, arithmetic, what it is for, and the "
+      "sizes that it takes as (preferred, least, most, step).");
+  module.def(
+      "max_visible_keys",
+      [](const std::map<std::string, int64_t>& numbers,
+         const std::map<std::string, std::string>& names) {
+        return jax_gluon::max_visible_keys(jax_gluon::KernelQuery{numbers, names});
+      },
+      py::arg("numbers"), py::arg("names"), "The most keys that any row of a problem can see.");
+  module.def(
+      "kernel_runs",
+      [](bool reset) {
+        py::list runs;
+        for (const auto& run : jax_gluon::kept_runs(reset)) {
+          py::dict found;
+          found["pass"] = run.pass;
+          found["device"] = run.device;
+          found["kernel"] = jax_gluon::name_of(run.kernel);
+          found["arithmetic"] = run.arithmetic;
+          found["variant"] = run.variant;
+          found["block_k"] = run.block_k;
+          found["subtile"] = run.subtile;
+          found["stages"] = run.stages;
+          runs.append(found);
+        }
+        return runs;
+      },
+      py::arg("reset"), "The kernels of the last attention calls, oldest first.");
+  module.attr("KERNEL_NAMES") = py::tuple(py::cast(
+      std::vector<std::string>(jax_gluon::kKernelNames.begin(), jax_gluon::kKernelNames.end())));
+  module.attr("METAL_MAX_HEAD_DIM") = jax_gluon::kMaxHeadDimOfMetal;
+  module.attr("METAL_MAX_QUANTIZED_HEAD_DIM") = jax_gluon::kMaxQuantizedHeadDimOfMetal;
   module.def("cpu_isa", &jax_gluon::cpu_isa,
              "Instruction-set variant that the CPU kernels run in.");
   module.def("cpu_isas_supported", &jax_gluon::cpu_isas_supported,

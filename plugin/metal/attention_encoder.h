@@ -14,6 +14,11 @@
 
 namespace jax_gluon::metal {
 
+bool has_only(const AttentionCall& call, DType dtype);
+// The type of the matrices that kernels of shaders/`stem`.metal multiply for a call.
+DType forward_matrices(Context& context, const AttentionCall& call, const std::string& stem);
+DType backward_matrices(const AttentionCall& call);
+
 // The part of an attention call that its kernels share.
 class AttentionEncoder {
  public:
@@ -36,14 +41,11 @@ class AttentionEncoder {
 
   // "half_64" and the like: the type of the matrices that are multiplied, and the class of the head
   // dims.
-  std::string forward_suffix(const std::string& stem) const;
-  std::string backward_suffix() const;
+  std::string suffix(DType matrices) const;
   int head_dim() const { return head_dim_; }
-  bool has_only(DType dtype) const;
 
  private:
   void bind_row_statistics();
-  bool has_exact_codes() const;
   void bind_operand(int slot, int table, const Operand& x, const std::vector<int64_t>& extents);
   void bind_rows(int slot, int table, const QuantizableOperand& x, int64_t tokens, int64_t heads,
                  int64_t columns, RowStrides* strides, QuantizationParameters* quantization);

@@ -9,7 +9,8 @@ namespace jax_gluon::metal {
 namespace {
 
 constexpr int kSlots = kQueryPosition + 1;
-static_assert(kMaxHeadDim == kWidestRowOfMetal);
+static_assert(kMaxHeadDim == kMaxHeadDimOfMetal &&
+              kMaxQuantizedColumns == kMaxQuantizedHeadDimOfMetal);
 
 // Elements from the first of an operand to past its last.
 int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
@@ -219,6 +220,7 @@ void AttentionEncoder::bind_decode(int64_t splits) {
 
 void AttentionEncoder::dispatch(Commands& commands, const std::string& stem,
                                 const std::string& name, MTLSize grid, int passes) {
+  commands.note(name);
   bindings_.copy(kBatchOffsets, tables_.data(), tables_.size() * sizeof(Int64));
   const Constants constants = {
       {kQueryType, element_type(call_.query.dtype)},
@@ -232,35 +234,45 @@ void AttentionEncoder::dispatch(Commands& commands, const std::string& stem,
 
 // --- Which kernel: the type of the matrices that are multiplied ---
 
-bool AttentionEncoder::has_only(DType dtype) const {
-  return call_.query.dtype == dtype && call_.key.dtype == dtype && call_.value.dtype == dtype;
+bool has_only(const AttentionCall& call, DType dtype) {
+  return call.query.dtype == dtype && call.key.dtype == dtype && call.value.dtype == dtype;
 }
+
+namespace {
 
 // Codes are exact in half where scale and zero point are constant along the contraction, or fold
 // into the probabilities.
-bool AttentionEncoder::has_exact_codes() const {
-  for (const QuantizableOperand* x : {&call_.query, &call_.key, &call_.value}) {
+bool has_exact_codes(const AttentionCall& call) {
+  for (const QuantizableOperand* x : {&call.query, &call.key, &call.value}) {
     if (!x->quantization || x->quantization.offset_kind == Quantization::Offset::kMinimum) {
       return false;
     }
   }
-  return !call_.query.quantization.center && call_.query.quantization.head_block == 0 &&
-         call_.key.quantization.head_block == 0 &&
-         (call_.value.quantization.head_block == 0 || call_.value.quantization.token_block == 0);
+  return !call.query.quantization.center && call.query.quantization.head_block == 0 &&
+         call.key.quantization.head_block == 0 &&
+         (call.value.quantization.head_block == 0 || call.value.quantization.token_block == 0);
 }
 
-std::string AttentionEncoder::forward_suffix(const std::string& stem) const {
-  const std::string dim = "_" + std::to_string(head_dim_);
-  if (has_only(DType::kF16) || has_exact_codes()) return "half" + dim;
-  // Not every GPU and system has the type.
-  if (has_only(DType::kBF16) && context_.has_kernel(stem, stem + "_bfloat" + dim)) {
-    return "bfloat" + dim;
+}  // namespace
+
+DType forward_matrices(Context& context, const AttentionCall& call, const std::string& stem) {
+  if (has_only(call, DType::kF16) || has_exact_codes(call)) return DType::kF16;
+  // Not every GPU and system has the type; where one head dim has it, all do.
+  if (has_only(call, DType::kBF16) && context.has_kernel(stem, stem + "_bfloat_64")) {
+    return DType::kBF16;
   }
-  return "float" + dim;
+  return DType::kF32;
 }
 
-std::string AttentionEncoder::backward_suffix() const {
-  return (has_only(DType::kF16) ? "half_" : "float_") + std::to_string(head_dim_);
+DType backward_matrices(const AttentionCall& call) {
+  return has_only(call, DType::kF16) ? DType::kF16 : DType::kF32;
+}
+
+std::string AttentionEncoder::suffix(DType matrices) const {
+  const std::string name = matrices == DType::kF16    ? "half_"
+                           : matrices == DType::kBF16 ? "bfloat_"
+                                                      : "float_";
+  return name + std::to_string(head_dim_);
 }
 
 }  // namespace jax_gluon::metal

@@ -4,6 +4,7 @@
 #import <Metal/Metal.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "bindings.h"
@@ -54,6 +55,10 @@ class Commands {
   // One that is not cut, its parameters bound.
   void dispatch(id<MTLComputePipelineState> pipeline, const Bindings& bindings, MTLSize grid);
 
+  // The names of what was dispatched, each as it is noted.
+  void note(const std::string& name) { names_ += (names_.empty() ? "" : ", ") + name; }
+  const std::string& names() const { return names_; }
+
   // Returns when all have ended; throws what the first failure was.
   void run();
 
@@ -66,6 +71,7 @@ class Commands {
   std::vector<id<MTLCommandBuffer>> committed_;
   id<MTLCommandBuffer> current_ = nil;
   int64_t products_ = 0;  // of the current one
+  std::string names_;
 };
 
 }  // namespace jax_gluon::metal

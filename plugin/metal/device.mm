@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kDecodeRows = 16;
 constexpr int64_t kDecodeKeys = 256;
 constexpr int64_t kMaxSplits = 16;
+constexpr const char* kForwardStem = "attention_forward";
+constexpr const char* kDecodeStem = "attention_decode";
 
 int64_t blocks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
@@ -29,55 +31,94 @@ MTLSize grid(int64_t x, int64_t y, int64_t z) {
                      static_cast<NSUInteger>(z));
 }
 
+const char* arithmetic(DType matrices) {
+  return matrices == DType::kF16 ? "float16" : matrices == DType::kBF16 ? "bfloat16" : "float32";
+}
+
+// Rows of queries that share a kv head.
+int64_t rows_of(const AttentionCall& call) {
+  return call.T * call.N / std::max<int64_t>(call.K, 1);
+}
+
 class MetalDevice : public Device {
  public:
   explicit MetalDevice(Context& context) : context_(context) {}
 
-  Status forward(const AttentionForwardCall& call, Parallel&) override {
-    return run([&](Buffers& buffers, Commands& commands) {
+  KernelOffers offers(const AttentionForwardCall& call) const override {
+    KernelOffers offers;
+    if (has(call, Kernel::kDecode)) {
+      offers.push_back({Kernel::kDecode,
+                        arithmetic(forward_matrices(context_, call, kDecodeStem)),
+                        "at most " + std::to_string(kDecodeRows) +
+                            " rows of queries of a kv head, " + "and " +
+                            std::to_string(kDecodeKeys) + " keys or more",
+                        {},
+                        {},
+                        {}});
+    }
+    const char* name = arithmetic(forward_matrices(context_, call, kForwardStem));
+    offers.push_back({Kernel::kBaseline, name, "", {}, {}, {}});
+    offers.push_back({Kernel::kGluon, name, "", {}, {}, {}});
+    return offers;
+  }
+  KernelOffers offers(const AttentionBackwardCall& call) const override {
+    const char* name = arithmetic(backward_matrices(call));
+    return {{Kernel::kBaseline, name, "", {}, {}, {}}, {Kernel::kGluon, name, "", {}, {}, {}}};
+  }
+  KernelOffers offers(const AttentionBackwardBiasCall&) const override {
+    return {{Kernel::kBaseline, "float32", "", {}, {}, {}}};
+  }
+
+  Status forward(const AttentionForwardCall& call, Parallel&, KernelRun& ran) override {
+    return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
       for (const QuantizeCall& each : call.quantize) {
         QuantizeEncoder(context_, buffers, each).dispatch(commands);
       }
       AttentionEncoder encoder(context_, buffers, call);
       encoder.bind_results(call);
-      const int64_t rows = call.T * call.N / call.K;
-      if (rows <= kDecodeRows && call.S >= kDecodeKeys) {
+      if (call.metal_kernel == Kernel::kDecode) {
+        const int64_t rows = rows_of(call);
         const int64_t splits = std::min(blocks(call.S, kDecodeKeys), kMaxSplits);
-        const std::string stem = "attention_decode";
+        const std::string stem = kDecodeStem;
         encoder.bind_decode(splits);
-        encoder.dispatch(commands, stem, stem + "_" + encoder.forward_suffix(stem),
+        const DType matrices = forward_matrices(context_, call, stem);
+        encoder.dispatch(commands, stem, stem + "_" + encoder.suffix(matrices),
                          grid(splits * blocks(rows, 8), call.K, call.B), 1);
         encoder.dispatch(commands, stem, stem + "_combine", grid(rows, call.K, call.B), 0);
-      } else {
-        const std::string stem = "attention_forward";
-        encoder.dispatch(commands, stem, stem + infix(call) + encoder.forward_suffix(stem),
-                         grid(blocks(call.T, kBlockRows), call.N, call.B), 1);
+        return matrices;
       }
+      const std::string stem = kForwardStem;
+      const DType matrices = forward_matrices(context_, call, stem);
+      encoder.dispatch(commands, stem, stem + infix(call) + encoder.suffix(matrices),
+                       grid(blocks(call.T, kBlockRows), call.N, call.B), 1);
+      return matrices;
     });
   }
 
-  Status backward(const AttentionBackwardCall& call, Parallel&) override {
-    return run([&](Buffers& buffers, Commands& commands) {
+  Status backward(const AttentionBackwardCall& call, Parallel&, KernelRun& ran) override {
+    return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
       AttentionEncoder encoder(context_, buffers, call);
       encoder.bind_cotangents(call);
       encoder.bind_gradients(call);
+      const std::string suffix = infix(call) + encoder.suffix(backward_matrices(call));
       const std::string first = "attention_backward_query";
-      encoder.dispatch(commands, first, first + infix(call) + encoder.backward_suffix(),
+      encoder.dispatch(commands, first, first + suffix,
                        grid(blocks(call.T, kBlockRows), call.N, call.B), 2);
       const std::string second = "attention_backward_key_value";
-      encoder.dispatch(commands, second, second + infix(call) + encoder.backward_suffix(),
+      encoder.dispatch(commands, second, second + suffix,
                        grid(blocks(call.S, kBlockRows), call.K, call.B), 2);
+      return backward_matrices(call);
     });
   }
 
-  Status backward_bias(const AttentionBackwardBiasCall& call, Parallel&) override {
-    return run([&](Buffers& buffers, Commands& commands) {
+  Status backward_bias(const AttentionBackwardBiasCall& call, Parallel&, KernelRun& ran) override {
+    return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
       AttentionEncoder encoder(context_, buffers, call);
       encoder.bind_cotangents(call);
       const std::string stem = "attention_backward_bias";
-      const std::string name = stem + "_float_" + std::to_string(encoder.head_dim());
+      const std::string name = stem + "_" + encoder.suffix(DType::kF32);
       // As refines_delta of shaders/backward_rows.h.
-      if (!encoder.has_only(DType::kF32)) {
+      if (!has_only(call, DType::kF32)) {
         encoder.bind_bias_statistics();
         encoder.dispatch(commands, stem, name, grid(blocks(call.T, kBlockRows), 1, call.B * call.N),
                          1);
@@ -87,6 +128,7 @@ class MetalDevice : public Device {
       encoder.dispatch(
           commands, stem, name,
           grid(blocks(call.t, kBlockRows), blocks(call.s, key_block), call.L * call.b * call.n), 1);
+      return DType::kF32;
     });
   }
 
@@ -97,9 +139,32 @@ class MetalDevice : public Device {
   }
 
  private:
+  static bool has(const AttentionForwardCall& call, Kernel kernel) {
+    if (kernel == Kernel::kDecode) return rows_of(call) <= kDecodeRows && call.S >= kDecodeKeys;
+    return kernel == Kernel::kBaseline || kernel == Kernel::kGluon;
+  }
+  static bool has(const AttentionBackwardCall&, Kernel kernel) {
+    return kernel == Kernel::kBaseline || kernel == Kernel::kGluon;
+  }
+  static bool has(const AttentionBackwardBiasCall&, Kernel kernel) {
+    return kernel == Kernel::kBaseline;
+  }
+
   // Between a kernel's stem and its suffix.
   static const char* infix(const AttentionCall& call) {
-    return call.metal_pipeline == Pipeline::kGluon ? "_gluon_" : "_";
+    return call.metal_kernel == Kernel::kGluon ? "_gluon_" : "_";
+  }
+
+  // As run, where there is the call's kernel for it. `encode` returns what its matrices are of.
+  template <class Call, class Encode>
+  Status run_pass(const Call& call, KernelRun& ran, Encode encode) {
+    if (!has(call, call.metal_kernel)) return refusal("Metal", call.metal_kernel, offers(call));
+    ran.device = "metal";
+    ran.kernel = call.metal_kernel;
+    return run([&](Buffers& buffers, Commands& commands) {
+      ran.arithmetic = arithmetic(encode(buffers, commands));
+      ran.variant = commands.names();
+    });
   }
 
   // What `encode` puts into command buffers, to its end.

@@ -17,7 +17,7 @@ namespace {
 // In the gluon pipeline blocks of keys are packed ahead of their use, and P is made of one register
 // tile of products, before they leave the registers: the products of the next one do not wait for
 // it.
-template <class Isa, Pipeline kPipeline>
+template <class Isa, Kernel kKernel>
 class AttentionBackward {
   using Core = F32Core<Isa>;
   static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns, W = Isa::kLanes;
@@ -27,7 +27,7 @@ class AttentionBackward {
   static constexpr int64_t kMaxTileKeys = 192;
   // Elements of P of a block, at most, unless that makes it too low: they are read back once.
   static constexpr int64_t kMaxScores = int64_t{1} << 20;
-  static constexpr bool kGluon = kPipeline == Pipeline::kGluon;
+  static constexpr bool kGluon = kKernel == Kernel::kGluon;
   static constexpr int64_t kGroupRows = R >= 12 ? R : 2 * R;
   // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
   static constexpr int64_t kColumnStep = std::lcm(R, C);
@@ -47,10 +47,11 @@ class AttentionBackward {
         group_(call.N / call.K),
         head_columns_(round_up(call.H, C)),
         value_columns_(round_up(call.V, C)),
-        tile_keys_(std::min({kMaxTileKeys, round_up(call.cpu_kernel.subtile, kColumnStep),
+        tile_keys_(std::min({kMaxTileKeys, round_up(subtile_of(call.cpu_kernel), kColumnStep),
                              round_up(std::max<int64_t>(call.S, 1), kColumnStep)})),
         block_keys_(round_up(call.cpu_kernel.block_k, tile_keys_)),
-        ahead_(call.cpu_kernel.stages * block_keys_),
+        stages_(std::max<int64_t>(call.cpu_kernel.stages, 1)),
+        ahead_(stages_ * block_keys_),
         scratch_(parallel.threads()) {
     const int64_t rows = std::max<int64_t>(call.T, 1);
     const int64_t kept = output_is_exact_ ? tile_keys_ : most_keys(kMaxRows);
@@ -66,6 +67,26 @@ class AttentionBackward {
     // Keys are counted from the first of a whole tile.
     part_keys_ = round_up(most_keys(part_rows_), tile_keys_) + tile_keys_;
     block_tiles_ = output_is_exact_ ? 1 : ceil_div(most_keys(block_rows_), tile_keys_) + 1;
+  }
+
+  // A larger block is for long rows, which every block of queries reads again.
+  static KernelOffer offer(const AttentionBackwardCall& call) {
+    const SizeRange tile = {kMaxTileKeys, kMaxTileKeys / 2, kMaxTileKeys, kMaxTileKeys / 2};
+    if (!kGluon) return {kKernel, "float32", "", tile, {}, {}};
+    const bool is_long = call.H > 64 && max_visible_keys(call) >= 2048;
+    const SizeRange block_k = {is_long ? 4 * kMaxTileKeys : kMaxTileKeys, kMaxTileKeys,
+                               kMaxBlockKeys, kMaxTileKeys / 2};
+    SizeRange subtile = tile;
+    if (!is_long) subtile.preferred = tile.min;
+    return {kKernel, "float32", "", block_k, subtile, {2, 2, kMaxStages, 1}};
+  }
+
+  void describe(KernelRun& run) const {
+    run.block_k = kGluon ? block_keys_
+                         : std::min(kMaxTileKeys, round_up(call_.cpu_kernel.block_k, kColumnStep));
+    run.subtile =
+        kGluon ? std::min(kMaxTileKeys, round_up(call_.cpu_kernel.subtile, kColumnStep)) : 0;
+    run.stages = kGluon ? stages_ : 0;
   }
 
   void run() {
@@ -89,6 +110,11 @@ class AttentionBackward {
   }
 
  private:
+  // Keys whose P and dP are kept at a time: in the baseline pipeline those of a block.
+  static int64_t subtile_of(const KernelChoice& kernel) {
+    return kGluon ? kernel.subtile : kernel.block_k;
+  }
+
   struct Scratch {
     Buffer<float> query_tiles, query_panels;  // of a block of rows, scaled and plain
     Buffer<float> d_out_tiles, d_out_panels;
@@ -556,7 +582,7 @@ class AttentionBackward {
   Rows rows_;
   const bool output_is_exact_;
   const int64_t group_, head_columns_, value_columns_;
-  const int64_t tile_keys_, block_keys_, ahead_;
+  const int64_t tile_keys_, block_keys_, stages_, ahead_;
   int64_t block_heads_ = 1, block_rows_ = 0, part_rows_ = 0, parts_ = 1, part_keys_ = 0,
           block_tiles_ = 0;
   Buffer<float> d_key_parts_, d_value_parts_;

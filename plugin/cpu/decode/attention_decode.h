@@ -12,6 +12,12 @@ template <class Isa>
 struct AttentionDecode {
   static bool takes(const AttentionForwardCall& call) { return DecodeChunks<Isa>::takes(call); }
 
+  static KernelOffer offer(const AttentionForwardCall& call) {
+    const char* arithmetic = DecodeCodes<Isa>::takes(call) ? "int8" : "float32";
+    const std::string most = std::to_string(DecodeChunks<Isa>::kMaxQueries);
+    return {Kernel::kDecode, arithmetic, "at most " + most + " queries", {}, {}, {}};
+  }
+
   static void run(const AttentionForwardCall& call, Parallel& parallel) {
     if (DecodeCodes<Isa>::takes(call)) {
       DecodeCodes<Isa>(call, parallel).run();

@@ -20,7 +20,7 @@ namespace jax_gluon::cpu {
 namespace {
 
 template <class Core>
-class GluonForward {
+class AttentionForwardGluon {
   using Isa = typename Core::Isa;
   using Lane = typename Core::Lane;
   static constexpr int W = Isa::kLanes;
@@ -38,7 +38,7 @@ class GluonForward {
   using No = std::false_type;
 
  public:
-  GluonForward(const AttentionForwardCall& call, Parallel& parallel)
+  AttentionForwardGluon(const AttentionForwardCall& call, Parallel& parallel)
       : call_(call),
         parallel_(parallel),
         lanes_(ceil_div(call.H, G)),

@@ -16,15 +16,15 @@ namespace {
 constexpr int kBlockKeys = 256;
 // Query rows per task: a multiple of every row group; what K and V are read from L2 for.
 constexpr int kBlockRows = 96;
-// Keys that share one maximum where probabilities have 8 bits (facts: 64 is the knee between the
-// error of a coarser maximum and the cost of rescaling).
+// Keys that share one maximum where probabilities have 8 bits: 64 is the knee between the error of
+// a coarser maximum and the cost of rescaling.
 constexpr int kSubtileKeys = 64;
 
 template <class Core>
 struct ForwardBlocks {
   static constexpr int R = Core::kTileRows, C = Core::kTileColumns;
-  static constexpr bool kInt8 = Core::kFormat == Format::kInt8;
-  static constexpr bool kBf16 = Core::kFormat == Format::kBf16;
+  static constexpr bool kInt8 = Core::kArithmetic == Arithmetic::kInt8;
+  static constexpr bool kBf16 = Core::kArithmetic == Arithmetic::kBf16;
   // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.
   static constexpr int kGroupRows = R >= 12 ? R : 2 * R;
   // Keys of a subtile of the gluon pipeline, at most: a row's logits are kept in 16 registers, with
@@ -33,6 +33,24 @@ struct ForwardBlocks {
   // Key ranges are rounded to this many keys.
   static constexpr int kStep = kInt8 ? (kSubtileKeys > C ? kSubtileKeys : C) : C;
   static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % kGroupRows == 0);
+
+  static KernelOffer baseline_offer() {
+    return {Kernel::kBaseline,
+            name_of(Core::kArithmetic),
+            "",
+            {kBlockKeys, 64, kBlockKeys, 64},
+            {},
+            {}};
+  }
+  static KernelOffer gluon_offer() {
+    constexpr int64_t kMin = kInt8 ? kSubtileColumns : kSubtileColumns / 2;
+    static_assert(kMin % C == 0);
+    const SizeRange block_k = {512, 2 * kMin, kMaxBlockKeys, kMin};
+    const SizeRange subtile =
+        kInt8 ? SizeRange() : SizeRange{kSubtileColumns, kMin, kSubtileColumns, kMin};
+    return {Kernel::kGluon, name_of(Core::kArithmetic), "", block_k,
+            subtile,        {2, 2, kMaxStages, 1}};
+  }
 
   // The baseline pipeline's keys in a block.
   static int64_t block_keys(const AttentionForwardCall& call) {

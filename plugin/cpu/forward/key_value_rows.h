@@ -42,8 +42,8 @@ class KeyValueRows {
   // INT8: whether keys or queries, and whether values, are stored with offsets.
   bool has_offsets() const { return has_offsets_; }
   bool has_value_offsets() const { return has_value_offsets_; }
-  const CentredRows<Isa>& keys() const { return keys_; }
-  const CentredRows<Isa>& values() const { return values_; }
+  const CenteredRows<Isa>& keys() const { return keys_; }
+  const CenteredRows<Isa>& values() const { return values_; }
 
  private:
   static bool has_offset(const QuantizableOperand& x) {
@@ -66,7 +66,7 @@ class KeyValueRows {
 
   const AttentionForwardCall& call_;
   const bool has_offsets_, has_value_offsets_;
-  CentredRows<Isa> keys_, values_;
+  CenteredRows<Isa> keys_, values_;
   Buffer<float> value_unit_;  // of each head
 };
 

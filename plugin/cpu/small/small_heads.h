@@ -99,6 +99,16 @@ class SmallHeads {
            call.T <= kMaxTokens && call.S <= kMaxTokens;
   }
 
+  static KernelOffer offer() {
+    const std::string most = std::to_string(kMaxTokens);
+    return {Kernel::kSmall,
+            "float32",
+            "at most " + most + " queries and " + most + " keys of floats",
+            {},
+            {},
+            {}};
+  }
+
   explicit SmallHeads(const AttentionCall& call)
       : call_(call),
         group(call.N / std::max<int64_t>(call.K, 1)),

@@ -14,12 +14,19 @@
 namespace jax_gluon::cpu {
 namespace {
 
-enum class Format { kF32, kBf16, kInt8 };
+// What the elements are that a core multiplies.
+enum class Arithmetic { kF32, kBf16, kInt8 };
+
+constexpr const char* name_of(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::kInt8   ? "int8"
+         : arithmetic == Arithmetic::kBf16 ? "bfloat16"
+                                           : "float32";
+}
 
 template <class Isa_>
 struct F32Core {
   using Isa = Isa_;
-  static constexpr Format kFormat = Format::kF32;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kF32;
   using Lane = float;
   using Vector = typename Isa::F;
   using Accumulator = typename Isa::F;
@@ -43,7 +50,7 @@ struct F32Core {
 template <class Isa_>
 struct Bf16Core {
   using Isa = Isa_;
-  static constexpr Format kFormat = Format::kBf16;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
   using Lane = uint32_t;
   using Vector = typename Isa::I;
   using Accumulator = typename Isa::F;
@@ -68,7 +75,7 @@ struct Bf16Core {
 template <class Isa_>
 struct Int8Core {
   using Isa = Isa_;
-  static constexpr Format kFormat = Format::kInt8;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kInt8;
   using Lane = uint32_t;
   using Vector = typename Isa::I;
   using Accumulator = typename Isa::I;

@@ -96,7 +96,7 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
                                    const float* factor) {
   using Isa = typename Core::Isa;
   constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
-  constexpr bool kFloat = Core::kFormat != Format::kInt8;
+  constexpr bool kFloat = Core::kArithmetic != Arithmetic::kInt8;
   typename Core::Accumulator acc[R][NV];
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {

@@ -16,9 +16,9 @@ inline int32_t sum_of(const int8_t* codes, int64_t n) {
 template <class Core>
 void row_to_lanes(const void* row, DType dtype, int64_t n, int32_t bias, typename Core::Lane* out) {
   constexpr int64_t G = Core::kGroup;
-  if constexpr (Core::kFormat == Format::kF32) {
+  if constexpr (Core::kArithmetic == Arithmetic::kF32) {
     load_row<typename Core::Isa>(row, dtype, n, out);
-  } else if constexpr (Core::kFormat == Format::kBf16) {
+  } else if constexpr (Core::kArithmetic == Arithmetic::kBf16) {
     out[ceil_div(n, G) - 1] = 0;
     std::memcpy(out, row, static_cast<size_t>(n) * 2);
   } else {

@@ -1,0 +1,71 @@
+// Which kernels a device has for a call, and what it says of those that ran.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "attention_call.h"
+
+namespace jax_gluon {
+
+constexpr std::array<const char*, 4> kKernelNames = {"baseline", "gluon", "decode", "small"};
+
+inline const char* name_of(Kernel kernel) { return kKernelNames[static_cast<size_t>(kernel)]; }
+
+inline std::optional<Kernel> kernel_named(std::string_view name) {
+  for (size_t i = 0; i < kKernelNames.size(); ++i) {
+    if (name == kKernelNames[i]) return static_cast<Kernel>(i);
+  }
+  return {};
+}
+
+// Of any kernel's blocks, in keys, and of any ring's: what bounds its scratch.
+constexpr int64_t kMaxBlockKeys = 4096, kMaxStages = 8;
+
+// What a size of a kernel may be: `preferred`, or from `min` to `max` in steps. Of a kernel that
+// has no such size, or one value for it, all are 0.
+struct SizeRange {
+  int64_t preferred = 0, min = 0, max = 0, step = 0;
+};
+
+// A kernel that a device has for a call. Where it has subtiles, block_k is at least two of them,
+// and whole ones.
+struct KernelOffer {
+  Kernel kernel;
+  const char* arithmetic;  // what is multiplied: "float32", "bfloat16", "float16", "int8"
+  std::string reason;      // what the kernel is for, where it is not for every call
+  SizeRange block_k, subtile, stages;
+};
+
+using KernelOffers = std::vector<KernelOffer>;
+
+// The most keys that any row can see.
+int64_t max_visible_keys(const AttentionCall& call);
+
+// The offer for a kernel, or null.
+const KernelOffer* find(const KernelOffers& offers, Kernel kernel);
+
+// What a device says of a call that carries a kernel which it does not have for it.
+std::string refusal(const char* device, Kernel kernel, const KernelOffers& offers);
+
+// What ran: a kernel, with the sizes that it took.
+struct KernelRun {
+  const char* pass = "";  // "forward", "backward", "backward_bias"
+  const char* device = "";
+  std::string variant;  // the CPU's instruction set; of Metal the functions that were dispatched
+  Kernel kernel = Kernel::kBaseline;
+  const char* arithmetic = "";
+  int64_t block_k = 0, subtile = 0, stages = 0;
+};
+
+// Keeps a run, in the place of the oldest where there are kMaxRuns.
+constexpr size_t kMaxRuns = 256;
+void keep(const KernelRun& run);
+// The runs that are kept, oldest first; `reset` forgets them.
+std::vector<KernelRun> kept_runs(bool reset);
+
+}  // namespace jax_gluon
