@@ -121,7 +121,7 @@ def test_the_nearest_row_decides():
     assert "at most 0 keys" in select_kernel(dataclasses.replace(LARGE, S=0), "cpu", rows)[1]
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def numbers(file: str, pattern: str) -> list[int]:
