@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
 CXX_FILES := $(shell find plugin -name "*.cc" -o -name "*.h" | grep -v "plugin/metal/.*\.h") plugin/metal/metal.h
-FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h softmetal/*.h) $(foreach depth,plugin/metal softmetal/* softmetal/include/* tests/* \
+FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h softmetal/*.h) $(foreach depth,plugin/metal softmetal/* softmetal/include/* tests/support/* \
   tests/softmetal/*,$(wildcard $(depth)/*.cc $(depth)/*.h $(depth)/*.mm))
 PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/metal softmetal/python)
 # Development on Linux: Metal's host code against the software device (softmetal).

@@ -27,7 +27,7 @@ MAX_PIPELINES = 150
 _RUN = pytest.StashKey[Path]()
 
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
-# of MLIR each takes three times as long. tests/test_smoke.py has the defaults.
+# of MLIR each takes three times as long. tests/package/test_smoke.py has the defaults.
 QUICK_XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 

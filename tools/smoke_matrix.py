@@ -1,4 +1,4 @@
-"""Loads one binary per Python under several releases of JAX and runs tests/smoke.py with each.
+"""Loads one binary per Python under several releases of JAX; each runs tests/package/smoke.py.
 
 The wheel of the running Python meets the oldest supported JAX and two later ones. The newest JAX
 may need a later Python: it is met by the wheel of one that is found (3.13, else 3.12 or 3.14; the
@@ -95,7 +95,7 @@ def smoke(python: str, release: Release, wheel: Path) -> None:
     run(inside, "-m", "pip", "install", "--quiet", "--upgrade", *release.requirements)
     run(inside, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
     # Away from the source tree, so that the installed wheel alone can be imported.
-    run(inside, ROOT / "tests" / "smoke.py", cwd=ENVIRONMENTS)
+    run(inside, ROOT / "tests" / "package" / "smoke.py", cwd=ENVIRONMENTS)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 TAG = "cp{}{}".format(*sys.version_info[:2])
 TAG = f"{TAG}-{TAG}-macosx_13_0_arm64"

@@ -1,27 +1,17 @@
-"""The software Metal device for the kernels of `shaders/`."""
+"""The software Metal device, on which the kernels of `shaders/` and their host code run."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "softmetal" / "python"), str(Path(__file__).parent)]
+from tests.support import software_device
 
-_spec = importlib.util.spec_from_file_location(
-    "softmetal_conftest", ROOT / "tests" / "softmetal" / "conftest.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-_softmetal = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_softmetal)
-if sys.platform != "darwin":
-    device = _softmetal.device
-else:
 
-    @pytest.fixture(scope="session")
-    def device():
+@pytest.fixture(scope="session", autouse=sys.platform != "darwin")
+def device():
+    """The device's build folder."""
+    if sys.platform == "darwin":
         pytest.skip("of the software device alone")
+    return software_device.build_folder()

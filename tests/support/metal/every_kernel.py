@@ -1,6 +1,6 @@
 """Runs every kernel once or more: a program for the sanitizers.
 
-python -m softmetal run --sanitize thread -- python tests/metal/every_kernel.py
+python -m softmetal run --sanitize thread -- python -m tests.support.metal.every_kernel
 """
 
 from __future__ import annotations
@@ -8,10 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from encoder import SHADERS, Problem, backward, backward_bias, decode, forward, library, quantize
-from problems import DTYPES, QUANTIZED, draw, feature
 
 from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
+from tests.support.metal.encoder import (
+    SHADERS,
+    Problem,
+    backward,
+    backward_bias,
+    decode,
+    forward,
+    library,
+    quantize,
+)
+from tests.support.metal.problems import DTYPES, QUANTIZED, draw, feature
 
 Specs = tuple[QuantSpec | None, ...]
 Case = tuple[str, Specs, str, dict[str, int]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import formats
 import ml_dtypes
 import numpy as np
-from encoder import Problem
 
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from tests.support import quantizer
+from tests.support.metal.encoder import Problem
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SHAPE: dict[str, int] = dict(B=2, T=45, S=77, N=4, K=2, H=28, V=22)
@@ -30,7 +30,7 @@ def draw(
     if specs[2] is not None:
         value += rng.standard_normal((1, 1, K, V)).astype(value.dtype)
     codes = (
-        x if spec is None else formats.quantize(x, spec)
+        x if spec is None else quantizer.quantize(x, spec)
         for x, spec in zip((query, key, value), specs, strict=True)
     )
     return (*codes, d_out)
@@ -39,7 +39,7 @@ def draw(
 def wide(x: Any) -> np.ndarray[Any, Any]:
     """In float64."""
     if isinstance(x, QuantizedTensor):
-        return formats.dequantize(x)
+        return quantizer.dequantize(x)
     return np.asarray(x).astype(np.float64)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(("count", "status"), [(150, 0), (151, 1)])
@@ -21,7 +21,7 @@ def test_a_run_of_more_than_150_fails(tmp_path, count, status):
     made.write_text("".join(kernels), encoding="utf-8")
     options = ["-q", "-p", "no:cacheprovider", "--collect-only"]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, ROOT / "tests" / "test_build.py"],
+        [sys.executable, "-m", "pytest", *options, "tests/package/test_build.py"],
         capture_output=True,
         text=True,
         check=False,
@@ -47,7 +47,8 @@ def test_host_and_kernels_alone_are_counted_alike(device, tmp_path, monkeypatch)
     # The variable is read once in a process.
     alone = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "import numpy as np, encoder\n"
+        "import numpy as np\n"
+        "from tests.support.metal import encoder\n"
         "x = np.ones((1, 4, 1, 8), np.float32)\n"
         "encoder.forward(encoder.Problem(x, x, x))\n"
     )

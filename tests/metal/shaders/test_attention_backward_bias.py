@@ -7,8 +7,9 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from encoder import Problem, backward_bias, forward
-from problems import DTYPES, QUANTIZED, draw, expected, feature
+
+from tests.support.metal.encoder import Problem, backward_bias, forward
+from tests.support.metal.problems import DTYPES, QUANTIZED, draw, expected, feature
 
 SHAPE = dict(B=2, N=4, T=45, S=77)
 

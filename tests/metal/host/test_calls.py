@@ -19,7 +19,7 @@ import jax_gluon
 from jax_gluon import QuantSpec, _lowering
 from jax_gluon._quantization.formats import PRESETS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 plugin = pytest.importorskip("jax_gluon._plugin")
 
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from encoder import BLOCK_ROWS, SHADERS, Problem, backward, blocks, decode, forward, matrix_type
-from problems import DTYPES, QUANTIZED, draw
 
 from jax_gluon._quantization.formats import QuantSpec
+from tests.support.metal.encoder import (
+    BLOCK_ROWS,
+    SHADERS,
+    Problem,
+    backward,
+    blocks,
+    decode,
+    forward,
+    matrix_type,
+)
+from tests.support.metal.problems import DTYPES, QUANTIZED, draw
 
 COUNT = dict(instrumentation="counters")
 INT4 = QuantSpec(4, granularity="group", block_size=32)

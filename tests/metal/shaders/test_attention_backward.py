@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoder import Problem, backward, forward
-from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
+
+from tests.support.metal.encoder import Problem, backward, forward
+from tests.support.metal.problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature
 
 # Of 16-bit operands: three times what rounding exact gradients leaves.
 BOUNDS = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}

@@ -11,7 +11,7 @@ from jax_gluon import flax as gluon_flax
 from jax_gluon import reference
 from jax_gluon._quantization import formats
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

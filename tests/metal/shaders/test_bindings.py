@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 
-import encoder
 import numpy as np
 import pytest
-from encoder import SHADERS, Encoder, Problem, enum, library, struct
-from problems import draw, feature
 
 from jax_gluon._quantization.formats import QuantSpec
+from tests.support.metal import encoder
+from tests.support.metal.encoder import SHADERS, Encoder, Problem, enum, library, struct
+from tests.support.metal.problems import draw, feature
 
 STEMS = sorted(path.stem for path in SHADERS.glob("*.metal"))
 WHOLE = QuantSpec(symmetric=False, center=True)

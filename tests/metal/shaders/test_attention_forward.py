@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import formats
 import numpy as np
 import pytest
-from encoder import EMPTY_ROW_LOG2_SUM, Problem, forward, head_dim_class, matrix_type
-from problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature, wide
 
 from jax_gluon._quantization.formats import QuantSpec
+from tests.support import quantizer
+from tests.support.metal.encoder import (
+    EMPTY_ROW_LOG2_SUM,
+    Problem,
+    forward,
+    head_dim_class,
+    matrix_type,
+)
+from tests.support.metal.problems import DTYPES, FEATURES, QUANTIZED, draw, expected, feature, wide
 
 # Of 16-bit operands: twice what rounding exact results leaves.
 BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}
@@ -119,7 +125,7 @@ def test_values_of_very_different_sizes(oracle):
     q, k, v, _ = draw(B=1, T=40, S=80)
     v *= 10.0 ** rng.integers(-6, 7, (1, 80, 1, 1)).astype(np.float32)
     mask = np.arange(80) // 2 % 40 == np.arange(40)[:, None]
-    operands = (formats.quantize(x, spec) for x in (q, k, v))
+    operands = (quantizer.quantize(x, spec) for x in (q, k, v))
     problem = Problem(*operands, mask=mask[None, None])
     found, wanted = forward(problem).out, expected(oracle, problem).out
     error = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
 
 
 def run_cmake(tmp_path: Path, c_api: str | None) -> "subprocess.CompletedProcess[str]":
@@ -90,11 +91,11 @@ def test_pool_under_a_sanitizer(sanitizer, tmp_path):
         pytest.skip("no C++ compiler")
     stub = tmp_path / "xla" / "ffi" / "api"
     stub.mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "pool" / "ffi.h", stub)
+    shutil.copy(SUPPORT / "pool" / "ffi.h", stub)
     program = tmp_path / "pool"
     flags = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     paths = [f"-I{ROOT / 'plugin'}", f"-I{tmp_path}"]
-    source = ROOT / "tests" / "pool" / "main.cc"
+    source = SUPPORT / "pool" / "main.cc"
     subprocess.run([compiler, *flags, *paths, source, "-o", program, "-pthread"], check=True)
     finished = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -109,7 +110,7 @@ def test_a_metal_library_of_other_headers_is_refused(tmp_path, interface):
         pytest.skip("no C++ compiler, or no library to load")
     library, program = tmp_path / "library.so", tmp_path / "program"
     flags = ["-std=c++17", f"-I{ROOT / 'plugin'}"]
-    sources = ROOT / "tests" / "loader"
+    sources = SUPPORT / "loader"
     given = [] if interface is None else [f'-DINTERFACE="{interface}"']
     subprocess.run(
         [compiler, *flags, *given, "-shared", "-fPIC", sources / "library.cc", "-o", library],

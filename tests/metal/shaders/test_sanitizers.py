@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread", "undefined"])
@@ -20,11 +20,12 @@ def test_silent(device, sanitizer):
     environment["PYTHONPATH"] = os.path.dirname(softmetal.__file__)
     environment["JAX_PLATFORMS"] = "cpu"
     finished = subprocess.run(
-        [sys.executable, HERE / "every_kernel.py"],
+        [sys.executable, "-m", "tests.support.metal.every_kernel"],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
+        cwd=ROOT,
         timeout=600,
     )
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]

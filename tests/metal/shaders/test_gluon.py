@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoder import SHADERS, Problem, backward, forward
-from problems import DTYPES, QUANTIZED, draw, expected, feature
 
 from jax_gluon._quantization.formats import QuantSpec
+from tests.support.metal.encoder import SHADERS, Problem, backward, forward
+from tests.support.metal.problems import DTYPES, QUANTIZED, draw, expected, feature
+
+ROOT = Path(__file__).resolve().parents[3]
 
 COUNT = dict(instrumentation="counters")
 # What gluon may differ from the baseline by: relative L2, and of the output's elements one unit in
@@ -231,8 +233,9 @@ def test_work_where_columns_are_staged(relative_error, H, with_backward):
 
 
 PROGRAM = """
-import encoder, pathlib, sys
-from problems import QUANTIZED, draw
+import pathlib, sys
+from tests.support.metal import encoder
+from tests.support.metal.problems import QUANTIZED, draw
 encoder.SHADERS = pathlib.Path(sys.argv[1])
 kind, H = sys.argv[2], int(sys.argv[3])
 specs = QUANTIZED[kind][0] if kind in QUANTIZED else (None,) * 3
@@ -261,7 +264,7 @@ def run_under_thread_sanitizer(shaders: Path, kind: str, head_dim: int, stem: st
     import softmetal
 
     environment = softmetal.sanitizer_environment("thread")
-    folders = (os.path.dirname(softmetal.__file__), str(Path(__file__).parent))
+    folders = (os.path.dirname(softmetal.__file__), str(ROOT))
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(shaders), kind, str(head_dim), stem],

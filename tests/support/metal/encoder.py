@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHADERS = ROOT / "shaders"
 EMPTY_ROW_LOG2_SUM = np.float32(-3.0e38)
 _SCALARS = {"Int64": np.int64, "int": np.int32, "float": np.float32}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import formats
 import ml_dtypes
 import numpy as np
 import pytest
-from encoder import quantize
 
 from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec, rotation
+from tests.support import quantizer
+from tests.support.metal.encoder import quantize
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -43,7 +43,7 @@ def check_equal(found, wanted):
 @pytest.mark.parametrize("name", SPECS)
 def test_codes_are_numpys(name):
     x = draw()
-    check_equal(quantize(x, SPECS[name]), formats.quantize(x, SPECS[name]))
+    check_equal(quantize(x, SPECS[name]), quantizer.quantize(x, SPECS[name]))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -51,7 +51,7 @@ def test_codes_are_numpys(name):
 def test_centered(granularity, dtype):
     spec = QuantSpec(symmetric=False, granularity=granularity, block_size=10, center=True)
     x = draw((2, 70, 2, 130), dtype)
-    check_equal(quantize(x, spec), formats.quantize(x, spec))
+    check_equal(quantize(x, spec), quantizer.quantize(x, spec))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -63,7 +63,7 @@ def test_hidden_tokens_change_no_bit(granularity, way):
     visible[1, :40] = False  # whole blocks, and more than a step of the search for the center
     visible[2] = False
     spec = QuantSpec(granularity=granularity, block_size=12, center=True, **WAYS[way])
-    wanted = formats.quantize(x, spec, visible=visible)
+    wanted = quantizer.quantize(x, spec, visible=visible)
     for hidden in (np.nan, -np.inf, 3e38, 0):
         found = quantize(np.where(visible[..., None, None], x, hidden), spec, visible=visible)
         check_equal(found, wanted)
@@ -83,7 +83,7 @@ def test_center_of_finite_values():
     x[0, 3, 1, 7], x[1, 4, 0, 2] = np.nan, np.inf
     x[1, :30:2, 1], x[2, :, 0, 5] = -np.inf, np.nan
     found = quantize(x, QuantSpec(center=True))
-    np.testing.assert_array_equal(found.center, formats.token_center(x))
+    np.testing.assert_array_equal(found.center, quantizer.token_center(x))
     assert found.center[2, 0, 0, 5] == 0
     x[1, :30:2, 1], x[2, :, 0, 5] = 1, 1
     found = quantize(x, QuantSpec(center=True))
@@ -99,13 +99,13 @@ def test_rotated(granularity, H):
     spec = QuantSpec(granularity=granularity, rotate=True, center=True)
     x = draw((2, 40, 2, H))
     found = quantize(x, spec)
-    wanted = formats.quantize(x, spec)
+    wanted = quantizer.quantize(x, spec)
     np.testing.assert_allclose(found.center, wanted.center, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-5)
     apart = np.abs(found.data.astype(int) - wanted.data)
     assert apart.max() <= 1
     assert apart.mean() < 1e-3
-    error = formats.dequantize(found) @ rotation(H).T - x
+    error = quantizer.dequantize(found) @ rotation(H).T - x
     # A step is at most a 127th of the largest element, and rounding takes half of one.
     assert np.abs(error).max() <= np.sqrt(H & -H) * found.scale.max()
 
@@ -115,7 +115,7 @@ def test_tensor_scales_of_parts_of_the_batch():
     spec = QuantSpec(granularity="tensor", symmetric=False)
     found = quantize(x, spec, maps=2)
     for b in (0, 2):
-        wanted = formats.quantize(x[b : b + 2], spec)
+        wanted = quantizer.quantize(x[b : b + 2], spec)
         np.testing.assert_array_equal(found.scale[b : b + 2], wanted.scale)
         np.testing.assert_array_equal(found.data[b : b + 2], wanted.data)
 
@@ -127,7 +127,7 @@ def test_constant_tiny_and_huge_blocks_are_finite(way):
     x[0, 3, 0, ::2] = np.finfo(np.float32).max
     x[0, 3, 0, 1::2] = -np.finfo(np.float32).max
     found = quantize(x, QuantSpec(**WAYS[way]))
-    restored = formats.dequantize(found)
+    restored = quantizer.dequantize(found)
     assert np.isfinite(found.scale).all()
     assert np.isfinite(restored).all()
     np.testing.assert_allclose(restored[0, :2], x[0, :2], rtol=1e-6)

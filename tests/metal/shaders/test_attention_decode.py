@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from encoder import EMPTY_ROW_LOG2_SUM, Problem, decode
-from problems import DTYPES, QUANTIZED, draw, expected, feature
+
+from tests.support.metal.encoder import EMPTY_ROW_LOG2_SUM, Problem, decode
+from tests.support.metal.problems import DTYPES, QUANTIZED, draw, expected, feature
 
 # Of 16-bit operands: twice what rounding exact results leaves.
 BOUNDS = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3.4e-3}

@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from encoder import Problem, backward, backward_bias, decode, forward
-from problems import DTYPES, QUANTIZED, draw, expected
+
+from tests.support.metal.encoder import Problem, backward, backward_bias, decode, forward
+from tests.support.metal.problems import DTYPES, QUANTIZED, draw, expected
 
 BAD = (np.nan, np.inf, -np.inf)
 

@@ -1,0 +1,1 @@
+"""What several tests need: oracles, cases and programs."""

@@ -1,0 +1,1 @@
+"""The kernels of `shaders/`, called from NumPy on the software Metal device."""
