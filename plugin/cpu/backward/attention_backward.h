@@ -6,6 +6,8 @@
 // its own for dK and dV, and the order of every sum is fixed by the shape alone.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "cpu/backward/backward_rows.h"

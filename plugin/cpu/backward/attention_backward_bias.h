@@ -2,6 +2,8 @@
 // block of the bias and walks everything that is summed into it, in a fixed order.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/backward/backward_rows.h"
 #include "cpu/tiles/microkernel.h"
 

@@ -5,6 +5,10 @@
 // the lanes of a vector.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
 #include "cpu/decode/code_products.h"
 #include "cpu/decode/decode_chunks.h"
 

@@ -2,9 +2,13 @@
 // they are stored, and unpacked in registers.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "cpu/decode/decode_chunks.h"
 #include "cpu/rows/stored_row.h"
-#include "cpu/tiles/microkernel.h"
+#include "cpu/simd/compiler.h"
 
 namespace jax_gluon::cpu {
 namespace {

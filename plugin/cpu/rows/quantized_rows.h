@@ -1,7 +1,10 @@
 // Rows of codes: as the float32 numbers that they stand for, and as INT8 rows with one scale each.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "cpu/rows/rows.h"
 

@@ -94,17 +94,6 @@ struct Int8Core {
     return Isa::dot_values(acc, value, probability);
   }
   static void store(void* p, Accumulator x) { Isa::store_i32(p, x); }
-
-  // kGroup codes as one lane, each with `bias` added.
-  static Lane lane(const int32_t* code, int32_t bias) {
-    Lane packed = 0;
-    constexpr int kBits = 32 / kGroup;
-    for (int i = 0; i < kGroup; ++i) {
-      const uint32_t field = static_cast<uint32_t>(code[i] + bias) & ((1ull << kBits) - 1);
-      packed |= field << (kBits * i);
-    }
-    return packed;
-  }
 };
 
 }  // namespace
