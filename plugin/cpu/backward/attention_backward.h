@@ -30,7 +30,7 @@ class AttentionBackward {
   // Elements of P of a block, at most, unless that makes it too low: they are read back once.
   static constexpr int64_t kMaxScores = int64_t{1} << 20;
   static constexpr bool kGluon = kKernel == Kernel::kGluon;
-  static constexpr int64_t kGroupRows = R >= 12 ? R : 2 * R;
+  static constexpr int64_t kGroupRows = Core::kGroupRows;
   // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
   static constexpr int64_t kColumnStep = std::lcm(R, C);
   static_assert(kMaxRows % kGroupRows == 0 && kMaxTileKeys % kColumnStep == 0);

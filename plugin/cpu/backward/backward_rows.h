@@ -5,6 +5,7 @@
 
 #include "cpu/rows/centered_rows.h"
 #include "cpu/tiles/pack.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {

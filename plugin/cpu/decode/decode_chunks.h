@@ -9,6 +9,7 @@
 #include "cpu/rows/logit_rules.h"
 #include "cpu/rows/quantized_rows.h"
 #include "device.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {

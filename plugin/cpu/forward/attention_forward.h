@@ -19,7 +19,7 @@ class AttentionForward {
   using Isa = typename Core::Isa;
   using Lane = typename Core::Lane;
   static constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   using Rules = LogitRules<Isa, kBlockKeys>;

@@ -25,7 +25,7 @@ class AttentionForwardGluon {
   using Lane = typename Core::Lane;
   static constexpr int W = Isa::kLanes;
   static constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of

@@ -20,19 +20,24 @@ constexpr int kBlockRows = 96;
 // a coarser maximum and the cost of rescaling.
 constexpr int kSubtileKeys = 64;
 
+// Probabilities of 8 bits are integers up to this, which their subtile's largest gets.
+constexpr float kMaxProbability = 255.0f, kLog2OfMaxProbability = 7.99435344f;
+// The maximum of such a subtile with nothing visible: finite, since -inf - -inf would be NaN.
+constexpr float kEmptySubtileMaximum = -1e30f;
+
 template <class Core>
 struct ForwardBlocks {
-  static constexpr int R = Core::kTileRows, C = Core::kTileColumns;
+  static constexpr int C = Core::kTileColumns;
   static constexpr bool kInt8 = Core::kArithmetic == Arithmetic::kInt8;
   static constexpr bool kBf16 = Core::kArithmetic == Arithmetic::kBf16;
-  // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.
-  static constexpr int kGroupRows = R >= 12 ? R : 2 * R;
+  // Of the polynomial in exp2 of probabilities, which 8 or 16 bits round anyway.
+  static constexpr int kExp2Degree = kInt8 || kBf16 ? 3 : 5;
   // Keys of a subtile of the gluon pipeline, at most: a row's logits are kept in 16 registers, with
   // AVX-512 half of all.
   static constexpr int kSubtileColumns = kInt8 ? kSubtileKeys : 16 * Core::Isa::kLanes;
   // Key ranges are rounded to this many keys.
   static constexpr int kStep = kInt8 ? (kSubtileKeys > C ? kSubtileKeys : C) : C;
-  static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % kGroupRows == 0);
+  static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % Core::kGroupRows == 0);
 
   static KernelOffer baseline_offer() {
     return {Kernel::kBaseline,

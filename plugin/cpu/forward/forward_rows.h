@@ -8,6 +8,7 @@
 #include "cpu/forward/key_value_rows.h"
 #include "cpu/forward/online_softmax.h"
 #include "cpu/tiles/pack.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -17,7 +18,7 @@ class ForwardRows {
   using Isa = typename Core::Isa;
   using Lane = typename Core::Lane;
   static constexpr int R = Core::kTileRows, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
 
  public:

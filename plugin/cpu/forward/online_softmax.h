@@ -35,9 +35,9 @@ class OnlineSoftmax {
   using Lane = typename Core::Lane;
   using F = typename Isa::F;
   static constexpr int W = Isa::kLanes, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
-  static constexpr int kDegree = kInt8 || kBf16 ? 3 : 5;
+  static constexpr int kDegree = ForwardBlocks<Core>::kExp2Degree;
 
  public:
   // Per subtile and row of a group: what turns integer sums into the running scale.
@@ -120,9 +120,6 @@ class OnlineSoftmax {
   void run_int8(const KeyScales& keys, int64_t begin, int64_t end, Range products, float* scores,
                 int64_t row, int64_t r, Lane* probabilities, RowState& state, float& rescale,
                 SubtileFactors& subtile_factor) const {
-    constexpr float kLog2Of255 = 7.99435344f;
-    // A subtile with nothing visible keeps a finite maximum: -inf - -inf would be NaN.
-    constexpr float kFloor = -1e30f;
     const float* fold = keys.fold_log2;
     const float* inverse = keys.fold_inverse;
     const float* key_scale = keys.scale;
@@ -136,7 +133,7 @@ class OnlineSoftmax {
       if (call_.bias) move_origin(j0, j0 + kSubtileKeys, scores, row, state, now);
       origin[j0 / kSubtileKeys] = state.origin[row];
       const bool are_logits = !contains(products, {j0, j0 + kSubtileKeys});
-      F m = Isa::set1(kFloor);
+      F m = Isa::set1(kEmptySubtileMaximum);
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += W) {
         const F x = are_logits ? Isa::add(Isa::load(scores + j), Isa::load(fold + j))
                                : Isa::fma(unbiased(scores + j, row, state),
@@ -147,7 +144,7 @@ class OnlineSoftmax {
       }
       const float largest = Isa::reduce_max(m);
       subtile_max[j0 / kSubtileKeys] = largest;
-      if (largest > kFloor) now = std::max(now, largest);
+      if (largest > kEmptySubtileMaximum) now = std::max(now, largest);
     }
     const float last_origin = state.origin[row];
     if (before != kHidden) before += first_origin - last_origin;
@@ -157,7 +154,7 @@ class OnlineSoftmax {
     char* out = reinterpret_cast<char*>(probabilities);
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       const float largest = subtile_max[j0 / kSubtileKeys];
-      const F shift = Isa::set1(kLog2Of255 - largest);
+      const F shift = Isa::set1(kLog2OfMaxProbability - largest);
       F l = Isa::zero(), offsets = Isa::zero();
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += G * W) {
         F p[G];
@@ -174,9 +171,10 @@ class OnlineSoftmax {
         Isa::store_probabilities(out + j * (4 / G), p);
       }
       const float move = origin[j0 / kSubtileKeys] - last_origin;
-      const float factor =
-          largest > kFloor ? std::exp2(largest + move - reference) * (1.0f / 255.0f) : 0.0f;
-      if (largest > kFloor && move != 0.0f) {
+      const float factor = largest > kEmptySubtileMaximum
+                               ? std::exp2(largest + move - reference) * (1.0f / kMaxProbability)
+                               : 0.0f;
+      if (largest > kEmptySubtileMaximum && move != 0.0f) {
         for (int64_t j = j0; j < j0 + kSubtileKeys; ++j) scores[j] += move;
       }
       subtile_factor[j0 / kSubtileKeys][r] = factor;

@@ -141,10 +141,9 @@ class PackedKeyValues {
   // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
   void load_key(Place to, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
     if constexpr (kInt8) {
-      constexpr int32_t kBias = G == 4 ? 128 : 0;
       ScaleAndOffset scale;
       const int8_t* codes = rows_.keys().codes_of(b, j, k, s.row, s.codes, &scale);
-      row_to_lanes<Core>(codes, DType::kS8, call_.H, kBias, out);
+      row_to_lanes<Core>(codes, DType::kS8, call_.H, Core::kKeyBias, out);
       const int64_t at = j - to.shift;
       scale_of_key(to.head)[at] = scale.scale;
       if (rows_.has_offsets()) {

@@ -19,13 +19,11 @@ class SubtileSoftmax {
   using Lane = typename Core::Lane;
   using F = typename Isa::F;
   static constexpr int W = Isa::kLanes, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;
-  static constexpr int kDegree = kInt8 || kBf16 ? 3 : 5;
+  static constexpr int kDegree = ForwardBlocks<Core>::kExp2Degree;
   static constexpr int kRows = round_up(kGroupRows, W);
-  // As in OnlineSoftmax: what a subtile with nothing visible has for a maximum.
-  static constexpr float kFloor = -1e30f;
   // INT8, base 2: by how much a row's maximum grows before its sums are rescaled. They have room
   // for 2^8 more.
   static constexpr float kMinGrowth = 8.0f;
@@ -60,11 +58,10 @@ class SubtileSoftmax {
   static void run_rows_int8(const KeyScales& keys, float* scores, int64_t r,
                             const float* row_factor, const int32_t* key_bias, const float* before,
                             Lane* out, Group& group) {
-    constexpr float kLog2Of255 = 7.99435344f;
     constexpr int kVectors = kKeys / W;
     F x[kRows][kVectors], m[kRows][2];
     JAX_GLUON_UNROLL
-    for (int i = 0; i < kRows; ++i) m[i][0] = m[i][1] = Isa::set1(kFloor);
+    for (int i = 0; i < kRows; ++i) m[i][0] = m[i][1] = Isa::set1(kEmptySubtileMaximum);
     JAX_GLUON_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const F fold = Isa::load(keys.fold_log2 + v * W);
@@ -101,7 +98,7 @@ class SubtileSoftmax {
       const F inverse = Isa::load(keys.fold_inverse + v * W);
       JAX_GLUON_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const F shift = Isa::set1(kLog2Of255 - largest[i]);
+        const F shift = Isa::set1(kLog2OfMaxProbability - largest[i]);
         x[i][v] = Isa::template exp2<kDegree>(Isa::add(x[i][v], shift));
         if constexpr (kValueOffsets) {
           const F unfolded = Isa::mul(x[i][v], inverse);
@@ -131,9 +128,10 @@ class SubtileSoftmax {
         alignas(kAlignment) float before[W] = {};
         std::copy(maximum + r, maximum + std::min(r + W, kGroupRows), before);
         const F largest = Isa::load(group.largest + r);
-        const F factor = Isa::mul(power(largest, Isa::load(before)), Isa::set1(1.0f / 255.0f));
+        const F factor =
+            Isa::mul(power(largest, Isa::load(before)), Isa::set1(1.0f / kMaxProbability));
         Isa::store(group.factor + r,
-                   Isa::where_less(Isa::set1(kFloor), largest, factor, Isa::zero()));
+                   Isa::where_less(Isa::set1(kEmptySubtileMaximum), largest, factor, Isa::zero()));
       }
       add<false>(group.sums, group, sums);
       if (offset_sums) add<false>(group.offset_sums, group, offset_sums);
@@ -141,7 +139,7 @@ class SubtileSoftmax {
     }
     alignas(kAlignment) float before[kRows] = {}, now[kRows];
     std::copy(maximum, maximum + kGroupRows, before);
-    const F hidden = Isa::set1(kHidden), floor = Isa::set1(kFloor);
+    const F hidden = Isa::set1(kHidden), floor = Isa::set1(kEmptySubtileMaximum);
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; r += W) {
       const F largest = Isa::load(group.largest + r), old = Isa::load(before + r);
@@ -155,7 +153,7 @@ class SubtileSoftmax {
       Isa::store(now + r, most);
       Isa::store(group.rescale + r, power(old, reference));
       if constexpr (kInt8) {
-        const F factor = Isa::mul(power(largest, reference), Isa::set1(1.0f / 255.0f));
+        const F factor = Isa::mul(power(largest, reference), Isa::set1(1.0f / kMaxProbability));
         Isa::store(group.factor + r, Isa::where_less(floor, largest, factor, Isa::zero()));
       }
     }
