@@ -58,6 +58,9 @@ inline ScaleAndOffset scale_at(const QuantizableOperand& x, int64_t b, int64_t i
   return {scale, q.offset ? code_offset(q, scale, read(q.offset)) : 0.0f};
 }
 
+// Whether scales of a row, or what is added to them, lie side by side as bfloat16.
+inline bool has_bf16_rows(const Operand& x) { return x.dtype == DType::kBF16 && x.stride[2] == 1; }
+
 // The center of head n that centering took from its rows, or null.
 inline const float* stored_center(const QuantizableOperand& x, int64_t b, int64_t n) {
   const Operand& center = x.quantization.center;
@@ -130,6 +133,16 @@ class QuantizedRow {
     return codes;
   }
 
+  // The first `count` scales of row (b, i, n), and offsets where there are any.
+  static void load_scales(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
+                          int64_t count, float* scales, float* offsets) {
+    const Quantization& q = x.quantization;
+    read_scales(q.scale, scale_offset(q.scale, q, b, i, n), count, scales);
+    if (!q.offset) return;
+    read_scales(q.offset, scale_offset(q.offset, q, b, i, n), count, offsets);
+    for (int64_t g = 0; g < count; ++g) offsets[g] = code_offset(q, scales[g], offsets[g]);
+  }
+
   // The largest magnitude, NaN where an element is not finite. `row` is zero-padded to the lanes.
   static float largest_magnitude(const float* row, int64_t width) {
     F largest = Isa::zero(), probe = Isa::zero();
@@ -159,6 +172,17 @@ class QuantizedRow {
   }
 
  private:
+  static void read_scales(const Operand& from, int64_t index, int64_t count, float* to) {
+    if (from.dtype == DType::kF32 && count == 1) {
+      *to = static_cast<const float*>(from.data)[index];
+    } else if (count == 1 || from.stride[2] == 0) {
+      std::fill(to, to + count, float_at(from.data, from.dtype, index));
+    } else {
+      const char* p = static_cast<const char*>(from.data);
+      load_row<Isa>(p + index * static_cast<int64_t>(size_of(from.dtype)), from.dtype, count, to);
+    }
+  }
+
   static void multiply_add(float* x, int64_t n, ScaleAndOffset s) {
     const F scale = Isa::set1(s.scale), offset = Isa::set1(s.offset);
     int64_t h = 0;
