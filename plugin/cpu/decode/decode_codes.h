@@ -137,16 +137,15 @@ class DecodeCodes {
     int8_t* codes = s.codes.get() + i * queries_.head_width;
     std::fill(codes, codes + queries_.head_width, static_cast<int8_t>(0));
     const int64_t t = queries_.query_of(i), n = queries_.head_of(i);
-    ScaleAndOffset scale;
     int8_t* unpacked = reinterpret_cast<int8_t*>(s.folded.get());
-    const int8_t* stored =
-        QuantizedRow<Isa>::codes_of(call_.query, b, t, n, call_.H, s.row.get(), unpacked, &scale);
+    const ScaledCodes stored =
+        QuantizedRow<Isa>::codes_of(call_.query, b, t, n, call_.H, s.row.get(), unpacked);
     int32_t sum = 0;
     for (int64_t h = 0; h < call_.H; ++h) {
-      codes[Key::query_position(h)] = stored[h];
-      sum += stored[h];
+      codes[Key::query_position(h)] = stored.codes[h];
+      sum += stored.codes[h];
     }
-    s.code_scale[i] = scale.scale * (call_.scale * kLog2E);
+    s.code_scale[i] = stored.scale.scale * (call_.scale * kLog2E);
     s.bias[i] = -Key::kKeyBias * sum;
     return true;
   }

@@ -34,6 +34,12 @@ struct ScaleAndOffset {
   float scale = 0.0f, offset = 0.0f;
 };
 
+// A row as INT8 codes with one scale.
+struct ScaledCodes {
+  const int8_t* codes;
+  ScaleAndOffset scale;
+};
+
 inline float least_code(const Quantization& q) { return q.bits == 8 ? -128.0f : -8.0f; }
 
 inline float code_offset(const Quantization& q, float scale, float stored) {
@@ -118,19 +124,17 @@ class QuantizedRow {
   // Row (b, i, n) of codes as INT8 codes with one scale. Where the stored scales vary along the row
   // its numbers are rounded again (INT4 only: it costs little beside the 4 bits). `row` and `codes`
   // are scratch of `width`, rounded up to the lanes; the result may point into them.
-  static const int8_t* codes_of(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
-                                int64_t width, float* row, int8_t* codes, ScaleAndOffset* scale) {
+  static ScaledCodes codes_of(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
+                              int64_t width, float* row, int8_t* codes) {
     const Quantization& q = x.quantization;
     if (q.head_block != 0) {
       load(x, b, i, n, width, row);
-      *scale = {round_to_codes(row, width, codes), 0.0f};
-      return codes;
+      return {codes, {round_to_codes(row, width, codes), 0.0f}};
     }
-    *scale = scale_at(x, b, i, n);
     const void* stored = row_of(x, b, i, n);
-    if (q.bits == 8) return static_cast<const int8_t*>(stored);
+    if (q.bits == 8) return {static_cast<const int8_t*>(stored), scale_at(x, b, i, n)};
     unpack_nibbles(static_cast<const uint8_t*>(stored), width / 2, codes);
-    return codes;
+    return {codes, scale_at(x, b, i, n)};
   }
 
   // The first `count` scales of row (b, i, n), and offsets where there are any.
