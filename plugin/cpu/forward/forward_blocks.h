@@ -89,30 +89,17 @@ struct RowScratch {
   using Lane = typename Core::Lane;
 
   void prepare(const AttentionForwardCall& call) {
-    if (rows) return;
-    int64_t bytes = 0;
-    const auto reserve = [&](int64_t count) {
-      const int64_t at = bytes;
-      bytes += round_up(count * 4, kAlignment);
-      return at;
-    };
-    constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
-    const int64_t widest = std::max(call.H, round_up(call.V, C));
-    const int64_t rows_at = reserve(std::max(C, R) * ceil_div(call.H, G));
-    const int64_t row_at = reserve(widest + Core::Isa::kLanes);
+    constexpr int R = Core::kTileRows, C = Core::kTileColumns;
+    constexpr int64_t W = Core::Isa::kLanes;
+    rows.allocate(std::max(C, R) * ceil_div(call.H, Core::kGroup));
+    row.allocate(std::max(call.H, round_up(call.V, C)) + W);
     code_stride = round_up(std::max(call.H, call.V), kAlignment);
-    const int64_t codes_at = reserve(
-        ForwardBlocks<Core>::kInt8 ? kSubtileKeys * code_stride / 4 + Core::Isa::kLanes : 0);
-    memory.allocate(bytes);
-    rows = reinterpret_cast<Lane*>(memory.get() + rows_at);
-    row = reinterpret_cast<float*>(memory.get() + row_at);
-    codes = reinterpret_cast<int8_t*>(memory.get() + codes_at);
+    if (ForwardBlocks<Core>::kInt8) codes.allocate(kSubtileKeys * code_stride + 4 * W);
   }
 
-  Buffer<char> memory;
-  Lane* rows = nullptr;     // rows as lanes
-  float* row = nullptr;     // a float row
-  int8_t* codes = nullptr;  // INT8: rows of codes of a subtile
+  Buffer<Lane> rows;     // rows as lanes
+  Buffer<float> row;     // a float row
+  Buffer<int8_t> codes;  // INT8: rows of codes of a subtile
   int64_t code_stride = 0;
 };
 

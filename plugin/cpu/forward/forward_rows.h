@@ -48,7 +48,7 @@ class ForwardRows {
     touch_rows(call_.query, b, rows.begin, rows.end, n, call_.H);
     for (int64_t t = 0; t < round_up(count, kGroupRows); t += R) {
       for (int r = 0; r < R; ++r) {
-        Lane* out = s.rows + r * lanes_;
+        Lane* out = s.rows.get() + r * lanes_;
         if (t + r >= count) {
           std::fill(out, out + lanes_, Lane(0));
           continue;
@@ -56,7 +56,7 @@ class ForwardRows {
         const int64_t i = rows.begin + t + r;
         load_query(b, i, n, t + r, s, out, state);
       }
-      interleave<R>(s.rows, lanes_, lanes_, tiles + t * lanes_);
+      interleave<R>(s.rows.get(), lanes_, lanes_, tiles + t * lanes_);
     }
   }
 
@@ -72,7 +72,7 @@ class ForwardRows {
     const float per_unit = 1.0f / key_values_.value_unit(keys.b * call_.K + keys.k);
     for (int64_t c = columns.begin; c < columns.end; ++c) {
       if (!has_zeros[c]) continue;
-      key_values_.values().load(keys.b, keys.first + c, keys.k, s.row);
+      key_values_.values().load(keys.b, keys.first + c, keys.k, s.row.get());
       for (int64_t r = 0; r < rows; ++r) {
         const float p = probability(r, c);
         if (p == 0.0f) continue;
@@ -120,7 +120,7 @@ class ForwardRows {
     const float* center = key_values_.keys().center_of(b, n / (call_.N / call_.K));
     if constexpr (kInt8) {
       const auto [codes, own] =
-          QuantizedRow<Isa>::codes_of(call_.query, b, i, n, call_.H, s.row, s.codes);
+          QuantizedRow<Isa>::codes_of(call_.query, b, i, n, call_.H, s.row.get(), s.codes.get());
       row_to_lanes<Core>(codes, DType::kS8, call_.H, 0, out);
       const int32_t total = sum_of(codes, call_.H);
       state.factor[row] = own.scale * scale;
@@ -132,8 +132,8 @@ class ForwardRows {
       }
       if (center) {
         // The row itself, not the codes that it was rounded to once more.
-        QuantizedRow<Isa>::load(call_.query, b, i, n, call_.H, s.row);
-        state.center[row] = scale * dot<Isa>(s.row, center, call_.H);
+        QuantizedRow<Isa>::load(call_.query, b, i, n, call_.H, s.row.get());
+        state.center[row] = scale * dot<Isa>(s.row.get(), center, call_.H);
       }
     } else if constexpr (kBf16) {
       row_to_lanes<Core>(row_of(call_.query, b, i, n), call_.query.dtype, call_.H, 0, out);

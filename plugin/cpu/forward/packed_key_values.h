@@ -84,7 +84,8 @@ class PackedKeyValues {
     const Range seen = Visibility(call_, b).keys();
     const int64_t end = std::min(seen.end, keys.end);
     if (begin >= end || seen.empty() || keys.end <= seen.begin) return;
-    pack_score_panels<Core>(begin, end, call_.H, s.rows, key_panels(to.head, begin - to.shift),
+    pack_score_panels<Core>(begin, end, call_.H, s.rows.get(),
+                            key_panels(to.head, begin - to.shift),
                             [&](int64_t j, Lane* out) { load_key(to, b, j, k, s, out); });
     // Panels beyond the last key are read only up to the rounded end of the block's visible range.
     const int64_t packed = begin + round_up(end - begin, C),
@@ -140,7 +141,7 @@ class PackedKeyValues {
   // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
   void load_key(Place to, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
     if constexpr (kInt8) {
-      const auto [codes, scale] = rows_.keys().codes_of(b, j, k, s.row, s.codes);
+      const auto [codes, scale] = rows_.keys().codes_of(b, j, k, s.row.get(), s.codes.get());
       row_to_lanes<Core>(codes, DType::kS8, call_.H, Core::kKeyBias, out);
       const int64_t at = j - to.shift;
       scale_of_key(to.head)[at] = scale.scale;
@@ -163,17 +164,17 @@ class PackedKeyValues {
         rows[g] = nullptr;
         if (j + g >= end) continue;
         const void* source = row_of(call_.value, b, j + g, k);
-        load_row<Isa>(source, call_.value.dtype, call_.V, s.row);
-        zeros[g] = !all_finite<Isa>(s.row, call_.V);
+        load_row<Isa>(source, call_.value.dtype, call_.V, s.row.get());
+        zeros[g] = !all_finite<Isa>(s.row.get(), call_.V);
         if (!zeros[g]) rows[g] = static_cast<const uint16_t*>(source);
       }
       pack_value_line<Core, uint16_t>(rows, call_.V, line, value_panel_stride());
     } else {
       const float* rows[1] = {nullptr};
       if (j < end) {
-        rows_.values().load(b, j, k, s.row);
-        zeros[0] = !all_finite<Isa>(s.row, call_.V);
-        if (!zeros[0]) rows[0] = s.row;
+        rows_.values().load(b, j, k, s.row.get());
+        zeros[0] = !all_finite<Isa>(s.row.get(), call_.V);
+        if (!zeros[0]) rows[0] = s.row.get();
       }
       pack_value_line<Core, float>(rows, call_.V, line, value_panel_stride());
     }
@@ -194,7 +195,7 @@ class PackedKeyValues {
       ScaleAndOffset own;
       if (j0 + c < end) {
         const ScaledCodes row =
-            rows_.values().codes_of(b, j0 + c, k, s.row, s.codes + c * s.code_stride);
+            rows_.values().codes_of(b, j0 + c, k, s.row.get(), s.codes.get() + c * s.code_stride);
         own = row.scale;
         const bool is_finite = own.scale >= 0.0f && own.scale <= kMax;
         zeros[c] = !is_finite || !(std::fabs(own.offset) <= kMax);
