@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,18 +17,24 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 import pytest
+
+from tests.support import oracle as numpy_oracle
 
 
 def _plugin_is_missing() -> bool:
     return importlib.util.find_spec("jax_gluon._plugin") is None
-from tests.support import oracle as numpy_oracle
-
 
 
 # The Metal pipelines of `shaders/` that a run may make: kernels with their function constants.
 MAX_PIPELINES = 150
+# Bytes of memory that a process of the run may have resident at its peak, and that it may have
+# before compiled programs are dropped.
+MAX_RESIDENT = float(os.environ.get("TESTS_MAX_RESIDENT_GIB", "2.5")) * 2**30
+ENOUGH_RESIDENT = 2**30
 _RUN = pytest.StashKey[Path]()
+_PEAKS = pytest.StashKey[list[int]]()
 
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
 # of MLIR each takes three times as long. tests/package/test_smoke.py has the defaults.
@@ -52,6 +60,7 @@ def pytest_configure(config):
     """
     # Each of many programs runs once, here and in the processes that tests start.
     jax.config.update("jax_disable_most_optimizations", True)
+    config.stash[_PEAKS] = []
     if hasattr(config, "workerinput"):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -78,14 +87,41 @@ def _pipelines():
     return made
 
 
+def _peak():
+    """The most bytes that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Of pytest-xdist, in the process that started the worker."""
+    node.config.stash[_PEAKS].append(getattr(node, "workeroutput", {}).get("peak", 0))
+
+
 def pytest_sessionfinish(session):
-    """The suite fails where it makes more pipelines than a Mac should have to compile for it."""
-    is_worker = hasattr(session.config, "workerinput")
-    if not is_worker and len(set().union(*_pipelines().values())) > MAX_PIPELINES:
+    """The suite fails where it makes more pipelines than a Mac should have to compile for it.
+
+    It fails as well where one of its processes takes more memory than it may.
+    """
+    config = session.config
+    if hasattr(config, "workerinput"):
+        config.workeroutput["peak"] = _peak()
+        return
+    config.stash[_PEAKS].append(_peak())
+    pipelines = len(set().union(*_pipelines().values()))
+    if pipelines > MAX_PIPELINES or max(config.stash[_PEAKS]) > MAX_RESIDENT:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    peak = max(config.stash[_PEAKS])
+    is_over = peak > MAX_RESIDENT
+    terminalreporter.write_line(
+        f"{'ERROR: ' if is_over else ''}Memory of a process: {peak / 2**30:.2f} GiB resident, "
+        f"at most {MAX_RESIDENT / 2**30:.2f}",
+        red=is_over,
+    )
     if made := _pipelines():
         count = len(set().union(*made.values()))
         each = ", ".join(f"{name} {len(made[name])}" for name in sorted(made))
@@ -95,6 +131,19 @@ def pytest_terminal_summary(terminalreporter):
             f"(by instrumentation: {each})",
             red=is_over,
         )
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Drops the programs that JAX keeps compiled, once they take much memory.
+
+    Freed memory goes back to the system, or the peak would grow with its fragments.
+    """
+    yield
+    if psutil.Process().memory_info().rss > ENOUGH_RESIDENT:
+        jax.clear_caches()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -131,19 +180,6 @@ def implementation(request, require):
     """Each implementation."""
     require(request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _few_programs():
-    """Drops the programs that JAX keeps compiled, once they take much memory.
-
-    Freed memory goes back to the system, or the peak would grow with its fragments.
-    """
-    yield
-    if psutil.Process().memory_info().rss > ENOUGH_RESIDENT:
-        jax.clear_caches()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
@@ -194,7 +230,7 @@ def fake_quantize():
 @pytest.fixture(scope="session")
 def lower_median():
     """The center that the quantizer takes away, of finite values along the first axis."""
-    return numpy_lower_median
+    return numpy_oracle.lower_median
 
 
 @pytest.fixture(scope="session")
