@@ -3,19 +3,26 @@
 #   PYTHON=path     the Python that .venv is made with (PYTHON= is read when .venv does not exist yet)
 #   CMAKE_ARGS=...  passed to CMake, for example -DJAX_GLUON_WERROR=ON
 #   ARGS=...        passed to the program of demo, bench, smoke and to pytest
+#   SOFTMETAL=off   `make test` without the software Metal device: installs no compiler, skips its tests
 
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
-CXX_FILES := $(shell find plugin -name "*.cc" -o -name "*.h" | grep -v "plugin/metal/.*\.h") plugin/metal/metal.h
-FORMATTED := $(CXX_FILES) $(wildcard shaders/*.h softmetal/*.h) $(foreach depth,plugin/metal softmetal/* softmetal/include/* tests/support/* \
-  tests/softmetal/*,$(wildcard $(depth)/*.cc $(depth)/*.h $(depth)/*.mm))
-PYTHON_PATHS := $(wildcard jax_gluon tests demo examples benchmarks tools plugin/metal softmetal/python)
+# Every C++, Objective-C++ and Metal file. The plugin for a Mac also holds Metal's host code and the
+# shaders, which `make metal` builds elsewhere.
+SOURCES := $(shell find plugin shaders softmetal tests \
+  -name "*.cc" -o -name "*.h" -o -name "*.mm" -o -name "*.metal")
+PLUGIN_SOURCES := $(filter plugin/%.cc plugin/%.h,$(SOURCES))
+ifeq ($(shell uname),Darwin)
+PLUGIN_SOURCES += $(filter plugin/%.mm shaders/%,$(SOURCES))
+endif
+PYTHON_PATHS := $(wildcard jax_gluon tests demo benchmarks tools plugin/metal softmetal/python)
 # Development on Linux: Metal's host code against the software device (softmetal).
 METAL_BUILD := build/metal
 SOFTMETAL_CLANG ?= clang++-19
+CLANG_TIDY = $(BIN)/clang-tidy --quiet --extra-arg=-Wno-unknown-warning-option
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
   --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON \
@@ -26,8 +33,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ifdef CMAKE_ARGS
 export CMAKE_ARGS
 endif
+ifeq ($(SOFTMETAL),off)
+export SOFTMETAL_CLANG := none
+endif
 
-.PHONY: help demo test metal wheel-macos bench smoke lint format typecheck tidy docs clean
+.PHONY: help demo test metal wheel-macos bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
@@ -47,9 +57,11 @@ test: $(STAMPS)/package metal
 
 # The software Metal device, where its compiler is there or may be installed; else it says so.
 metal: $(STAMPS)/build-requirements
+ifneq ($(SOFTMETAL),off)
 	@sh tools/install_softmetal_toolchain.sh
 	@if [ "$$(uname)" = Linux ] && command -v $(SOFTMETAL_CLANG) >/dev/null 2>&1; then \
 	  sh tools/build_softmetal.sh $(METAL_BUILD) $(SOFTMETAL_CLANG); fi
+endif
 
 # In .venv where it holds the package; with PYTHON=path, for that Python, in an environment of its own.
 wheel-macos: $(if $(PYTHON),,$(wildcard $(STAMPS)/package))
@@ -64,21 +76,25 @@ smoke: $(STAMPS)/package
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check $(PYTHON_PATHS)
 	$(BIN)/ruff format --check $(PYTHON_PATHS)
-	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-format: $(STAMPS)/dev
+format: format-cxx
 	$(BIN)/ruff check --fix-only $(PYTHON_PATHS)
 	$(BIN)/ruff format $(PYTHON_PATHS)
-	$(BIN)/clang-format -i $(FORMATTED)
+
+format-cxx: $(STAMPS)/dev
+	$(BIN)/clang-format -i $(SOURCES)
 
 typecheck: $(STAMPS)/dev
 	$(BIN)/pyright
 
-tidy: $(STAMPS)/dev
-	$(BIN)/clang-tidy -p "$$(dirname build/*/compile_commands.json | head -n 1)" --quiet \
-	  --extra-arg=-Wno-unknown-warning-option \
-	  $(filter %.cc,$(CXX_FILES))
+# Objective-C++ is read as the software Metal device compiles it; left out where `make metal` can't.
+tidy: $(STAMPS)/dev metal
+	$(CLANG_TIDY) -p $(firstword $(wildcard build/cp*)) $(filter plugin/%.cc,$(SOURCES))
+	@if [ -f $(METAL_BUILD)/compile_commands.json ]; then \
+	  echo "$(CLANG_TIDY) -p $(METAL_BUILD) plugin/metal/*.mm"; \
+	  $(CLANG_TIDY) -p $(METAL_BUILD) $(filter plugin/%.mm,$(SOURCES)); fi
 
 docs: $(STAMPS)/dev
 	$(PIP_BUILD) -e '.[docs]'
@@ -97,7 +113,7 @@ $(STAMPS)/build-requirements: $(STAMPS)/venv pyproject.toml tools/install_build_
 	touch $@
 
 # Editable: Python is read from the source tree, the plugin from where CMake installed it.
-$(STAMPS)/package: $(STAMPS)/build-requirements pyproject.toml CMakeLists.txt $(CXX_FILES)
+$(STAMPS)/package: $(STAMPS)/build-requirements pyproject.toml CMakeLists.txt $(PLUGIN_SOURCES)
 	$(PIP_BUILD) -e '.[test,demo]'
 	touch $@
 

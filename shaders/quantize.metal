@@ -35,7 +35,8 @@ using namespace metal;
 // that can be seen. Any finite number keeps softmax's invariance exact, and a NaN in one token must
 // not reach the others. A threadgroup has one head; its simdgroups load a row each, and its threads
 // sort a column each as the rows come.
-kernel void quantize_center(JAX_GLUON_QUANTIZE, ushort thread_index [[thread_index_in_threadgroup]]) {
+kernel void quantize_center(JAX_GLUON_QUANTIZE,
+                            ushort thread_index [[thread_index_in_threadgroup]]) {
   static_assert(kSimdgroups * kMaxQuantizedColumns + kCenterRows * kThreads <=
                     kSimdgroups * 3 * kMaxQuantizedColumns,
                 "rows and sorted columns share the memory");

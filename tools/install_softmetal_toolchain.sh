@@ -5,7 +5,7 @@
 packages="clang-19 libclang-rt-19-dev"
 if command -v "${SOFTMETAL_CLANG:-clang++-19}" >/dev/null 2>&1; then exit 0; fi
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-  echo "softmetal: installing $packages"
+  echo "softmetal: apt-get install $packages (SOFTMETAL=off goes without)"
   (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $packages) >/dev/null 2>&1
 fi
 if ! command -v clang++-19 >/dev/null 2>&1; then

@@ -106,7 +106,7 @@ QuantizableOperand read_rows(BufferReader& reader, const std::string& name, cons
   }
   if (format.has_center) {
     q.center =
-        reader.operand_of(name + "_mean", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
+        reader.operand_of(name + "_center", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
   }
   // Kernels read a scale for each element of a row as a contiguous run.
   const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);
@@ -245,13 +245,6 @@ KernelChoice read_cpu_kernel(BufferReader& reader) {
   choice.block_k = reader.integer("cpu_block_k", 0, kMaxBlockKeys);
   choice.subtile = reader.integer("cpu_subtile", 0, kMaxBlockKeys);
   choice.stages = reader.integer("cpu_stages", 0, kMaxStages);
-  const bool has_blocks = choice.kernel == Kernel::kBaseline || choice.kernel == Kernel::kGluon;
-  const bool is_gluon = choice.kernel == Kernel::kGluon;
-  if (!has_blocks) choice.block_k = choice.subtile = choice.stages = 0;
-  if (is_gluon && choice.stages == 0) {
-    reader.fail("attribute cpu_stages is 0, expected 1 to " + std::to_string(kMaxStages) +
-                " where cpu_kernel is gluon");
-  }
   return choice;
 }
 

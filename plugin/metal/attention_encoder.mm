@@ -52,7 +52,7 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.window_left = std::min(call.window_left, kFar);
   p.window_right = std::min(call.window_right, kFar);
   p.batch_per_map = p.B;
-  tables_.resize(static_cast<size_t>(kBatchTables * p.B));
+  tables_.resize(kBatchTables * static_cast<size_t>(call.B));
 
   bind_rows(kQuery, kQueryBatch, call.query, call.T, call.N, call.H, &p.query,
             &p.query_quantization);

@@ -9,14 +9,14 @@
 namespace jax_gluon::metal {
 
 BufferRange lend(id<MTLDevice> device, const void* address, size_t bytes) {
-  const auto page = static_cast<uintptr_t>(getpagesize());
-  const auto first = reinterpret_cast<uintptr_t>(address);
-  const uintptr_t begin = first / page * page, end = (first + bytes + page - 1) / page * page;
-  return {[device newBufferWithBytesNoCopy:reinterpret_cast<void*>(begin)
-                                    length:end - begin
+  const auto page = static_cast<size_t>(getpagesize());
+  const size_t before = reinterpret_cast<uintptr_t>(address) % page;
+  char* begin = static_cast<char*>(const_cast<void*>(address)) - before;
+  return {[device newBufferWithBytesNoCopy:begin
+                                    length:(before + bytes + page - 1) / page * page
                                    options:MTLResourceStorageModeShared
                                deallocator:nil],
-          first - begin};
+          before};
 }
 
 int64_t Pins::pin(const void* address, size_t bytes) {

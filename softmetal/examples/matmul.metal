@@ -11,10 +11,8 @@ struct Shape {
   uint m, n, k;
 };
 
-kernel void matmul(device const float* a [[buffer(0)]],
-                   device const float* b [[buffer(1)]],
-                   device float* c [[buffer(2)]],
-                   constant Shape& shape [[buffer(3)]],
+kernel void matmul(device const float* a [[buffer(0)]], device const float* b [[buffer(1)]],
+                   device float* c [[buffer(2)]], constant Shape& shape [[buffer(3)]],
                    uint2 tile [[threadgroup_position_in_grid]],
                    uint thread_index [[thread_index_in_threadgroup]],
                    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
@@ -54,8 +52,8 @@ kernel void matmul(device const float* a [[buffer(0)]],
   // Through threadgroup memory again: only what is inside goes out.
   for (uint i = 0; i < 2; ++i) {
     for (uint j = 0; j < 2; ++j) {
-      simdgroup_store(sums[i][j],
-                      left + (simdgroup_row + 8 * i) * kTile + simdgroup_column + 8 * j, kTile);
+      simdgroup_store(sums[i][j], left + (simdgroup_row + 8 * i) * kTile + simdgroup_column + 8 * j,
+                      kTile);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

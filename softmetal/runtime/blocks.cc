@@ -97,7 +97,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-// Become classes in NSBlock.mm.
+// Become classes in NSObject.mm.
 void* _NSConcreteGlobalBlock[32];
 void* _NSConcreteStackBlock[32];
 void* _NSConcreteMallocBlock[32];

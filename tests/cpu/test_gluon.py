@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon._plan.selection import KernelConfig
+from jax_gluon import CpuKernel
 from jax_gluon._quantization.formats import PRESETS, AttentionQuantization, QuantSpec
 from tests.support import cases
 
@@ -106,22 +106,28 @@ def test_pipelines_agree(monkeypatch, relative_error, variant, name, quantizatio
     _assert_alike(relative_error, baseline, gluon)
 
 
-# Sizes of forward's and backward's blocks: the smallest, odd multiples, more stages than blocks,
-# and blocks beyond the keys.
+# Sizes of forward's and backward's blocks, where M is the largest subtile of the instruction set:
+# the smallest, odd multiples, more stages than blocks, and blocks beyond the keys.
 SIZES = {
-    "baseline_small": (("baseline", 64, 64, 1), ("baseline", 96, 96, 1)),
-    "baseline_odd": (("baseline", 192, 192, 1), ("baseline", 96, 96, 1)),
-    "gluon_small": (("gluon", 256, 128, 2), ("gluon", 192, 96, 2)),
-    "gluon_odd": (("gluon", 640, 128, 3), ("gluon", 288, 96, 3)),
-    "gluon_large": (("gluon", 512, 256, 8), ("gluon", 384, 192, 8)),
-    "gluon_beyond": (("gluon", 4096, 256, 2), ("gluon", 3840, 192, 2)),
-}
+    "baseline_small": lambda M: (CpuKernel("baseline", 64), CpuKernel("baseline", 96)),
+    "baseline_odd": lambda M: (CpuKernel("baseline", 192), CpuKernel("baseline", 96)),
+    "gluon_small": lambda M: (CpuKernel("gluon", M, M // 2, 2), CpuKernel("gluon", 192, 96, 2)),
+    "gluon_odd": lambda M: (
+        CpuKernel("gluon", 5 * M // 2, M // 2, 3), CpuKernel("gluon", 288, 96, 3)
+    ),
+    "gluon_large": lambda M: (CpuKernel("gluon", 2 * M, M, 8), CpuKernel("gluon", 384, 192, 8)),
+    "gluon_beyond": lambda M: (CpuKernel("gluon", 4096, M, 2), CpuKernel("gluon", 3840, 192, 2)),
+}  # fmt: skip
+LANES = {"portable": 4, "avx2": 8}
 
 
-def _sizes(name, is_integer):
-    """The pair of configurations; codes have a subtile of their own."""
-    forward, backward = (KernelConfig(pipeline, 96, *rest) for pipeline, *rest in SIZES[name])
-    return dataclasses.replace(forward, subtile=64) if is_integer else forward, backward
+def _sizes(name, variant, is_integer):
+    """The pair of kernels; forward's subtile of codes is fixed."""
+    M = 16 * LANES.get(variant, 16)
+    forward, backward = SIZES[name](128 if is_integer else M)
+    if is_integer:
+        forward = dataclasses.replace(forward, subtile=None)
+    return forward, backward
 
 
 def _sized_cases():
@@ -154,7 +160,9 @@ def test_sizes_agree(monkeypatch, relative_error, variant, name, is_causal, quan
         out, pullback, log_sum_exp = jax.vjp(attention, *operands, has_aux=True)
         return out, log_sum_exp, *pullback(d_out)
 
-    _assert_alike(relative_error, run("baseline"), run(_sizes(name, quantization is not None)))
+    _assert_alike(
+        relative_error, run("baseline"), run(_sizes(name, variant, quantization is not None))
+    )
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])

@@ -155,11 +155,11 @@ def attention(target, formats="float", *, full=True):
             }
     attributes |= {
         "device": np.int64(0),
-        "cpu_pipeline": np.int64(0),
-        "cpu_block_k": np.int64(256),
-        "cpu_subtile": np.int64(256),
-        "cpu_stages": np.int64(1),
-        "metal_pipeline": np.int64(0),
+        "cpu_kernel": "baseline",
+        "cpu_block_k": np.int64(192),
+        "cpu_subtile": np.int64(0),
+        "cpu_stages": np.int64(0),
+        "metal_kernel": "baseline",
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
         "causal": np.int64(0),
@@ -391,12 +391,11 @@ def test_every_attribute_must_be_there_and_of_its_type(name):
 
 ATTRIBUTES = {
     "device": ("device", np.int64(3), "is 3, expected 0 to 2"),
-    "cpu_pipeline": ("cpu_pipeline", np.int64(2), "is 2, expected 0 to 1"),
-    "no_block": ("cpu_block_k", np.int64(0), "is 0, expected 1 to 4096"),
-    "large_block": ("cpu_block_k", np.int64(2**40), f"is {2**40}, expected 1 to 4096"),
-    "negative_subtile": ("cpu_subtile", np.int64(-64), "is -64, expected 1 to 4096"),
-    "many_stages": ("cpu_stages", np.int64(9), "is 9, expected 1 to 8"),
-    "metal_pipeline": ("metal_pipeline", np.int64(-1), "is -1, expected 0 to 1"),
+    "cpu_kernel": ("cpu_kernel", "fast", 'is "fast", expected one of baseline, gluon, decode'),
+    "large_block": ("cpu_block_k", np.int64(2**40), f"is {2**40}, expected 0 to 4096"),
+    "negative_subtile": ("cpu_subtile", np.int64(-64), "is -64, expected 0 to 4096"),
+    "many_stages": ("cpu_stages", np.int64(9), "is 9, expected 0 to 8"),
+    "metal_kernel": ("metal_kernel", "", 'is "", expected one of baseline'),
     "scale_nan": ("scale", np.float32("nan"), "is nan, expected a finite number"),
     "scale_inf": ("scale", np.float32("inf"), "is inf, expected a finite number"),
     "soft_cap_nan": ("soft_cap", np.float32("nan"), "is nan, expected a finite number"),
@@ -413,6 +412,29 @@ ATTRIBUTES = {
     "head_block": ("query_head_block", np.int64(-(2**63)), f"is {-(2**63)}, expected 0 to "),
     "has_center": ("key_has_center", np.int64(2), "is 2, expected 0 to 1"),
 }
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_bias"])
+def test_a_kernel_that_there_is_not(name):
+    """Names are checked against what the CPU has for the call, and its sizes must be there."""
+
+    def error(name, **attributes):
+        call = CALLS[name]()
+        call.attributes |= attributes
+        with pytest.raises(jax.errors.JaxRuntimeError) as error:
+            call.run()
+        return str(error.value)
+
+    refused = error("forward_int8" if name == "forward" else name, cpu_kernel="decode")
+    if name == "forward":
+        refused = error("forward_int8", cpu_kernel="small")
+    assert 'the call is for the kernel "' in refused
+    assert 'the CPU has for it "' in refused
+    if name == "backward_bias":
+        return
+    assert 'has no block_k for the kernel "baseline"' in error(name, cpu_block_k=np.int64(0))
+    gluon = error(name, cpu_kernel="gluon", cpu_block_k=np.int64(512))
+    assert 'the call has no subtile for the kernel "gluon"' in gluon
 
 
 @pytest.mark.parametrize("name", ["forward_int4", "backward", "backward_bias"])

@@ -12,7 +12,11 @@ from jax_gluon import reference
 from jax_gluon._quantization import formats
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHER_PAGES = [
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
+    *(path for each in ("shaders", "softmetal", "plugin") for path in (ROOT / each).rglob("*.md")),
+]
 
 
 def examples(page: Path) -> list[str]:
@@ -32,6 +36,37 @@ def test_examples_of_a_page_run_in_order(page, require):
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+FOLDERS = (
+    "jax_gluon", "plugin", "shaders", "softmetal", "tests", "tools", "benchmarks", "demo", "docs",
+)  # fmt: skip
+#: Files that a page asks its reader to have, or that a command writes.
+OF_READERS = {"FILE.metal", "demo.png", "program.py", "train.py"}
+
+
+def tails(path: Path) -> set[str]:
+    """The ways in which a page may name a file: its path, or the end of it."""
+    parts = path.relative_to(ROOT).parts
+    return {"/".join(parts[i:]) for i in range(len(parts))}
+
+
+@pytest.fixture(scope="module")
+def names():
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    top = (path for path in ROOT.iterdir() if path.is_file())
+    return set().union(*map(tails, (*found, *top)))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_and_folders_are_there(page, names):
+    text = re.sub(r"https?://\S+|-m [\w.]+", "", page.read_text(encoding="utf-8"))
+    words = {word.strip("./") for word in re.findall(r"[\w./*<>{}-]+", text)}
+    named = re.compile(
+        rf"[\w/-]+\.(cc|cmake|h|metal|mm|png|py|sh|toml)|({'|'.join(FOLDERS)})/[\w/.-]+"
+    )
+    missing = {word for word in words if named.fullmatch(word)} - names - OF_READERS
+    assert not missing, f"{page.name} names what is not there: {sorted(missing)}"
 
 
 def test_the_readme_has_examples():

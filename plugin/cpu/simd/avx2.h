@@ -1,4 +1,5 @@
-// Eight float32 lanes: AVX2, FMA, F16C. The interface that every simd_*.h gives the kernels.
+// Eight float32 lanes: AVX2, FMA, F16C. The interface that every instruction set gives the
+// kernels.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The intrinsics that simd_avx512.h uses, as plain loops over lanes: what Intel's guide says each
+// The intrinsics that avx512.h uses, as plain loops over lanes: what Intel's guide says each
 // does. With them the AVX-512 kernels run, slowly, where the processor has no AVX-512, so that
 // every test can reach their packing, tiles and tails.
 #pragma once

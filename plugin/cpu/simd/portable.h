@@ -1,5 +1,5 @@
 // Eight float32 lanes as plain arrays, for any compiler and any processor; the loops are written
-// for auto-vectorization. The meaning of each operation is documented in simd_avx2.h.
+// for auto-vectorization. The meaning of each operation is documented in avx2.h.
 #pragma once
 
 #include <cmath>

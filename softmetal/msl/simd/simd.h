@@ -32,11 +32,12 @@ SOFTMETAL_SIMD_VECTORS(float, float)
   namespace simd {                                    \
   using T##C##x##R = metal::matrix<T, C, R>;          \
   }
-#define SOFTMETAL_SIMD_MATRICES(T)                                                                 \
-  SOFTMETAL_SIMD_MATRIX(T, 2, 2)                                                                   \
-  SOFTMETAL_SIMD_MATRIX(T, 2, 3) SOFTMETAL_SIMD_MATRIX(T, 2, 4) SOFTMETAL_SIMD_MATRIX(T, 3, 2)     \
-      SOFTMETAL_SIMD_MATRIX(T, 3, 3) SOFTMETAL_SIMD_MATRIX(T, 3, 4) SOFTMETAL_SIMD_MATRIX(T, 4, 2) \
-          SOFTMETAL_SIMD_MATRIX(T, 4, 3) SOFTMETAL_SIMD_MATRIX(T, 4, 4)
+// clang-format off
+#define SOFTMETAL_SIMD_MATRICES(T) \
+  SOFTMETAL_SIMD_MATRIX(T, 2, 2) SOFTMETAL_SIMD_MATRIX(T, 2, 3) SOFTMETAL_SIMD_MATRIX(T, 2, 4) \
+  SOFTMETAL_SIMD_MATRIX(T, 3, 2) SOFTMETAL_SIMD_MATRIX(T, 3, 3) SOFTMETAL_SIMD_MATRIX(T, 3, 4) \
+  SOFTMETAL_SIMD_MATRIX(T, 4, 2) SOFTMETAL_SIMD_MATRIX(T, 4, 3) SOFTMETAL_SIMD_MATRIX(T, 4, 4)
+// clang-format on
 SOFTMETAL_SIMD_MATRICES(half)
 SOFTMETAL_SIMD_MATRICES(float)
 #undef SOFTMETAL_SIMD_MATRICES
