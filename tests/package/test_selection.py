@@ -13,7 +13,7 @@ from jax_gluon import CpuKernel, MetalKernel
 from jax_gluon._arguments import check_arguments
 from jax_gluon._errors import Checker
 from jax_gluon._plan import tuned_table
-from jax_gluon._plan.choice import find_offers
+from jax_gluon._plan.choice import KernelQuery
 from jax_gluon._plan.selection import (
     KernelOffer,
     KernelProblem,
@@ -181,7 +181,7 @@ def found_offers(direction="forward", *, T=1024, S=1024, H=64, device="cpu", **k
         operands = checked.operands
         if has_offset:
             operands = operands._replace(query_offset=jnp.zeros(1, jnp.int32))
-        found.append(find_offers(checked.problem, operands, direction, device))
+        found.append(KernelQuery.of(checked.problem, operands).offers(direction, device))
 
     q, k = (jax.ShapeDtypeStruct((1, length, 2, H), jnp.float32) for length in (T, S))
     jax.eval_shape(look, q, k)

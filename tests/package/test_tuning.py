@@ -123,7 +123,7 @@ def test_tune_measures_and_goes_on_where_it_was(table, few_cases, monkeypatch, c
 
     def measure(case, device, **keywords):
         measured.append(case)
-        return _row("float16", "forward", 64, 64, 1.0, 2.0)
+        return _row("float16", "forward", 64, 64, 1.0, 1.5, 2.0)
 
     monkeypatch.setattr(tuning, "measure", measure)
     assert cli.main(["tune"]) == 0
