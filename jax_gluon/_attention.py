@@ -21,7 +21,7 @@ from jax_gluon._arguments import (
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
 from jax_gluon._meshes import on_meshes
-from jax_gluon._plan.choice import choose_kernel, kernels_of
+from jax_gluon._plan.choice import KernelQuery, choose_kernel, kernels_of
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionOperands,
@@ -289,13 +289,12 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
     if device == "metal":
         reason = f'{reason}; it runs on "{_native.metal_device()[0]}"'
     operands = _scaled(arguments)
+    query = KernelQuery.of(arguments.problem, operands)
     passes: tuple[Pass, ...] = ("forward", "backward")
     if operands.bias is not None:
         passes = (*passes, "backward_bias")
     chosen = {
-        each: choose_kernel(
-            arguments.check, arguments.problem, operands, each, device, arguments.kernel
-        )
+        each: choose_kernel(arguments.check, query, each, device, arguments.kernel)
         for each in passes
     }
     kernels = {each: kernel for each, (kernel, _) in chosen.items()}

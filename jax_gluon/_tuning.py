@@ -17,7 +17,7 @@ from jax_gluon._attention import dot_product_attention
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, MetalKernel, Pass
 from jax_gluon._plan import tuned_table
-from jax_gluon._plan.choice import find_offers
+from jax_gluon._plan.choice import KernelQuery
 from jax_gluon._plan.selection import Measurement, candidates
 from jax_gluon._quantization.formats import Preset
 
@@ -91,7 +91,8 @@ def kernels_of(case: Case, device: Device) -> tuple[CpuKernel | MetalKernel, ...
         arguments = check_arguments(
             Checker("tune"), x, x, x, None, None, quantization=quantization, implementation=device
         )
-        _, offers = find_offers(arguments.problem, arguments.operands, case.direction, device)
+        query = KernelQuery.of(arguments.problem, arguments.operands)
+        _, offers = query.offers(case.direction, device)
         found.append(candidates(offers))
 
     jax.eval_shape(look, jax.ShapeDtypeStruct((1, case.S, _HEADS, case.H), dtype))

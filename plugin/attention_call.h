@@ -118,12 +118,6 @@ struct AttentionCall {
   std::vector<int64_t> query_offset_offset;
 };
 
-// A row's log-sum-exp is kept in base 2, in two parts: a maximum of its logits, and log2 of the sum
-// of exp2(logit - maximum). One float32 could not hold the second beside a maximum of -1e9. A row
-// that sees no key stores 0 and this finite value (infinity would trip jax_debug_infs); the Python
-// side turns it into -inf.
-constexpr float kEmptyRowLog2Sum = -3.0e38f;
-
 // The center of a head and channel is the lower median of the finite values among this many of the
 // first tokens that can be seen; 0 where there are none, and where it is so large that a difference
 // from it might not be finite. It depends on no later token, and an outlier does not move it.
@@ -162,7 +156,7 @@ struct AttentionForwardCall : AttentionCall {
   // What runs first: the quantizer, whose results are operands of this call.
   std::vector<QuantizeCall> quantize;
   Result out;                    // [B, T, N, V], float
-  Result row_maximum, log2_sum;  // [B, T, N], float32
+  Result row_maximum, log2_sum;  // [B, T, N], float32: see kEmptyRowLog2Sum
 };
 
 struct AttentionBackwardCall : AttentionCall {

@@ -47,6 +47,21 @@ std::string refusal(const char* device, Kernel kernel, const KernelOffers& offer
          " has for it " + names;
 }
 
+std::string check(const char* device, const KernelChoice& choice, const KernelOffers& offers) {
+  const KernelOffer* offer = find(offers, choice.kernel);
+  if (!offer) return refusal(device, choice.kernel, offers);
+  const auto is_missing = [](int64_t size, const SizeRange& range) {
+    return range.max != 0 && size == 0;
+  };
+  const char* missing = is_missing(choice.block_k, offer->block_k)   ? "block_k"
+                        : is_missing(choice.subtile, offer->subtile) ? "subtile"
+                        : is_missing(choice.stages, offer->stages)   ? "stages"
+                                                                     : nullptr;
+  if (!missing) return {};
+  return std::string("the call has no ") + missing + " for the kernel \"" + name_of(choice.kernel) +
+         "\"";
+}
+
 void keep(const KernelRun& run) {
   const std::lock_guard<std::mutex> lock(log().mutex);
   if (log().runs.size() == kMaxRuns) log().runs.pop_front();

@@ -52,6 +52,11 @@ const KernelOffer* find(const KernelOffers& offers, Kernel kernel);
 // What a device says of a call that carries a kernel which it does not have for it.
 std::string refusal(const char* device, Kernel kernel, const KernelOffers& offers);
 
+// As refusal where the kernel is not among the offers, and where a size is missing that it has;
+// else empty. Sizes need not be among the offered ones: a program may have been made on a processor
+// with other vectors.
+std::string check(const char* device, const KernelChoice& choice, const KernelOffers& offers);
+
 // What ran: a kernel, with the sizes that it took.
 struct KernelRun {
   const char* pass = "";  // "forward", "backward", "backward_bias"

@@ -76,13 +76,13 @@ enum BatchTable : int {
   kValueBatch = 2,
   kQueryScaleBatch = 3,
   kQueryOffsetBatch = 4,
-  kQueryMeanBatch = 5,
+  kQueryCenterBatch = 5,
   kKeyScaleBatch = 6,
   kKeyOffsetBatch = 7,
-  kKeyMeanBatch = 8,
+  kKeyCenterBatch = 8,
   kValueScaleBatch = 9,
   kValueOffsetBatch = 10,
-  kValueMeanBatch = 11,
+  kValueCenterBatch = 11,
   kBiasBatch = 12,
   kMaskBatch = 13,
   kQueryLengthsBatch = 14,
@@ -103,8 +103,10 @@ enum FunctionConstant : int {
   kValueType = 2,
 };
 
-// A row that sees no key stores 0 and this log2_sum; see plugin/attention_call.h.
+// As in plugin/numerics.h: the log2_sum of a row that sees no key, and the bias below which a key
+// is hidden.
 #define JAX_GLUON_EMPTY_ROW_LOG2_SUM (-3.0e38f)
+#define JAX_GLUON_MIN_BIAS (-2.35e38f)
 
 struct RowStrides {
   Int64 token;

@@ -4,8 +4,6 @@
 #include "mask.h"
 
 constant constexpr float kLog2E = 1.44269504088896340736f;
-// A bias below this hides its key like -inf: its logit may not be finite in base 2.
-constant constexpr float kMinBias = -2.35e38f;
 
 // The bias and mask of one query row of one head.
 struct RowRules {
@@ -27,7 +25,7 @@ struct RowRules {
     if (p.has_bias != 0) {
       const float b = load_float(bias, p.bias_type, key * p.bias.key);
       // Such a bias hides its key even if the product is NaN, unless a cap makes it finite.
-      is_hidden = b < kMinBias && p.soft_cap == 0.0f;
+      is_hidden = b < JAX_GLUON_MIN_BIAS && p.soft_cap == 0.0f;
       x = fma(b, kLog2E, x);
     }
     if (p.soft_cap != 0.0f) {

@@ -1,21 +1,26 @@
-"""Fixtures that every test file shares: the implementations, a NumPy oracle and JAX's modes."""
+"""Fixtures that every test shares: implementations, oracles, JAX's modes; bounds of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+import psutil
 import pytest
+
+from tests.support import oracle as numpy_oracle
 
 
 def _plugin_is_missing() -> bool:
@@ -24,7 +29,12 @@ def _plugin_is_missing() -> bool:
 
 # The Metal pipelines of `shaders/` that a run may make: kernels with their function constants.
 MAX_PIPELINES = 150
+# Bytes of memory that a process of the run may have resident at its peak, and that it may have
+# before compiled programs are dropped.
+MAX_RESIDENT = float(os.environ.get("TESTS_MAX_RESIDENT_GIB", "2.5")) * 2**30
+ENOUGH_RESIDENT = 2**30
 _RUN = pytest.StashKey[Path]()
+_PEAKS = pytest.StashKey[list[int]]()
 
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
 # of MLIR each takes three times as long. tests/package/test_smoke.py has the defaults.
@@ -50,6 +60,7 @@ def pytest_configure(config):
     """
     # Each of many programs runs once, here and in the processes that tests start.
     jax.config.update("jax_disable_most_optimizations", True)
+    config.stash[_PEAKS] = []
     if hasattr(config, "workerinput"):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -76,14 +87,41 @@ def _pipelines():
     return made
 
 
+def _peak():
+    """The most bytes that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Of pytest-xdist, in the process that started the worker."""
+    node.config.stash[_PEAKS].append(getattr(node, "workeroutput", {}).get("peak", 0))
+
+
 def pytest_sessionfinish(session):
-    """The suite fails where it makes more pipelines than a Mac should have to compile for it."""
-    is_worker = hasattr(session.config, "workerinput")
-    if not is_worker and len(set().union(*_pipelines().values())) > MAX_PIPELINES:
+    """The suite fails where it makes more pipelines than a Mac should have to compile for it.
+
+    It fails as well where one of its processes takes more memory than it may.
+    """
+    config = session.config
+    if hasattr(config, "workerinput"):
+        config.workeroutput["peak"] = _peak()
+        return
+    config.stash[_PEAKS].append(_peak())
+    pipelines = len(set().union(*_pipelines().values()))
+    if pipelines > MAX_PIPELINES or max(config.stash[_PEAKS]) > MAX_RESIDENT:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    peak = max(config.stash[_PEAKS])
+    is_over = peak > MAX_RESIDENT
+    terminalreporter.write_line(
+        f"{'ERROR: ' if is_over else ''}Memory of a process: {peak / 2**30:.2f} GiB resident, "
+        f"at most {MAX_RESIDENT / 2**30:.2f}",
+        red=is_over,
+    )
     if made := _pipelines():
         count = len(set().union(*made.values()))
         each = ", ".join(f"{name} {len(made[name])}" for name in sorted(made))
@@ -93,6 +131,19 @@ def pytest_terminal_summary(terminalreporter):
             f"(by instrumentation: {each})",
             red=is_over,
         )
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Drops the programs that JAX keeps compiled, once they take much memory.
+
+    Freed memory goes back to the system, or the peak would grow with its fragments.
+    """
+    yield
+    if psutil.Process().memory_info().rss > ENOUGH_RESIDENT:
+        jax.clear_caches()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -164,154 +215,22 @@ def strict_modes(configure):
         yield
 
 
-class OracleResult(NamedTuple):
-    out: np.ndarray
-    log_sum_exp: np.ndarray
-    d_query: np.ndarray
-    d_key: np.ndarray
-    d_value: np.ndarray
-    d_bias: np.ndarray | None
-
-
-def visible_keys(
-    shape, bias, mask, is_causal, query_lengths, key_lengths, local_window_size, soft_cap
-):
-    """Which key each row sees: bool [B, N, T, S]."""
-    _, _, T, S = shape
-    i, j = np.arange(T)[:, None], np.arange(S)[None, :]
-    visible = np.ones(shape, bool)
-    if mask is not None:
-        visible &= np.asarray(mask)
-    if is_causal:
-        visible &= j <= i
-    if local_window_size is not None:
-        left, right = np.broadcast_to(local_window_size, 2)
-        visible &= (i - left <= j) & (j <= i + right)
-    if query_lengths is not None:
-        visible &= (i < np.asarray(query_lengths)[:, None, None])[:, None]
-    if key_lengths is not None:
-        visible &= (j < np.asarray(key_lengths)[:, None, None])[:, None]
-    if bias is not None and soft_cap is None:
-        visible &= ~(np.asarray(bias, np.float64) < -2.35e38)  # NaN is visible
-    return visible
-
-
-def numpy_attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    *,
-    scale=None,
-    is_causal=False,
-    query_seq_lengths=None,
-    key_value_seq_lengths=None,
-    local_window_size=None,
-    logits_soft_cap=None,
-    d_out=None,
-    d_log_sum_exp=None,
-) -> OracleResult:
-    """Attention and its gradients in float64 NumPy, one formula a line; small shapes only.
-
-    Cotangents default to zeros. Hidden elements are taken out before anything is summed.
-    """
-    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
-    B, T, N, H = q.shape
-    _, S, K, V = v.shape
-    group = N // K
-    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
-    scale = 1 / np.sqrt(H) if scale is None else float(scale)
-    visible = visible_keys(
-        (B, N, T, S), bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths,
-        local_window_size, logits_soft_cap,
-    )  # fmt: skip
-    each = visible[..., None]
-
-    def contract(spec, weights, x):
-        """einsum over the visible elements alone: weights [B,N,T,S], x spread to [B,N,T,S,*]."""
-        with np.errstate(invalid="ignore"):
-            return np.einsum(spec, np.where(each, weights[..., None] * x, 0.0))
-
-    q5, k5, v5 = q.transpose(0, 2, 1, 3)[:, :, :, None], *(
-        x.transpose(0, 2, 1, 3)[:, :, None] for x in (k, v)
-    )  # fmt: skip
-    logits = np.where(each, q5 * k5, 0.0).sum(-1) * scale
-    if bias is not None:
-        logits = logits + np.where(visible, np.asarray(bias, np.float64), 0.0)
-    slope = np.ones_like(logits)
-    if logits_soft_cap is not None:
-        tanh = np.tanh(logits / logits_soft_cap)
-        logits, slope = logits_soft_cap * tanh, 1 - tanh**2
-    maximum = np.max(logits, axis=-1, keepdims=True, where=visible, initial=-1e300)
-    exponentials = np.where(visible, np.exp(np.where(visible, logits - maximum, 0.0)), 0.0)
-    total = exponentials.sum(-1, keepdims=True)
-    empty = total == 0
-    p = exponentials / np.where(empty, 1.0, total)
-    log_sum_exp = np.where(empty, -np.inf, maximum + np.log(np.where(empty, 1.0, total)))[..., 0]
-    out = contract("bntsv->btnv", p, v5)
-
-    d_out = np.zeros_like(out) if d_out is None else np.asarray(d_out, np.float64)
-    d_lse = np.zeros((B, T, N)) if d_log_sum_exp is None else np.asarray(d_log_sum_exp, np.float64)
-    d_out = d_out.transpose(0, 2, 1, 3)[:, :, :, None]
-    dp = np.where(each, d_out * v5, 0.0).sum(-1)
-    delta = np.sum(p * dp, -1, keepdims=True) - d_lse.transpose(0, 2, 1)[..., None]
-    d_logits = p * (dp - delta) * slope
-    by_kv_head = (B, S, K, group, -1)
-    d_bias = None
-    if bias is not None:
-        d_bias = d_logits
-        shape = (1,) * (4 - np.ndim(bias)) + np.shape(bias)
-        for axis, extent in enumerate(shape):
-            if extent == 1:
-                d_bias = d_bias.sum(axis, keepdims=True)
-        d_bias = d_bias.reshape(np.shape(bias))
-    return OracleResult(
-        out,
-        log_sum_exp.transpose(0, 2, 1),
-        contract("bntsh->btnh", d_logits * scale, k5),
-        contract("bntsh->bsnh", d_logits * scale, q5).reshape(*by_kv_head[:-1], H).sum(3),
-        contract("bntsv->bsnv", p, d_out).reshape(*by_kv_head[:-1], V).sum(3),
-        d_bias,
-    )
-
-
 @pytest.fixture(scope="session")
 def oracle():
-    return numpy_attention
-
-
-def numpy_fake_quantize(x, *, center=False, lengths=None):
-    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64: zeros past the lengths."""
-    x = np.asarray(x, np.float64)
-    lengths = np.full(x.shape[0], x.shape[1]) if lengths is None else np.asarray(lengths)
-    centers = np.zeros_like(x[:, :1])
-    for b in range(x.shape[0] if center else 0):
-        centers[b, 0] = numpy_lower_median(x[b, : np.clip(lengths[b], 0, 32)])
-    seen = np.arange(x.shape[1]) < lengths[:, None]
-    centered = np.where(seen[:, :, None, None], x - centers, 0.0)
-    scale = np.abs(centered).max(-1, keepdims=True) / 127
-    return np.rint(centered / np.where(scale > 0, scale, 1.0)) * scale + centers
-
-
-def numpy_lower_median(x):
-    """Of the finite values along the first axis, 0 where there are none."""
-    count = np.isfinite(x).sum(0)
-    ordered = np.sort(np.where(np.isfinite(x), x, np.inf), axis=0)
-    middle = np.maximum(count[None] - 1, 0) // 2
-    return np.where(count > 0, np.take_along_axis(ordered, middle, 0)[0], 0) if len(x) else 0.0
+    """Attention and its gradients in float64 NumPy."""
+    return numpy_oracle.attention
 
 
 @pytest.fixture(scope="session")
 def fake_quantize():
-    """INT8 rows in float64 NumPy; other formats have an oracle of their own in test_formats."""
-    return numpy_fake_quantize
+    """INT8 rows in float64 NumPy; other formats have tests/support/quantizer.py."""
+    return numpy_oracle.fake_quantize
 
 
 @pytest.fixture(scope="session")
 def lower_median():
     """The center that the quantizer takes away, of finite values along the first axis."""
-    return numpy_lower_median
+    return numpy_oracle.lower_median
 
 
 @pytest.fixture(scope="session")

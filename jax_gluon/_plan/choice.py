@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from jax_gluon import _ffi, _native
@@ -42,11 +44,11 @@ def kernels_of(
     environment variable JAX_GLUON_KERNEL names none.
     """
     devices = _devices(problem)
+    query = KernelQuery.of(problem, operands)
 
     def chosen(direction: Pass) -> Kernels:
         kernels: dict[str, Any] = {
-            device: choose_kernel(check, problem, operands, direction, device, wishes)[0]
-            for device in devices
+            device: choose_kernel(check, query, direction, device, wishes)[0] for device in devices
         }
         return Kernels(**kernels)
 
@@ -54,15 +56,10 @@ def kernels_of(
 
 
 def choose_kernel(
-    check: Checker,
-    problem: AttentionProblem,
-    operands: Operands,
-    direction: Pass,
-    device: Device,
-    wishes: KernelWishes,
+    check: Checker, query: KernelQuery, direction: Pass, device: Device, wishes: KernelWishes
 ) -> tuple[CpuKernel | MetalKernel, str]:
     """The kernel of a pass on a device, and why."""
-    of_kernel, offers = find_offers(problem, operands, direction, device)
+    problem, offers = query.offers(direction, device)
     wish = _wish_of(wishes, direction)
     if (device == "cpu" and isinstance(wish, MetalKernel)) or (
         device == "metal" and isinstance(wish, CpuKernel)
@@ -86,7 +83,7 @@ def choose_kernel(
             raise ValueError(f'jax_gluon: {ENVIRONMENT} is "{given}"; allowed: {names}.')
         offer = next(offer for offer in offers if offer.name == given)
         return offer.kernel(), f"{given}: {ENVIRONMENT} says so"
-    return select_kernel(of_kernel, offers, tuned_table.measured(device))
+    return select_kernel(problem, offers, tuned_table.measured(device))
 
 
 def _wish_of(wishes: KernelWishes, direction: Pass) -> KernelWish | None:
@@ -129,25 +126,55 @@ def _devices(problem: AttentionProblem) -> list[Device]:
     return ["cpu", "metal"] if may_be_metal and _native.metal_device()[0] else ["cpu"]
 
 
-def find_offers(
-    problem: AttentionProblem, operands: Operands, direction: Pass, device: Device
+@dataclass(frozen=True)
+class KernelQuery:
+    """What a problem tells the plugin, which then says what kernels it has."""
+
+    numbers: tuple[tuple[str, int], ...]
+    names: tuple[tuple[str, str], ...]
+    operands: str
+    H: int
+
+    @staticmethod
+    def of(problem: AttentionProblem, operands: Operands) -> KernelQuery:
+        """The query for a problem."""
+        numbers, names = _ffi.kernel_query(problem, operands)
+        return KernelQuery(
+            tuple(numbers.items()),
+            tuple(names.items()),
+            _operands_name(problem, operands),
+            operands.query.shape[-1],
+        )
+
+    def offers(
+        self, direction: Pass, device: Device
+    ) -> tuple[KernelProblem, tuple[KernelOffer, ...]]:
+        """What the choice depends on, and what a device has for the problem."""
+        # The environment chooses the CPU's instruction set, call by call.
+        return _find_offers(self, direction, device, os.environ.get("JAX_GLUON_CPU_ISA"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _find_offers(
+    query: KernelQuery, direction: Pass, device: Device, _isa: str | None
 ) -> tuple[KernelProblem, tuple[KernelOffer, ...]]:
-    """What the choice depends on, and what a device has for it."""
-    query = _ffi.kernel_query(problem, operands)
     plugin = _native.plugin()
+    numbers, names = dict(query.numbers), dict(query.names)
     offers = tuple(
         KernelOffer(
-            device, name, arithmetic, reason,
+            device,
+            name,
+            arithmetic,
+            reason,
             {size: SizeRange(*values) for size, values in sizes.items()},
         )
-        for name, arithmetic, reason, sizes in plugin.offers(device, direction, *query)
-    )  # fmt: skip
-    visible_keys = plugin.max_visible_keys(*query)
-    name = operands_name(problem, operands)
-    return KernelProblem(direction, name, visible_keys, operands.query.shape[-1]), offers
+        for name, arithmetic, reason, sizes in plugin.offers(device, direction, numbers, names)
+    )
+    visible_keys = plugin.max_visible_keys(numbers, names)
+    return KernelProblem(direction, query.operands, visible_keys, query.H), offers
 
 
-def operands_name(problem: AttentionProblem, operands: Operands) -> str:
+def _operands_name(problem: AttentionProblem, operands: Operands) -> str:
     """`KernelProblem.operands` of a problem."""
     specs = [
         x.spec if isinstance(x, QuantizedTensor) else spec

@@ -50,6 +50,7 @@ def _processor() -> str:
     return found[1] if found else platform.machine()
 
 
+@functools.cache
 def _version() -> str:
     return metadata.version("jax-gluon")
 

@@ -40,8 +40,9 @@ struct Variant {
   }
   static Status forward(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run) {
     const KernelOffers offers = forward_offers(call);
+    std::string wrong = check("the CPU", call.cpu_kernel, offers);
+    if (!wrong.empty()) return wrong;
     const KernelOffer* offer = find(offers, call.cpu_kernel.kernel);
-    if (!offer) return refusal("the CPU", call.cpu_kernel.kernel, offers);
     run.kernel = offer->kernel;
     run.arithmetic = offer->arithmetic;
     switch (offer->kernel) {
@@ -80,8 +81,9 @@ struct Variant {
   }
   static Status backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) {
     const KernelOffers offers = backward_offers(call);
+    std::string wrong = check("the CPU", call.cpu_kernel, offers);
+    if (!wrong.empty()) return wrong;
     const KernelOffer* offer = find(offers, call.cpu_kernel.kernel);
-    if (!offer) return refusal("the CPU", call.cpu_kernel.kernel, offers);
     run.kernel = offer->kernel;
     run.arithmetic = offer->arithmetic;
     if (offer->kernel == Kernel::kSmall) {
@@ -106,9 +108,8 @@ struct Variant {
   static Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel,
                               KernelRun& run) {
     const KernelOffers offers = backward_bias_offers(call);
-    if (!find(offers, call.cpu_kernel.kernel)) {
-      return refusal("the CPU", call.cpu_kernel.kernel, offers);
-    }
+    std::string wrong = check("the CPU", call.cpu_kernel, offers);
+    if (!wrong.empty()) return wrong;
     run.kernel = offers.front().kernel;
     run.arithmetic = offers.front().arithmetic;
     AttentionBackwardBias<Isa>(call, parallel).run();

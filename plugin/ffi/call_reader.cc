@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "numerics.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gluon {
@@ -73,10 +74,6 @@ Format read_format(BufferReader& reader, const std::string& name, bool may_be_ma
   return format;
 }
 
-int64_t blocks(int64_t extent, int64_t size) {
-  return size == 0 ? 1 : extent / size + (extent % size != 0 ? 1 : 0);
-}
-
 // Rows of `shape` [batch, tokens, heads, columns].
 QuantizableOperand read_rows(BufferReader& reader, const std::string& name, const Format& format,
                              const Shape& shape) {
@@ -96,8 +93,8 @@ QuantizableOperand read_rows(BufferReader& reader, const std::string& name, cons
   // uint16: bits of bfloat16, as the cache stores them.
   const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16,
                                              ffi::DataType::U16};
-  const Shape blocked = {shape[0], blocks(shape[1], q.token_block), shape[2],
-                         blocks(shape[3], q.head_block)};
+  const Shape blocked = {shape[0], blocks_of(shape[1], q.token_block), shape[2],
+                         blocks_of(shape[3], q.head_block)};
   q.scale = reader.operand_of(name + "_scale", blocked, floats, true);
   if (q.offset_kind == Offset::kZeroPoint) {
     q.offset = reader.operand_of(name + "_zero_point", blocked, {ffi::DataType::S8}, true);
@@ -106,7 +103,7 @@ QuantizableOperand read_rows(BufferReader& reader, const std::string& name, cons
   }
   if (format.has_center) {
     q.center =
-        reader.operand_of(name + "_mean", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
+        reader.operand_of(name + "_center", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
   }
   // Kernels read a scale for each element of a row as a contiguous run.
   const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);
@@ -129,8 +126,8 @@ void read_codes(BufferReader& reader, const std::string& prefix, const Shape& sh
   call.data = reader.result(prefix + "data", stored,
                             {call.bits == 4 ? ffi::DataType::U8 : ffi::DataType::S8});
   const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
-  const Shape scale = {shape[0], blocks(call.S, call.token_block), call.per_tensor ? 1 : call.K,
-                       blocks(call.H, call.head_block)};
+  const Shape scale = {shape[0], blocks_of(call.S, call.token_block), call.per_tensor ? 1 : call.K,
+                       blocks_of(call.H, call.head_block)};
   call.scale = reader.result(prefix + "scale", scale, floats);
   if (call.float_minimum) {
     call.offset = reader.result(prefix + "minimum", scale, floats);
@@ -217,9 +214,9 @@ void read_made_codes(BufferReader& reader, const std::string& name, const Format
   make_distinct_maps(made, shape[0]);
   Shape stored = shape, blocked = shape;
   if (made.bits == 4) stored.back() /= 2;
-  blocked[1] = blocks(made.S, made.token_block);
+  blocked[1] = blocks_of(made.S, made.token_block);
   if (made.per_tensor) blocked[2] = 1;
-  blocked[3] = blocks(made.H, made.head_block);
+  blocked[3] = blocks_of(made.H, made.head_block);
   static_cast<Operand&>(x) = as_operand(made.data, made, stored);
   Quantization& q = x.quantization;
   q = format.quantization(shape);
@@ -245,13 +242,6 @@ KernelChoice read_cpu_kernel(BufferReader& reader) {
   choice.block_k = reader.integer("cpu_block_k", 0, kMaxBlockKeys);
   choice.subtile = reader.integer("cpu_subtile", 0, kMaxBlockKeys);
   choice.stages = reader.integer("cpu_stages", 0, kMaxStages);
-  const bool has_blocks = choice.kernel == Kernel::kBaseline || choice.kernel == Kernel::kGluon;
-  const bool is_gluon = choice.kernel == Kernel::kGluon;
-  if (!has_blocks) choice.block_k = choice.subtile = choice.stages = 0;
-  if (is_gluon && choice.stages == 0) {
-    reader.fail("attribute cpu_stages is 0, expected 1 to " + std::to_string(kMaxStages) +
-                " where cpu_kernel is gluon");
-  }
   return choice;
 }
 

@@ -9,6 +9,7 @@
 #include "ffi/call_reader.h"
 #include "ffi/xla_parallel.h"
 #include "metal/metal.h"
+#include "numerics.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gluon {
@@ -56,12 +57,9 @@ void zero(const Result& result, int64_t count) {
 // last to the first: none lies before the place where it was made.
 void spread_codes(const QuantizeCall& call) {
   if (call.B == 0) return;
-  const auto blocks = [](int64_t extent, int64_t size) {
-    return size == 0 ? 1 : (extent + size - 1) / size;
-  };
   const int64_t batch = call.B / call.L;
-  const int64_t scales = batch * blocks(call.S, call.token_block) * (call.per_tensor ? 1 : call.K) *
-                         blocks(call.H, call.head_block);
+  const int64_t scales = batch * blocks_of(call.S, call.token_block) *
+                         (call.per_tensor ? 1 : call.K) * blocks_of(call.H, call.head_block);
   const auto spread = [&](const Result& x, int64_t count) {
     if (!x) return;
     const size_t bytes = static_cast<size_t>(count) * size_of(x.dtype);

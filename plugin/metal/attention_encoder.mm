@@ -4,6 +4,7 @@
 
 #include "metal/metal.h"
 #include "metal/parameters.h"
+#include "numerics.h"
 
 namespace jax_gluon::metal {
 namespace {
@@ -18,10 +19,6 @@ int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
   int64_t last = *std::max_element(offsets.begin(), offsets.end());
   for (int d = 0; d < 3; ++d) last += (extents[d] - 1) * x.stride[d];
   return last + 1;
-}
-
-int64_t blocks_of(int64_t extent, int64_t size) {
-  return size == 0 ? 1 : (extent + size - 1) / size;
 }
 
 }  // namespace
@@ -212,7 +209,7 @@ void AttentionEncoder::bind_bias_gradient(const AttentionBackwardBiasCall& call)
 void AttentionEncoder::bind_decode(int64_t splits) {
   AttentionParameters& p = parameters_;
   p.splits = static_cast<int>(splits);
-  p.split_keys = static_cast<int>(((call_.S + splits - 1) / splits + 7) / 8 * 8);
+  p.split_keys = static_cast<int>(round_up(ceil_div(call_.S, splits), 8));
   const int64_t rows = call_.B * call_.K * splits * kSimdgroups * (call_.T * call_.N / call_.K);
   bindings_.scratch(kPartialOut, static_cast<size_t>(rows * call_.V) * sizeof(float));
   bindings_.scratch(kPartialStatistics, static_cast<size_t>(rows) * sizeof(PartialStatistics));

@@ -8,6 +8,7 @@
 #include "metal/context.h"
 #include "metal/metal.h"
 #include "metal/quantize_encoder.h"
+#include "numerics.h"
 
 #if defined(JAX_GLUON_SOFTWARE_METAL)
 #include "softmetal/softmetal.h"
@@ -23,8 +24,6 @@ constexpr int64_t kDecodeKeys = 256;
 constexpr int64_t kMaxSplits = 16;
 constexpr const char* kForwardStem = "attention_forward";
 constexpr const char* kDecodeStem = "attention_decode";
-
-int64_t blocks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
 MTLSize grid(int64_t x, int64_t y, int64_t z) {
   return MTLSizeMake(static_cast<NSUInteger>(x), static_cast<NSUInteger>(y),
@@ -78,19 +77,19 @@ class MetalDevice : public Device {
       encoder.bind_results(call);
       if (call.metal_kernel == Kernel::kDecode) {
         const int64_t rows = rows_of(call);
-        const int64_t splits = std::min(blocks(call.S, kDecodeKeys), kMaxSplits);
+        const int64_t splits = std::min(ceil_div(call.S, kDecodeKeys), kMaxSplits);
         const std::string stem = kDecodeStem;
         encoder.bind_decode(splits);
         const DType matrices = forward_matrices(context_, call, stem);
         encoder.dispatch(commands, stem, stem + "_" + encoder.suffix(matrices),
-                         grid(splits * blocks(rows, 8), call.K, call.B), 1);
+                         grid(splits * ceil_div(rows, 8), call.K, call.B), 1);
         encoder.dispatch(commands, stem, stem + "_combine", grid(rows, call.K, call.B), 0);
         return matrices;
       }
       const std::string stem = kForwardStem;
       const DType matrices = forward_matrices(context_, call, stem);
       encoder.dispatch(commands, stem, stem + infix(call) + encoder.suffix(matrices),
-                       grid(blocks(call.T, kBlockRows), call.N, call.B), 1);
+                       grid(ceil_div(call.T, kBlockRows), call.N, call.B), 1);
       return matrices;
     });
   }
@@ -103,10 +102,10 @@ class MetalDevice : public Device {
       const std::string suffix = infix(call) + encoder.suffix(backward_matrices(call));
       const std::string first = "attention_backward_query";
       encoder.dispatch(commands, first, first + suffix,
-                       grid(blocks(call.T, kBlockRows), call.N, call.B), 2);
+                       grid(ceil_div(call.T, kBlockRows), call.N, call.B), 2);
       const std::string second = "attention_backward_key_value";
       encoder.dispatch(commands, second, second + suffix,
-                       grid(blocks(call.S, kBlockRows), call.K, call.B), 2);
+                       grid(ceil_div(call.S, kBlockRows), call.K, call.B), 2);
       return backward_matrices(call);
     });
   }
@@ -120,14 +119,15 @@ class MetalDevice : public Device {
       // As refines_delta of shaders/backward_rows.h.
       if (!has_only(call, DType::kF32)) {
         encoder.bind_bias_statistics();
-        encoder.dispatch(commands, stem, name, grid(blocks(call.T, kBlockRows), 1, call.B * call.N),
-                         1);
+        encoder.dispatch(commands, stem, name,
+                         grid(ceil_div(call.T, kBlockRows), 1, call.B * call.N), 1);
       }
       encoder.bind_bias_gradient(call);
       const int64_t key_block = kTileBytes / (4 * encoder.head_dim());
       encoder.dispatch(
           commands, stem, name,
-          grid(blocks(call.t, kBlockRows), blocks(call.s, key_block), call.L * call.b * call.n), 1);
+          grid(ceil_div(call.t, kBlockRows), ceil_div(call.s, key_block), call.L * call.b * call.n),
+          1);
       return DType::kF32;
     });
   }

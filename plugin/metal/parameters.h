@@ -7,8 +7,12 @@
 #include "attention_call.h"
 #include "bindings.h"
 #include "metal/error.h"
+#include "numerics.h"
 
 namespace jax_gluon::metal {
+
+// What results and residuals of both devices agree on.
+static_assert(kEmptyRowLog2Sum == JAX_GLUON_EMPTY_ROW_LOG2_SUM && kMinBias == JAX_GLUON_MIN_BIAS);
 
 inline int element_type(DType dtype) {
   switch (dtype) {

@@ -5,13 +5,12 @@
 #include <vector>
 
 #include "metal/parameters.h"
+#include "numerics.h"
 
 namespace jax_gluon::metal {
 namespace {
 
 static_assert(kCenterRows == kCenterTokens);
-
-int64_t blocks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
 }  // namespace
 
@@ -40,7 +39,7 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   p.has_visible = call.visible != nullptr;
   p.is_rotated = call.rotate;
   p.is_bfloat16 = call.scale.dtype == DType::kBF16;
-  p.chunks = static_cast<int>(blocks(call.S, kChunkTokens));
+  p.chunks = static_cast<int>(ceil_div(call.S, kChunkTokens));
 
   std::vector<Int64> tables(static_cast<size_t>(2 * call.B));
   std::copy(call.x.batch_offset.begin(), call.x.batch_offset.end(), tables.begin());
@@ -57,8 +56,8 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   bindings_.copy(kQuantizeParameters, &p, sizeof p);
   bindings_.copy(kQuantizeBatchOffsets, tables.data(), tables.size() * sizeof(Int64));
 
-  const int64_t tokens = call.token_block == 0 ? 1 : blocks(call.S, call.token_block);
-  const int64_t columns = call.head_block == 0 ? 1 : blocks(call.H, call.head_block);
+  const int64_t tokens = blocks_of(call.S, call.token_block);
+  const int64_t columns = blocks_of(call.H, call.head_block);
   const int64_t scales = call.B * tokens * (call.per_tensor ? 1 : call.K) * columns;
   const auto write = [&](int slot, const Result& x, int64_t count) {
     if (x) bindings_.write(slot, x.data, static_cast<size_t>(count) * size_of(x.dtype));
@@ -84,14 +83,14 @@ void QuantizeEncoder::dispatch(Commands& commands) {
   if (call_.B * call_.S * call_.K == 0) return;
   if (call_.is_centered) dispatch(commands, "quantize_center", call_.K, call_.B, 1);
   if (call_.token_block != 0) {
-    const int64_t tokens = blocks(call_.S, call_.token_block);
-    dispatch(commands, "quantize_blocks", blocks(tokens, kSimdgroups), call_.K, call_.B);
+    const int64_t tokens = ceil_div(call_.S, call_.token_block);
+    dispatch(commands, "quantize_blocks", ceil_div(tokens, kSimdgroups), call_.K, call_.B);
     return;
   }
-  dispatch(commands, "quantize_extremes", blocks(parameters_.chunks, kSimdgroups), call_.K,
+  dispatch(commands, "quantize_extremes", ceil_div(parameters_.chunks, kSimdgroups), call_.K,
            call_.B);
   dispatch(commands, "quantize_parameters", call_.per_tensor ? 1 : call_.K, call_.B, 1);
-  dispatch(commands, "quantize_codes", blocks(call_.S, kSimdgroups), call_.K, call_.B);
+  dispatch(commands, "quantize_codes", ceil_div(call_.S, kSimdgroups), call_.K, call_.B);
 }
 
 }  // namespace jax_gluon::metal

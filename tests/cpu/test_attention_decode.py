@@ -11,6 +11,7 @@ import jax_gluon
 from jax_gluon._quantization.formats import AttentionQuantization, QuantSpec, preset
 
 plugin = pytest.importorskip("jax_gluon._plugin")
+pytestmark = pytest.mark.usefixtures("poison")
 
 MINIMUM = dict(symmetric=False, float_minimum=True)
 # The query stays in float, so products and probabilities are float32.
@@ -97,11 +98,6 @@ RULES = {
 }
 ISAS = [isa for isa in plugin.cpu_isas_supported() if isa != "avx512_bf16"]
 ISAS += [] if "emulated_avx512" in ISAS else ["emulated_avx512"]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    monkeypatch.setenv("JAX_GLUON_POISON", "1")
 
 
 def draw(B=2, *, T, S, N, K, H, V, dtype="float32"):

@@ -1,7 +1,4 @@
-"""The gluon pipeline of the CPU kernels against baseline: the same numbers, whatever else runs.
-
-Results and scratch start as NaN (JAX_GLUON_POISON), so that nothing unwritten passes.
-"""
+"""The gluon pipeline of the CPU kernels against baseline: the same numbers, whatever else runs."""
 
 import concurrent.futures
 import dataclasses
@@ -15,63 +12,19 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon._plan.selection import KernelConfig
+from jax_gluon import CpuKernel
 from jax_gluon._quantization.formats import PRESETS, AttentionQuantization, QuantSpec
+from tests.support import cases
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
-RNG = np.random.default_rng(11)
+pytestmark = pytest.mark.usefixtures("poison")
 # Relative L2 between the pipelines. Where probabilities have 16 bits, or results are stored with
 # 16, the pipelines may round the same number to neighbours.
 BARS = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 3e-4}
 EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
-
-def _mask(B, N, T, S):
-    mask = RNG.random((B, N, T, S)) < 0.6
-    mask[0, 0, T // 2] = False
-    mask[:, :, : T // 3, 64:200] = False  # whole subtiles and whole groups of rows
-    return mask
-
-
-# Sizes around the tiles (4, 6 or 12 rows; 8, 16 or 32 keys), the subtiles (64 and 96 keys), the
-# blocks (96 rows, 192 and 256 keys) and the tasks.
-CASES = {
-    "blocks": dict(T=200, S=530, N=2, K=1, H=64, V=64),
-    "many_blocks": dict(B=1, T=300, S=1500, N=1, K=1, H=16, V=16),
-    "many_rows": dict(B=1, T=4300, S=70, N=1, K=1, H=8, V=8),
-    "many_heads": dict(B=1, T=100, S=300, N=12, K=1, H=16, V=16),
-    "odd": dict(T=71, S=91, H=22, V=26),
-    "one_column": dict(T=100, S=257, N=2, H=2, V=1),
-    "wide": dict(B=1, T=20, S=140, N=2, K=1, H=258, V=130),
-    "one_key": dict(T=70, S=1),
-    "one_key_more": dict(T=97, S=257, N=2),
-    "causal": dict(T=330, S=330, N=2, is_causal=True),
-    "causal_T_over_S": dict(T=300, S=150, N=2, is_causal=True),
-    "causal_S_over_T": dict(T=150, S=300, N=2, is_causal=True),
-    "window": dict(T=400, S=530, N=2, local_window_size=(20, 5)),
-    "window_left_of_causal": dict(T=400, S=400, N=2, is_causal=True, local_window_size=(33, 0)),
-    "window_past_the_keys": dict(T=300, S=40, N=2, local_window_size=(3, 3)),
-    "lengths": dict(
-        T=170, S=600,
-        query_seq_lengths=np.array([0, 165], np.int32),
-        key_value_seq_lengths=np.array([599, 65], np.int32),
-    ),
-    "no_keys": dict(T=70, S=100, key_value_seq_lengths=np.array([0, 100], np.int32)),
-    "bias": dict(T=133, S=300, bias=RNG.standard_normal((2, 4, 133, 300), np.float32)),
-    "bias_keys": dict(T=100, S=270, bias=RNG.standard_normal((1, 4, 1, 270), np.float32)),
-    "bias_rows": dict(T=100, S=70, bias=RNG.standard_normal((2, 1, 100, 1), np.float32)),
-    "bias_large": dict(T=133, S=300, bias=1e4 * RNG.standard_normal((1, 1, 133, 300), np.float32)),
-    "mask": dict(T=170, S=300, mask=_mask(2, 4, 170, 300)),
-    "soft_cap": dict(T=170, S=290, scale=1.0, logits_soft_cap=2.0),
-    "negative_scale": dict(T=70, S=290, scale=-0.7),
-    "everything": dict(
-        T=150, S=370, is_causal=True, local_window_size=(120, 9), logits_soft_cap=4.0, scale=-0.4,
-        bias=RNG.standard_normal((2, 1, 150, 370), np.float32), mask=_mask(2, 4, 150, 370),
-        key_value_seq_lengths=np.array([360, 100], np.int32),
-    ),
-}  # fmt: skip
-
+CASES = cases.RULES | cases.WALKS
 ROW = QuantSpec(granularity="row")
 FORMATS = {
     **PRESETS,
@@ -95,31 +48,9 @@ FORMATS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    monkeypatch.setenv("JAX_GLUON_POISON", "1")
-
-
-def _operands(case, dtype="float32", seed=3):
-    rng = np.random.default_rng(seed)
-    size = {"B": 2, "N": 4, "K": 2, "H": 24, "V": 24} | case
-    B, T, S, N, K, H, V = (size[letter] for letter in "BTSNKHV")
-
-    def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-
-    # Keys off center, so that removing their mean matters.
-    key = draw(B, S, K, H) + jnp.asarray(0.5, dtype)
-    operands = [draw(B, T, N, H), key, draw(B, S, K, V)]
-    if "bias" in case:
-        operands.append(jnp.asarray(case["bias"]))
-    keywords = {name: x for name, x in case.items() if len(name) > 1 and name != "bias"}
-    cotangents = draw(B, T, N, V), jnp.asarray(rng.standard_normal((B, T, N)), jnp.float32)
-    return operands, keywords, cotangents
-
-
-def _both(operands, keywords, cotangents, **more):
+def _both(operands, **more):
     """Output, log-sum-exp and gradients by each pipeline."""
+    arrays, keywords, *cotangents = operands
 
     def run(kernel):
         def attention(*x):
@@ -134,7 +65,7 @@ def _both(operands, keywords, cotangents, **more):
             finite = jnp.where(jnp.isfinite(results[1]), d_log_sum_exp, 0)
             return *results, *pullback((d_out, finite))
 
-        return jax.jit(function)(operands, cotangents)
+        return jax.jit(function)(arrays, cotangents)
 
     return run("baseline"), run("gluon")
 
@@ -171,26 +102,32 @@ def _variants():
 @pytest.mark.parametrize(("variant", "name"), list(_variants()))
 def test_pipelines_agree(monkeypatch, relative_error, variant, name, quantization):
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
-    baseline, gluon = _both(*_operands(CASES[name]), quantization=quantization)
+    baseline, gluon = _both(cases.operands(CASES[name]), quantization=quantization)
     _assert_alike(relative_error, baseline, gluon)
 
 
-# Sizes of forward's and backward's blocks: the smallest, odd multiples, more stages than blocks,
-# and blocks beyond the keys.
+# Sizes of forward's and backward's blocks, where M is the largest subtile of the instruction set:
+# the smallest, odd multiples, more stages than blocks, and blocks beyond the keys.
 SIZES = {
-    "baseline_small": (("baseline", 64, 64, 1), ("baseline", 96, 96, 1)),
-    "baseline_odd": (("baseline", 192, 192, 1), ("baseline", 96, 96, 1)),
-    "gluon_small": (("gluon", 256, 128, 2), ("gluon", 192, 96, 2)),
-    "gluon_odd": (("gluon", 640, 128, 3), ("gluon", 288, 96, 3)),
-    "gluon_large": (("gluon", 512, 256, 8), ("gluon", 384, 192, 8)),
-    "gluon_beyond": (("gluon", 4096, 256, 2), ("gluon", 3840, 192, 2)),
-}
+    "baseline_small": lambda M: (CpuKernel("baseline", 64), CpuKernel("baseline", 96)),
+    "baseline_odd": lambda M: (CpuKernel("baseline", 192), CpuKernel("baseline", 96)),
+    "gluon_small": lambda M: (CpuKernel("gluon", M, M // 2, 2), CpuKernel("gluon", 192, 96, 2)),
+    "gluon_odd": lambda M: (
+        CpuKernel("gluon", 5 * M // 2, M // 2, 3), CpuKernel("gluon", 288, 96, 3)
+    ),
+    "gluon_large": lambda M: (CpuKernel("gluon", 2 * M, M, 8), CpuKernel("gluon", 384, 192, 8)),
+    "gluon_beyond": lambda M: (CpuKernel("gluon", 4096, M, 2), CpuKernel("gluon", 3840, 192, 2)),
+}  # fmt: skip
+LANES = {"portable": 4, "avx2": 8}
 
 
-def _sizes(name, is_integer):
-    """The pair of configurations; codes have a subtile of their own."""
-    forward, backward = (KernelConfig(pipeline, 96, *rest) for pipeline, *rest in SIZES[name])
-    return dataclasses.replace(forward, subtile=64) if is_integer else forward, backward
+def _sizes(name, variant, is_integer):
+    """The pair of kernels; forward's subtile of codes is fixed."""
+    M = 16 * LANES.get(variant, 16)
+    forward, backward = SIZES[name](128 if is_integer else M)
+    if is_integer:
+        forward = dataclasses.replace(forward, subtile=None)
+    return forward, backward
 
 
 def _sized_cases():
@@ -211,7 +148,7 @@ def test_sizes_agree(monkeypatch, relative_error, variant, name, is_causal, quan
     """
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
     case = dict(B=1, T=205, S=1100, N=2, K=1, H=40, V=24, is_causal=is_causal)
-    operands, keywords, (d_out, _) = _operands(case)
+    operands, keywords, d_out, _ = cases.operands(case)
 
     def run(kernel):
         def attention(*x):
@@ -223,13 +160,15 @@ def test_sizes_agree(monkeypatch, relative_error, variant, name, is_causal, quan
         out, pullback, log_sum_exp = jax.vjp(attention, *operands, has_aux=True)
         return out, log_sum_exp, *pullback(d_out)
 
-    _assert_alike(relative_error, run("baseline"), run(_sizes(name, quantization is not None)))
+    _assert_alike(
+        relative_error, run("baseline"), run(_sizes(name, variant, quantization is not None))
+    )
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_register_tiles_match_float64(relative_error, oracle, fake_quantize, quantization):
     case = dict(B=1, T=205, S=300, N=2, K=1, H=16, V=16)
-    operands, keywords, (d_out, _) = _operands(case)
+    operands, keywords, d_out, _ = cases.operands(case)
 
     def attention(*x):
         return jax_gluon.dot_product_attention(
@@ -251,10 +190,7 @@ def test_register_tiles_match_float64(relative_error, oracle, fake_quantize, qua
 @pytest.mark.parametrize("name", ["blocks", "odd", "everything", "causal"])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_pipelines_agree_in_every_format(relative_error, format_name, name):
-    operands, keywords, cotangents = _operands(CASES[name])
-    baseline, gluon = _both(
-        operands, keywords, cotangents, quantization=FORMATS[format_name]
-    )  # fmt: skip
+    baseline, gluon = _both(cases.operands(CASES[name]), quantization=FORMATS[format_name])
     _assert_alike(relative_error, baseline, gluon)
 
 
@@ -270,7 +206,7 @@ def _variants_in_16_bits():
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_pipelines_agree_in_16_bits(monkeypatch, relative_error, dtype, variant, name):
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
-    baseline, gluon = _both(*_operands(CASES[name], dtype))
+    baseline, gluon = _both(cases.operands(CASES[name], dtype))
     _assert_alike(relative_error, baseline, gluon, dtype)
 
 
@@ -282,13 +218,13 @@ def test_gluon_matches_float64(
     """The bars of the design, which baseline's own tests have too."""
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
     case = dict(B=1, T=110, S=300, N=2, K=1, H=16, V=16, is_causal=True)
-    operands, keywords, (d_out, d_log_sum_exp) = _operands(case)
-    _, gluon = _both(operands, keywords, (d_out, d_log_sum_exp), quantization=quantization)
-    point = operands
+    operands = cases.operands(case)
+    point, keywords, d_out, d_log_sum_exp = operands
+    _, gluon = _both(operands, quantization=quantization)
     if quantization:
         point = [
             fake_quantize(x, center=center)
-            for x, center in zip(operands, (False, True, False), strict=True)
+            for x, center in zip(point, (False, True, False), strict=True)
         ]
     exact = oracle(*point, **keywords, d_out=d_out, d_log_sum_exp=d_log_sum_exp)
     forward, backward = (8e-3, 1e-2) if quantization else (2e-6, 3e-6)
@@ -310,7 +246,7 @@ def test_rows_whose_logits_are_all_large_and_negative(
     bias[:, :, 20:50] = least
     bias[:, :, :, :90] = least
     case = dict(T=70, S=200, N=2, K=1, H=16, V=16, bias=bias)
-    baseline, gluon = _both(*_operands(case), quantization=quantization)
+    baseline, gluon = _both(cases.operands(case), quantization=quantization)
     _assert_alike(relative_error, baseline, gluon)
 
 
@@ -321,7 +257,7 @@ def test_a_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(
     monkeypatch, variant, quantization, bad
 ):
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
-    operands, keywords, _ = _operands(dict(T=290, S=290, is_causal=True))
+    operands, keywords, *_ = cases.operands(dict(T=290, S=290, is_causal=True))
     query, key, value = operands
     value = value.at[0, 150, 1, 3].set(bad)
     out = jax_gluon.dot_product_attention(
@@ -337,7 +273,7 @@ def test_a_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_what_is_hidden_never_leaks(quantization):
     """NaN and infinities in hidden keys and values change no bit of outputs and gradients."""
-    operands, keywords, (d_out, _) = _operands(dict(T=140, S=350, is_causal=True))
+    operands, keywords, d_out, _ = cases.operands(dict(T=140, S=350, is_causal=True))
     lengths = np.array([130, 20], np.int32)
 
     def run(key, value):
@@ -364,7 +300,7 @@ def test_what_is_hidden_never_leaks(quantization):
 def test_toggling_changes_nothing_else(quantization):
     """Threads that use one pipeline each, at once, get the bits that a call alone gets."""
     case = dict(T=150, S=600, H=32, V=32)
-    operands, keywords, cotangents = _operands(case)
+    operands, keywords, d_out, _ = cases.operands(case)
     compiled = {}
     for kernel in ("baseline", "gluon"):
 
@@ -377,13 +313,13 @@ def test_toggling_changes_nothing_else(quantization):
             out, pullback = jax.vjp(attention, *x)
             return out, *pullback(d_out)
 
-        compiled[kernel] = jax.jit(function).lower(operands, cotangents[0]).compile()
-    alone = {kernel: run(operands, cotangents[0]) for kernel, run in compiled.items()}
+        compiled[kernel] = jax.jit(function).lower(operands, d_out).compile()
+    alone = {kernel: run(operands, d_out) for kernel, run in compiled.items()}
     # The pipelines sum in another order: this test compares what differs.
     assert (np.asarray(alone["baseline"][0]) != np.asarray(alone["gluon"][0])).any()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         kernels = ["baseline", "gluon"] * 40
-        runs = [pool.submit(compiled[kernel], operands, cotangents[0]) for kernel in kernels]
+        runs = [pool.submit(compiled[kernel], operands, d_out) for kernel in kernels]
         for kernel, run in zip(kernels, runs, strict=True):
             for x, y in zip(run.result(), alone[kernel], strict=True):
                 np.testing.assert_array_equal(x, y)

@@ -141,14 +141,14 @@ CASES = {
     ),
     "query_seq_lengths_shape": (
         {"query_seq_lengths": ones(3, dtype=jnp.int32)},
-        ValueError, "query_seq_lengths", "of shape (3,)", "shape [B] = [2]",
+        ValueError, "query_seq_lengths", "of shape [3]", "shape [B] = [2]",
     ),
     "query_seq_lengths_rank": (
-        {"query_seq_lengths": 3}, ValueError, "query_seq_lengths", "of shape ()", "shape [B] = [2]"
+        {"query_seq_lengths": 3}, ValueError, "query_seq_lengths", "of shape []", "shape [B] = [2]"
     ),
     "key_value_seq_lengths_rank": (
         {"key_value_seq_lengths": ones(2, 1, dtype=jnp.int32)},
-        ValueError, "key_value_seq_lengths", "of shape (2, 1)", "shape [B] = [2]",
+        ValueError, "key_value_seq_lengths", "of shape [2, 1]", "shape [B] = [2]",
     ),
     "query_seq_lengths_dtype": (
         {"query_seq_lengths": ones(2, dtype=jnp.float32)},
@@ -239,9 +239,21 @@ CASES = {
         {"kernel": ("baseline",) * 3}, ValueError, "kernel", "of length 3",
         "a pair, of forward and of backward",
     ),
-    "kernel_pipeline": (
-        {"kernel": jax_gluon.KernelConfig("fast", 96, 256, 256, 1)}, ValueError, "kernel",
-        "pipeline='fast'", "baseline and gluon",
+    "kernel_name": (
+        {"kernel": jax_gluon.CpuKernel("fast")}, ValueError, "kernel",
+        '"fast"', "a CpuKernel, a MetalKernel, a pair of these",
+    ),
+    "kernel_size": (
+        {"kernel": jax_gluon.CpuKernel("gluon", block_k=0)}, ValueError, "kernel.block_k",
+        "0", "an int of at least 1",
+    ),
+    "kernel_size_type": (
+        {"kernel": jax_gluon.CpuKernel("gluon", stages=2.0)}, TypeError, "kernel.stages",
+        "2.0", "an int of at least 1",
+    ),
+    "kernel_of_xla": (
+        {"kernel": jax_gluon.CpuKernel("baseline")}, ValueError, "kernel",
+        "for implementation 'xla'", "one of a device that the call may run on",
     ),
     "kernel_gluon": (
         {"kernel": "gluon"}, ValueError, "kernel", '"gluon"',

@@ -62,12 +62,20 @@ def test_slices_along_batch_and_tokens(spec, x):
 @pytest.mark.parametrize(
     ("spec", "index", "complaint"),
     [
-        ("int4", (0, slice(4, 8)), "tokens 4 to 8 of 32; allowed: whole blocks of 8 tokens"),
-        ("int4", (0, slice(0, 9)), "tokens 0 to 9 of 32; allowed: whole blocks of 8 tokens"),
+        (
+            "int4",
+            (0, slice(4, 8)),
+            "index of tokens is 4 to 8 of 32; allowed: whole blocks of 8 tokens",
+        ),
+        (
+            "int4",
+            (0, slice(0, 9)),
+            "index of tokens is 0 to 9 of 32; allowed: whole blocks of 8 tokens",
+        ),
         ("int8", (0, slice(0, 9, 2)), "allowed: a slice of step 1"),
         ("int8", (0, 3), "allowed: a slice of step 1"),
-        ("int8", (0, slice(None), 1), "allowed: leading axes and tokens"),
-        ("int8", (0,) * 5, "allowed: leading axes and tokens"),
+        ("int8", (0, slice(None), 1), "allowed: ints and slices of leading axes and tokens"),
+        ("int8", (0,) * 5, "allowed: ints and slices of leading axes and tokens"),
     ],
 )
 def test_slices_that_would_cut_a_block(spec, index, complaint, x):
@@ -154,11 +162,11 @@ def test_bad_attention_quantization():
         (np.ones((2, 3, 4)), "int8", {}, TypeError, "spec is a str; allowed: a QuantSpec"),
         (
             np.ones((2, 3, 4)), QuantSpec(), {"implementation": "gpu"}, ValueError,
-            "implementation is 'gpu'; allowed: None, \"cpu\", \"metal\", \"xla\"",
+            'implementation is "gpu"; allowed: None, "cpu", "metal", "xla"',
         ),
         (
             np.ones((2, 3, 4, 4), np.float32), QuantSpec(),
-            {"lengths": np.ones(3, np.int32)}, ValueError, "lengths is of shape (3,); allowed",
+            {"lengths": np.ones(3, np.int32)}, ValueError, "lengths is of shape [3]; allowed",
         ),
         (
             np.ones((2, 3, 4, 4), np.float32), QuantSpec(),
@@ -200,7 +208,7 @@ def test_parts_that_disagree(operand, part, change, complaint, x):
 
 def test_odd_head_dim_for_4_bits():
     x = jnp.ones((1, 4, 2, 7))
-    with pytest.raises(ValueError, match=r"key is of head dim 7; allowed: an even one"):
+    with pytest.raises(ValueError, match=r"key is of head dim 7; allowed: an even head dim"):
         jax_gluon.dot_product_attention(x, x, x, quantization="int4")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jax_gluon import _attention as attention
 from jax_gluon._arguments import check_arguments
+from jax_gluon._errors import Checker
 
 _FARTHEST = 2**31 - 1
 
@@ -17,7 +18,7 @@ _FARTHEST = 2**31 - 1
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def attend(is_causal, window, implementation, kernel, offset, lengths, *arrays):
     arguments = check_arguments(
-        "attend", *arrays, None, None, is_causal=is_causal, key_value_seq_lengths=lengths,
+        Checker("attend"), *arrays, None, None, is_causal=is_causal, key_value_seq_lengths=lengths,
         implementation=implementation, kernel=kernel,
     )  # fmt: skip
     arguments = dataclasses.replace(

@@ -1,8 +1,7 @@
-"""The choice of a pipeline, as a table."""
+"""The choice of a kernel: pure rules over what a device offers, and that what is chosen runs."""
 
 import dataclasses
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +9,183 @@ import numpy as np
 import pytest
 
 import jax_gluon
+from jax_gluon import CpuKernel, MetalKernel
+from jax_gluon._arguments import check_arguments
+from jax_gluon._errors import Checker
 from jax_gluon._plan import tuned_table
+from jax_gluon._plan.choice import KernelQuery
 from jax_gluon._plan.selection import (
-    KernelConfig,
+    KernelOffer,
     KernelProblem,
     Measurement,
-    is_allowed,
-    kernel_config,
-    kernel_configs,
+    SizeRange,
+    candidates,
     select_kernel,
 )
 
-LARGE = KernelProblem(T=1024, S=1024, H=64, V=64)
+LARGE = KernelProblem("forward", "float32", visible_keys=1024, H=64)
+BASELINE = KernelOffer("cpu", "baseline", sizes={"block_k": SizeRange(256, 64, 256, 64)})
+GLUON = KernelOffer(
+    "cpu",
+    "gluon",
+    sizes={
+        "block_k": SizeRange(512, 256, 4096, 128),
+        "subtile": SizeRange(256, 128, 256, 128),
+        "stages": SizeRange(2, 2, 8, 1),
+    },
+)
+SMALL = KernelOffer("cpu", "small", reason="few of both")
+DECODE = KernelOffer("cpu", "decode", reason="few queries")
+METAL = KernelOffer("metal", "baseline"), KernelOffer("metal", "gluon")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "gluon: 512 visible keys and head dim 64, or more; here 1024 and 64"),
+        (
+            {"visible_keys": 512},
+            "gluon: 512 visible keys and head dim 64, or more; here 512 and 64",
+        ),
+        (
+            {"visible_keys": 511},
+            "baseline: GLUON needs at least 512 visible keys and head dim 64; here 511 and 64",
+        ),
+        (
+            {"H": 63},
+            "baseline: GLUON needs at least 512 visible keys and head dim 64; here 1024 and 63",
+        ),
+        (
+            {"visible_keys": 0},
+            "baseline: GLUON needs at least 512 visible keys and head dim 64; here 0 and 64",
+        ),
+    ],
+)
+def test_the_default(changes, reason):
+    problem = dataclasses.replace(LARGE, **changes)
+    for offers in ((BASELINE, GLUON), METAL):
+        kernel, found = select_kernel(problem, offers)
+        assert found == reason
+        assert kernel.name == reason.split(":")[0]
+    assert select_kernel(problem, METAL)[0] == MetalKernel(reason.split(":")[0])
+
+
+def test_a_kernel_made_for_such_problems_goes_first():
+    everything = (DECODE, BASELINE, GLUON, SMALL)
+    assert select_kernel(LARGE, everything) == (CpuKernel("small"), "small: few of both")
+    measured = [row()]
+    assert select_kernel(LARGE, everything[:3], measured) == (
+        CpuKernel("decode"),
+        "decode: few queries",
+    )
+    assert select_kernel(LARGE, [BASELINE])[1] == "baseline: the one kernel of this pass"
+
+
+def row(operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9):
+    seconds = {BASELINE.kernel(): baseline, GLUON.kernel(): gluon}
+    return Measurement(operands, direction, H, S, seconds)
+
+
+def test_what_was_measured_decides():
+    kernel, reason = select_kernel(LARGE, (BASELINE, GLUON), [row()])
+    assert kernel == CpuKernel("gluon", 512, 256, 2)
+    assert reason == (
+        "gluon: measured here at 1024 keys and head dim 64, gluon takes 0.90 times as long as "
+        "baseline"
+    )
+    for gluon in (1.1, 1.0):  # slower, as fast
+        assert select_kernel(LARGE, (BASELINE, GLUON), [row(gluon=gluon)])[0].name == "baseline"
+    # Of other operands or the other direction: the default.
+    others = [row(operands="int8", gluon=2.0), row(direction="backward", gluon=2.0)]
+    kernel, reason = select_kernel(LARGE, (BASELINE, GLUON), others)
+    assert kernel.name == "gluon"
+    assert "measured" not in reason
+
+
+def test_the_nearest_row_decides():
+    rows = [row(S=256, gluon=3.0), row(S=2048, gluon=0.5), row(H=128, S=1024, gluon=4.0)]
+
+    def chosen(**changes):
+        return select_kernel(dataclasses.replace(LARGE, **changes), (BASELINE, GLUON), rows)
+
+    for keys, name in ((128, "baseline"), (700, "baseline"), (800, "gluon"), (10**6, "gluon")):
+        assert chosen(visible_keys=keys)[0].name == name
+    # The head dim goes before the keys.
+    assert "head dim 128" in chosen(visible_keys=2048, H=100)[1]
+    # No keys, no distance.
+    assert "here 0 and 64" in chosen(visible_keys=0)[1]
+
+
+def test_sizes_that_are_not_offered_give_their_kernel():
+    """A table of integers where the problem's codes have to be multiplied as floats."""
+    narrow = dataclasses.replace(GLUON, sizes=GLUON.sizes | {"subtile": SizeRange(64, 64, 64, 64)})
+    kernel, reason = select_kernel(LARGE, (BASELINE, narrow), [row(gluon=0.5)])
+    assert kernel == narrow.kernel()
+    assert reason.endswith("it is faster")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "is_taken"),
+    [
+        (CpuKernel("gluon", 512, 256, 2), True),
+        (CpuKernel("gluon", 4096, 128, 8), True),
+        (CpuKernel("gluon", 640, 128, 3), True),
+        (CpuKernel("gluon", 256, 256, 2), False),  # one subtile
+        (CpuKernel("gluon", 640, 256, 2), False),  # no whole ones
+        (CpuKernel("gluon", 512, 100, 2), False),
+        (CpuKernel("gluon", 8192, 256, 2), False),
+        (CpuKernel("gluon", 512, 256, 1), False),
+        (CpuKernel("gluon", 512, 256, 9), False),
+        (CpuKernel("gluon", 512, 256), False),
+        (CpuKernel("baseline", 256), False),
+        (MetalKernel("gluon"), False),
+    ],
+)
+def test_sizes_that_an_offer_takes(kernel, is_taken):
+    assert GLUON.takes(kernel) == is_taken
+
+
+def test_sizes_that_are_left_out():
+    assert GLUON.kernel() == CpuKernel("gluon", 512, 256, 2)
+    assert GLUON.kernel(subtile=128) == CpuKernel("gluon", 512, 128, 2)
+    assert GLUON.kernel(block_k=1024, stages=3) == CpuKernel("gluon", 1024, 256, 3)
+    assert BASELINE.kernel(block_k=64) == CpuKernel("baseline", 64)
+
+
+# --- What the devices of this machine offer ---
+
+
+@pytest.fixture(autouse=True)
+def _no_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_GLUON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("JAX_GLUON_KERNEL", raising=False)
+
+
+@pytest.fixture
+def shape():
+    """A large problem."""
+    pytest.importorskip("jax_gluon._plugin")
+    return jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
+
+
+def found_offers(direction="forward", *, T=1024, S=1024, H=64, device="cpu", **keywords):
+    """The choice's problem and the offers; an offset makes positions free."""
+    pytest.importorskip("jax_gluon._plugin")
+    found = []
+    has_offset = keywords.pop("has_offset", False)
+
+    def look(q, k):
+        checked = check_arguments(
+            Checker("test"), q, k, k, None, None, implementation=device, **keywords
+        )
+        operands = checked.operands
+        if has_offset:
+            operands = operands._replace(query_offset=jnp.zeros(1, jnp.int32))
+        found.append(KernelQuery.of(checked.problem, operands).offers(direction, device))
+
+    q, k = (jax.ShapeDtypeStruct((1, length, 2, H), jnp.float32) for length in (T, S))
+    jax.eval_shape(look, q, k)
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -31,276 +195,236 @@ LARGE = KernelProblem(T=1024, S=1024, H=64, V=64)
         ({"S": 300}, 300),
         ({"T": 300}, 1024),
         ({"T": 300, "is_causal": True}, 300),
+        ({"T": 300, "is_causal": True, "has_offset": True}, 1024),
         ({"S": 300, "is_causal": True}, 300),
-        ({"local_window": (100, 20)}, 121),
-        ({"local_window": (100, 20), "is_causal": True}, 101),
-        ({"local_window": (5000, 5000)}, 1024),
+        ({"local_window_size": (100, 20)}, 121),
+        ({"local_window_size": (100, 20), "is_causal": True}, 101),
+        ({"local_window_size": (5000, 5000)}, 1024),
         ({"T": 1, "is_causal": True}, 1),
         ({"S": 0}, 0),
     ],
 )
 def test_the_most_keys_that_a_row_sees(changes, keys):
-    problem = dataclasses.replace(LARGE, **changes)
-    assert problem.keys == keys
+    problem, _ = found_offers(**changes)
+    assert problem.visible_keys == keys
+    T, S = changes.get("T", 1024), changes.get("S", 1024)
+    left, right = changes.get("local_window_size", (T + S, S))
     # One row after another, as the mask says it.
-    left, right = problem.local_window or (problem.T, problem.S)
+    first = S - T if changes.get("has_offset") else 0
     seen = [
-        sum(
-            i - left <= j <= i + right and (j <= i or not problem.is_causal)
-            for j in range(problem.S)
-        )
-        for i in range(problem.T)
+        sum(i - left <= j <= i + right and (j <= i or "is_causal" not in changes) for j in range(S))
+        for i in range(first, first + T)
     ]
     assert max(seen, default=0) <= keys
-    if problem.S + left <= problem.T:
+    if S + left <= T or changes.get("has_offset"):
         assert max(seen) == keys
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected", "words"),
+    ("changes", "names", "arithmetic"),
     [
-        ({}, "gluon", "at most 1024 keys, and the head dim is 64"),
-        ({"S": 512}, "gluon", "512"),
-        ({"S": 511}, "baseline", "at most 511 keys"),
-        ({"H": 63}, "baseline", "the head dim is 63"),
-        ({"H": 128}, "gluon", "128"),
-        ({"T": 511, "is_causal": True}, "baseline", "at most 511 keys"),
-        ({"T": 1}, "gluon", "1024"),
-        ({"local_window": (255, 255)}, "baseline", "at most 511 keys"),
-        ({"local_window": (256, 255)}, "gluon", "at most 512 keys"),
-        ({"direction": "backward"}, "gluon", "1024"),
-        ({"S": 0}, "baseline", "at most 0 keys"),
+        ({}, ["baseline", "gluon"], "float32"),
+        ({"T": 32, "S": 32}, ["small", "baseline", "gluon"], "float32"),
+        ({"T": 33, "S": 32}, ["baseline", "gluon"], "float32"),
+        ({"T": 4, "S": 33}, ["decode", "baseline", "gluon"], "float32"),
+        ({"T": 4, "S": 4}, ["small", "decode", "baseline", "gluon"], "float32"),
+        ({"T": 5, "S": 33}, ["baseline", "gluon"], "float32"),
+        ({"quantization": "int8"}, ["baseline", "gluon"], "int8"),
+        ({"quantization": "int8", "T": 4, "S": 4}, ["decode", "baseline", "gluon"], "int8"),
+        ({"direction": "backward", "quantization": "int8"}, ["baseline", "gluon"], "float32"),
+        ({"direction": "backward", "T": 9, "S": 9}, ["small", "baseline", "gluon"], "float32"),
+        ({"direction": "backward_bias", "T": 9, "S": 9}, ["baseline"], "float32"),
     ],
 )
-@pytest.mark.parametrize("device", ["cpu", "metal"])
-def test_the_default(device, changes, expected, words):
-    config, reason = select_kernel(dataclasses.replace(LARGE, **changes), device)
-    assert config.pipeline == expected
-    assert words in reason
+def test_what_the_cpu_offers(changes, names, arithmetic):
+    _, offers = found_offers(**changes)
+    assert [offer.name for offer in offers] == names
+    assert {offer.arithmetic for offer in offers} == {arithmetic} or names[0] == "small"
+    for offer in offers:
+        assert offer.takes(offer.kernel())
 
 
-def row(
-    operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9, device="cpu"
-):
-    problem = KernelProblem(S, S, H, H, operands, direction)
-    seconds = {"baseline": baseline, "gluon": gluon}
-    measured = {kernel_config(problem, device, name): seconds[name] for name in seconds}
-    return Measurement(operands, direction, H, S, measured)
-
-
-def test_what_was_measured_decides():
-    config, reason = select_kernel(LARGE, "cpu", [row()])
-    assert config.pipeline == "gluon"
-    assert reason == (
-        "measured here at 1024 keys and head dim 64: gluon takes 0.90 times as long as baseline"
-    )
-    for gluon in (1.1, 1.0):  # slower, as fast
-        slower = row(gluon=gluon, device="metal")
-        assert select_kernel(LARGE, "metal", [slower])[0].pipeline == "baseline"
-    # Of other operands or the other direction: the default.
-    others = [
-        row(operands="int8", gluon=2.0, device="metal"),
-        row(direction="backward", gluon=2.0, device="metal"),
-    ]
-    assert "measured" not in select_kernel(LARGE, "metal", others)[1]
-    assert select_kernel(LARGE, "metal", others)[0].pipeline == "gluon"
-
-
-def test_the_nearest_row_decides():
-    rows = [
-        row(S=256, gluon=3.0),
-        row(S=2048, gluon=0.5),
-        row(H=128, S=1024, gluon=4.0),
-    ]
-    for S, pipeline in ((128, "baseline"), (700, "baseline"), (800, "gluon"), (10**6, "gluon")):
-        assert select_kernel(dataclasses.replace(LARGE, S=S), "cpu", rows)[0].pipeline == pipeline
-    # The head dim goes before the keys.
-    problem = dataclasses.replace(LARGE, S=2048, H=100)
-    assert "head dim 128" in select_kernel(problem, "cpu", rows)[1]
-    # No keys, no distance.
-    assert "at most 0 keys" in select_kernel(dataclasses.replace(LARGE, S=0), "cpu", rows)[1]
-
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def numbers(file: str, pattern: str) -> list[int]:
-    """The groups of the first match in a source."""
-    found = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"))
-    assert found, f"{file} has no {pattern}"
-    return [int(group) for group in found.groups()]
-
-
-def sizes(config):
-    return config.block_q, config.block_k, config.subtile, config.stages
-
-
-def test_the_sizes_are_those_of_the_cpu_kernels():
-    """The defaults, and the most that kernels have room for."""
-    blocks = "plugin/cpu/forward_blocks.h"
-    (rows,) = numbers(blocks, r"kBlockRows = (\d+)")
-    (keys,) = numbers(blocks, r"kBlockKeys = (\d+)")
-    (codes,) = numbers(blocks, r"kSubtileKeys = (\d+)")
-    (registers,) = numbers(blocks, r"kSubtileColumns = kInt8 \? kSubtileKeys : (\d+) \* Core::Isa")
-    (lanes,) = numbers("plugin/cpu/simd_avx512.h", r"kLanes = (\d+)")
-    int8 = dataclasses.replace(LARGE, operands="int8")
-    assert sizes(kernel_config(LARGE, "cpu", "baseline")) == (rows, keys, keys, 1)
-    assert sizes(kernel_config(LARGE, "cpu", "gluon")) == (rows, 512, registers * lanes, 2)
-    assert sizes(kernel_config(int8, "cpu", "baseline")) == (rows, keys, codes, 1)
-    assert sizes(kernel_config(int8, "cpu", "gluon")) == (rows, 512, codes, 2)
-    (rows,) = numbers("plugin/cpu/attention_backward.h", r"kMaxRows = (\d+), kMinRows")
-    (keys,) = numbers("plugin/cpu/attention_backward.h", r"kMaxTileKeys = (\d+)")
-    problem = dataclasses.replace(LARGE, direction="backward")
-    assert sizes(kernel_config(problem, "cpu", "baseline")) == (rows, keys, keys, 1)
-    assert sizes(kernel_config(problem, "cpu", "gluon")) == (rows, 192, 96, 2)
-    long = dataclasses.replace(problem, H=128, S=4096)
-    assert sizes(kernel_config(long, "cpu", "gluon")) == (rows, 768, keys, 2)
-    most, stages = numbers("plugin/call_decoder.cc", r"kMaxBlockKeys = (\d+), kMaxStages = (\d+)")
-    largest = KernelConfig("gluon", rows, most // 192 * 192, 192, stages)
-    assert is_allowed(largest, problem, "cpu")
-    assert not is_allowed(
-        dataclasses.replace(largest, block_k=most // 192 * 192 + 192), problem, "cpu"
-    )
-    assert not is_allowed(dataclasses.replace(largest, stages=stages + 1), problem, "cpu")
-
-
-@pytest.mark.parametrize("device", ["cpu", "metal"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("operands", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("S", [64, 4096])
-def test_what_is_tuned_is_allowed(device, direction, operands, S):
-    problem = KernelProblem(S, S, 128, 128, operands, direction)
-    configs = kernel_configs(problem, device)
-    assert len(set(configs)) == len(configs) == (2 if device == "metal" else 5)
-    assert {config.pipeline for config in configs} == {"baseline", "gluon"}
-    for config in configs:
-        assert is_allowed(config, problem, device)
-        assert not is_allowed(dataclasses.replace(config, block_q=64), problem, device)
-        assert not is_allowed(dataclasses.replace(config, subtile=5), problem, device)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("H", [64, 128])
+def test_what_is_tuned_is_offered(direction, quantization, H):
+    _, offers = found_offers(direction, S=4096, T=4096, H=H, quantization=quantization)
+    kernels = candidates(offers)
+    assert len(set(kernels)) == len(kernels) >= 4
+    assert {kernel.name for kernel in kernels} == {"baseline", "gluon"}
+    for kernel in kernels:
+        assert sum(offer.takes(kernel) for offer in offers) == 1
+    assert candidates(METAL) == (MetalKernel("baseline"), MetalKernel("gluon"))
 
 
-def test_sizes_of_another_problem_give_their_pipeline():
-    """A table of integers where the problem's codes have to be multiplied as floats."""
-    measured = row(operands="int8", gluon=0.5)
-    problem = dataclasses.replace(LARGE, operands="int8", has_integer_rows=False)
-    config, reason = select_kernel(problem, "cpu", [measured])
-    assert config == kernel_config(problem, "cpu", "gluon")
-    assert "gluon is faster" in reason
+# --- From the argument to what ran ---
 
 
-@pytest.mark.parametrize("operands", ["float16", "bfloat16", "int8", "float32"])
-@pytest.mark.parametrize("H", [64, 128, 256])
-def test_the_sizes_are_those_of_the_shaders(operands, H):
-    problem = dataclasses.replace(LARGE, operands=operands, H=H, V=H)
-    element = "float " if operands == "float32" else "16 bits"
-    table = "shaders/block_sizes.h"
-    _, tile, _ = numbers(table, rf"\| {element} +\| +({H}) \| (\d+) +\| (\d+),")
-    granule, subtile = numbers(table, rf"\| {element} +\| +{H} \| (\d+) +\| (\d+) +\| (?:yes|no)")
-    (rows,) = numbers("shaders/bindings.h", r"kBlockRows = (\d+)")
-    assert sizes(kernel_config(problem, "metal", "baseline")) == (rows, tile, tile, 1)
-    assert sizes(kernel_config(problem, "metal", "gluon"))[:3] == (rows, granule, subtile)
-    inexact = dataclasses.replace(problem, operands="int4", has_exact_codes=False)
-    floats = dataclasses.replace(problem, operands="float32")
-    backward = dataclasses.replace(problem, direction="backward")
-    if operands in ("float16", "float32"):  # others are dequantized
-        assert sizes(kernel_config(backward, "metal", "baseline")) == (rows, tile, 8, 1)
-        stages = 1 if tile == 8 else 2
-        assert sizes(kernel_config(backward, "metal", "gluon")) == (rows, granule, 8, stages)
-    for pipeline in ("baseline", "gluon"):
-        assert kernel_config(inexact, "metal", pipeline) == kernel_config(floats, "metal", pipeline)
-
-
-@pytest.fixture
-def shape(tmp_path, monkeypatch):
-    """A large problem, where no table is."""
-    pytest.importorskip("jax_gluon._plugin")
-    monkeypatch.setenv("JAX_GLUON_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("JAX_GLUON_KERNEL", raising=False)
-    return jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
-
-
-def chosen(x, **keywords):
+def names(x, **keywords):
     plan = jax_gluon.explain(x, x, x, **keywords)
-    assert plan.forward is not None
-    assert plan.backward is not None
-    return plan.forward.pipeline, plan.backward.pipeline, plan.reasons
+    return plan.forward.name, plan.backward.name, plan.reasons
 
 
 def test_the_argument_goes_before_the_environment(shape, monkeypatch):
-    assert chosen(shape)[:2] == ("gluon", "gluon")
+    assert names(shape)[:2] == ("gluon", "gluon")
     monkeypatch.setenv("JAX_GLUON_KERNEL", "baseline")
-    *pipelines, reasons = chosen(shape)
-    assert pipelines == ["baseline", "baseline"]
+    *found, reasons = names(shape)
+    assert found == ["baseline", "baseline"]
     assert reasons[1:] == (
-        "forward: JAX_GLUON_KERNEL is baseline",
-        "backward: JAX_GLUON_KERNEL is baseline",
+        "forward: baseline: JAX_GLUON_KERNEL says so",
+        "backward: baseline: JAX_GLUON_KERNEL says so",
     )
-    *pipelines, reasons = chosen(shape, kernel="gluon")
-    assert pipelines == ["gluon", "gluon"]
-    assert 'kernel="gluon" was asked for' in reasons[1]
-    assert chosen(shape, kernel=("gluon", None))[:2] == ("gluon", "baseline")
+    *found, reasons = names(shape, kernel="gluon")
+    assert found == ["gluon", "gluon"]
+    assert reasons[1] == 'forward: gluon: asked for by kernel="gluon"'
+    assert names(shape, kernel=("gluon", None))[:2] == ("gluon", "baseline")
     monkeypatch.setenv("JAX_GLUON_KERNEL", "fast")
     with pytest.raises(
         ValueError, match='JAX_GLUON_KERNEL is "fast"; allowed: "baseline", "gluon"'
     ):
-        chosen(shape)
+        names(shape)
 
 
 def test_the_environment_goes_before_the_table(shape, monkeypatch):
     path = tuned_table.table_path("cpu")
     assert path is not None
     tuned_table.save(path, "cpu", [row(), row(direction="backward", gluon=1.5)])
-    *pipelines, reasons = chosen(shape)
-    assert pipelines == ["gluon", "baseline"]
+    *found, reasons = names(shape)
+    assert found == ["gluon", "baseline"]
     assert "measured here" in reasons[1]
-    assert "1.50 times" in reasons[2]
+    assert "baseline" in reasons[2]
     monkeypatch.setenv("JAX_GLUON_KERNEL", "baseline")
-    assert chosen(shape)[:2] == ("baseline", "baseline")
-
-
-@pytest.mark.parametrize("kernel", ["baseline", "gluon"])
-def test_the_choice_reaches_the_kernels(shape, kernel):
-    def loss(x):
-        out = jax_gluon.dot_product_attention(x, x, x, implementation="cpu", kernel=kernel)
-        return out.sum()
-
-    text = jax.jit(jax.grad(loss)).lower(shape).as_text()
-    found = re.findall(r"cpu_pipeline = (\d)", text)
-    assert found == [str(int(kernel == "gluon"))] * 2
+    assert names(shape)[:2] == ("baseline", "baseline")
 
 
 @pytest.mark.parametrize(
     ("kernel", "found", "allowed"),
     [
-        (KernelConfig("gluon", 96, 256, 256, 2), "block_k=256", "at least twice it"),
-        (KernelConfig("gluon", 96, 512, 100, 2), "subtile=100", "subtile 128 or 256"),
-        (KernelConfig("gluon", 64, 512, 256, 2), "block_q=64", "block_q 96"),
-        (KernelConfig("gluon", 96, 8192, 256, 2), "block_k=8192", "at most 4096"),
-        (KernelConfig("gluon", 96, 512, 256, 1), "stages=1", "stages 2 to 8"),
-        (KernelConfig("baseline", 96, 512, 512, 1), "block_k=512", "64, 128, 192 or 256"),
-        ((None, KernelConfig("baseline", 96, 64, 64, 1)), "subtile=64", "backward on cpu has"),
-        ((None, KernelConfig("gluon", 96, 300, 96, 2)), "block_k=300", "a multiple of subtile"),
+        (CpuKernel("gluon", block_k=8192), "block_k=8192", "in steps of"),
+        (CpuKernel("gluon", subtile=100), "subtile=100", "subtile "),
+        (CpuKernel("gluon", stages=1), "stages=1", "stages 2 to 8"),
+        (CpuKernel("baseline", block_k=512), "block_k=512", "block_k 64 to 256 in steps of 64"),
+        (CpuKernel("baseline", stages=2), "stages=2", "forward on cpu has"),
+        ("small", '"small"', 'forward on cpu has "baseline" '),
+        ((None, CpuKernel("baseline", 64)), "block_k=64", "backward on cpu has"),
+        ((None, CpuKernel("gluon", 300)), "block_k=300", "block_k two subtiles or more"),
+        ((None, "decode"), '"decode"', 'backward on cpu has "baseline" '),
     ],
 )
-def test_sizes_that_a_device_lacks(shape, kernel, found, allowed):
-    with pytest.raises(ValueError, match=r"jax_gluon\.explain: kernel is KernelConfig") as error:
+def test_a_kernel_that_a_device_lacks(shape, kernel, found, allowed):
+    with pytest.raises(ValueError, match=r"jax_gluon\.explain: kernel is ") as error:
         jax_gluon.explain(shape, shape, shape, kernel=kernel)
     assert found in str(error.value)
     assert allowed in str(error.value)
+    # A call says it too.
+    x = jnp.zeros(shape.shape)
+    with pytest.raises(ValueError, match=r"jax_gluon\.dot_product_attention: kernel is "):
+        jax_gluon.dot_product_attention(x, x, x, kernel=kernel, implementation="cpu")
 
 
-def test_sizes_of_metal_are_compiled_in(shape, require):
+def test_a_kernel_of_one_device_concerns_it_alone(shape, monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    kernel = CpuKernel("gluon", block_k=1024)
+    assert jax_gluon.explain(shape, shape, shape, kernel=kernel).forward.block_k == 1024
+    assert names(shape, kernel=MetalKernel("baseline"))[:2] == ("gluon", "gluon")
+    with pytest.raises(ValueError, match=r"kernel is MetalKernel.* for implementation 'cpu'"):
+        names(shape, kernel=MetalKernel("gluon"), implementation="cpu")
+
+
+def test_without_a_pair_backward_takes_what_it_has():
+    pytest.importorskip("jax_gluon._plugin")
+    q, k = (jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32) for length in (1, 1024))
+    plan = jax_gluon.explain(q, k, k, kernel="decode")
+    assert (plan.forward.name, plan.backward.name) == ("decode", "gluon")
+    large = jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
+    plan = jax_gluon.explain(large, large, large, kernel=CpuKernel("gluon", block_k=1024))
+    assert (plan.forward.block_k, plan.backward.name) == (1024, "gluon")
+    assert plan.backward.block_k != 1024
+
+
+#: Problems whose plans are run: every kernel of the CPU, forward and backward.
+RUNS = {
+    "small": (dict(T=9, S=7), {}),
+    "decode": (dict(T=2, S=900), {}),
+    "decode_int8": (dict(T=2, S=900), {"quantization": "int8"}),
+    "baseline": (dict(T=65, S=200), {}),
+    "baseline_int8": (dict(T=65, S=200), {"quantization": "int8"}),
+    "gluon": (dict(T=70, S=600), {}),
+    "gluon_int4": (dict(T=70, S=600), {"quantization": "int4"}),
+    "long": (dict(T=40, S=2100, H=72), {}),
+    "asked_for": (dict(T=9, S=7), {"kernel": "gluon"}),
+    "sized": (
+        dict(T=70, S=600),
+        {"kernel": (CpuKernel("gluon", 768, stages=3), CpuKernel("gluon", 384, 192, 4))},
+    ),
+    "baseline_sized": (
+        dict(T=70, S=300),
+        {"kernel": (CpuKernel("baseline", 128), CpuKernel("baseline", 96))},
+    ),
+}
+
+
+def run_and_explain(device, T, S, keywords, H=64, dtype="float32"):
+    """What was said of a problem with a bias, and what ran: one after another."""
+    rng = np.random.default_rng(T)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, length, 2, H)), dtype) for length in (T, S, S))
+    bias = jnp.asarray(rng.standard_normal((1, 1, T, S)), dtype)
+
+    def loss(q, k, v, bias):
+        out = jax_gluon.dot_product_attention(q, k, v, bias, implementation=device, **keywords)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    jax_gluon.debug.kernels()
+    jax.block_until_ready(jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, bias))
+    plan = jax_gluon.explain(q, k, v, bias, implementation=device, **keywords)
+    runs = {run["pass"]: run for run in jax_gluon.debug.kernels()}
+    assert set(runs) == {"forward", "backward", "backward_bias"}
+    return plan, runs
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("variant", ["default", "portable"])
+def test_what_is_explained_is_what_runs(require, monkeypatch, variant, name):
+    require("cpu")
+    if variant != "default":
+        monkeypatch.setenv("JAX_GLUON_CPU_ISA", variant)
+    problem, keywords = RUNS[name]
+    plan, runs = run_and_explain("cpu", problem["T"], problem["S"], keywords, problem.get("H", 64))
+    for direction, run in runs.items():
+        kernel = getattr(plan, direction)
+        assert run["device"] == "cpu"
+        assert run["variant"] == jax_gluon._plugin.cpu_isa()
+        assert run["kernel"] == kernel.name
+        sizes = {size: getattr(kernel, size) or 0 for size in ("block_k", "subtile", "stages")}
+        if "subtile" not in sizes or kernel.subtile is None:
+            sizes.pop("subtile")  # fixed
+        assert {size: run[size] for size in sizes} == sizes
+    forward = runs["forward"]
+    assert forward["arithmetic"] == ("int8" if "quantization" in keywords else "float32")
+    if name in ("small", "decode", "baseline", "gluon"):
+        assert forward["kernel"] == name
+
+
+@pytest.mark.parametrize("name", ["decode", "baseline", "gluon", "gluon_int4"])
+def test_what_is_explained_is_what_runs_on_metal(require, name):
     require("metal")
-    config = KernelConfig("gluon", 32, 64, 32, 2)
-    with pytest.raises(ValueError, match=r"forward on metal has .*whose sizes are compiled in"):
-        jax_gluon.explain(shape, shape, shape, kernel=config, implementation="metal")
-
-
-def test_sizes_reach_the_kernels(shape):
-    forward, backward = (
-        KernelConfig("gluon", 96, 768, 128, 3),
-        KernelConfig("gluon", 96, 384, 96, 4),
+    problem, keywords = RUNS[name]
+    plan, runs = run_and_explain("metal", problem["T"], problem["S"], keywords)
+    for direction, run in runs.items():
+        assert run["device"] == "metal"
+        assert MetalKernel(run["kernel"]) == getattr(plan, direction)
+    assert runs["forward"]["kernel"] == name.partition("_")[0]
+    functions = runs["forward"]["variant"].split(", ")
+    assert ("attention_decode_combine" in functions) == (name == "decode")
+    assert any("_gluon_" in function for function in functions) == name.startswith("gluon")
+    arithmetic = {"half": "float16", "float": "float32"}
+    assert runs["forward"]["arithmetic"] == next(
+        arithmetic[part] for part in functions[0].split("_") if part in arithmetic
     )
+
+
+def test_the_choice_shows_in_the_program(shape):
+    forward, backward = CpuKernel("gluon", 768, 128, 3), CpuKernel("gluon", 384, 96, 4)
 
     def loss(x):
         out = jax_gluon.dot_product_attention(
@@ -309,31 +433,18 @@ def test_sizes_reach_the_kernels(shape):
         return out.sum()
 
     text = jax.jit(jax.grad(loss)).lower(shape).as_text()
+    assert re.findall(r'cpu_kernel = "(\w+)"', text) == ["gluon", "gluon"]
     for name, values in {"block_k": (768, 384), "subtile": (128, 96), "stages": (3, 4)}.items():
         assert re.findall(rf"cpu_{name} = (\d+)", text) == [str(x) for x in values]
-    plan = jax_gluon.explain(shape, shape, shape, kernel=forward)
-    assert plan.forward == forward
-    assert plan.backward is not None
-    assert plan.backward.pipeline == "gluon"
-    assert plan.reasons[1] == "forward: these sizes were asked for"
 
 
-def test_the_choice_reaches_metal(shape, require):
-    require("metal")
-    assert chosen(shape, implementation="metal")[:2] == ("gluon", "gluon")
-    x = np.random.default_rng(0).standard_normal((3, 2, 70, 2, 40)).astype(np.float32)
-
-    def loss(kernel, query):
-        out = jax_gluon.dot_product_attention(
-            query, x[1], x[2], implementation="metal", kernel=kernel
-        )
-        return (out**2).sum()
-
-    gradients = {kernel: jax.grad(loss, 1)(kernel, x[0]) for kernel in ("baseline", "gluon")}
-    np.testing.assert_allclose(gradients["gluon"], gradients["baseline"], rtol=1e-5, atol=1e-5)
-
-
-def test_a_wish_for_operands(shape):
-    plan = jax_gluon.explain(shape, shape, shape, quantization="int8")
-    assert plan.forward is not None
-    assert plan.forward.subtile == 64
+def test_the_log_of_what_ran_has_an_end(shape):
+    del shape
+    x = jnp.ones((1, 2, 1, 8))
+    attend = jax.jit(lambda x: jax_gluon.dot_product_attention(x, x, x, implementation="cpu"))
+    for _ in range(300):
+        out = attend(x)
+    jax.block_until_ready(out)
+    assert len(jax_gluon.debug.kernels(reset=False)) == 256
+    assert len(jax_gluon.debug.kernels()) == 256
+    assert jax_gluon.debug.kernels() == []

@@ -2,6 +2,8 @@
 // block of the bias and walks everything that is summed into it, in a fixed order.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/backward/backward_rows.h"
 #include "cpu/tiles/microkernel.h"
 
@@ -159,10 +161,17 @@ class AttentionBackwardBias {
     }
   }
 
-  static int64_t place_of(int64_t tile, int64_t r) { return (tile * kRows + r) * kKeys; }
-  float* slope_of(Scratch& s, int64_t at) const {
-    return call_.soft_cap != 0.0f ? s.cap_slope.get() + at : nullptr;
+  // Row r of a tile.
+  TileRow tile_row(int64_t tile, int64_t r, Range columns, Scratch& s) const {
+    const int64_t offset = row_offset(tile, r);
+    TileRow row;
+    row.columns = columns;
+    row.p = s.scores.get() + offset;
+    row.d_p = s.d_probability.get() + offset;
+    if (call_.soft_cap != 0.0f) row.cap_slope = s.cap_slope.get() + offset;
+    return row;
   }
+  static int64_t row_offset(int64_t tile, int64_t r) { return (tile * kRows + r) * kKeys; }
 
   // P and dP of a tile, and its share of the row sums.
   void probabilities(const Visibility& visibility, const Rules& rules, Range rows, Range keys,
@@ -170,7 +179,7 @@ class AttentionBackwardBias {
     const int64_t columns = round_up(keys.end - keys.begin, C);
     for (int64_t t = 0; t < round_up(rows.end - rows.begin, R); t += R) {
       for (int64_t j = 0; j < columns; j += C) {
-        const int64_t at = place_of(tile, t) + j;
+        const int64_t at = row_offset(tile, t) + j;
         score_tile<Core>(s.query_tiles.get() + t * call_.H, s.key_scores.get() + j * call_.H,
                          call_.H, s.scores.get() + at, kKeys);
         score_tile<Core>(s.d_out_tiles.get() + t * call_.V, s.value_scores.get() + j * call_.V,
@@ -178,12 +187,13 @@ class AttentionBackwardBias {
       }
     }
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-      const Range visible = visibility.of_row(rows.begin + r);
-      if (visible.empty() || s.statistics[r].empty) continue;
-      const int64_t at = place_of(tile, r);
-      probability_row<Isa>(rules, s.statistics[r], rows.begin + r, keys.begin, 0, columns, visible,
-                           s.scores.get() + at, s.d_probability.get() + at, slope_of(s, at),
-                           s.weighted.get() + r * W, s.total.get() + r * W);
+      TileRow row = tile_row(tile, r, {0, columns}, s);
+      row.query = rows.begin + r;
+      row.key0 = keys.begin;
+      row.visible = visibility.of_row(row.query);
+      if (row.visible.empty() || s.statistics[r].empty) continue;
+      probability_row<Isa>(rules, s.statistics[r], row, s.weighted.get() + r * W,
+                           s.total.get() + r * W);
     }
   }
 
@@ -192,15 +202,13 @@ class AttentionBackwardBias {
     const int64_t columns = round_up(keys.end - keys.begin, C);
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
       if (visibility.of_row(rows.begin + r).empty() || s.statistics[r].empty) continue;
-      const int64_t at = place_of(tile, r);
-      float* ds = s.d_probability.get() + at;
-      const float total = gradient_row<Isa>(s.statistics[r].delta, 0, columns, s.scores.get() + at,
-                                            slope_of(s, at), ds);
+      const TileRow row = tile_row(tile, r, {0, columns}, s);
+      const float total = gradient_row<Isa>(s.statistics[r].delta, row);
       float* sum = s.sum.get() + (call_.t == 1 ? 0 : r) * call_.s;
       if (call_.s == 1) {
         sum[0] += total;
       } else {
-        for (int64_t j = 0; j < keys.end - keys.begin; ++j) sum[keys.begin + j] += ds[j];
+        for (int64_t j = 0; j < keys.end - keys.begin; ++j) sum[keys.begin + j] += row.d_p[j];
       }
     }
   }

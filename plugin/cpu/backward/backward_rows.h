@@ -5,6 +5,7 @@
 
 #include "cpu/rows/centered_rows.h"
 #include "cpu/tiles/pack.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -79,21 +80,30 @@ class BackwardRows {
   CenteredRows<Isa> keys_, values_;
 };
 
-// P of one row of a tile, in place of `scores` (scaled products, base 2); dP = dO V^T stands in
-// `d_probability`. Adds lanes of sum(P dP) to `weighted` and of sum(P) to `total`; `cap_slope`,
-// null without a soft cap, takes d logit / d (uncapped logit).
+// A row of a tile of scores, whose column c is key key0 + c.
+struct TileRow {
+  int64_t query = 0, key0 = 0;
+  Range columns, visible;  // what is computed; the keys that the row sees
+  float *p = nullptr, *d_p = nullptr;
+  float* cap_slope = nullptr;  // null without a soft cap
+};
+
+// P in place of scaled products, base 2; dP = dO V^T stands there. Adds lanes of sum(P dP) to
+// `weighted` and of sum(P) to `total`; `cap_slope` takes d logit / d (uncapped logit).
 template <class Isa, class Rules, class Statistics>
-void probability_row(const Rules& rules, const Statistics& statistics, int64_t i, int64_t key0,
-                     int64_t begin, int64_t end, Range visible, float* scores,
-                     const float* d_probability, float* cap_slope, float* weighted, float* total) {
+void probability_row(const Rules& rules, const Statistics& statistics, const TileRow& row,
+                     float* weighted, float* total) {
   constexpr int64_t W = Isa::kLanes;
+  const int64_t begin = row.columns.begin, end = row.columns.end;
+  float* scores = row.p;
+  const float* d_probability = row.d_p;
   if (statistics.center != 0.0f) {
     for (int64_t j = begin; j < end; j += W) {
       Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(statistics.center)));
     }
   }
-  if (rules.any() || visible.begin > key0 + begin || visible.end < key0 + end) {
-    rules.apply(scores, i, key0, begin, end, visible, cap_slope);
+  if (rules.any() || !contains(row.visible, {row.key0 + begin, row.key0 + end})) {
+    rules.apply(scores, row.query, row.key0, begin, end, row.visible, row.cap_slope);
   }
   const auto maximum = Isa::set1(statistics.maximum);
   const auto log2_sum = Isa::set1(statistics.log2_sum);
@@ -112,10 +122,12 @@ void probability_row(const Rules& rules, const Statistics& statistics, int64_t i
   Isa::store(weighted, weighted_sum);
 }
 
-// dS = P * (dP - delta) of one row of a tile, in place of dP, and its sum.
+// dS = P * (dP - delta) in place of dP, and its sum.
 template <class Isa>
-float gradient_row(float delta, int64_t begin, int64_t end, const float* p, const float* cap_slope,
-                   float* d_probability) {
+float gradient_row(float delta, const TileRow& row) {
+  const int64_t begin = row.columns.begin, end = row.columns.end;
+  const float *p = row.p, *cap_slope = row.cap_slope;
+  float* d_probability = row.d_p;
   auto sum = Isa::zero();
   for (int64_t j = begin; j < end; j += Isa::kLanes) {
     const auto x = Isa::load(p + j);

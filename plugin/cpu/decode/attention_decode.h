@@ -2,6 +2,8 @@
 // read once, as they are stored.
 #pragma once
 
+#include <string>
+
 #include "cpu/decode/decode_codes.h"
 #include "cpu/decode/decode_floats.h"
 

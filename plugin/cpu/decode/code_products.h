@@ -2,11 +2,23 @@
 // read as it is stored and unpacked in registers.
 #pragma once
 
+#include <cstdint>
+
 #include "cpu/rows/rows.h"
 #include "cpu/simd/compiler.h"
 
 namespace jax_gluon::cpu {
 namespace {
+
+// What the values of keys weigh for one row of probabilities: as integers, and what 1 is worth.
+struct CodeWeightsOfRow {
+  const uint32_t* bytes;  // of 4 keys each, `stride` apart
+  int64_t stride;
+  const float* unit;
+  // Where a row of values has several groups, that stand side by side in `bytes` and `unit`: of
+  // each vector of a row the first lane's group, and all lanes' from there; else null.
+  const int32_t *lane_group, *first_group;
+};
 
 template <class Isa, bool kNibbles>
 struct CodeProducts {
@@ -66,73 +78,71 @@ struct CodeProducts {
     return acc;
   }
 
-  // out += sum over rows j of weights[j / 4 * quad][group of the byte].byte[j % 4] * code *
-  // factors[group of the byte]. One group: `index` is null; else index[vector] holds the groups of
-  // its lanes, counted from first[vector].
-  static void add_rows(const char* rows, int64_t stride, int64_t count, int64_t bytes,
-                       const uint32_t* weights, int64_t quad, const int32_t* index,
-                       const int32_t* first, const float* factors, float* out) {
-    if (index == nullptr) {
-      for (int64_t byte = 0; byte < bytes; byte += kBytes, out += kStep) {
-        add_step<false>(rows + byte, stride, count, weights, quad, nullptr, nullptr, factors, out);
-      }
-      return;
-    }
+  // Adds the sum over rows j of weight[j][group of the element] * row j, of `bytes`, to `out`.
+  static void add_rows(const StoredRows& rows, int64_t bytes, const CodeWeightsOfRow& weights,
+                       float* out) {
     for (int64_t byte = 0; byte < bytes; byte += kBytes, out += kStep) {
-      add_step<true>(rows + byte, stride, count, weights, quad, index, first, factors, out);
-      index += 4 * W;
-      first += 4;
+      const char* data = rows.data + byte;
+      if (weights.lane_group == nullptr) {
+        add_step<false>({data, rows.stride, rows.count}, weights, 0, out);
+      } else {
+        add_step<true>({data, rows.stride, rows.count}, weights, byte / W, out);
+      }
     }
   }
 
  private:
+  // A step of the rows, whose vectors are `vector` and the next three.
   template <bool kGrouped>
-  static void add_step(const char* rows, int64_t stride, int64_t count, const uint32_t* weights,
-                       int64_t quad, const int32_t* index, const int32_t* first,
-                       const float* factors, float* out) {
+  static void add_step(const StoredRows& rows, const CodeWeightsOfRow& w, int64_t vector,
+                       float* out) {
+    const int32_t* lane_group = kGrouped ? w.lane_group + vector * W : nullptr;
+    const int32_t* first_group = kGrouped ? w.first_group + vector : nullptr;
+    const uint32_t* weights = w.bytes;
     I acc[4 * kHalves];
     JAX_GLUON_UNROLL
     for (int v = 0; v < 4 * kHalves; ++v) acc[v] = Isa::set1_i32(0);
-    for (int64_t j = 0; j < count; j += 4, weights += quad) {
+    for (int64_t j = 0; j < rows.count; j += 4, weights += w.stride) {
       // Past the last row its weights are zero.
-      const char* row = rows + j * stride;
-      const int64_t left = count - j;
-      const char* one = left > 1 ? row + stride : row;
-      const char* two = left > 2 ? one + stride : row;
-      const char* three = left > 3 ? two + stride : row;
-      I quads[4];
-      Isa::interleave(row, one, two, three, quads);
+      const char* row = rows.data + j * rows.stride;
+      const int64_t left = rows.count - j;
+      const char* one = left > 1 ? row + rows.stride : row;
+      const char* two = left > 2 ? one + rows.stride : row;
+      const char* three = left > 3 ? two + rows.stride : row;
+      I bytes[4];
+      Isa::interleave(row, one, two, three, bytes);
       JAX_GLUON_UNROLL
       for (int v = 0; v < 4; ++v) {
         I weight;
         if constexpr (kGrouped) {
-          weight = Isa::permute(Isa::load_i32(weights + first[v]), Isa::load_i32(index + v * W));
+          weight = Isa::permute(Isa::load_i32(weights + first_group[v]),
+                                Isa::load_i32(lane_group + v * W));
         } else {
           weight = Isa::set1_i32(static_cast<int32_t>(*weights));
         }
         if constexpr (kNibbles) {
           I low, high;
-          Isa::split_nibbles(quads[v], &low, &high);
+          Isa::split_nibbles(bytes[v], &low, &high);
           acc[2 * v] = Isa::dot_weights(acc[2 * v], weight, low);
           acc[2 * v + 1] = Isa::dot_weights(acc[2 * v + 1], weight, high);
         } else {
-          acc[v] = Isa::dot_weights(acc[v], weight, quads[v]);
+          acc[v] = Isa::dot_weights(acc[v], weight, bytes[v]);
         }
       }
     }
     JAX_GLUON_UNROLL
     for (int v = 0; v < 4; ++v) {
-      F factor;
+      F unit;
       if constexpr (kGrouped) {
-        factor = Isa::permute(Isa::load(factors + first[v]), Isa::load_i32(index + v * W));
+        unit = Isa::permute(Isa::load(w.unit + first_group[v]), Isa::load_i32(lane_group + v * W));
       } else {
-        factor = Isa::set1(*factors);
+        unit = Isa::set1(*w.unit);
       }
       JAX_GLUON_UNROLL
       for (int half = 0; half < kHalves; ++half) {
         float* to = out + (v * kHalves + half) * W;
         const F sum = Isa::to_float(acc[v * kHalves + half]);
-        Isa::store(to, Isa::fma(sum, factor, Isa::load(to)));
+        Isa::store(to, Isa::fma(sum, unit, Isa::load(to)));
       }
     }
   }

@@ -2,10 +2,14 @@
 // work on few heads, and the chunks' partial results are merged (Flash-Decoding).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "cpu/memory/buffer.h"
 #include "cpu/rows/logit_rules.h"
 #include "cpu/rows/quantized_rows.h"
+#include "device.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {

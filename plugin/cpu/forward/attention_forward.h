@@ -19,11 +19,12 @@ class AttentionForward {
   using Isa = typename Core::Isa;
   using Lane = typename Core::Lane;
   static constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   using Rules = LogitRules<Isa, kBlockKeys>;
   using Softmax = OnlineSoftmax<Core>;
+  using Group = RowGroup<Rules>;
 
  public:
   AttentionForward(const AttentionForwardCall& call, Parallel& parallel)
@@ -53,37 +54,22 @@ class AttentionForward {
  private:
   struct Scratch {
     RowScratch<Core> load;
-    Buffer<char> memory;
-    Lane* query = nullptr;          // row tiles
-    float* out = nullptr;           // [kBlockRows][value_columns]
-    float* scores = nullptr;        // [kGroupRows][kBlockKeys]; int32 before they are scaled
-    Lane* probabilities = nullptr;  // [kGroupRows][kBlockKeys / G]; the scores where G == 1
+    Buffer<Lane> query;          // row tiles
+    Buffer<float> out;           // [kBlockRows][value_columns]
+    Buffer<float> scores;        // [kGroupRows][kBlockKeys]; int32 before they are scaled
+    Buffer<Lane> probabilities;  // [kGroupRows][kBlockKeys / G]; the scores where G == 1
   };
 
   void prepare(Scratch& s) const {
-    if (s.query) return;
     s.load.prepare(call_);
-    int64_t bytes = 0;
-    const auto reserve = [&](int64_t count) {
-      const int64_t at = bytes;
-      bytes += round_up(count * 4, kAlignment);
-      return at;
-    };
-    const int64_t query = reserve(kBlockRows * lanes_);
-    const int64_t out = reserve(kBlockRows * value_columns_);
-    const int64_t scores = reserve(kGroupRows * kBlockKeys);
-    const int64_t probabilities = G == 1 ? scores : reserve(kGroupRows * kBlockKeys / G);
-    s.memory.allocate(bytes);
-    char* base = s.memory.get();
-    s.query = reinterpret_cast<Lane*>(base + query);
-    s.out = reinterpret_cast<float*>(base + out);
-    s.scores = reinterpret_cast<float*>(base + scores);
-    s.probabilities = reinterpret_cast<Lane*>(base + probabilities);
+    s.query.allocate(kBlockRows * lanes_);
+    s.out.allocate(kBlockRows * value_columns_);
+    s.scores.allocate(kGroupRows * kBlockKeys);
+    if (G != 1) s.probabilities.allocate(kGroupRows * kBlockKeys / G);
   }
 
   void attend(int64_t bn, int64_t row_block) {
     const int64_t b = bn / call_.N, n = bn % call_.N, k = n / (call_.N / call_.K);
-    const int64_t head = b * call_.K + k;
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n);
     const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
@@ -92,120 +78,114 @@ class AttentionForward {
     prepare(s);
 
     RowState state;
-    rows_.load(b, n, rows, s.load, s.query, state);
-    std::fill(s.out, s.out + kBlockRows * value_columns_, 0.0f);
-    const Range keys = visibility.of_rows(rows);
-    for (int64_t key0 = keys.begin / block_keys_ * block_keys_; key0 < keys.end;
+    rows_.load(b, n, rows, s.load, s.query.get(), state);
+    std::fill(s.out.get(), s.out.get() + kBlockRows * value_columns_, 0.0f);
+    const Range visible = visibility.of_rows(rows);
+    for (int64_t key0 = visible.begin / block_keys_ * block_keys_; key0 < visible.end;
          key0 += block_keys_) {
+      const KeyBlock<Core> keys{b, k, key0, packed_, b * call_.K + k, key0};
       for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
-        const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
-        const Range seen = intersect(visibility.of_rows(group), {key0, key0 + block_keys_});
-        if (seen.empty() || !rules.any_visible(group, seen)) continue;
-        attend_group(visibility, rules, b, k, head, group, g, key0, seen, s, state);
+        const Group group{visibility,
+                          rules,
+                          {rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)},
+                          g,
+                          state};
+        const Range seen = intersect(visibility.of_rows(group.rows), {key0, key0 + block_keys_});
+        if (seen.empty() || !rules.any_visible(group.rows, seen)) continue;
+        attend_group(group, keys, keys.columns(seen), s);
       }
     }
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-      rows_.store(b, n, rows.begin + r, r, s.out + r * value_columns_, state);
+      rows_.store(b, n, rows.begin + r, r, s.out.get() + r * value_columns_, state);
     }
   }
 
-  void attend_group(const Visibility& visibility, const Rules& rules, int64_t b, int64_t k,
-                    int64_t head, Range group, int64_t g, int64_t key0, Range seen, Scratch& s,
-                    RowState& state) {
-    const int64_t begin = (seen.begin - key0) / kStep * kStep;
-    const int64_t end = round_up(seen.end - key0, kStep);
-    for (int64_t j = begin; j < end; j += C) {
+  // `seen`: the columns of the block that any row of the group sees.
+  void attend_group(const Group& group, const KeyBlock<Core>& keys, Range seen, Scratch& s) const {
+    const Range columns{seen.begin / kStep * kStep, round_up(seen.end, kStep)};
+    const Lane* query = s.query.get() + group.first * lanes_;
+    for (int64_t j = columns.begin; j < columns.end; j += C) {
       for (int t = 0; t < kGroupRows; t += R) {
-        score_tile<Core>(s.query + (g + t) * lanes_, packed_.key_panels(head, key0 + j), lanes_,
-                         s.scores + t * kBlockKeys + j, kBlockKeys);
+        score_tile<Core>(query + t * lanes_, keys.key_panels(j), lanes_,
+                         s.scores.get() + t * kBlockKeys + j, kBlockKeys);
       }
     }
-    alignas(kAlignment) float rescale[kGroupRows];
-    alignas(kAlignment) typename Softmax::SubtileFactors subtile_factor;
-    const int64_t rows = group.end - group.begin;
-    KeyScales key_scales;
-    if constexpr (kInt8) key_scales = packed_.key_scales(head, key0);
-    for (int64_t r = rows; r < kGroupRows; ++r) {
-      rescale[r] = 1.0f;
-      for (auto& factor : subtile_factor) factor[r] = 0.0f;
+    typename Softmax::Scores scores;
+    scores.scores = s.scores.get();
+    scores.probabilities = G == 1 ? reinterpret_cast<Lane*>(s.scores.get()) : s.probabilities.get();
+    for (int64_t r = group.count(); r < kGroupRows; ++r) {
+      scores.rescale[r] = 1.0f;
+      for (auto& factor : scores.subtile_factor) factor[r] = 0.0f;
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = g + r;
-      float* scores = s.scores + r * kBlockKeys;
-      const Range visible = visibility.of_row(group.begin + r);
-      const bool edit_all = rules.any() || key_values_.has_offsets();
-      // Columns that all of the row sees, and whose products need nothing else.
-      const Range products = edit_all ? Range{} : Range{visible.begin - key0, visible.end - key0};
-      const bool edit = !contains(products, {begin, end});
-      // Where probabilities have 8 bits the last bit of a logit can decide, so it is made in the
-      // same way whatever the block is: subtile by subtile.
-      const int64_t step = kInt8 ? kSubtileKeys : end - begin;
-      for (int64_t j = begin; edit && j < end; j += step) {
-        if (contains(products, {j, j + step})) continue;
-        softmax_.edit(rules, key_scales, key_values_.has_offsets(), group.begin + r, key0, j,
-                      j + step, visible, scores, row, state);
-      }
-      Lane* probabilities = s.probabilities + r * (kBlockKeys / G);
-      if constexpr (kInt8) {
-        const auto run = key_values_.has_value_offsets() ? &Softmax::template run_int8<true>
-                                                         : &Softmax::template run_int8<false>;
-        (softmax_.*run)(key_scales, begin, end, products, scores, row, r, probabilities, state,
-                        rescale[r], subtile_factor);
-      } else if (kBf16 && !edit) {
-        softmax_.template run<true>(scores, begin, end, row, probabilities, state, rescale[r]);
-      } else {
-        softmax_.template run<false>(scores, begin, end, row, probabilities, state, rescale[r]);
-      }
-    }
-    float* out = s.out + g * value_columns_;
-    if constexpr (kInt8) {
-      for (int64_t r = 0; r < rows; ++r) {
-        if (rescale[r] != 1.0f)
-          scale_row<Isa>(out + r * value_columns_, value_columns_, rescale[r]);
-      }
-      for (int64_t p = 0; p < value_panels_; ++p) {
-        for (int64_t j = begin; j < end; j += kSubtileKeys) {
-          const Lane* values =
-              packed_.value_lines(head, key0 + j) + p * packed_.value_panel_stride();
-          for (int t = 0; t < kGroupRows; t += R) {
-            value_tile<Core, kBlockKeys / G>(s.probabilities + (t * kBlockKeys + j) / G, values,
-                                             kSubtileKeys / G, out + t * value_columns_ + p * C,
-                                             value_columns_, subtile_factor[j / kSubtileKeys] + t);
-          }
-        }
-      }
-    } else {
-      for (int64_t p = 0; p < value_panels_; ++p) {
-        const Lane* values =
-            packed_.value_lines(head, key0 + begin) + p * packed_.value_panel_stride();
-        for (int t = 0; t < kGroupRows; t += R) {
-          value_tile<Core, kBlockKeys / G>(s.probabilities + (t * kBlockKeys + begin) / G, values,
-                                           (end - begin) / G, out + t * value_columns_ + p * C,
-                                           value_columns_, rescale + t);
-        }
-      }
-    }
-    rows_.add_marked_values(
-        b, k, key0, {seen.begin - key0, seen.end - key0}, packed_.dirty(head) + key0, rows, s.load,
-        out, value_columns_,
-        [&](int64_t r, int64_t c) { return probability(head, key0, r, c, g + r, s, state); });
+    for (int64_t r = 0; r < group.count(); ++r) find_probabilities(group, r, keys, columns, scores);
+    float* out = s.out.get() + group.first * value_columns_;
+    multiply_values(keys, columns, group.count(), scores, out);
+    rows_.add_unpacked_values(keys, seen, group.count(), s.load, out, [&](int64_t r, int64_t c) {
+      return probability(group, r, keys, c, scores);
+    });
   }
 
-  // The probability that row r of the group, whose scores and probabilities stand there, gives to
-  // key key0 + c.
-  float probability(int64_t head, int64_t key0, int64_t r, int64_t c, int64_t row, const Scratch& s,
-                    const RowState& state) const {
+  // Of row r of the group.
+  void find_probabilities(const Group& group, int64_t r, const KeyBlock<Core>& keys, Range columns,
+                          typename Softmax::Scores& scores) const {
+    const int64_t row = group.first + r;
+    const bool edit_all = group.rules.any() || key_values_.has_offsets();
+    // Columns that all of the row sees, and whose products need nothing else.
+    const Range products = edit_all ? Range{} : keys.columns(group.visible(r));
+    const bool edit = !contains(products, columns);
+    // Where probabilities have 8 bits the last bit of a logit can decide, so it is made in the same
+    // way whatever the block is: subtile by subtile.
+    const int64_t step = kInt8 ? kSubtileKeys : columns.end - columns.begin;
+    for (int64_t j = columns.begin; edit && j < columns.end; j += step) {
+      if (contains(products, {j, j + step})) continue;
+      softmax_.edit(group, r, keys, {j, j + step}, scores.scores + r * kBlockKeys);
+    }
     if constexpr (kInt8) {
-      const float logit = s.scores[r * kBlockKeys + c];
-      // A row that has seen nothing has no maximum to subtract.
-      return logit == kHidden ? 0.0f
-                              : std::exp2(logit - packed_.key_scales(head, key0 + c).fold_log2[0] -
-                                          state.maximum[row]);
-    } else if constexpr (kBf16) {
-      const auto* bits = reinterpret_cast<const uint16_t*>(s.probabilities);
-      return float_from_bf16(bits[r * kBlockKeys + c]);
+      const auto run = key_values_.has_value_offsets() ? &Softmax::template run_int8<true>
+                                                       : &Softmax::template run_int8<false>;
+      (softmax_.*run)(r, row, keys.scales(), columns, products, group.state, scores);
+    } else if (kBf16 && !edit) {
+      softmax_.template run<true>(r, row, columns, group.state, scores);
     } else {
-      return s.scores[r * kBlockKeys + c];
+      softmax_.template run<false>(r, row, columns, group.state, scores);
+    }
+  }
+
+  // `out`, of `rows` rows, takes the values of `columns`.
+  void multiply_values(const KeyBlock<Core>& keys, Range columns, int64_t rows,
+                       const typename Softmax::Scores& scores, float* out) const {
+    const int64_t panel_stride = keys.packed.value_panel_stride();
+    for (int64_t r = 0; kInt8 && r < rows; ++r) {
+      if (scores.rescale[r] == 1.0f) continue;
+      scale_row<Isa>(out + r * value_columns_, value_columns_, scores.rescale[r]);
+    }
+    const int64_t step = kInt8 ? kSubtileKeys : columns.end - columns.begin;
+    for (int64_t p = 0; p < value_panels_; ++p) {
+      for (int64_t j = columns.begin; j < columns.end; j += step) {
+        const Lane* values = keys.value_lines(j) + p * panel_stride;
+        const float* factor = kInt8 ? scores.subtile_factor[j / kSubtileKeys] : scores.rescale;
+        for (int t = 0; t < kGroupRows; t += R) {
+          value_tile<Core, kBlockKeys / G>(scores.probabilities + (t * kBlockKeys + j) / G, values,
+                                           step / G, out + t * value_columns_ + p * C,
+                                           value_columns_, factor + t);
+        }
+      }
+    }
+  }
+
+  // The probability that row r of the group gives to column c.
+  float probability(const Group& group, int64_t r, const KeyBlock<Core>& keys, int64_t c,
+                    const typename Softmax::Scores& scores) const {
+    const int64_t at = r * kBlockKeys + c;
+    if constexpr (kInt8) {
+      const float logit = scores.scores[at];
+      // A row that has seen nothing has no maximum to subtract.
+      if (logit == kHidden) return 0.0f;
+      return std::exp2(logit - keys.scales().fold_log2[c] - group.state.maximum[group.first + r]);
+    } else if constexpr (kBf16) {
+      return float_from_bf16(reinterpret_cast<const uint16_t*>(scores.probabilities)[at]);
+    } else {
+      return scores.scores[at];
     }
   }
 

@@ -25,7 +25,7 @@ class AttentionForwardGluon {
   using Lane = typename Core::Lane;
   static constexpr int W = Isa::kLanes;
   static constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of
@@ -34,6 +34,7 @@ class AttentionForwardGluon {
   static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;  // of a subtile, at most
   using Rules = LogitRules<Isa, kKeys>;
   using Softmax = SubtileSoftmax<Core>;
+  using SubtileRows = typename Softmax::Rows;
   using Yes = std::true_type;
   using No = std::false_type;
 
@@ -93,18 +94,13 @@ class AttentionForwardGluon {
     Buffer<typename Softmax::Group> group;
   };
 
-  // What a task's groups have in common on one block of keys, which is packed at key `place` of row
-  // `row` of `packed`.
-  struct KeyBlock {
-    int64_t b, k, key0;
-    const PackedKeyValues<Core>& packed;
-    int64_t row, place;
+  struct Group : RowGroup<Rules> {
+    int64_t row;  // the first, among those of the task
   };
 
   void prepare(Scratch& s) const {
-    if (s.ring) return;
     s.load.prepare(call_);
-    s.ring.emplace(call_, key_values_);
+    if (!s.ring) s.ring.emplace(call_, key_values_);
     const int64_t rows = task_blocks_ * kBlockRows;
     s.blocks.allocate(task_blocks_);
     s.group.allocate(1);
@@ -144,136 +140,123 @@ class AttentionForwardGluon {
     if (!shares_) ring.start(head, keys);
     for (int64_t key0 = ring.first_block(keys); key0 < keys.end; key0 += ring.block_keys()) {
       if (!shares_) ring.fill_ahead(key0, s.load);
-      const KeyBlock at = shares_ ? KeyBlock{b, k, key0, shared_, head, key0}
-                                  : KeyBlock{b, k, key0, ring.packed(), ring.slot(key0), 0};
-      for (int64_t u = 0; u < last - first; ++u) attend_block(visibility, at, u, s);
+      using Block = KeyBlock<Core>;
+      const Block block = shares_ ? Block{b, k, key0, shared_, head, key0}
+                                  : Block{b, k, key0, ring.packed(), ring.row_of(key0), 0};
+      for (int64_t u = 0; u < last - first; ++u) attend_block(visibility, block, u, s);
     }
     for (int64_t u = 0; u < last - first; ++u) finish(b, u, s);
   }
 
-  void attend_block(const Visibility& visibility, const KeyBlock& at, int64_t u, Scratch& s) const {
+  void attend_block(const Visibility& visibility, const KeyBlock<Core>& keys, int64_t u,
+                    Scratch& s) const {
     RowBlock& block = s.blocks[u];
-    const Range rows = block.rows, keys{at.key0, at.key0 + s.ring->block_keys()};
-    if (intersect(visibility.of_rows(rows), keys).empty()) return;
-    const Rules rules(call_, at.b, block.n);
+    const Range rows = block.rows, all = keys.keys({0, s.ring->block_keys()});
+    if (intersect(visibility.of_rows(rows), all).empty()) return;
+    const Rules rules(call_, keys.b, block.n);
     for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
-      const Range group{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
-      const Range seen = intersect(visibility.of_rows(group), keys);
-      if (seen.empty() || !rules.any_visible(group, seen)) continue;
-      const int64_t begin = (seen.begin - at.key0) / kStep * kStep;
-      const int64_t end = round_up(seen.end - at.key0, kStep);
+      const Range queries{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
+      const Group group{{visibility, rules, queries, g, block.state}, u * kBlockRows + g};
+      const Range seen = intersect(visibility.of_rows(queries), all);
+      if (seen.empty() || !rules.any_visible(queries, seen)) continue;
+      const Range columns{(seen.begin - keys.first) / kStep * kStep,
+                          round_up(seen.end - keys.first, kStep)};
       float* scores = s.scores.get();
       float* next_scores = scores + kGroupRows * kKeys;
-      const Lane* query = s.query.get() + (u * kBlockRows + g) * lanes_;
-      multiply_keys(query, at, begin, std::min(begin + subtile_keys_, end), scores);
-      for (int64_t j = begin; j < end; j += subtile_keys_, std::swap(scores, next_scores)) {
+      const Lane* query = s.query.get() + group.row * lanes_;
+      const auto subtile_at = [&](int64_t j) {
+        return Range{j, std::min(j + subtile_keys_, columns.end)};
+      };
+      multiply_keys(query, keys, subtile_at(columns.begin), scores);
+      for (int64_t j = columns.begin; j < columns.end;
+           j += subtile_keys_, std::swap(scores, next_scores)) {
         const int64_t next = j + subtile_keys_;
-        if (next < end) {
-          multiply_keys(query, at, next, std::min(next + subtile_keys_, end), next_scores);
-        }
-        subtile(visibility, rules, at, group, u, g, {begin, end}, j, scores, s);
+        if (next < columns.end) multiply_keys(query, keys, subtile_at(next), next_scores);
+        const Range subtile = subtile_at(j);
+        attend_subtile(group, keys.from(j), subtile.end - j, keys.keys(columns), scores, s);
       }
     }
   }
 
-  void multiply_keys(const Lane* query, const KeyBlock& at, int64_t begin, int64_t end,
+  void multiply_keys(const Lane* query, const KeyBlock<Core>& keys, Range columns,
                      float* scores) const {
-    for (int64_t j = begin; j < end; j += C) {
+    for (int64_t j = columns.begin; j < columns.end; j += C) {
       for (int t = 0; t < kGroupRows; t += R) {
-        score_tile<Core>(query + t * lanes_, at.packed.key_panels(at.row, at.place + j), lanes_,
-                         scores + t * kKeys + j - begin, kKeys);
+        score_tile<Core>(query + t * lanes_, keys.key_panels(j), lanes_,
+                         scores + t * kKeys + j - columns.begin, kKeys);
       }
     }
   }
 
-  // Softmax and values of the subtile that starts at column `begin` of the block, of which the
-  // group sees `seen`; `scores` are its products.
-  void subtile(const Visibility& visibility, const Rules& rules, const KeyBlock& at, Range group,
-               int64_t u, int64_t g, Range seen, int64_t begin, float* scores, Scratch& s) const {
-    RowState& state = s.blocks[u].state;
-    const PackedKeyValues<Core>& packed = at.packed;
-    const int64_t place = at.place + begin;
-    const int64_t columns = std::min<int64_t>(seen.end - begin, subtile_keys_);
-    const int64_t rows = group.end - group.begin, key = at.key0 + begin;
-    const uint8_t* dirty = packed.dirty(at.row) + place;
+  // Softmax and values of a subtile, the first `columns` of `keys`; `seen` are the keys of the
+  // block that the group computes, `scores` the subtile's products.
+  void attend_subtile(const Group& group, const KeyBlock<Core>& keys, int64_t columns, Range seen,
+                      float* scores, Scratch& s) const {
+    RowState& state = group.state;
+    const int64_t rows = group.count();
     Lane* probabilities = G == 1 ? reinterpret_cast<Lane*>(scores) : s.probabilities.get();
-    const bool marked = std::memchr(dirty, 1, static_cast<size_t>(columns)) != nullptr;
-    KeyScales scales;
-    if constexpr (kInt8) scales = packed.key_scales(at.row, place);
-    const bool edit_all = rules.any() || key_values_.has_offsets();
-    const auto cuts = [&](Range visible, int64_t from, int64_t to) {
-      return !contains(visible, {at.key0 + from, at.key0 + to});
-    };
+    const SubtileRows all_rows{scores, probabilities, state.factor + group.first,
+                               state.maximum + group.first, state.key_bias + group.first};
+    const bool has_zeros =
+        std::memchr(keys.has_zeros(), 1, static_cast<size_t>(columns)) != nullptr;
+    const KeyScales scales = keys.scales();
+    const bool edit_all = group.rules.any() || key_values_.has_offsets();
     // Ends of what rows see never decrease but to those past the lengths, which come last.
-    const Range first = visibility.of_row(group.begin), last = visibility.of_row(group.end - 1);
     const bool inside =
-        !edit_all && !cuts(first, seen.begin, seen.end) && !cuts(last, seen.begin, seen.end);
+        !edit_all && contains(group.visible(0), seen) && contains(group.visible(rows - 1), seen);
     s.group[0].rescales = false;
     int64_t done = 0;
     if constexpr (kInt8 && Softmax::kRowsAtOnce > 1) {
       constexpr int kRows = Softmax::kRowsAtOnce;
       for (; inside && done + kRows <= rows; done += kRows) {
-        run_int8<kRows>(false, marked, scales, scores + done * kKeys, done, g + done,
-                        probabilities + done * (kKeys / G), state, s.group[0]);
+        run_int8<kRows>(false, has_zeros, scales, all_rows.from(done), done, s.group[0]);
       }
     }
     for (int64_t r = done; r < rows; ++r) {
-      const int64_t row = g + r;
-      float* row_scores = scores + r * kKeys;
-      Lane* out = probabilities + r * (kKeys / G);
-      const Range visible = inside ? first : visibility.of_row(group.begin + r);
-      const bool edit = !inside && (edit_all || cuts(visible, begin, begin + columns));
+      const SubtileRows row = all_rows.from(r);
+      const bool edit =
+          !inside && (edit_all || !contains(group.visible(r), keys.keys({0, columns})));
       if (edit) {
-        block_softmax_.edit(rules, scales, key_values_.has_offsets(), group.begin + r, key, 0,
-                            columns, visible, row_scores, row, state);
+        block_softmax_.edit(group, r, keys, {0, columns}, row.scores);
         if (kInt8 && call_.bias) {
-          block_softmax_.move_origin(0, columns, row_scores, row, state, state.maximum[row]);
+          const int64_t i = group.first + r;
+          block_softmax_.move_origin(0, columns, row.scores, i, state, state.maximum[i]);
         }
       }
       if constexpr (kInt8) {
-        run_int8<1>(edit, marked, scales, row_scores, r, row, out, state, s.group[0]);
+        run_int8<1>(edit, has_zeros, scales, row, r, s.group[0]);
       } else if (kBf16 && !edit) {
-        Softmax::template run_row<true>(row_scores, columns, r, state.factor[row],
-                                        state.maximum[row], out, s.group[0]);
+        Softmax::template run_row<true>(row, columns, r, s.group[0]);
       } else {
-        Softmax::template run_row<false>(row_scores, columns, r, 1.0f, state.maximum[row], out,
-                                         s.group[0]);
+        Softmax::template run_row<false>(row, columns, r, s.group[0]);
       }
     }
-    const int64_t at_row = u * kBlockRows + g;
-    float* sums = s.sums.get() + at_row * W;
+    float* sums = s.sums.get() + group.row * W;
     float* offset_sums =
-        key_values_.has_value_offsets() ? s.offset_sums.get() + at_row * W : nullptr;
-    Softmax::finish(state.maximum + g, sums, offset_sums, s.group[0]);
-    float* out = s.out.get() + at_row * value_columns_;
-    multiply_values(probabilities, columns, packed.value_lines(at.row, place),
-                    packed.value_panel_stride(), rows, s.group[0], out);
-    if (!marked) return;
-    rows_.add_marked_values(
-        at.b, at.k, key, {0, columns}, dirty, rows, s.load, out, value_columns_,
-        [&](int64_t r, int64_t c) {
-          if constexpr (kInt8) {
-            const float logit = scores[r * kKeys + c];
-            return logit == kHidden ? 0.0f
-                                    : std::exp2(logit - scales.fold_log2[c] - state.maximum[g + r]);
-          } else if constexpr (kBf16) {
-            const auto* bits = reinterpret_cast<const uint16_t*>(probabilities);
-            return float_from_bf16(bits[r * kKeys + c]);
-          } else {
-            return scores[r * kKeys + c];
-          }
-        });
+        key_values_.has_value_offsets() ? s.offset_sums.get() + group.row * W : nullptr;
+    Softmax::finish(state.maximum + group.first, sums, offset_sums, s.group[0]);
+    float* out = s.out.get() + group.row * value_columns_;
+    multiply_values(probabilities, keys, columns, rows, s.group[0], out);
+    if (!has_zeros) return;
+    rows_.add_unpacked_values(keys, {0, columns}, rows, s.load, out, [&](int64_t r, int64_t c) {
+      if constexpr (kInt8) {
+        const float logit = scores[r * kKeys + c], maximum = state.maximum[group.first + r];
+        return logit == kHidden ? 0.0f : std::exp2(logit - scales.fold_log2[c] - maximum);
+      } else if constexpr (kBf16) {
+        return float_from_bf16(reinterpret_cast<const uint16_t*>(probabilities)[r * kKeys + c]);
+      } else {
+        return scores[r * kKeys + c];
+      }
+    });
   }
 
-  // `scores` and `out` are those of row r of the group, row `row` of the block.
+  // Rows r, r + 1... of the group, the first of `rows`.
   template <int kRows>
-  void run_int8(bool are_logits, bool keep, const KeyScales& scales, float* scores, int64_t r,
-                int64_t row, Lane* out, const RowState& state,
-                typename Softmax::Group& group) const {
+  void run_int8(bool are_logits, bool keep, const KeyScales& scales, const SubtileRows& rows,
+                int64_t r, typename Softmax::Group& group) const {
     const auto run = [&](auto logits, auto keeps, auto has_offsets) {
-      Softmax::template run_rows_int8<kRows, logits(), keeps(), has_offsets()>(
-          scales, scores, r, state.factor + row, state.key_bias + row, state.maximum + row, out,
-          group);
+      Softmax::template run_rows_int8<kRows, logits(), keeps(), has_offsets()>(scales, rows, r,
+                                                                               group);
     };
     const auto run_kind = [&](auto keeps, auto has_offsets) {
       are_logits ? run(Yes(), keeps, has_offsets) : run(No(), keeps, has_offsets);
@@ -287,9 +270,10 @@ class AttentionForwardGluon {
     }
   }
 
-  void multiply_values(const Lane* probabilities, int64_t columns, const Lane* values,
-                       int64_t panel_stride, int64_t rows, const typename Softmax::Group& group,
-                       float* out) const {
+  void multiply_values(const Lane* probabilities, const KeyBlock<Core>& keys, int64_t columns,
+                       int64_t rows, const typename Softmax::Group& group, float* out) const {
+    const Lane* values = keys.value_lines(0);
+    const int64_t panel_stride = keys.packed.value_panel_stride();
     if (kInt8 && group.rescales) {
       for (int64_t r = 0; r < rows; ++r) {
         if (group.rescale[r] != 1.0f) {

@@ -20,19 +20,24 @@ constexpr int kBlockRows = 96;
 // a coarser maximum and the cost of rescaling.
 constexpr int kSubtileKeys = 64;
 
+// Probabilities of 8 bits are integers up to this, which their subtile's largest gets.
+constexpr float kMaxProbability = 255.0f, kLog2OfMaxProbability = 7.99435344f;
+// The maximum of such a subtile with nothing visible: finite, since -inf - -inf would be NaN.
+constexpr float kEmptySubtileMaximum = -1e30f;
+
 template <class Core>
 struct ForwardBlocks {
-  static constexpr int R = Core::kTileRows, C = Core::kTileColumns;
+  static constexpr int C = Core::kTileColumns;
   static constexpr bool kInt8 = Core::kArithmetic == Arithmetic::kInt8;
   static constexpr bool kBf16 = Core::kArithmetic == Arithmetic::kBf16;
-  // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.
-  static constexpr int kGroupRows = R >= 12 ? R : 2 * R;
+  // Of the polynomial in exp2 of probabilities, which 8 or 16 bits round anyway.
+  static constexpr int kExp2Degree = kInt8 || kBf16 ? 3 : 5;
   // Keys of a subtile of the gluon pipeline, at most: a row's logits are kept in 16 registers, with
   // AVX-512 half of all.
   static constexpr int kSubtileColumns = kInt8 ? kSubtileKeys : 16 * Core::Isa::kLanes;
   // Key ranges are rounded to this many keys.
   static constexpr int kStep = kInt8 ? (kSubtileKeys > C ? kSubtileKeys : C) : C;
-  static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % kGroupRows == 0);
+  static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % Core::kGroupRows == 0);
 
   static KernelOffer baseline_offer() {
     return {Kernel::kBaseline,
@@ -84,30 +89,17 @@ struct RowScratch {
   using Lane = typename Core::Lane;
 
   void prepare(const AttentionForwardCall& call) {
-    if (rows) return;
-    int64_t bytes = 0;
-    const auto reserve = [&](int64_t count) {
-      const int64_t at = bytes;
-      bytes += round_up(count * 4, kAlignment);
-      return at;
-    };
-    constexpr int R = Core::kTileRows, C = Core::kTileColumns, G = Core::kGroup;
-    const int64_t widest = std::max(call.H, round_up(call.V, C));
-    const int64_t rows_at = reserve(std::max(C, R) * ceil_div(call.H, G));
-    const int64_t row_at = reserve(widest + Core::Isa::kLanes);
+    constexpr int R = Core::kTileRows, C = Core::kTileColumns;
+    constexpr int64_t W = Core::Isa::kLanes;
+    rows.allocate(std::max(C, R) * ceil_div(call.H, Core::kGroup));
+    row.allocate(std::max(call.H, round_up(call.V, C)) + W);
     code_stride = round_up(std::max(call.H, call.V), kAlignment);
-    const int64_t codes_at = reserve(
-        ForwardBlocks<Core>::kInt8 ? kSubtileKeys * code_stride / 4 + Core::Isa::kLanes : 0);
-    memory.allocate(bytes);
-    rows = reinterpret_cast<Lane*>(memory.get() + rows_at);
-    row = reinterpret_cast<float*>(memory.get() + row_at);
-    codes = reinterpret_cast<int8_t*>(memory.get() + codes_at);
+    if (ForwardBlocks<Core>::kInt8) codes.allocate(kSubtileKeys * code_stride + 4 * W);
   }
 
-  Buffer<char> memory;
-  Lane* rows = nullptr;     // rows as lanes
-  float* row = nullptr;     // a float row
-  int8_t* codes = nullptr;  // INT8: rows of codes of a subtile
+  Buffer<Lane> rows;     // rows as lanes
+  Buffer<float> row;     // a float row
+  Buffer<int8_t> codes;  // INT8: rows of codes of a subtile
   int64_t code_stride = 0;
 };
 

@@ -6,8 +6,9 @@
 
 #include "cpu/forward/forward_blocks.h"
 #include "cpu/forward/key_value_rows.h"
-#include "cpu/forward/online_softmax.h"
+#include "cpu/forward/row_group.h"
 #include "cpu/tiles/pack.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -17,18 +18,20 @@ class ForwardRows {
   using Isa = typename Core::Isa;
   using Lane = typename Core::Lane;
   static constexpr int R = Core::kTileRows, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
 
  public:
   ForwardRows(const AttentionForwardCall& call, const KeyValueRows<Core>& key_values)
-      : call_(call), key_values_(key_values), lanes_(ceil_div(call.H, G)) {}
+      : call_(call),
+        key_values_(key_values),
+        lanes_(ceil_div(call.H, G)),
+        value_columns_(round_up(call.V, Core::kTileColumns)) {}
 
   // At most kBlockRows rows of query head n as row tiles, zeros up to a whole group, and their
   // state before any key.
   void load(int64_t b, int64_t n, Range rows, RowScratch<Core>& s, Lane* tiles,
             RowState& state) const {
-    const int64_t k = n / (call_.N / call_.K);
     const float scale = call_.scale * kLog2E;
     for (int r = 0; r < kBlockRows; ++r) {
       state.origin[r] = call_.bias ? kHidden : 0.0f;
@@ -45,34 +48,35 @@ class ForwardRows {
     touch_rows(call_.query, b, rows.begin, rows.end, n, call_.H);
     for (int64_t t = 0; t < round_up(count, kGroupRows); t += R) {
       for (int r = 0; r < R; ++r) {
-        Lane* out = s.rows + r * lanes_;
+        Lane* out = s.rows.get() + r * lanes_;
         if (t + r >= count) {
           std::fill(out, out + lanes_, Lane(0));
           continue;
         }
         const int64_t i = rows.begin + t + r;
-        load_query(b, i, n, k, t + r, scale, s, out, state);
+        load_query(b, i, n, t + r, s, out, state);
       }
-      interleave<R>(s.rows, lanes_, lanes_, tiles + t * lanes_);
+      interleave<R>(s.rows.get(), lanes_, lanes_, tiles + t * lanes_);
     }
   }
 
-  // Adds probability(r, c) * value for each of keys key0 + c, c in `columns`, that dirty[c] marks.
+  // Adds probability(r, c) * value for each of the keys of `columns` that are packed as zeros to
+  // `out`, `rows` of value_columns.
   template <class Probability>
-  void add_marked_values(int64_t b, int64_t k, int64_t key0, Range columns, const uint8_t* dirty,
-                         int64_t rows, RowScratch<Core>& s, float* out, int64_t stride,
-                         Probability probability) const {
+  void add_unpacked_values(const KeyBlock<Core>& keys, Range columns, int64_t rows,
+                           RowScratch<Core>& s, float* out, Probability probability) const {
+    const uint8_t* has_zeros = keys.has_zeros();
     bool any = false;
-    for (int64_t c = columns.begin; c < columns.end; ++c) any |= dirty[c] != 0;
+    for (int64_t c = columns.begin; c < columns.end; ++c) any |= has_zeros[c] != 0;
     if (!any) return;
-    const float per_unit = 1.0f / key_values_.value_unit(b * call_.K + k);
+    const float per_unit = 1.0f / key_values_.value_unit(keys.b * call_.K + keys.k);
     for (int64_t c = columns.begin; c < columns.end; ++c) {
-      if (!dirty[c]) continue;
-      key_values_.values().load(b, key0 + c, k, s.row);
+      if (!has_zeros[c]) continue;
+      key_values_.values().load(keys.b, keys.first + c, keys.k, s.row.get());
       for (int64_t r = 0; r < rows; ++r) {
         const float p = probability(r, c);
         if (p == 0.0f) continue;
-        float* o = out + r * stride;
+        float* o = out + r * value_columns_;
         for (int64_t v = 0; v < call_.V; ++v) o[v] += p * (s.row[v] * per_unit);
       }
     }
@@ -110,13 +114,13 @@ class ForwardRows {
   }
 
  private:
-  void load_query(int64_t b, int64_t i, int64_t n, int64_t k, int64_t row, float scale,
-                  RowScratch<Core>& s, Lane* out, RowState& state) const {
-    const float* center = key_values_.keys().center_of(b, k);
+  void load_query(int64_t b, int64_t i, int64_t n, int64_t row, RowScratch<Core>& s, Lane* out,
+                  RowState& state) const {
+    const float scale = call_.scale * kLog2E;
+    const float* center = key_values_.keys().center_of(b, n / (call_.N / call_.K));
     if constexpr (kInt8) {
-      ScaleAndOffset own;
-      const int8_t* codes =
-          QuantizedRow<Isa>::codes_of(call_.query, b, i, n, call_.H, s.row, s.codes, &own);
+      const auto [codes, own] =
+          QuantizedRow<Isa>::codes_of(call_.query, b, i, n, call_.H, s.row.get(), s.codes.get());
       row_to_lanes<Core>(codes, DType::kS8, call_.H, 0, out);
       const int32_t total = sum_of(codes, call_.H);
       state.factor[row] = own.scale * scale;
@@ -128,8 +132,8 @@ class ForwardRows {
       }
       if (center) {
         // The row itself, not the codes that it was rounded to once more.
-        QuantizedRow<Isa>::load(call_.query, b, i, n, call_.H, s.row);
-        state.center[row] = scale * dot<Isa>(s.row, center, call_.H);
+        QuantizedRow<Isa>::load(call_.query, b, i, n, call_.H, s.row.get());
+        state.center[row] = scale * dot<Isa>(s.row.get(), center, call_.H);
       }
     } else if constexpr (kBf16) {
       row_to_lanes<Core>(row_of(call_.query, b, i, n), call_.query.dtype, call_.H, 0, out);
@@ -142,7 +146,7 @@ class ForwardRows {
 
   const AttentionForwardCall& call_;
   const KeyValueRows<Core>& key_values_;
-  const int64_t lanes_;
+  const int64_t lanes_, value_columns_;
 };
 
 }  // namespace

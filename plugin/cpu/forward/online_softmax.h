@@ -6,28 +6,11 @@
 #include <cmath>
 
 #include "cpu/forward/forward_blocks.h"
-#include "cpu/forward/packed_key_values.h"
+#include "cpu/forward/row_group.h"
 #include "cpu/rows/logit_rules.h"
 
 namespace jax_gluon::cpu {
 namespace {
-
-// Per row of a block, base 2: the largest logit so far, the sum of probabilities relative to it,
-// the factor of its integer or unscaled products, and what key centering takes from each logit.
-// INT8 under a bias: the maximum is relative to `origin`, the largest logit so far.
-struct RowState {
-  alignas(kAlignment) float origin[kBlockRows + 16];
-  alignas(kAlignment) float maximum[kBlockRows + 16];
-  alignas(kAlignment) float sum[kBlockRows + 16];
-  alignas(kAlignment) float factor[kBlockRows + 16];
-  alignas(kAlignment) float center[kBlockRows + 16];
-  alignas(kAlignment) int32_t key_bias[kBlockRows + 16];
-  // The query's part of what offsets add to a logit, scaled: its sum times the key's offset, and
-  // its offset times the key's code sum. The value offsets' part of the sum of values.
-  alignas(kAlignment) float query_sum[kBlockRows + 16];
-  alignas(kAlignment) float query_offset[kBlockRows + 16];
-  alignas(kAlignment) float value_offset[kBlockRows + 16];
-};
 
 template <class Core>
 class OnlineSoftmax {
@@ -35,9 +18,9 @@ class OnlineSoftmax {
   using Lane = typename Core::Lane;
   using F = typename Isa::F;
   static constexpr int W = Isa::kLanes, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
-  static constexpr int kDegree = kInt8 || kBf16 ? 3 : 5;
+  static constexpr int kDegree = ForwardBlocks<Core>::kExp2Degree;
 
  public:
   // Per subtile and row of a group: what turns integer sums into the running scale.
@@ -45,28 +28,41 @@ class OnlineSoftmax {
 
   explicit OnlineSoftmax(const AttentionForwardCall& call) : call_(call) {}
 
-  // The products of a row with keys key0 + begin.. to logits, hidden where the row does not see
-  // them.
+  // The products of row r of a group with the keys of `columns`, of `keys`, to logits, hidden where
+  // the row does not see them.
   template <class Rules>
-  void edit(const Rules& rules, const KeyScales& keys, bool has_offsets, int64_t i, int64_t key0,
-            int64_t begin, int64_t end, Range visible, float* scores, int64_t row,
-            const RowState& state) const {
+  void edit(const RowGroup<Rules>& group, int64_t r, const KeyBlock<Core>& keys, Range columns,
+            float* scores) const {
+    const RowState& state = group.state;
+    const int64_t row = group.first + r;
     if constexpr (kInt8) {
-      to_logits(keys, has_offsets, begin, end, scores, row, state);
+      to_logits(keys.scales(), columns, scores, row, state);
     } else if constexpr (kBf16) {
-      scale_row<Isa>(scores + begin, end - begin, state.factor[row]);
+      scale_row<Isa>(scores + columns.begin, columns.end - columns.begin, state.factor[row]);
     } else {
-      add_centre(begin, end, scores, state.center[row]);
+      add_center(columns, scores, state.center[row]);
     }
-    rules.apply(scores, i, key0, begin, end, visible);
+    group.rules.apply(scores, group.rows.begin + r, keys.first, columns.begin, columns.end,
+                      group.visible(r));
   }
 
-  // Logits to probabilities relative to the running maximum, which may grow: `rescale` is what that
-  // does to everything accumulated before.
-  // With kScale, `scores` are products that the row's factor makes logits.
+  // Scores of a group, rows of kBlockKeys; those of its probabilities; and what becomes of sums:
+  // the factor of all that was accumulated before, and INT8 of each subtile's.
+  struct Scores {
+    float* scores;
+    Lane* probabilities;
+    alignas(kAlignment) float rescale[kGroupRows];
+    alignas(kAlignment) SubtileFactors subtile_factor;
+  };
+
+  // Logits to probabilities relative to the running maximum, which may grow. With kScale, the
+  // scores are products that the row's factor makes logits.
   template <bool kScale>
-  void run(const float* scores, int64_t begin, int64_t end, int64_t row, Lane* out, RowState& state,
-           float& rescale) const {
+  void run(int64_t r, int64_t row, Range columns, RowState& state, Scores& out) const {
+    const int64_t begin = columns.begin, end = columns.end;
+    const float* scores = out.scores + r * kBlockKeys;
+    Lane* probabilities = out.probabilities + r * (kBlockKeys / G);
+    float& rescale = out.rescale[r];
     const F factor = Isa::set1(state.factor[row]);
     const auto logit = [&](int64_t j) {
       const F x = Isa::load(scores + j);
@@ -87,7 +83,7 @@ class OnlineSoftmax {
       bool nan = false;
       for (int64_t j = begin; j < end; ++j) nan |= scores[j] != scores[j];
       if (!nan) {
-        std::fill(out + begin / G, out + end / G, Lane(0));
+        std::fill(probabilities + begin / G, probabilities + end / G, Lane(0));
         return;
       }
     }
@@ -102,10 +98,10 @@ class OnlineSoftmax {
         l1 = Isa::add(l1, p1);
       }
       if constexpr (kBf16) {
-        Isa::store_bf16_pair(out + j / G, p0, p1);
+        Isa::store_bf16_pair(probabilities + j / G, p0, p1);
       } else {
-        Isa::store(reinterpret_cast<float*>(out) + j, p0);
-        if constexpr (kUnroll == 2) Isa::store(reinterpret_cast<float*>(out) + j + W, p1);
+        Isa::store(reinterpret_cast<float*>(probabilities) + j, p0);
+        if constexpr (kUnroll == 2) Isa::store(reinterpret_cast<float*>(probabilities) + j + W, p1);
       }
     }
     rescale = before == kHidden ? (state.sum[row] == 0.0f ? 0.0f : 1.0f) : std::exp2(before - now);
@@ -117,12 +113,10 @@ class OnlineSoftmax {
   // logit + log2(value scale) in place; each subtile of keys is rounded against its own maximum of
   // them; the normaliser, and the sum of value offsets, take the unrounded probabilities.
   template <bool kValueOffsets>
-  void run_int8(const KeyScales& keys, int64_t begin, int64_t end, Range products, float* scores,
-                int64_t row, int64_t r, Lane* probabilities, RowState& state, float& rescale,
-                SubtileFactors& subtile_factor) const {
-    constexpr float kLog2Of255 = 7.99435344f;
-    // A subtile with nothing visible keeps a finite maximum: -inf - -inf would be NaN.
-    constexpr float kFloor = -1e30f;
+  void run_int8(int64_t r, int64_t row, const KeyScales& keys, Range columns, Range products,
+                RowState& state, Scores& out) const {
+    const int64_t begin = columns.begin, end = columns.end;
+    float* scores = out.scores + r * kBlockKeys;
     const float* fold = keys.fold_log2;
     const float* inverse = keys.fold_inverse;
     const float* key_scale = keys.scale;
@@ -136,7 +130,7 @@ class OnlineSoftmax {
       if (call_.bias) move_origin(j0, j0 + kSubtileKeys, scores, row, state, now);
       origin[j0 / kSubtileKeys] = state.origin[row];
       const bool are_logits = !contains(products, {j0, j0 + kSubtileKeys});
-      F m = Isa::set1(kFloor);
+      F m = Isa::set1(kEmptySubtileMaximum);
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += W) {
         const F x = are_logits ? Isa::add(Isa::load(scores + j), Isa::load(fold + j))
                                : Isa::fma(unbiased(scores + j, row, state),
@@ -147,17 +141,18 @@ class OnlineSoftmax {
       }
       const float largest = Isa::reduce_max(m);
       subtile_max[j0 / kSubtileKeys] = largest;
-      if (largest > kFloor) now = std::max(now, largest);
+      if (largest > kEmptySubtileMaximum) now = std::max(now, largest);
     }
     const float last_origin = state.origin[row];
     if (before != kHidden) before += first_origin - last_origin;
     const float reference = now == kHidden ? 0.0f : now;
-    rescale = before == kHidden ? 0.0f : std::exp2(before - reference);
+    const float rescale = before == kHidden ? 0.0f : std::exp2(before - reference);
+    out.rescale[r] = rescale;
     float sum = state.sum[row] * rescale, offset_sum = state.value_offset[row] * rescale;
-    char* out = reinterpret_cast<char*>(probabilities);
+    char* bytes = reinterpret_cast<char*>(out.probabilities + r * (kBlockKeys / G));
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       const float largest = subtile_max[j0 / kSubtileKeys];
-      const F shift = Isa::set1(kLog2Of255 - largest);
+      const F shift = Isa::set1(kLog2OfMaxProbability - largest);
       F l = Isa::zero(), offsets = Isa::zero();
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += G * W) {
         F p[G];
@@ -171,15 +166,16 @@ class OnlineSoftmax {
             l = Isa::fma(p[i], Isa::load(inverse + j + i * W), l);
           }
         }
-        Isa::store_probabilities(out + j * (4 / G), p);
+        Isa::store_probabilities(bytes + j * (4 / G), p);
       }
       const float move = origin[j0 / kSubtileKeys] - last_origin;
-      const float factor =
-          largest > kFloor ? std::exp2(largest + move - reference) * (1.0f / 255.0f) : 0.0f;
-      if (largest > kFloor && move != 0.0f) {
+      const float factor = largest > kEmptySubtileMaximum
+                               ? std::exp2(largest + move - reference) * (1.0f / kMaxProbability)
+                               : 0.0f;
+      if (largest > kEmptySubtileMaximum && move != 0.0f) {
         for (int64_t j = j0; j < j0 + kSubtileKeys; ++j) scores[j] += move;
       }
-      subtile_factor[j0 / kSubtileKeys][r] = factor;
+      out.subtile_factor[j0 / kSubtileKeys][r] = factor;
       const float total = Isa::reduce_add(l);
       // Not total * 0 for an empty subtile: a NaN logit must reach the output.
       sum += total != total ? total : factor * total;
@@ -215,24 +211,25 @@ class OnlineSoftmax {
   }
 
   // What centering took from the logits of a row, if bias or soft cap need it.
-  void add_centre(int64_t begin, int64_t end, float* scores, float center) const {
+  void add_center(Range columns, float* scores, float center) const {
     if (!needs_whole_logits(call_) || center == 0.0f) return;
-    for (int64_t j = begin; j < end; j += W) {
+    for (int64_t j = columns.begin; j < columns.end; j += W) {
       Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(center)));
     }
   }
 
   // Integer scores to logits, in place: (score - bias) * key scale * row factor, plus what offsets
   // add, and what centering took away if bias or soft cap need it.
-  void to_logits(const KeyScales& keys, bool has_offsets, int64_t begin, int64_t end, float* scores,
-                 int64_t row, const RowState& state) const {
+  void to_logits(const KeyScales& keys, Range columns, float* scores, int64_t row,
+                 const RowState& state) const {
+    const int64_t begin = columns.begin, end = columns.end;
     const float* key_scale = keys.scale;
     const F center = Isa::set1(needs_whole_logits(call_) ? state.center[row] : 0.0f);
     for (int64_t j = begin; j < end; j += W) {
       const F factor = Isa::mul(Isa::load(key_scale + j), Isa::set1(state.factor[row]));
       Isa::store(scores + j, Isa::fma(unbiased(scores + j, row, state), factor, center));
     }
-    if (!has_offsets) return;
+    if (!keys.offset) return;
     const float* offset = keys.offset;
     const float* code_sum = keys.code_sum;
     const F query_sum = Isa::set1(state.query_sum[row]);

@@ -49,7 +49,7 @@ class PackedKeyValues {
     keys_ = keys;
     packed_keys_.allocate(heads * keys * lanes_);
     packed_values_.allocate(heads * keys / G * value_panels_ * C);
-    value_dirty_.allocate(heads * keys);
+    has_zeros_.allocate(heads * keys);
     if constexpr (kInt8) {
       row_scales_.allocate(heads * keys * 3);
       if (rows_.has_offsets()) key_offsets_.allocate(heads * keys * 2);
@@ -76,7 +76,7 @@ class PackedKeyValues {
   };
 
   // Packs keys of kv head `head`, a whole number of steps. Rows of V that are not finite are packed
-  // as zeros and marked: where a row does see such a key they are added exactly, and where it does
+  // as zeros: where a row does see such a key they are added exactly, and where it does
   // not they can't leak (0 * NaN).
   void pack(int64_t head, Range keys, Place to, Scratch& s) {
     const int64_t b = head / call_.K, k = head % call_.K, begin = keys.begin;
@@ -84,7 +84,8 @@ class PackedKeyValues {
     const Range seen = Visibility(call_, b).keys();
     const int64_t end = std::min(seen.end, keys.end);
     if (begin >= end || seen.empty() || keys.end <= seen.begin) return;
-    pack_score_panels<Core>(begin, end, call_.H, s.rows, key_panels(to.head, begin - to.shift),
+    pack_score_panels<Core>(begin, end, call_.H, s.rows.get(),
+                            key_panels(to.head, begin - to.shift),
                             [&](int64_t j, Lane* out) { load_key(to, b, j, k, s, out); });
     // Panels beyond the last key are read only up to the rounded end of the block's visible range.
     const int64_t packed = begin + round_up(end - begin, C),
@@ -92,15 +93,15 @@ class PackedKeyValues {
     std::fill(key_panels(to.head, packed - to.shift), key_panels(to.head, last - to.shift),
               Lane(0));
 
-    uint8_t* dirty = marks(to.head) + begin - to.shift;
-    std::fill(dirty, dirty + last - begin, uint8_t(0));
+    uint8_t* zeros = has_zeros(to.head) + begin - to.shift;
+    std::fill(zeros, zeros + last - begin, uint8_t(0));
     if constexpr (kInt8) {
       for (int64_t j = begin; j < last; j += kSubtileKeys) {
-        pack_subtile_of_values(to, head, j, end, s, dirty + j - begin);
+        pack_subtile_of_values(to, head, j, end, s, zeros + j - begin);
       }
     } else {
       for (int64_t j = begin; j < last; j += G) {
-        pack_values(b, k, j, end, s, dirty + j - begin, value_lines(to.head, j - to.shift));
+        pack_values(b, k, j, end, s, zeros + j - begin, value_lines(to.head, j - to.shift));
       }
     }
   }
@@ -127,10 +128,9 @@ class PackedKeyValues {
     return out;
   }
   // Of each key: whether its value row is packed as zeros, because it is not finite.
-  const uint8_t* dirty(int64_t head) const { return marks(head); }
+  uint8_t* has_zeros(int64_t head) const { return has_zeros_.get() + head * keys_; }
 
  private:
-  uint8_t* marks(int64_t head) const { return value_dirty_.get() + head * keys_; }
   float* scale_of_key(int64_t head) const { return row_scales_.get() + head * keys_ * 3; }
   float* fold_log2(int64_t head) const { return scale_of_key(head) + keys_; }
   float* fold_inverse(int64_t head) const { return fold_log2(head) + keys_; }
@@ -141,10 +141,8 @@ class PackedKeyValues {
   // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
   void load_key(Place to, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
     if constexpr (kInt8) {
-      constexpr int32_t kBias = G == 4 ? 128 : 0;
-      ScaleAndOffset scale;
-      const int8_t* codes = rows_.keys().codes_of(b, j, k, s.row, s.codes, &scale);
-      row_to_lanes<Core>(codes, DType::kS8, call_.H, kBias, out);
+      const auto [codes, scale] = rows_.keys().codes_of(b, j, k, s.row.get(), s.codes.get());
+      row_to_lanes<Core>(codes, DType::kS8, call_.H, Core::kKeyBias, out);
       const int64_t at = j - to.shift;
       scale_of_key(to.head)[at] = scale.scale;
       if (rows_.has_offsets()) {
@@ -158,7 +156,7 @@ class PackedKeyValues {
     }
   }
 
-  void pack_values(int64_t b, int64_t k, int64_t j, int64_t end, Scratch& s, uint8_t* dirty,
+  void pack_values(int64_t b, int64_t k, int64_t j, int64_t end, Scratch& s, uint8_t* zeros,
                    Lane* line) {
     if constexpr (kBf16) {
       const uint16_t* rows[G];
@@ -166,17 +164,17 @@ class PackedKeyValues {
         rows[g] = nullptr;
         if (j + g >= end) continue;
         const void* source = row_of(call_.value, b, j + g, k);
-        load_row<Isa>(source, call_.value.dtype, call_.V, s.row);
-        dirty[g] = !all_finite<Isa>(s.row, call_.V);
-        if (!dirty[g]) rows[g] = static_cast<const uint16_t*>(source);
+        load_row<Isa>(source, call_.value.dtype, call_.V, s.row.get());
+        zeros[g] = !all_finite<Isa>(s.row.get(), call_.V);
+        if (!zeros[g]) rows[g] = static_cast<const uint16_t*>(source);
       }
       pack_value_line<Core, uint16_t>(rows, call_.V, line, value_panel_stride());
     } else {
       const float* rows[1] = {nullptr};
       if (j < end) {
-        rows_.values().load(b, j, k, s.row);
-        dirty[0] = !all_finite<Isa>(s.row, call_.V);
-        if (!dirty[0]) rows[0] = s.row;
+        rows_.values().load(b, j, k, s.row.get());
+        zeros[0] = !all_finite<Isa>(s.row.get(), call_.V);
+        if (!zeros[0]) rows[0] = s.row.get();
       }
       pack_value_line<Core, float>(rows, call_.V, line, value_panel_stride());
     }
@@ -187,7 +185,7 @@ class PackedKeyValues {
   // small number instead: their codes are 0 or vanish, and the reciprocal, which takes the factor
   // out of the normaliser again, stays finite.
   void pack_subtile_of_values(Place to, int64_t head, int64_t j0, int64_t end, Scratch& s,
-                              uint8_t* dirty) {
+                              uint8_t* zeros) {
     constexpr float kMax = std::numeric_limits<float>::max();
     const int64_t b = head / call_.K, k = head % call_.K, at = j0 - to.shift;
     const float unit = 1.0f / rows_.value_unit(head);
@@ -196,12 +194,13 @@ class PackedKeyValues {
     for (int64_t c = 0; c < kSubtileKeys; ++c) {
       ScaleAndOffset own;
       if (j0 + c < end) {
-        const int8_t* codes =
-            rows_.values().codes_of(b, j0 + c, k, s.row, s.codes + c * s.code_stride, &own);
+        const ScaledCodes row =
+            rows_.values().codes_of(b, j0 + c, k, s.row.get(), s.codes.get() + c * s.code_stride);
+        own = row.scale;
         const bool is_finite = own.scale >= 0.0f && own.scale <= kMax;
-        dirty[c] = !is_finite || !(std::fabs(own.offset) <= kMax);
+        zeros[c] = !is_finite || !(std::fabs(own.offset) <= kMax);
         // A row without a scale is its offset alone.
-        if (!dirty[c] && own.scale != 0.0f) rows[c] = codes;
+        if (!zeros[c] && own.scale != 0.0f) rows[c] = row.codes;
         scale[c] = is_finite ? own.scale * unit : 0.0f;
         largest = std::max(largest, scale[c]);
       } else {
@@ -210,7 +209,7 @@ class PackedKeyValues {
           key_offsets(to.head)[at + c] = key_code_sums(to.head)[at + c] = 0.0f;
         }
       }
-      if (rows_.has_value_offsets()) value_offsets(to.head)[at + c] = dirty[c] ? 0.0f : own.offset;
+      if (rows_.has_value_offsets()) value_offsets(to.head)[at + c] = zeros[c] ? 0.0f : own.offset;
     }
     const float least = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
     for (int64_t c = 0; c < kSubtileKeys; ++c) {
@@ -231,7 +230,7 @@ class PackedKeyValues {
   Buffer<Lane> packed_keys_, packed_values_;
   // INT8, of each head: scales, logarithms and reciprocals; offsets and sums of codes.
   Buffer<float> row_scales_, key_offsets_, value_offsets_;
-  Buffer<uint8_t> value_dirty_;
+  Buffer<uint8_t> has_zeros_;
 };
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "cpu/forward/forward_blocks.h"
-#include "cpu/forward/online_softmax.h"
+#include "cpu/forward/packed_key_values.h"
 #include "cpu/rows/logit_rules.h"
 #include "cpu/tiles/microkernel.h"
 
@@ -19,13 +19,11 @@ class SubtileSoftmax {
   using Lane = typename Core::Lane;
   using F = typename Isa::F;
   static constexpr int W = Isa::kLanes, C = Core::kTileColumns, G = Core::kGroup;
-  static constexpr int kGroupRows = ForwardBlocks<Core>::kGroupRows;
+  static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;
-  static constexpr int kDegree = kInt8 || kBf16 ? 3 : 5;
+  static constexpr int kDegree = ForwardBlocks<Core>::kExp2Degree;
   static constexpr int kRows = round_up(kGroupRows, W);
-  // As in OnlineSoftmax: what a subtile with nothing visible has for a maximum.
-  static constexpr float kFloor = -1e30f;
   // INT8, base 2: by how much a row's maximum grows before its sums are rescaled. They have room
   // for 2^8 more.
   static constexpr float kMinGrowth = 8.0f;
@@ -41,44 +39,53 @@ class SubtileSoftmax {
     alignas(kAlignment) float offset_sums[kGroupRows * W] = {};
   };
 
-  // Float probabilities of a row, `columns` of them, relative to the largest logit so far. With
-  // kScale, `scores` are products that `factor` makes logits.
+  // Rows of scores and probabilities, kKeys apart, and what their block keeps of each.
+  struct Rows {
+    float* scores;
+    Lane* probabilities;
+    const float *factor, *maximum;  // of products; before this subtile
+    const int32_t* key_bias;
+
+    Rows from(int64_t r) const {
+      return {scores + r * kKeys, probabilities + r * (kKeys / G), factor + r, maximum + r,
+              key_bias + r};
+    }
+  };
+
+  // Float probabilities of row r of the group, the first of `rows`, relative to its largest logit
+  // so far. With kScale, scores are products that the factor makes logits.
   template <bool kScale>
-  static void run_row(const float* scores, int64_t columns, int64_t r, float factor, float before,
-                      Lane* out, Group& group) {
-    run_columns<kScale, kKeys>(scores, columns, r, factor, before, out, group);
+  static void run_row(const Rows& rows, int64_t columns, int64_t r, Group& group) {
+    run_columns<kScale, kKeys>(rows, columns, r, group);
   }
 
   // Rows of codes that are taken at once: one row's steps wait for each other, several fill the
   // processor.
   static constexpr int kRowsAtOnce = Isa::kRegisters / 2 / (kSubtileKeys / W) >= 4 ? 4 : 1;
 
-  // 8-bit probabilities of kRows rows, each against its own maximum of the subtile; `scores` are
-  // logits, or products of codes. With kKeep, they become what probabilities were made from: logit
-  // + log2(value scale). Rows of scores and of `out` are kKeys apart.
+  // 8-bit probabilities of kRows rows, r and the next of the group, each against its own maximum of
+  // the subtile; scores are logits, or products of codes. With kKeep, they become what
+  // probabilities were made from: logit + log2(value scale).
   template <int kRows, bool kLogits, bool kKeep, bool kValueOffsets>
-  static void run_rows_int8(const KeyScales& keys, float* scores, int64_t r,
-                            const float* row_factor, const int32_t* key_bias, const float* before,
-                            Lane* out, Group& group) {
-    constexpr float kLog2Of255 = 7.99435344f;
+  static void run_rows_int8(const KeyScales& keys, const Rows& rows, int64_t r, Group& group) {
     constexpr int kVectors = kKeys / W;
     F x[kRows][kVectors], m[kRows][2];
     JAX_GLUON_UNROLL
-    for (int i = 0; i < kRows; ++i) m[i][0] = m[i][1] = Isa::set1(kFloor);
+    for (int i = 0; i < kRows; ++i) m[i][0] = m[i][1] = Isa::set1(kEmptySubtileMaximum);
     JAX_GLUON_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const F fold = Isa::load(keys.fold_log2 + v * W);
       JAX_GLUON_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        float* at = scores + i * kKeys + v * W;
+        float* at = rows.scores + i * kKeys + v * W;
         if constexpr (kLogits) {
           x[i][v] = Isa::add(Isa::load(at), fold);
         } else {
           F score = Isa::to_float(Isa::load_i32(at));
           if constexpr (Core::kKeyBias != 0) {
-            score = Isa::sub(score, Isa::set1(static_cast<float>(key_bias[i])));
+            score = Isa::sub(score, Isa::set1(static_cast<float>(rows.key_bias[i])));
           }
-          const F factor = Isa::mul(Isa::load(keys.scale + v * W), Isa::set1(row_factor[i]));
+          const F factor = Isa::mul(Isa::load(keys.scale + v * W), Isa::set1(rows.factor[i]));
           x[i][v] = Isa::fma(score, factor, fold);
         }
         if constexpr (kKeep) Isa::store(at, x[i][v]);
@@ -92,7 +99,7 @@ class SubtileSoftmax {
     for (int i = 0; i < kRows; ++i) {
       largest[i] = Isa::reduce_max(Isa::max(m[i][0], m[i][1]));
       group.largest[r + i] = largest[i];
-      group.rescales |= largest[i] > before[i] + kMinGrowth;
+      group.rescales |= largest[i] > rows.maximum[i] + kMinGrowth;
       sum[i] = Isa::zero();
       if constexpr (kValueOffsets) offsets[i] = Isa::zero();
     }
@@ -101,7 +108,7 @@ class SubtileSoftmax {
       const F inverse = Isa::load(keys.fold_inverse + v * W);
       JAX_GLUON_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const F shift = Isa::set1(kLog2Of255 - largest[i]);
+        const F shift = Isa::set1(kLog2OfMaxProbability - largest[i]);
         x[i][v] = Isa::template exp2<kDegree>(Isa::add(x[i][v], shift));
         if constexpr (kValueOffsets) {
           const F unfolded = Isa::mul(x[i][v], inverse);
@@ -114,7 +121,7 @@ class SubtileSoftmax {
     }
     JAX_GLUON_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      char* row = reinterpret_cast<char*>(out + i * (kKeys / G));
+      char* row = reinterpret_cast<char*>(rows.probabilities + i * (kKeys / G));
       JAX_GLUON_UNROLL
       for (int v = 0; v < kVectors; v += G)
         Isa::store_probabilities(row + v * W * (4 / G), x[i] + v);
@@ -131,9 +138,10 @@ class SubtileSoftmax {
         alignas(kAlignment) float before[W] = {};
         std::copy(maximum + r, maximum + std::min(r + W, kGroupRows), before);
         const F largest = Isa::load(group.largest + r);
-        const F factor = Isa::mul(power(largest, Isa::load(before)), Isa::set1(1.0f / 255.0f));
+        const F factor =
+            Isa::mul(power(largest, Isa::load(before)), Isa::set1(1.0f / kMaxProbability));
         Isa::store(group.factor + r,
-                   Isa::where_less(Isa::set1(kFloor), largest, factor, Isa::zero()));
+                   Isa::where_less(Isa::set1(kEmptySubtileMaximum), largest, factor, Isa::zero()));
       }
       add<false>(group.sums, group, sums);
       if (offset_sums) add<false>(group.offset_sums, group, offset_sums);
@@ -141,7 +149,7 @@ class SubtileSoftmax {
     }
     alignas(kAlignment) float before[kRows] = {}, now[kRows];
     std::copy(maximum, maximum + kGroupRows, before);
-    const F hidden = Isa::set1(kHidden), floor = Isa::set1(kFloor);
+    const F hidden = Isa::set1(kHidden), floor = Isa::set1(kEmptySubtileMaximum);
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; r += W) {
       const F largest = Isa::load(group.largest + r), old = Isa::load(before + r);
@@ -155,7 +163,7 @@ class SubtileSoftmax {
       Isa::store(now + r, most);
       Isa::store(group.rescale + r, power(old, reference));
       if constexpr (kInt8) {
-        const F factor = Isa::mul(power(largest, reference), Isa::set1(1.0f / 255.0f));
+        const F factor = Isa::mul(power(largest, reference), Isa::set1(1.0f / kMaxProbability));
         Isa::store(group.factor + r, Isa::where_less(floor, largest, factor, Isa::zero()));
       }
     }
@@ -175,20 +183,21 @@ class SubtileSoftmax {
 
   // Rows of fewer columns than a subtile: those at the end of what a group sees.
   template <bool kScale, int kColumns>
-  static void run_columns(const float* scores, int64_t columns, int64_t r, float factor,
-                          float before, Lane* out, Group& group) {
+  static void run_columns(const Rows& rows, int64_t columns, int64_t r, Group& group) {
     if constexpr (kColumns > C) {
       if (columns < kColumns) {
-        run_columns<kScale, kColumns - C>(scores, columns, r, factor, before, out, group);
+        run_columns<kScale, kColumns - C>(rows, columns, r, group);
         return;
       }
     }
+    const float before = *rows.maximum;
+    float* out = reinterpret_cast<float*>(rows.probabilities);
     constexpr int kVectors = kColumns / W;
     F x[kVectors], m[2] = {Isa::set1(kHidden), Isa::set1(kHidden)};
     JAX_GLUON_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      x[v] = Isa::load(scores + v * W);
-      if constexpr (kScale) x[v] = Isa::mul(x[v], Isa::set1(factor));
+      x[v] = Isa::load(rows.scores + v * W);
+      if constexpr (kScale) x[v] = Isa::mul(x[v], Isa::set1(*rows.factor));
       m[v % 2] = Isa::max(m[v % 2], x[v]);
     }
     const float largest = Isa::reduce_max(Isa::max(m[0], m[1]));
@@ -199,11 +208,13 @@ class SubtileSoftmax {
     for (int v = 0; v < kVectors; ++v) {
       x[v] = Isa::template exp2<kDegree>(Isa::add(x[v], shift));
       sum[v % 2] = Isa::add(sum[v % 2], x[v]);
-      if constexpr (!kBf16) Isa::store(reinterpret_cast<float*>(out) + v * W, x[v]);
+      if constexpr (!kBf16) Isa::store(out + v * W, x[v]);
     }
     if constexpr (kBf16) {
       JAX_GLUON_UNROLL
-      for (int v = 0; v < kVectors; v += 2) Isa::store_bf16_pair(out + v * W / 2, x[v], x[v + 1]);
+      for (int v = 0; v < kVectors; v += 2) {
+        Isa::store_bf16_pair(rows.probabilities + v * W / 2, x[v], x[v + 1]);
+      }
     }
     group.largest[r] = now;
     Isa::store(group.sums + r * W, Isa::add(sum[0], sum[1]));

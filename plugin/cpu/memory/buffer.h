@@ -8,15 +8,13 @@
 #include <vector>
 
 #include "cpu/memory/mutex.h"
+#include "numerics.h"
 #include "poison.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
 constexpr size_t kAlignment = 64;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class T>
 class Buffer {

@@ -2,10 +2,14 @@
 // zero point or minimum) as it is stored, then codes computed from the stored numbers.
 #pragma once
 
-#include <array>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "cpu/rows/quantized_rows.h"
 #include "cpu/rows/token_center.h"
+#include "cpu/rows/visibility.h"
 #include "device.h"
 
 namespace jax_gluon::cpu {

@@ -52,14 +52,12 @@ class CenteredRows {
   }
 
   // As QuantizedRow::codes_of, of the centered row.
-  const int8_t* codes_of(int64_t b, int64_t j, int64_t k, float* row, int8_t* codes,
-                         ScaleAndOffset* scale) const {
+  ScaledCodes codes_of(int64_t b, int64_t j, int64_t k, float* row, int8_t* codes) const {
     if (x_.quantization.head_block == 0) {
-      return QuantizedRow<Isa>::codes_of(x_, b, j, k, width_, row, codes, scale);
+      return QuantizedRow<Isa>::codes_of(x_, b, j, k, width_, row, codes);
     }
     load(b, j, k, row);
-    *scale = {QuantizedRow<Isa>::round_to_codes(row, width_, codes), 0.0f};
-    return codes;
+    return {codes, {QuantizedRow<Isa>::round_to_codes(row, width_, codes), 0.0f}};
   }
 
  private:

@@ -2,18 +2,18 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "cpu/rows/rows.h"
 #include "cpu/rows/visibility.h"
+#include "numerics.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
-// A bias below this hides its key like -inf: its logit may not be finite in base 2.
-constexpr float kMinBias = -2.35e38f;
 
 // Whether logits get back what centering took from their keys before bias and soft cap. A cap looks
 // at all of a logit, and a large bias rounds: of two numbers that differ by the center not

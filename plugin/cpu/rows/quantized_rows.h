@@ -1,7 +1,10 @@
 // Rows of codes: as the float32 numbers that they stand for, and as INT8 rows with one scale each.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "cpu/rows/rows.h"
 
@@ -31,6 +34,12 @@ struct ScaleAndOffset {
   float scale = 0.0f, offset = 0.0f;
 };
 
+// A row as INT8 codes with one scale.
+struct ScaledCodes {
+  const int8_t* codes;
+  ScaleAndOffset scale;
+};
+
 inline float least_code(const Quantization& q) { return q.bits == 8 ? -128.0f : -8.0f; }
 
 inline float code_offset(const Quantization& q, float scale, float stored) {
@@ -54,6 +63,9 @@ inline ScaleAndOffset scale_at(const QuantizableOperand& x, int64_t b, int64_t i
   const float scale = read(q.scale);
   return {scale, q.offset ? code_offset(q, scale, read(q.offset)) : 0.0f};
 }
+
+// Whether scales of a row, or what is added to them, lie side by side as bfloat16.
+inline bool has_bf16_rows(const Operand& x) { return x.dtype == DType::kBF16 && x.stride[2] == 1; }
 
 // The center of head n that centering took from its rows, or null.
 inline const float* stored_center(const QuantizableOperand& x, int64_t b, int64_t n) {
@@ -112,19 +124,27 @@ class QuantizedRow {
   // Row (b, i, n) of codes as INT8 codes with one scale. Where the stored scales vary along the row
   // its numbers are rounded again (INT4 only: it costs little beside the 4 bits). `row` and `codes`
   // are scratch of `width`, rounded up to the lanes; the result may point into them.
-  static const int8_t* codes_of(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
-                                int64_t width, float* row, int8_t* codes, ScaleAndOffset* scale) {
+  static ScaledCodes codes_of(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
+                              int64_t width, float* row, int8_t* codes) {
     const Quantization& q = x.quantization;
     if (q.head_block != 0) {
       load(x, b, i, n, width, row);
-      *scale = {round_to_codes(row, width, codes), 0.0f};
-      return codes;
+      return {codes, {round_to_codes(row, width, codes), 0.0f}};
     }
-    *scale = scale_at(x, b, i, n);
     const void* stored = row_of(x, b, i, n);
-    if (q.bits == 8) return static_cast<const int8_t*>(stored);
+    if (q.bits == 8) return {static_cast<const int8_t*>(stored), scale_at(x, b, i, n)};
     unpack_nibbles(static_cast<const uint8_t*>(stored), width / 2, codes);
-    return codes;
+    return {codes, scale_at(x, b, i, n)};
+  }
+
+  // The first `count` scales of row (b, i, n), and offsets where there are any.
+  static void load_scales(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
+                          int64_t count, float* scales, float* offsets) {
+    const Quantization& q = x.quantization;
+    read_scales(q.scale, scale_offset(q.scale, q, b, i, n), count, scales);
+    if (!q.offset) return;
+    read_scales(q.offset, scale_offset(q.offset, q, b, i, n), count, offsets);
+    for (int64_t g = 0; g < count; ++g) offsets[g] = code_offset(q, scales[g], offsets[g]);
   }
 
   // The largest magnitude, NaN where an element is not finite. `row` is zero-padded to the lanes.
@@ -156,6 +176,17 @@ class QuantizedRow {
   }
 
  private:
+  static void read_scales(const Operand& from, int64_t index, int64_t count, float* to) {
+    if (from.dtype == DType::kF32 && count == 1) {
+      *to = static_cast<const float*>(from.data)[index];
+    } else if (count == 1 || from.stride[2] == 0) {
+      std::fill(to, to + count, float_at(from.data, from.dtype, index));
+    } else {
+      const char* p = static_cast<const char*>(from.data);
+      load_row<Isa>(p + index * static_cast<int64_t>(size_of(from.dtype)), from.dtype, count, to);
+    }
+  }
+
   static void multiply_add(float* x, int64_t n, ScaleAndOffset s) {
     const F scale = Isa::set1(s.scale), offset = Isa::set1(s.offset);
     int64_t h = 0;

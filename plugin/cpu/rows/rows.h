@@ -21,6 +21,16 @@ inline int64_t row_bytes(const Operand& x, int64_t width) {
   return width * static_cast<int64_t>(size_of(x.dtype)) / (x.dtype == DType::kU4x2 ? 2 : 1);
 }
 
+// Rows of one head as they are stored, `stride` bytes apart.
+struct StoredRows {
+  const char* data;
+  int64_t stride, count;
+
+  StoredRows part(int64_t begin, int64_t end) const {
+    return {data + begin * stride, stride, end - begin};
+  }
+};
+
 inline void touch(const void* from, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += 64) {
     static_cast<void>(*(static_cast<const volatile char*>(from) + byte));

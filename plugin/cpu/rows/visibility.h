@@ -35,9 +35,6 @@ class Visibility {
         rows_(length(call.query_seq_lengths, call.query_seq_lengths_offset, b, call.T)),
         keys_(length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)) {}
 
-  // Rows at or past this see nothing.
-  int64_t rows() const { return rows_; }
-
   Range of_row(int64_t i) const {
     if (i >= rows_) return {};
     const int64_t position = i + offset_, last = causal_ ? position : position + right_;
@@ -51,13 +48,6 @@ class Visibility {
   }
   // The keys that any row sees.
   Range keys() const { return of_rows({0, rows_}); }
-  // The rows that see any of these keys.
-  Range rows_of_keys(Range keys) const {
-    keys.end = std::min(keys.end, keys_);
-    if (keys.empty()) return {};
-    const int64_t first = causal_ ? keys.begin : keys.begin - right_;
-    return {clamp(first - offset_, rows_), clamp(keys.end + left_ - offset_, rows_)};
-  }
 
  private:
   // Past any sequence and any int32 offset, and small enough for sums.
@@ -72,7 +62,9 @@ class Visibility {
   }
 
   bool causal_;
-  int64_t left_, right_, offset_, rows_, keys_;
+  int64_t left_, right_, offset_;
+  int64_t rows_;  // those at or past this see nothing
+  int64_t keys_;
 };
 
 }  // namespace

@@ -1,5 +1,4 @@
-// Eight float32 lanes: AVX2, FMA, F16C. The interface that every instruction set gives the
-// kernels.
+// Eight float32 lanes: AVX2, FMA, F16C. The interface that every simd/*.h gives the kernels.
 #pragma once
 
 #include <immintrin.h>

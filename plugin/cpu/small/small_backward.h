@@ -133,12 +133,12 @@ class SmallBackward {
       }
       float* cap_slope = call_.soft_cap != 0.0f ? s.cap_slope + at : nullptr;
       alignas(kAlignment) float weighted[W] = {}, total[W] = {};
-      probability_row<Isa>(rules, statistics[i], i, 0, 0, heads_.columns, visibility.of_row(i),
-                           s.p + at, s.ds + at, cap_slope, weighted, total);
+      const TileRow row{i,         0,        {0, heads_.columns}, visibility.of_row(i), s.p + at,
+                        s.ds + at, cap_slope};
+      probability_row<Isa>(rules, statistics[i], row, weighted, total);
       const float sum = Isa::reduce_add(Isa::load(total));
       const float share = sum == 0.0f ? 0.0f : Isa::reduce_add(Isa::load(weighted)) / sum;
-      gradient_row<Isa>(statistics[i].delta + share, 0, heads_.columns, s.p + at, cap_slope,
-                        s.ds + at);
+      gradient_row<Isa>(statistics[i].delta + share, row);
     }
   }
 

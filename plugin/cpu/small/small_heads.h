@@ -7,7 +7,8 @@
 #include <initializer_list>
 
 #include "cpu/rows/logit_rules.h"
-#include "cpu/tiles/microkernel.h"
+#include "cpu/simd/compiler.h"
+#include "device.h"
 
 namespace jax_gluon::cpu {
 namespace {

@@ -23,16 +23,23 @@ constexpr const char* name_of(Arithmetic arithmetic) {
                                            : "float32";
 }
 
+// Sizes of tiles, in rows and columns, which are those of registers whatever they hold.
 template <class Isa_>
-struct F32Core {
+struct Tiles {
   using Isa = Isa_;
+  static constexpr int kTileRows = Isa::kTileRows;
+  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
+  // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.
+  static constexpr int kGroupRows = kTileRows >= 12 ? kTileRows : 2 * kTileRows;
+};
+
+template <class Isa>
+struct F32Core : Tiles<Isa> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kF32;
   using Lane = float;
   using Vector = typename Isa::F;
   using Accumulator = typename Isa::F;
   static constexpr int kGroup = 1;
-  static constexpr int kTileRows = Isa::kTileRows;
-  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
 
   static Vector load(const Lane* p) { return Isa::load(p); }
   static Vector broadcast(Lane x) { return Isa::set1(x); }
@@ -47,16 +54,13 @@ struct F32Core {
 };
 
 // Two bfloat16 a lane, products and sums in float32.
-template <class Isa_>
-struct Bf16Core {
-  using Isa = Isa_;
+template <class Isa>
+struct Bf16Core : Tiles<Isa> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
   using Lane = uint32_t;
   using Vector = typename Isa::I;
   using Accumulator = typename Isa::F;
   static constexpr int kGroup = 2;
-  static constexpr int kTileRows = Isa::kTileRows;
-  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
 
   static Vector load(const Lane* p) { return Isa::load_i32(p); }
   static Vector broadcast(Lane x) { return Isa::set1_i32(static_cast<int32_t>(x)); }
@@ -72,17 +76,14 @@ struct Bf16Core {
 
 // INT8 codes, products and sums in int32. kGroup 4: u8 . s8, keys stored biased by 128 and
 // probabilities as u8; kGroup 2: both as 16-bit numbers.
-template <class Isa_>
-struct Int8Core {
-  using Isa = Isa_;
+template <class Isa>
+struct Int8Core : Tiles<Isa> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kInt8;
   using Lane = uint32_t;
   using Vector = typename Isa::I;
   using Accumulator = typename Isa::I;
   static constexpr int kGroup = Isa::kInt8Group;
   static constexpr int kKeyBias = kGroup == 4 ? 128 : 0;
-  static constexpr int kTileRows = Isa::kTileRows;
-  static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
 
   static Vector load(const Lane* p) { return Isa::load_i32(p); }
   static Vector broadcast(Lane x) { return Isa::set1_i32(static_cast<int32_t>(x)); }
@@ -94,17 +95,6 @@ struct Int8Core {
     return Isa::dot_values(acc, value, probability);
   }
   static void store(void* p, Accumulator x) { Isa::store_i32(p, x); }
-
-  // kGroup codes as one lane, each with `bias` added.
-  static Lane lane(const int32_t* code, int32_t bias) {
-    Lane packed = 0;
-    constexpr int kBits = 32 / kGroup;
-    for (int i = 0; i < kGroup; ++i) {
-      const uint32_t field = static_cast<uint32_t>(code[i] + bias) & ((1ull << kBits) - 1);
-      packed |= field << (kBits * i);
-    }
-    return packed;
-  }
 };
 
 }  // namespace

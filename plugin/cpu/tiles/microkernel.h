@@ -55,13 +55,14 @@ struct RowStatistics {
   float maximum[kRows], log2_sum[kRows];
 };
 
-// One tile of P, from scaled products in base 2, or of dP, where P stands in `p`: what becomes of
-// the products of row tiles and score panels before they leave the registers. Lanes of the rows'
-// sums, of P or of P dP, are added to `sums`. In float32, the arithmetic is probability_row's.
-template <class Core, bool kIsGradient>
+// One tile of P, from scaled products in base 2, or of dP, where P stands in `p`, rows kStride
+// apart: what becomes of the products of row tiles and score panels before they leave the
+// registers. Lanes of the rows' sums, of P or of P dP, are added to `sums`. In float32, the
+// arithmetic is probability_row's.
+template <class Core, bool kIsGradient, int kStride>
 JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int64_t lanes,
                                       const RowStatistics<Core::kTileRows>& statistics,
-                                      const float* p, float* out, int64_t stride, float* sums) {
+                                      const float* p, float* out, float* sums) {
   using Isa = typename Core::Isa;
   constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
   typename Isa::F acc[R][NV];
@@ -72,7 +73,7 @@ JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int
     JAX_GLUON_UNROLL
     for (int v = 0; v < NV; ++v) {
       if constexpr (kIsGradient) {
-        const auto probability = Isa::load(p + r * stride + v * W);
+        const auto probability = Isa::load(p + r * kStride + v * W);
         // Hidden keys have P = 0 exactly; their dP may be NaN.
         const auto term = Isa::mul(probability, acc[r][v]);
         sum = Isa::add(sum, Isa::where_nonzero(probability, term));
@@ -82,7 +83,7 @@ JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int
         acc[r][v] = Isa::template exp2<5>(Isa::sub(below, Isa::set1(statistics.log2_sum[r])));
         sum = Isa::add(sum, acc[r][v]);
       }
-      Isa::store(out + r * stride + v * W, acc[r][v]);
+      Isa::store(out + r * kStride + v * W, acc[r][v]);
     }
     Isa::store(sums + r * W, sum);
   }

@@ -1,6 +1,10 @@
 // Rows of operands into the packed layouts of cores.h.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
 #include "cpu/tiles/cores.h"
 
 namespace jax_gluon::cpu {

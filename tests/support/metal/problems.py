@@ -1,4 +1,4 @@
-"""Random problems, and what they look like to the float64 oracle of tests/conftest.py."""
+"""Random problems, and what they look like to the float64 oracle of tests/support/oracle.py."""
 
 from __future__ import annotations
 

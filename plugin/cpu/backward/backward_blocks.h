@@ -1,0 +1,146 @@
+// How a backward pass is divided: rows of a kv head into parts, those into blocks, and what they
+// see into blocks of keys, and tiles whose P and dP are kept.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/rows/visibility.h"
+#include "cpu/tiles/cores.h"
+#include "device.h"
+#include "numerics.h"
+
+namespace jax_gluon::cpu {
+namespace {
+
+// In the gluon pipeline blocks of keys are packed ahead of their use, and P is made of one register
+// tile of products, before they leave the registers: the products of the next one do not wait for
+// it.
+template <class Isa, Kernel kKernel>
+class BackwardBlocks {
+  using Core = F32Core<Isa>;
+  static constexpr int64_t kGroupRows = Core::kGroupRows;
+  static constexpr int64_t kMinRows = 24;
+  // Elements of P of a block, at most, unless that makes it too low: they are read back once.
+  static constexpr int64_t kMaxScores = int64_t{1} << 20;
+  // Tasks wanted, so that several cores are busy; but a kv head's rows are split no finer than
+  // this, and no more often, since each part has dK and dV of all keys that it sees.
+  static constexpr int64_t kTasks = 16, kMinPart = 512, kMaxParts = 4;
+
+ public:
+  // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
+  static constexpr int64_t kColumnStep = std::lcm(Core::kTileRows, Core::kTileColumns);
+  static constexpr bool kGluon = kKernel == Kernel::kGluon;
+  // Rows in a block, at most: what packed keys, dK and dV are read for.
+  static constexpr int64_t kMaxRows = 96;
+  // P and dP of a block are rows of at most this many keys, then of the next ones.
+  static constexpr int64_t kMaxTileKeys = 192;
+  static_assert(kMaxRows % kGroupRows == 0 && kMaxTileKeys % kColumnStep == 0);
+
+  BackwardBlocks(const AttentionBackwardCall& call, bool output_is_exact)
+      : call_(call),
+        output_is_exact(output_is_exact),
+        head_columns(round_up(call.H, Core::kTileColumns)),
+        value_columns(round_up(call.V, Core::kTileColumns)),
+        tile_keys(std::min({kMaxTileKeys, round_up(subtile_of(call.cpu_kernel), kColumnStep),
+                            round_up(std::max<int64_t>(call.S, 1), kColumnStep)})),
+        block_keys(round_up(call.cpu_kernel.block_k, tile_keys)),
+        stages(std::max<int64_t>(call.cpu_kernel.stages, 1)) {
+    const int64_t rows = std::max<int64_t>(call.T, 1), group = call.N / call.K;
+    const int64_t kept = output_is_exact ? tile_keys : max_keys(kMaxRows);
+    const int64_t fit = kMaxScores / std::max<int64_t>(kept, 1);
+    const int64_t max_rows =
+        std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kMinRows, kGroupRows)), kMaxRows);
+    block_heads = std::max<int64_t>(std::min(max_rows / rows, group), 1);
+    block_rows = std::min(max_rows, round_up(block_heads * rows, kGroupRows));
+    const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
+    const int64_t max_parts =
+        std::min({ceil_div(kTasks, heads), ceil_div(rows, kMinPart), kMaxParts});
+    part_rows = round_up(ceil_div(rows, max_parts), block_rows);
+    parts = ceil_div(rows, part_rows);
+    // Keys are counted from the first of a whole tile.
+    part_keys = round_up(max_keys(part_rows), tile_keys) + tile_keys;
+    block_tiles = output_is_exact ? 1 : ceil_div(max_keys(block_rows), tile_keys) + 1;
+  }
+
+  // A larger block is for long rows, which every block of queries reads again.
+  static KernelOffer offer(const AttentionBackwardCall& call) {
+    const SizeRange tile = {kMaxTileKeys, kMaxTileKeys / 2, kMaxTileKeys, kMaxTileKeys / 2};
+    if (!kGluon) return {kKernel, "float32", "", tile, {}, {}};
+    const bool is_long = call.H > 64 && max_visible_keys(call) >= 2048;
+    const SizeRange block_k = {is_long ? 4 * kMaxTileKeys : kMaxTileKeys, kMaxTileKeys,
+                               kMaxBlockKeys, kMaxTileKeys / 2};
+    SizeRange subtile = tile;
+    if (!is_long) subtile.preferred = tile.min;
+    return {kKernel, "float32", "", block_k, subtile, {2, 2, kMaxStages, 1}};
+  }
+
+  void describe(KernelRun& run) const {
+    run.block_k = kGluon ? block_keys
+                         : std::min(kMaxTileKeys, round_up(call_.cpu_kernel.block_k, kColumnStep));
+    run.subtile =
+        kGluon ? std::min(kMaxTileKeys, round_up(call_.cpu_kernel.subtile, kColumnStep)) : 0;
+    run.stages = kGluon ? stages : 0;
+  }
+
+  Range rows_of_part(int64_t part) const {
+    return {part * part_rows, std::min(call_.T, (part + 1) * part_rows)};
+  }
+  // Where the packed keys, dK and dV of rows that see `keys` start.
+  int64_t first_key(Range keys) const { return keys.begin / tile_keys * tile_keys; }
+
+ private:
+  // Keys whose P and dP are kept at a time: in the baseline pipeline those of a block.
+  static int64_t subtile_of(const KernelChoice& kernel) {
+    return kGluon ? kernel.subtile : kernel.block_k;
+  }
+
+  // No more keys are seen by this many adjacent rows.
+  int64_t max_keys(int64_t rows) const {
+    const int64_t left = call_.window_left, right = call_.causal ? 0 : call_.window_right;
+    if (left < 0 || right < 0 || left >= call_.S || right >= call_.S) return call_.S;
+    return std::min(call_.S, rows + left + right);
+  }
+
+  const AttentionBackwardCall& call_;
+
+ public:
+  // Whether D is found from dO and O; else from P and dP of whole rows, which are kept.
+  const bool output_is_exact;
+  const int64_t head_columns, value_columns;  // in whole panels
+  const int64_t tile_keys, block_keys;
+  const int64_t stages;                     // blocks of keys that are packed ahead, and in use
+  int64_t block_heads = 1;                  // query heads whose few rows share a block
+  int64_t block_rows = 0, block_tiles = 0;  // rows of a block, and its tiles that are kept
+  int64_t part_rows = 0, parts = 1;
+  int64_t part_keys = 0;  // that a part sees, at most
+};
+
+// A part of the rows of a kv head, while its task runs.
+struct BackwardPart {
+  const Visibility& visibility;
+  int64_t b, k;
+  Range keys;         // that any of its rows sees
+  int64_t first_key;  // where packed keys, dK and dV start
+  int64_t packed;     // keys before this are packed
+  float *d_key, *d_value;
+};
+
+// Rows that are computed together: of several query heads of a kv head where each has few.
+template <class Isa>
+struct BackwardBlock {
+  int64_t n, heads;
+  Range queries;
+  int64_t count() const { return heads * height(); }
+  int64_t height() const { return queries.end - queries.begin; }
+  int64_t head_of(int64_t r) const { return heads == 1 ? n : n + r / height(); }
+  int64_t query_of(int64_t r) const { return queries.begin + (heads == 1 ? r : r % height()); }
+  // The queries among the group of rows from g on.
+  Range queries_of(int64_t g) const {
+    if (heads > 1) return queries;
+    return {queries.begin + g, std::min(queries.begin + g + F32Core<Isa>::kGroupRows, queries.end)};
+  }
+};
+
+}  // namespace
+}  // namespace jax_gluon::cpu

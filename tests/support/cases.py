@@ -1,0 +1,129 @@
+"""Problems at sizes that reach every tail of the kernels, their operands and their bars."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+_RNG = np.random.default_rng(5)
+
+
+def _mask(B, N, T, S):
+    mask = _RNG.random((B, N, T, S)) < 0.6
+    mask[0, 0, T // 2] = False
+    mask[:, :, : T // 3, 64:200] = False  # whole subtiles and whole groups of rows
+    return mask
+
+
+def _bias(*shape):
+    return _RNG.standard_normal(shape, np.float32)
+
+
+# Every rule, for every pipeline. Sizes around the tiles (4, 6 or 12 rows; 8, 16 or 32 keys), the
+# subtiles (64 and 96 keys), the blocks (96 rows, 192 and 256 keys) and the tasks.
+RULES: dict[str, dict[str, Any]] = {
+    "blocks": dict(T=200, S=530, N=2, K=1, H=64, V=64),
+    "odd": dict(T=71, S=91, H=22, V=26),
+    "one_key": dict(T=70, S=1),
+    "causal": dict(T=270, S=270, N=2, is_causal=True),
+    "causal_T_over_S": dict(T=300, S=150, N=2, is_causal=True),
+    "causal_S_over_T": dict(T=150, S=300, N=2, is_causal=True),
+    "window": dict(T=200, S=330, N=2, local_window_size=(20, 5)),
+    "window_left_of_causal": dict(T=400, S=400, N=2, is_causal=True, local_window_size=(33, 0)),
+    "window_past_the_keys": dict(T=300, S=40, N=2, local_window_size=(3, 3)),
+    "lengths": dict(
+        T=110, S=600, N=2,
+        query_seq_lengths=np.array([0, 105], np.int32),
+        key_value_seq_lengths=np.array([599, 65], np.int32),
+    ),
+    "bias": dict(T=100, S=300, bias=_bias(2, 4, 100, 300)),
+    "bias_keys": dict(T=100, S=270, bias=_bias(1, 4, 1, 270)),
+    "bias_rows": dict(T=100, S=70, bias=_bias(2, 1, 100, 1)),
+    "mask": dict(T=100, S=300, mask=_mask(2, 4, 100, 300)),
+    "soft_cap": dict(T=100, S=290, N=2, scale=1.0, logits_soft_cap=2.0),
+    "everything": dict(
+        T=150, S=370, is_causal=True, local_window_size=(120, 9), logits_soft_cap=4.0, scale=-0.4,
+        bias=_bias(2, 1, 150, 370), mask=_mask(2, 4, 150, 370),
+        key_value_seq_lengths=np.array([360, 100], np.int32),
+    ),
+}  # fmt: skip
+# What the pipelines walk through in ways of their own.
+WALKS: dict[str, dict[str, Any]] = {
+    "many_blocks": dict(B=1, T=300, S=1500, N=1, K=1, H=16, V=16),
+    "many_rows": dict(B=1, T=4300, S=70, N=1, K=1, H=8, V=8),
+    "many_heads": dict(B=1, T=100, S=300, N=12, K=1, H=16, V=16),
+    "one_column": dict(T=100, S=257, N=2, H=2, V=1),
+    "wide": dict(B=1, T=20, S=140, N=2, K=1, H=258, V=130),
+    "one_key_more": dict(T=97, S=257, N=2),
+    "no_keys": dict(T=70, S=100, key_value_seq_lengths=np.array([0, 100], np.int32)),
+    "bias_large": dict(T=133, S=300, bias=1e4 * _bias(1, 1, 133, 300)),
+    "negative_scale": dict(T=70, S=290, scale=-0.7),
+}
+# Head dims, few rows, and small heads: one pipeline, or kernels of their own.
+SHAPES: dict[str, dict[str, Any]] = {
+    "mask_blocks": dict(
+        T=120, S=600, N=2, mask=np.broadcast_to(np.arange(600) // 256 == 1, (2, 1, 1, 600)).copy()
+    ),
+    "head_dim_1": dict(T=20, S=70, H=1, V=1),
+    "head_dim_257": dict(B=1, T=20, S=40, H=257, V=3),
+    "value_dim_100": dict(T=20, S=70, H=12, V=100),
+    "one_row": dict(T=1, S=700, N=2),
+    "five_rows": dict(T=5, S=700, N=2),
+    "multi_query": dict(T=100, S=100, K=1),
+    # Heads of few queries and keys, computed at once, and few rows of many heads, stacked.
+    "one": dict(T=1, S=1, N=4, K=4),
+    "small": dict(T=9, S=7, N=3, K=1, H=20, V=36),
+    "small_everything": dict(
+        T=21, S=30, is_causal=True, local_window_size=(20, 9), logits_soft_cap=4.0, scale=-0.4,
+        bias=_bias(2, 1, 21, 30), mask=_mask(2, 4, 21, 30),
+        key_value_seq_lengths=np.array([27, 5], np.int32),
+        query_seq_lengths=np.array([20, 21], np.int32),
+    ),
+    "stacked": dict(T=3, S=250, N=39, K=3, is_causal=False),
+    "stacked_everything": dict(
+        T=5, S=230, N=44, K=2, local_window_size=(2, 210), logits_soft_cap=4.0,
+        bias=_bias(2, 44, 5, 230), mask=_mask(2, 44, 5, 230),
+        query_seq_lengths=np.array([4, 5], np.int32),
+    ),
+    "many_chunks": dict(B=1, T=60, S=2500, N=1, K=1, H=16, V=16),
+}  # fmt: skip
+CASES = RULES | WALKS | SHAPES
+
+# Relative L2, forward and gradients: the design's bars for float32 operands and for 8-bit
+# probabilities, and for 16-bit operands twice and three times what plain jnp of their type makes,
+# which tests/cpu/test_kernels.py measures.
+BARS = {
+    "float32": (2e-6, 3e-6),
+    "bfloat16": (7e-3, 1e-2),
+    "float16": (8e-4, 1.2e-3),
+    "int8": (8e-3, 1e-2),
+}
+
+
+class Operands(NamedTuple):
+    """What a case is computed from: arrays, keyword arguments and cotangents."""
+
+    arrays: tuple[Any, ...]  # query, key, value and, where there is one, bias
+    keywords: dict[str, Any]
+    d_out: Any
+    d_log_sum_exp: Any
+
+
+def operands(case, dtype="float32", seed=3) -> Operands:
+    """Random operands of a case: the sizes that it does not give are small."""
+    rng = np.random.default_rng(seed)
+    size = {"B": 2, "N": 4, "K": 2, "H": 24, "V": 24} | case
+    B, T, S, N, K, H, V = (size[letter] for letter in "BTSNKHV")
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    # Keys off center, so that removing their center matters.
+    arrays = [draw(B, T, N, H), draw(B, S, K, H) + jnp.asarray(0.5, dtype), draw(B, S, K, V)]
+    if "bias" in case:
+        arrays.append(jnp.asarray(case["bias"]))
+    keywords = {name: x for name, x in case.items() if len(name) > 1 and name != "bias"}
+    d_log_sum_exp = jnp.asarray(rng.standard_normal((B, T, N)), jnp.float32)
+    return Operands(tuple(arrays), keywords, draw(B, T, N, V), d_log_sum_exp)

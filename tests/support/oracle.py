@@ -1,0 +1,141 @@
+"""Attention, its gradients and INT8 codes in float64 NumPy, one formula a line."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class OracleResult(NamedTuple):
+    out: np.ndarray
+    log_sum_exp: np.ndarray
+    d_query: np.ndarray
+    d_key: np.ndarray
+    d_value: np.ndarray
+    d_bias: np.ndarray | None
+
+
+def visible_keys(
+    shape, bias, mask, is_causal, query_lengths, key_lengths, local_window_size, soft_cap
+):
+    """Which key each row sees: bool [B, N, T, S]."""
+    _, _, T, S = shape
+    i, j = np.arange(T)[:, None], np.arange(S)[None, :]
+    visible = np.ones(shape, bool)
+    if mask is not None:
+        visible &= np.asarray(mask)
+    if is_causal:
+        visible &= j <= i
+    if local_window_size is not None:
+        left, right = np.broadcast_to(local_window_size, 2)
+        visible &= (i - left <= j) & (j <= i + right)
+    if query_lengths is not None:
+        visible &= (i < np.asarray(query_lengths)[:, None, None])[:, None]
+    if key_lengths is not None:
+        visible &= (j < np.asarray(key_lengths)[:, None, None])[:, None]
+    if bias is not None and soft_cap is None:
+        visible &= ~(np.asarray(bias, np.float64) < -2.35e38)  # NaN is visible
+    return visible
+
+
+def _weighted_sum(weights, x, visible):
+    """`weights` [B, N, T, S] times `x` [B, N, S, H], hidden elements out before the sum."""
+    if np.isfinite(x).all():
+        return np.where(visible, weights, 0.0) @ x
+    return np.where(visible[..., None], weights[..., None] * x[:, :, None], 0.0).sum(-2)
+
+
+@np.errstate(invalid="ignore")
+def attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    logits_soft_cap=None,
+    d_out=None,
+    d_log_sum_exp=None,
+) -> OracleResult:
+    """Attention and its gradients; cotangents default to zeros.
+
+    Operands that are not finite are for small shapes only: their sums take B N T S H numbers.
+    """
+    q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value))
+    B, N, T, H = q.shape
+    _, K, S, _ = k.shape
+    k, v = (np.repeat(x, N // K, axis=1) for x in (k, v))
+    scale = 1 / np.sqrt(H) if scale is None else float(scale)
+    visible = visible_keys(
+        (B, N, T, S), bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths,
+        local_window_size, logits_soft_cap,
+    )  # fmt: skip
+    logits = np.where(visible, q @ k.swapaxes(2, 3), 0.0) * scale
+    if bias is not None:
+        logits = logits + np.where(visible, np.asarray(bias, np.float64), 0.0)
+    slope = np.ones_like(logits)
+    if logits_soft_cap is not None:
+        tanh = np.tanh(logits / logits_soft_cap)
+        logits, slope = logits_soft_cap * tanh, 1 - tanh**2
+    maximum = np.max(logits, axis=-1, keepdims=True, where=visible, initial=-1e300)
+    exponentials = np.where(visible, np.exp(np.where(visible, logits - maximum, 0.0)), 0.0)
+    total = exponentials.sum(-1, keepdims=True)
+    empty = total == 0
+    p = exponentials / np.where(empty, 1.0, total)
+    log_sum_exp = np.where(empty, -np.inf, maximum + np.log(np.where(empty, 1.0, total)))[..., 0]
+    out = _weighted_sum(p, v, visible)
+
+    d_out = np.zeros_like(out) if d_out is None else np.asarray(d_out, np.float64).swapaxes(1, 2)
+    d_lse = np.zeros((B, T, N)) if d_log_sum_exp is None else np.asarray(d_log_sum_exp, np.float64)
+    dp = np.where(visible, d_out @ v.swapaxes(2, 3), 0.0)
+    delta = np.sum(p * dp, -1, keepdims=True) - d_lse.swapaxes(1, 2)[..., None]
+    d_logits = p * (dp - delta) * slope
+    d_bias = None
+    if bias is not None:
+        d_bias = d_logits
+        shape = (1,) * (4 - np.ndim(bias)) + np.shape(bias)
+        for axis, extent in enumerate(shape):
+            if extent == 1:
+                d_bias = d_bias.sum(axis, keepdims=True)
+        d_bias = d_bias.reshape(np.shape(bias))
+
+    def over_group(weights, x):
+        """The sum over rows, and over the query heads of each kv head: [B, S, K, H]."""
+        each = _weighted_sum(weights.swapaxes(2, 3), x, visible.swapaxes(2, 3))
+        return each.reshape(B, K, N // K, S, x.shape[-1]).sum(2).swapaxes(1, 2)
+
+    return OracleResult(
+        out.swapaxes(1, 2),
+        log_sum_exp.swapaxes(1, 2),
+        _weighted_sum(d_logits * scale, k, visible).swapaxes(1, 2),
+        over_group(d_logits * scale, q),
+        over_group(p, d_out),
+        d_bias,
+    )
+
+
+def fake_quantize(x, *, center=False, lengths=None):
+    """What INT8 rows of `x` [B, S, K, H] dequantize to, in float64: zeros past the lengths."""
+    x = np.asarray(x, np.float64)
+    lengths = np.full(x.shape[0], x.shape[1]) if lengths is None else np.asarray(lengths)
+    centers = np.zeros_like(x[:, :1])
+    for b in range(x.shape[0] if center else 0):
+        centers[b, 0] = lower_median(x[b, : np.clip(lengths[b], 0, 32)])
+    seen = np.arange(x.shape[1]) < lengths[:, None]
+    centered = np.where(seen[:, :, None, None], x - centers, 0.0)
+    scale = np.abs(centered).max(-1, keepdims=True) / 127
+    return np.rint(centered / np.where(scale > 0, scale, 1.0)) * scale + centers
+
+
+def lower_median(x):
+    """Of the finite values along the first axis, 0 where there are none."""
+    count = np.isfinite(x).sum(0)
+    ordered = np.sort(np.where(np.isfinite(x), x, np.inf), axis=0)
+    middle = np.maximum(count[None] - 1, 0) // 2
+    return np.where(count > 0, np.take_along_axis(ordered, middle, 0)[0], 0) if len(x) else 0.0
