@@ -7,14 +7,15 @@
 using namespace metal;
 
 #include "backward_rows.h"
+#include "instantiate.h"
 
-template <int D>
+template <typename M, int D>
 kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
                                     device RowStatistics* statistics [[buffer(kRowStatistics)]],
                                     device uchar* bias_gradient [[buffer(kBiasGradient)]],
                                     JAX_GLUON_THREAD) {
-  using Sizes = BlockSizes<float, D>;
-  JAX_GLUON_KEY_VALUE_TILES(float, D);
+  using Sizes = BlockSizes<M, D>;
+  JAX_GLUON_KEY_VALUE_TILES(M, D);
   threadgroup float partial[kSimdgroups * Sizes::kTileRows];
 
   const AttentionParameters p = parameters;
@@ -51,7 +52,7 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
         const Range seen =
             intersect(visibility.of_rows({first_row, min(first_row + 8, row_end)}), block_keys);
         const RowRules rules = head_rules.row(p, row);
-        BackwardRows<float, D> rows;
+        BackwardRows<M, D> rows;
         rows.start(operands, cotangents, b, n, row, lane);
         const Int64 at = (Int64(b) * p.N + n) * p.T + row;
         if (refines_delta() && p.finds_statistics == 0 && row < p.T) {
@@ -123,11 +124,4 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(dim)                                                           \
-  template [[host_name(                                                                      \
-      "attention_backward_bias_float_" #dim)]] kernel decltype(attention_backward_bias<dim>) \
-      attention_backward_bias<dim>;
-
-JAX_GLUON_INSTANTIATE(64)
-JAX_GLUON_INSTANTIATE(128)
-JAX_GLUON_INSTANTIATE(256)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_bias, float)

@@ -5,6 +5,7 @@
 
 using namespace metal;
 
+#include "instantiate.h"
 #include "query_ring.h"
 
 // What both pipelines have of a simdgroup.
@@ -227,15 +228,7 @@ kernel void attention_backward_key_value_gluon(JAX_GLUON_OPERANDS, JAX_GLUON_COT
   rows.store(p, key_gradient, value_gradient, lane);
 }
 
-#define JAX_GLUON_INSTANTIATE(name, type, dim) \
-  template [[host_name(#name "_" #type "_" #dim)]] kernel decltype(name<type, dim>) name<type, dim>;
-#define JAX_GLUON_INSTANTIATE_ALL(type)                                \
-  JAX_GLUON_INSTANTIATE(attention_backward_key_value, type, 64)        \
-  JAX_GLUON_INSTANTIATE(attention_backward_key_value, type, 128)       \
-  JAX_GLUON_INSTANTIATE(attention_backward_key_value, type, 256)       \
-  JAX_GLUON_INSTANTIATE(attention_backward_key_value_gluon, type, 64)  \
-  JAX_GLUON_INSTANTIATE(attention_backward_key_value_gluon, type, 128) \
-  JAX_GLUON_INSTANTIATE(attention_backward_key_value_gluon, type, 256)
-
-JAX_GLUON_INSTANTIATE_ALL(float)
-JAX_GLUON_INSTANTIATE_ALL(half)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_key_value, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_key_value_gluon, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_key_value, half)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_key_value_gluon, half)

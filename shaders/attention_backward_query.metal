@@ -6,6 +6,7 @@
 using namespace metal;
 
 #include "backward_rows.h"
+#include "instantiate.h"
 #include "ring.h"
 
 // What both pipelines have of a simdgroup.
@@ -178,15 +179,7 @@ kernel void attention_backward_query_gluon(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGE
   rows.store(p, statistics, query_gradient, lane);
 }
 
-#define JAX_GLUON_INSTANTIATE(name, type, dim) \
-  template [[host_name(#name "_" #type "_" #dim)]] kernel decltype(name<type, dim>) name<type, dim>;
-#define JAX_GLUON_INSTANTIATE_ALL(type)                            \
-  JAX_GLUON_INSTANTIATE(attention_backward_query, type, 64)        \
-  JAX_GLUON_INSTANTIATE(attention_backward_query, type, 128)       \
-  JAX_GLUON_INSTANTIATE(attention_backward_query, type, 256)       \
-  JAX_GLUON_INSTANTIATE(attention_backward_query_gluon, type, 64)  \
-  JAX_GLUON_INSTANTIATE(attention_backward_query_gluon, type, 128) \
-  JAX_GLUON_INSTANTIATE(attention_backward_query_gluon, type, 256)
-
-JAX_GLUON_INSTANTIATE_ALL(float)
-JAX_GLUON_INSTANTIATE_ALL(half)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_query, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_query_gluon, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_query, half)
+JAX_GLUON_INSTANTIATE_ALL(attention_backward_query_gluon, half)

@@ -5,6 +5,7 @@
 
 using namespace metal;
 
+#include "instantiate.h"
 #include "online_softmax.h"
 
 // Row r of a kv head is token r / heads of query head r % heads of its group. The simdgroups of a
@@ -107,17 +108,8 @@ kernel void attention_decode_combine(
   }
 }
 
-#define JAX_GLUON_INSTANTIATE(type, dim) \
-  template [[host_name(                  \
-      "attention_decode_" #type          \
-      "_" #dim)]] kernel decltype(attention_decode<type, dim>) attention_decode<type, dim>;
-#define JAX_GLUON_INSTANTIATE_ALL(type) \
-  JAX_GLUON_INSTANTIATE(type, 64)       \
-  JAX_GLUON_INSTANTIATE(type, 128)      \
-  JAX_GLUON_INSTANTIATE(type, 256)
-
-JAX_GLUON_INSTANTIATE_ALL(float)
-JAX_GLUON_INSTANTIATE_ALL(half)
+JAX_GLUON_INSTANTIATE_ALL(attention_decode, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_decode, half)
 #ifdef __HAVE_BFLOAT__
-JAX_GLUON_INSTANTIATE_ALL(bfloat)
+JAX_GLUON_INSTANTIATE_ALL(attention_decode, bfloat)
 #endif

@@ -5,6 +5,7 @@
 
 using namespace metal;
 
+#include "instantiate.h"
 #include "online_softmax.h"
 #include "ring.h"
 
@@ -128,18 +129,11 @@ kernel void attention_forward_gluon(JAX_GLUON_OPERANDS, JAX_GLUON_FORWARD_OUTPUT
   rows.store(p, out, row_maximum, log2_sum, lane);
 }
 
-#define JAX_GLUON_INSTANTIATE(name, type, dim) \
-  template [[host_name(#name "_" #type "_" #dim)]] kernel decltype(name<type, dim>) name<type, dim>;
-#define JAX_GLUON_INSTANTIATE_ALL(type)                     \
-  JAX_GLUON_INSTANTIATE(attention_forward, type, 64)        \
-  JAX_GLUON_INSTANTIATE(attention_forward, type, 128)       \
-  JAX_GLUON_INSTANTIATE(attention_forward, type, 256)       \
-  JAX_GLUON_INSTANTIATE(attention_forward_gluon, type, 64)  \
-  JAX_GLUON_INSTANTIATE(attention_forward_gluon, type, 128) \
-  JAX_GLUON_INSTANTIATE(attention_forward_gluon, type, 256)
-
-JAX_GLUON_INSTANTIATE_ALL(float)
-JAX_GLUON_INSTANTIATE_ALL(half)
+JAX_GLUON_INSTANTIATE_ALL(attention_forward, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_forward_gluon, float)
+JAX_GLUON_INSTANTIATE_ALL(attention_forward, half)
+JAX_GLUON_INSTANTIATE_ALL(attention_forward_gluon, half)
 #ifdef __HAVE_BFLOAT__
-JAX_GLUON_INSTANTIATE_ALL(bfloat)
+JAX_GLUON_INSTANTIATE_ALL(attention_forward, bfloat)
+JAX_GLUON_INSTANTIATE_ALL(attention_forward_gluon, bfloat)
 #endif

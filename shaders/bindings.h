@@ -30,7 +30,7 @@ enum BlockSize : int {
 enum ElementType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kS8 = 3, kU4x2 = 4 };
 
 // element = code * scale + offset, where offset is 0, -zero_point * scale, or the minimum that the
-// least code stands for.
+// smallest code stands for.
 enum OffsetKind : int { kNoOffset = 0, kZeroPoint = 1, kMinimum = 2 };
 
 enum AttentionBuffer : int {

@@ -60,5 +60,5 @@ struct Visibility {
 
  private:
   static constant constexpr Int64 kFar = Int64(1) << 40;  // no sequence is as long
-  static int between(Int64 x, int most) { return int(clamp(x, Int64(0), Int64(most))); }
+  static int between(Int64 x, int max) { return int(clamp(x, Int64(0), Int64(max))); }
 };

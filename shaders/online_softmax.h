@@ -11,7 +11,7 @@
 
 // 2^n of a whole n in [-126, 0].
 inline float power_of_two(float n) { return as_type<float>((int(n) + 127) << 23); }
-// The least power of two that is not below a positive x.
+// The smallest power of two that is not below a positive x.
 inline float up_to_power_of_two(float x) {
   return as_type<float>((as_type<uint>(x) + 0x7fffffu) & 0x7f800000u);
 }

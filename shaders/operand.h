@@ -177,9 +177,9 @@ struct Rows {
     if (quantization.offset_kind == kNoOffset) return 0.0f;
     thread const BlockStrides& at = quantization.offset;
     const Int64 index = token_block(token) * at.block + column_block * at.column;
-    const float least_code = type == kS8 ? -128.0f : -8.0f;
+    const float min_code = type == kS8 ? -128.0f : -8.0f;
     const float minimum = load_float(offset, quantization.is_bfloat16 != 0 ? kBF16 : kF32, index);
-    return minimum - least_code * scale;
+    return minimum - min_code * scale;
   }
   int column_block(int column) const thread {
     const int size = quantization.head_block;

@@ -16,7 +16,7 @@ constant constexpr float kLargestCenter = 0x1p100f;
 inline float lower(float a, float b) { return isnan(a) || isnan(b) ? NAN : min(a, b); }
 inline float higher(float a, float b) { return isnan(a) || isnan(b) ? NAN : max(a, b); }
 
-// The least bfloat16 number that is not below finite x; NaN stays NaN.
+// The smallest bfloat16 number that is not below finite x; NaN stays NaN.
 inline float round_up_to_bfloat16(float x) {
   if (isnan(x)) return x;
   const uint bits = as_type<uint>(x);
@@ -65,7 +65,7 @@ struct QuantizeOperands {
 // A simdgroup's threadgroup memory.
 struct Columns {
   threadgroup float* row;
-  threadgroup float* first;   // least elements, then scales
+  threadgroup float* first;   // smallest elements, then scales
   threadgroup float* second;  // largest elements, then offsets
 };
 
@@ -140,49 +140,49 @@ struct Quantizer {
   void make_parameters(Int64 index) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     if (p.head_block == 0) {
-      float least = INFINITY, most = -INFINITY;
+      float min_x = INFINITY, max_x = -INFINITY;
       for (int h = lane; h < p.H; h += 32) {
-        least = lower(least, columns.first[h]);
-        most = higher(most, columns.second[h]);
+        min_x = lower(min_x, columns.first[h]);
+        max_x = higher(max_x, columns.second[h]);
       }
-      const bool is_finite = !simd_any(isnan(least) || isnan(most));
-      least = is_finite ? simd_min(least) : NAN;
-      most = is_finite ? simd_max(most) : NAN;
-      if (lane == 0) store_parameters(index, 0, least, most);
+      const bool is_finite = !simd_any(isnan(min_x) || isnan(max_x));
+      min_x = is_finite ? simd_min(min_x) : NAN;
+      max_x = is_finite ? simd_max(max_x) : NAN;
+      if (lane == 0) store_parameters(index, 0, min_x, max_x);
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       for (int c0 = 0; c0 < scales(); c0 += 32) {
         const int c = c0 + lane;
-        float least = INFINITY, most = -INFINITY;
+        float min_x = INFINITY, max_x = -INFINITY;
         for (int h = c * p.head_block; h < min(p.H, (c + 1) * p.head_block); ++h) {
-          least = lower(least, columns.first[h]);
-          most = higher(most, columns.second[h]);
+          min_x = lower(min_x, columns.first[h]);
+          max_x = higher(max_x, columns.second[h]);
         }
         // All have read their columns before the first of them is replaced.
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        if (c < scales()) store_parameters(index + c, c, least, most);
+        if (c < scales()) store_parameters(index + c, c, min_x, max_x);
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
   // Scale and offset of one block, as they are stored.
-  void store_parameters(Int64 index, int c, float least, float most) const thread {
+  void store_parameters(Int64 index, int c, float min_x, float max_x) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     const float highest = p.bits == 8 ? 127.0f : 7.0f;
     const float lowest = p.is_symmetric != 0 ? -highest : -highest - 1.0f;
     const float levels = highest - lowest;
-    if (least > most) least = most = 0.0f;  // no tokens
+    if (min_x > max_x) min_x = max_x = 0.0f;  // no tokens
     float scale, minimum = 0.0f;
     if (p.is_symmetric != 0) {
-      scale = higher(-least, most) / highest;
+      scale = higher(-min_x, max_x) / highest;
     } else if (p.has_minimum != 0) {
-      minimum = p.is_bfloat16 != 0 ? -round_up_to_bfloat16(-least) : least;
-      scale = most / levels - minimum / levels;
+      minimum = p.is_bfloat16 != 0 ? -round_up_to_bfloat16(-min_x) : min_x;
+      scale = max_x / levels - minimum / levels;
     } else {
-      least = lower(least, 0.0f);
-      most = higher(most, 0.0f);
-      scale = most / levels - least / levels;
+      min_x = lower(min_x, 0.0f);
+      max_x = higher(max_x, 0.0f);
+      scale = max_x / levels - min_x / levels;
     }
     if (p.is_bfloat16 != 0) {
       // Rounded down, the ends of a block lose at most 2^-9 of its steps: little of 15, half of one
@@ -197,7 +197,7 @@ struct Quantizer {
     if (p.has_minimum != 0) {
       store_float(operands.offset, type, index, minimum);
     } else if (p.is_symmetric == 0) {
-      offset = scale > 0.0f ? clamp(rint(lowest - least / scale), lowest, highest) : 0.0f;
+      offset = scale > 0.0f ? clamp(rint(lowest - min_x / scale), lowest, highest) : 0.0f;
       reinterpret_cast<device char*>(operands.offset)[index] = char(offset);
     }
     columns.first[c] = scale;

@@ -19,9 +19,9 @@ TESTS = ROOT / "tests" / "softmetal"
 PAGE = ROOT / "docs" / "software-metal.md"
 INTRODUCTION = """# The software Metal device
 
-`softmetal` runs Metal compute programs on Linux: its README says what it is and what it is not.
-This page is written by `python tools/softmetal_report.py`, which runs the tests in `tests/softmetal`
-(Debian 12, clang 19, x86-64). Nothing here was run on a Mac.
+`softmetal` runs Metal compute programs on Linux: `softmetal/README.md` says what it is, how it is built and
+used, and what it is not. This page is written by `python tools/softmetal_report.py`, which runs the tests in
+`tests/softmetal` (Debian 12, clang 19, x86-64). Nothing here was run on a Mac.
 
 """
 

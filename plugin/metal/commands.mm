@@ -58,10 +58,10 @@ void Commands::dispatch(id<MTLComputePipelineState> pipeline, Bindings& bindings
   const int64_t share = std::max<int64_t>(1, products / (x * y * z));
   // The threadgroups that a part may have: whole planes of the grid, or rows of one plane, or some
   // of one row.
-  const int64_t most = std::max<int64_t>(1, context_.products_of_a_command_buffer() / share);
-  const int64_t step_z = std::clamp<int64_t>(most / (x * y), 1, z);
-  const int64_t step_y = most >= x * y ? y : std::clamp<int64_t>(most / x, 1, y);
-  const int64_t step_x = std::min(most, x);
+  const int64_t max_groups = std::max<int64_t>(1, context_.products_of_a_command_buffer() / share);
+  const int64_t step_z = std::clamp<int64_t>(max_groups / (x * y), 1, z);
+  const int64_t step_y = max_groups >= x * y ? y : std::clamp<int64_t>(max_groups / x, 1, y);
+  const int64_t step_x = std::min(max_groups, x);
   for (int64_t k = 0; k < z; k += step_z) {
     for (int64_t j = 0; j < y; j += step_y) {
       for (int64_t i = 0; i < x; i += step_x) {

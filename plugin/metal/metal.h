@@ -16,7 +16,7 @@ Device* metal_device(std::string* why);
 constexpr int64_t kMaxHeadDimOfMetal = 256, kMaxQuantizedHeadDimOfMetal = 512;
 
 // Whether a call that may run on either is for Metal: on a real GPU, with enough work to pay for
-// the launch, and with rows that its kernels take. The least work has not been measured on any GPU.
+// the launch, and with rows that its kernels take. The minimum has not been measured on any GPU.
 constexpr int64_t kMinProductsForMetal = int64_t{1} << 28;
 inline bool prefers_metal([[maybe_unused]] int64_t products, [[maybe_unused]] int64_t widest) {
 #if defined(__APPLE__)
