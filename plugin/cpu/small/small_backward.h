@@ -60,7 +60,7 @@ class SmallBackward {
   void differentiate(int64_t b, int64_t k, Scratch& s) const {
     const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
     const Visibility visibility(call_, b);
-    if (k == 0 && S > 1) {
+    if (k == 0) {
       stream_heads(call_.query, b, 0, T, call_.N, call_.H);
       stream_heads(call_.d_out, b, 0, T, call_.N, call_.V);
       stream_heads(call_.key, b, 0, S, call_.K, call_.H);
