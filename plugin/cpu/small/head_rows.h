@@ -2,7 +2,7 @@
 // for each would cost as much as its elements.
 #pragma once
 
-#include "cpu/rows/stored_row.h"
+#include "cpu/rows/rows.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -10,15 +10,14 @@ namespace {
 template <class Isa, DType dtype>
 bool load_head_as(const Operand& x, const char* row, int64_t count, int64_t n, float* out,
                   int64_t stride) {
-  using Row = StoredRow<Isa, dtype>;
+  constexpr auto kBytes = static_cast<int64_t>(size_of(dtype));
   constexpr int64_t W = Isa::kLanes;
   auto probe = Isa::zero(), other = probe;  // 0 * x is NaN where x is not finite
   float tail_probe = 0.0f;
-  for (int64_t i = 0; i < count; ++i, row += Row::bytes(x.stride[0]), out += stride) {
+  for (int64_t i = 0; i < count; ++i, row += x.stride[0] * kBytes, out += stride) {
     int64_t h = 0;
     const auto load = [&](int64_t at, auto sum) {
-      typename Isa::F v;
-      Row::load(row + Row::bytes(at), &v);
+      const auto v = load_vector<Isa, dtype>(row + at * kBytes);
       Isa::store(out + at, v);
       return Isa::fma(v, Isa::zero(), sum);
     };

@@ -134,22 +134,22 @@ class OneKeyBackward {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = r / heads_.group, n = k * heads_.group + r % heads_.group;
       const float log2_sum = scalar_of(call_.log2_sum, b, i, n);
-      const bool seen = log2_sum != kEmptyRowLog2Sum;
-      // 1, or NaN where the logit is not finite.
-      const float p = seen ? log2_sum - log2_sum + 1.0f : 0.0f;
-      float d_score = 0.0f;
-      if (seen) {
-        const float* d_out = float_row<Isa>(call_.d_out, b, i, n, call_.V, s.d_out);
-        // Of dP - D only what is not finite is left: D is dP.
-        const float d_p = dot<Isa>(d_out, value, heads_.value_width);
-        d_score = p * (d_p - d_p + d_logit(b, i, n));
-        if (rows > 1) add_row(p, d_out, heads_.value_width, s.d_value);
+      if (log2_sum == kEmptyRowLog2Sum) {
+        clear_row(call_.d_query, ((b * call_.T + i) * call_.N + n) * call_.H, call_.H);
+        if (rows == 1) clear_row(call_.d_value, index * call_.V, call_.V);
+        continue;
       }
+      const float p = log2_sum - log2_sum + 1.0f;  // NaN where the logit is not finite
+      const float* d_out = float_row<Isa>(call_.d_out, b, i, n, call_.V, s.d_out);
       if (rows == 1) {
         copy_row<Isa>(call_.d_value, index * call_.V, call_.d_out, row_of(call_.d_out, b, i, n),
                       call_.V, p, s.d_out);
+      } else {
+        add_row(p, d_out, heads_.value_width, s.d_value);
       }
-      add_d_score(d_score, b, i, n, s);
+      // Of dP - D only what is not finite is left: D is dP.
+      const float d_p = dot<Isa>(d_out, value, heads_.value_width);
+      add_d_score(p * (d_p - d_p + d_logit(b, i, n)), b, i, n, s);
     }
     if (rows > 1) store_row<Isa>(call_.d_value, index * call_.V, s.d_value, call_.V, 1.0f);
     if (s.has_d_key) {
