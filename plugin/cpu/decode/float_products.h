@@ -35,7 +35,7 @@ struct FloatProducts {
   static constexpr int64_t value_position(int64_t h) { return query_position(h); }
 
   // Vectors of a step from their natural order.
-  static void put_in_order(F* x) {
+  static JAX_GLUON_INLINE void put_in_order(F* x) {
     if constexpr (kNibbles) Isa::deinterleave(x[0], x[1], x);
   }
 
