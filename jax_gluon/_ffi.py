@@ -18,9 +18,10 @@ import numpy as np
 
 from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
+from jax_gluon._operands import quantize_operands, with_codes
 from jax_gluon._problem import AttentionProblem, Operands, Residuals, log_sum_exp
-from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec, rotation
-from jax_gluon._quantization.operands import quantize_operands, with_codes
+from jax_gluon._quantization.codes import unrotated
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._visible_tokens import visible_tokens
 
 _Result = TypeVar("_Result")
@@ -211,16 +212,12 @@ def backward(
     gradients = _backward_call("backward", results, problem, residuals, d_out, d_log_sum_exp)
     # The gradient of a rotated array, back to the array.
     d_query, d_key, d_value = (
-        _rotated_back(gradient) if isinstance(x, QuantizedTensor) and x.spec.rotate else gradient
+        unrotated(gradient.astype(jnp.float32)).astype(dtype)
+        if isinstance(x, QuantizedTensor) and x.spec.rotate
+        else gradient
         for gradient, x in zip(gradients, _unrotated(residuals.operands)[:3], strict=True)
     )
     return d_query, d_key, d_value
-
-
-def _rotated_back(x: jax.Array) -> jax.Array:
-    matrix = jnp.asarray(rotation(x.shape[-1]).T, jnp.float32)
-    rows = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
-    return rows.astype(x.dtype)
 
 
 def backward_bias(

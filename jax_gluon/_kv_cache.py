@@ -17,6 +17,7 @@ from jax_gluon import _lowering
 from jax_gluon._arguments import KEYWORDS, CheckedArguments, Implementation, check_arguments
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes, vary_like
+from jax_gluon._quantization.codes import to_bits, unrotated, without_center
 from jax_gluon._quantization.formats import (
     CENTER_TOKENS,
     PRESETS,
@@ -25,8 +26,6 @@ from jax_gluon._quantization.formats import (
     QuantizedTensor,
     QuantSpec,
     preset,
-    rotation,
-    to_bits,
 )
 
 _GRANULARITIES = ("row", "group", "block", "channel_block")
@@ -414,12 +413,7 @@ def _centered(cached: QuantizedTensor, x: jax.Array, center: jax.Array | None) -
     """`x` less its center, which the cache keeps rotated where the format is."""
     if center is None:
         return x
-    if cached.spec.rotate:
-        back = jnp.asarray(rotation(cached.head_dim).T, jnp.float32)
-        center = jnp.matmul(center, back, precision=jax.lax.Precision.HIGHEST)
-    largest = float(np.finfo(np.float32).max)
-    # A difference of two finite numbers is kept finite.
-    return jnp.where(jnp.isfinite(x), jnp.clip(x - center, -largest, largest), x)
+    return without_center(x, unrotated(center) if cached.spec.rotate else center)
 
 
 def _whole_blocks(

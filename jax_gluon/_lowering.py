@@ -17,9 +17,9 @@ import numpy as np
 from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
+from jax_gluon._operands import with_codes
 from jax_gluon._problem import AttentionProblem, Operands, Residuals
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
-from jax_gluon._quantization.operands import with_codes
 from jax_gluon._xla import implementation as xla
 from jax_gluon._xla import quantize as xla_quantize
 

@@ -1,1 +1,1 @@
-"""Codes: what they look like, and how arrays become them."""
+"""Codes: the formats, and what is done to them."""

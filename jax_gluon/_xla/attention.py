@@ -23,7 +23,7 @@ from jax_gluon._problem import (
     AttentionProblem,
     FloatOperands,
 )
-from jax_gluon._quantization.formats import from_bits, to_bits
+from jax_gluon._quantization.codes import from_bits, to_bits
 from jax_gluon._xla.tiles import (
     KEYS_FIRST,
     QUERIES_FIRST,

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_gluon._operands import quantize_operands
 from jax_gluon._problem import (
     AttentionProblem,
     FloatOperands,
@@ -18,7 +19,6 @@ from jax_gluon._problem import (
     log_sum_exp,
 )
 from jax_gluon._quantization.formats import QuantizedTensor
-from jax_gluon._quantization.operands import quantize_operands
 from jax_gluon._xla import attention
 from jax_gluon._xla.quantize import quantize
 

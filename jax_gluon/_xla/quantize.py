@@ -9,14 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon._quantization.formats import (
-    CENTER_TOKENS,
-    QuantizedTensor,
-    QuantSpec,
-    pack,
-    rotation,
-    spread,
-)
+from jax_gluon._quantization.codes import pack, rotated, spread, without_center
+from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec
 
 # A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 _MIN_SCALE = 2.0**-125
@@ -33,14 +27,11 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) ->
     dtype, H = x.dtype, x.shape[-1]
     x = x.astype(jnp.float32)
     if spec.rotate:
-        matrix = jnp.asarray(rotation(H), jnp.float32)
-        x = jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
+        x = rotated(x)
     center = None
     if spec.center:
         center = token_center(x, visible)
-        largest = np.finfo(np.float32).max
-        # A difference of two finite numbers is kept finite.
-        x = jnp.where(jnp.isfinite(x), jnp.clip(x - center, -largest, largest), x)
+        x = without_center(x, center)
     hidden = None if visible is None else ~visible[..., None, None]
     if hidden is not None:
         x = jnp.where(hidden, jnp.zeros_like(x), x)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
-from jax_gluon._quantization.formats import from_bits, to_bits
+from jax_gluon._quantization.codes import from_bits, to_bits
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
 # operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache

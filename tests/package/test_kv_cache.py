@@ -10,7 +10,8 @@ import pytest
 
 import jax_gluon
 from jax_gluon import AttentionQuantization, QuantizedKVCache, QuantSpec
-from jax_gluon._quantization.formats import PRESETS, to_bits
+from jax_gluon._quantization.codes import to_bits
+from jax_gluon._quantization.formats import PRESETS
 
 MINIMUM = dict(symmetric=False, float_minimum=True)
 # Queries stay in float, so that every error is the cache's.

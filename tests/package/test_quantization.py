@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec, rotation, spread
+from jax_gluon._quantization.codes import rotation, spread
+from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
 
 WAYS = {
     "symmetric": dict(symmetric=True),

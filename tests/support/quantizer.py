@@ -7,7 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec, rotation
+from jax_gluon._quantization.codes import rotation
+from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec
 
 MIN_SCALE = np.float32(2.0**-125)
 

@@ -16,8 +16,8 @@ struct AttentionDecode {
 
   static KernelOffer offer(const AttentionForwardCall& call) {
     const char* arithmetic = DecodeCodes<Isa>::takes(call) ? "int8" : "float32";
-    const std::string most = std::to_string(DecodeChunks<Isa>::kMaxQueries);
-    return {Kernel::kDecode, arithmetic, "at most " + most + " queries", {}, {}, {}};
+    const std::string max_queries = std::to_string(DecodeChunks<Isa>::kMaxQueries);
+    return {Kernel::kDecode, arithmetic, "at most " + max_queries + " queries", {}, {}, {}};
   }
 
   static void run(const AttentionForwardCall& call, Parallel& parallel) {

@@ -168,10 +168,10 @@ class CodeWeights {
       Isa::store(to.weights + j * to.weight_stride, Isa::zero());
     }
     // What a weight of 1 is worth: nothing where all are nothing.
-    const F least = Isa::set1(std::numeric_limits<float>::min());
+    const F smallest = Isa::set1(std::numeric_limits<float>::min());
     F unit = Isa::mul(largest, Isa::set1(1.0f / static_cast<float>(Value::kMaxWeight)));
-    const F inverse = Isa::where_less(unit, least, Isa::zero(), Isa::div(Isa::set1(1.0f), unit));
-    unit = Isa::where_less(unit, least, Isa::zero(), unit);
+    const F inverse = Isa::where_less(unit, smallest, Isa::zero(), Isa::div(Isa::set1(1.0f), unit));
+    unit = Isa::where_less(unit, smallest, Isa::zero(), unit);
     I total = Isa::set1_i32(0);
     for (int64_t j = 0; j < count; j += 4) {
       I integer[4];

@@ -25,12 +25,12 @@ class DecodeChunks {
     return call.T * (call.N / std::max<int64_t>(call.K, 1));
   }
 
-  // The length of a chunk: at least this, and so long that partial results of many rows take no
+  // The length of a chunk: at least min_keys, and so long that partial results of many rows take no
   // more memory than those of a few.
-  static int64_t keys_of(const AttentionForwardCall& call, int64_t least) {
+  static int64_t keys_of(const AttentionForwardCall& call, int64_t min_keys) {
     constexpr int64_t kMaxPartials = 4096, kMinChunks = 16;
     const int64_t chunks = std::max(kMaxPartials / std::max<int64_t>(rows_of(call), 1), kMinChunks);
-    return std::max(least, round_up(ceil_div(call.S, chunks), least));
+    return std::max(min_keys, round_up(ceil_div(call.S, chunks), min_keys));
   }
 
   // `keys` is the length of a chunk: by shape alone, so that results are the same for any number of
@@ -38,13 +38,13 @@ class DecodeChunks {
   DecodeChunks(const AttentionForwardCall& call, Parallel& parallel, int64_t keys)
       : call_(call),
         parallel_(parallel),
-        keys_(keys),
+        chunk_keys_(keys),
         group_(call.N / std::max<int64_t>(call.K, 1)),
-        rows_(call.T * group_),
+        head_rows_(call.T * group_),
         chunks_(std::max<int64_t>(1, ceil_div(call.S, keys))) {}
 
   // Rows of a kv head: row r is query r / group of head k * group + r % group.
-  int64_t rows() const { return rows_; }
+  int64_t rows() const { return head_rows_; }
   int64_t query_of(int64_t r) const { return r / group_; }
   int64_t head_of(int64_t k, int64_t r) const { return k * group_ + r % group_; }
 
@@ -54,8 +54,8 @@ class DecodeChunks {
     float *values, *maximum, *sum;
   };
   Partial partial(int64_t b, int64_t k, int64_t chunk, int64_t r) const {
-    const int64_t index = ((b * call_.K + k) * chunks_ + chunk) * rows_ + r;
-    float* values = partial_.get() + index * (call_.V + 2);
+    const int64_t index = ((b * call_.K + k) * chunks_ + chunk) * head_rows_ + r;
+    float* values = partials_.get() + index * (call_.V + 2);
     return {values, values + call_.V, values + call_.V + 1};
   }
 
@@ -65,15 +65,15 @@ class DecodeChunks {
   void run(Attend attend) {
     const int64_t heads = call_.B * call_.K;
     if (heads * call_.T == 0) return;
-    partial_.allocate(heads * chunks_ * rows_ * (call_.V + 2));
+    partials_.allocate(heads * chunks_ * head_rows_ * (call_.V + 2));
     parallel_.run(call_.B * chunks_, [&](int64_t task) {
       const int64_t b = task / chunks_, chunk = task % chunks_;
       const Visibility visibility(call_, b);
-      const Range all{chunk * keys_, std::min(call_.S, (chunk + 1) * keys_)};
+      const Range all{chunk * chunk_keys_, std::min(call_.S, (chunk + 1) * chunk_keys_)};
       const Range keys = intersect(visibility.keys(), all);
       if (!keys.empty()) return attend(b, chunk, visibility, keys);
-      for (int64_t i = 0; i < call_.K * rows_; ++i) {
-        const Partial none = partial(b, i / rows_, chunk, i % rows_);
+      for (int64_t i = 0; i < call_.K * head_rows_; ++i) {
+        const Partial none = partial(b, i / head_rows_, chunk, i % head_rows_);
         *none.maximum = kHidden;
         *none.sum = 0.0f;
       }
@@ -85,7 +85,7 @@ class DecodeChunks {
   void merge(int64_t b, int64_t k) const {
     const float* center = stored_center(call_.value, b, k);
     Buffer<float> out(call_.V);
-    for (int64_t r = 0; r < rows_; ++r) {
+    for (int64_t r = 0; r < head_rows_; ++r) {
       float maximum = kHidden, sum = 0.0f;
       for (int64_t c = 0; c < chunks_; ++c) {
         maximum = std::max(maximum, *partial(b, k, c, r).maximum);
@@ -114,8 +114,8 @@ class DecodeChunks {
 
   const AttentionForwardCall& call_;
   Parallel& parallel_;
-  const int64_t keys_, group_, rows_, chunks_;
-  Buffer<float> partial_;
+  const int64_t chunk_keys_, group_, head_rows_, chunks_;
+  Buffer<float> partials_;
 };
 
 }  // namespace

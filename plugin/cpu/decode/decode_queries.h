@@ -110,10 +110,12 @@ class DecodeQueries {
           static_cast<const uint16_t*>(q.scale.data) + scale_offset(q.scale, q, b, j, k);
       const uint16_t* minima =
           static_cast<const uint16_t*>(q.offset.data) + scale_offset(q.offset, q, b, j, k);
-      const F least = Isa::set1(-least_code(q));
+      const F below_minimum = Isa::set1(-least_code(q));
       fold<Key>(
           k, [&](int64_t h) { return Isa::load_bf16(scales + h); },
-          [&](int64_t h, F scale) { return Isa::fma(scale, least, Isa::load_bf16(minima + h)); },
+          [&](int64_t h, F scale) {
+            return Isa::fma(scale, below_minimum, Isa::load_bf16(minima + h));
+          },
           s);
       return;
     }
@@ -126,7 +128,6 @@ class DecodeQueries {
       scale[h] = scale[h / size];
       offset[h] = offset[h / size];
     }
-    // Past the row they are 0 again.
     fold<Key>(
         k, [&](int64_t h) { return Isa::load(scale + h); },
         [&](int64_t h, F) { return Isa::load(offset + h); }, s);

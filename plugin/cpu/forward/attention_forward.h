@@ -30,7 +30,7 @@ class AttentionForward {
   AttentionForward(const AttentionForwardCall& call, Parallel& parallel)
       : call_(call),
         parallel_(parallel),
-        lanes_(ceil_div(call.H, G)),
+        head_lanes_(ceil_div(call.H, G)),
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
         block_keys_(ForwardBlocks<Core>::block_keys(call)),
@@ -62,7 +62,7 @@ class AttentionForward {
 
   void prepare(Scratch& s) const {
     s.load.prepare(call_);
-    s.query.allocate(kBlockRows * lanes_);
+    s.query.allocate(kBlockRows * head_lanes_);
     s.out.allocate(kBlockRows * value_columns_);
     s.scores.allocate(kGroupRows * kBlockKeys);
     if (G != 1) s.probabilities.allocate(kGroupRows * kBlockKeys / G);
@@ -103,10 +103,10 @@ class AttentionForward {
   // `seen`: the columns of the block that any row of the group sees.
   void attend_group(const Group& group, const KeyBlock<Core>& keys, Range seen, Scratch& s) const {
     const Range columns{seen.begin / kStep * kStep, round_up(seen.end, kStep)};
-    const Lane* query = s.query.get() + group.first * lanes_;
+    const Lane* query = s.query.get() + group.first * head_lanes_;
     for (int64_t j = columns.begin; j < columns.end; j += C) {
       for (int t = 0; t < kGroupRows; t += R) {
-        score_tile<Core>(query + t * lanes_, keys.key_panels(j), lanes_,
+        score_tile<Core>(query + t * head_lanes_, keys.key_panels(j), head_lanes_,
                          s.scores.get() + t * kBlockKeys + j, kBlockKeys);
       }
     }
@@ -191,7 +191,7 @@ class AttentionForward {
 
   const AttentionForwardCall& call_;
   Parallel& parallel_;
-  const int64_t lanes_, value_panels_, value_columns_, block_keys_;
+  const int64_t head_lanes_, value_panels_, value_columns_, block_keys_;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> packed_;
   const ForwardRows<Core> rows_;

@@ -29,7 +29,8 @@ class AttentionForwardGluon {
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of
-  // its own, or to keep threads busy, but then not below the least, and what is packed is shared.
+  // its own, or to keep threads busy, but then no finer than kMinBlocks, and what is packed is
+  // shared.
   static constexpr int64_t kMaxBlocks = 43, kMinBlocks = 4;
   static constexpr int kKeys = ForwardBlocks<Core>::kSubtileColumns;  // of a subtile, at most
   using Rules = LogitRules<Isa, kKeys>;
@@ -42,7 +43,7 @@ class AttentionForwardGluon {
   AttentionForwardGluon(const AttentionForwardCall& call, Parallel& parallel)
       : call_(call),
         parallel_(parallel),
-        lanes_(ceil_div(call.H, G)),
+        head_lanes_(ceil_div(call.H, G)),
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
         row_blocks_(ceil_div(call.T, kBlockRows)),
@@ -56,9 +57,9 @@ class AttentionForwardGluon {
     const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
     const int64_t busy =
         std::min(ceil_div(2 * parallel.threads(), heads), ceil_div(head_blocks_, kMinBlocks));
-    const int64_t least = std::max<int64_t>(1, ceil_div(head_blocks_, kMaxBlocks));
-    const int64_t tasks = std::max(least, std::min(busy, head_blocks_));
-    shares_ = tasks > least;
+    const int64_t min_tasks = std::max<int64_t>(1, ceil_div(head_blocks_, kMaxBlocks));
+    const int64_t tasks = std::max(min_tasks, std::min(busy, head_blocks_));
+    shares_ = tasks > min_tasks;
     task_blocks_ = std::max<int64_t>(1, ceil_div(head_blocks_, tasks));
   }
 
@@ -105,7 +106,7 @@ class AttentionForwardGluon {
     s.blocks.allocate(task_blocks_);
     s.group.allocate(1);
     s.group[0] = {};
-    s.query.allocate(rows * lanes_);
+    s.query.allocate(rows * head_lanes_);
     s.out.allocate(rows * value_columns_);
     s.sums.allocate(rows * W);
     if (key_values_.has_value_offsets()) s.offset_sums.allocate(rows * W);
@@ -130,8 +131,8 @@ class AttentionForwardGluon {
       const int64_t i0 = u % row_blocks_ * kBlockRows;
       block.n = k * group + u / row_blocks_;
       block.rows = {i0, std::min(call_.T, i0 + kBlockRows)};
-      rows_.load(b, block.n, block.rows, s.load, s.query.get() + (u - first) * kBlockRows * lanes_,
-                 block.state);
+      rows_.load(b, block.n, block.rows, s.load,
+                 s.query.get() + (u - first) * kBlockRows * head_lanes_, block.state);
       const Range seen = visibility.of_rows(block.rows);
       if (seen.empty()) continue;
       keys = {std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
@@ -142,7 +143,7 @@ class AttentionForwardGluon {
       if (!shares_) ring.fill_ahead(key0, s.load);
       using Block = KeyBlock<Core>;
       const Block block = shares_ ? Block{b, k, key0, shared_, head, key0}
-                                  : Block{b, k, key0, ring.packed(), ring.row_of(key0), 0};
+                                  : Block{b, k, key0, ring.packed(), ring.slot_of(key0), 0};
       for (int64_t u = 0; u < last - first; ++u) attend_block(visibility, block, u, s);
     }
     for (int64_t u = 0; u < last - first; ++u) finish(b, u, s);
@@ -163,7 +164,7 @@ class AttentionForwardGluon {
                           round_up(seen.end - keys.first, kStep)};
       float* scores = s.scores.get();
       float* next_scores = scores + kGroupRows * kKeys;
-      const Lane* query = s.query.get() + group.row * lanes_;
+      const Lane* query = s.query.get() + group.row * head_lanes_;
       const auto subtile_at = [&](int64_t j) {
         return Range{j, std::min(j + subtile_keys_, columns.end)};
       };
@@ -182,7 +183,7 @@ class AttentionForwardGluon {
                      float* scores) const {
     for (int64_t j = columns.begin; j < columns.end; j += C) {
       for (int t = 0; t < kGroupRows; t += R) {
-        score_tile<Core>(query + t * lanes_, keys.key_panels(j), lanes_,
+        score_tile<Core>(query + t * head_lanes_, keys.key_panels(j), head_lanes_,
                          scores + t * kKeys + j - columns.begin, kKeys);
       }
     }
@@ -305,7 +306,7 @@ class AttentionForwardGluon {
 
   const AttentionForwardCall& call_;
   Parallel& parallel_;
-  const int64_t lanes_, value_panels_, value_columns_;
+  const int64_t head_lanes_, value_panels_, value_columns_;
   const int64_t row_blocks_, head_blocks_;  // of a query head, of a kv head
   const int64_t subtile_keys_;
   int64_t task_blocks_ = 1;

@@ -25,7 +25,7 @@ class ForwardRows {
   ForwardRows(const AttentionForwardCall& call, const KeyValueRows<Core>& key_values)
       : call_(call),
         key_values_(key_values),
-        lanes_(ceil_div(call.H, G)),
+        head_lanes_(ceil_div(call.H, G)),
         value_columns_(round_up(call.V, Core::kTileColumns)) {}
 
   // At most kBlockRows rows of query head n as row tiles, zeros up to a whole group, and their
@@ -48,15 +48,15 @@ class ForwardRows {
     touch_rows(call_.query, b, rows.begin, rows.end, n, call_.H);
     for (int64_t t = 0; t < round_up(count, kGroupRows); t += R) {
       for (int r = 0; r < R; ++r) {
-        Lane* out = s.rows.get() + r * lanes_;
+        Lane* out = s.rows.get() + r * head_lanes_;
         if (t + r >= count) {
-          std::fill(out, out + lanes_, Lane(0));
+          std::fill(out, out + head_lanes_, Lane(0));
           continue;
         }
         const int64_t i = rows.begin + t + r;
         load_query(b, i, n, t + r, s, out, state);
       }
-      interleave<R>(s.rows.get(), lanes_, lanes_, tiles + t * lanes_);
+      interleave<R>(s.rows.get(), head_lanes_, head_lanes_, tiles + t * head_lanes_);
     }
   }
 
@@ -146,7 +146,7 @@ class ForwardRows {
 
   const AttentionForwardCall& call_;
   const KeyValueRows<Core>& key_values_;
-  const int64_t lanes_, value_columns_;
+  const int64_t head_lanes_, value_columns_;
 };
 
 }  // namespace

@@ -25,14 +25,14 @@ class KeyValueRing {
   // computed on next, whose predecessors are not read any more.
   void fill_ahead(int64_t key0, RowScratch<Core>& s) {
     for (; filled_ < std::min(end_, key0 + stages_ * block_keys_); filled_ += block_keys_) {
-      packed_.pack(head_, {filled_, filled_ + block_keys_}, {row_of(filled_), filled_}, s);
+      packed_.pack(head_, {filled_, filled_ + block_keys_}, {slot_of(filled_), filled_}, s);
     }
   }
   int64_t block_keys() const { return block_keys_; }
   // Where the first block that has one of `keys` starts.
   int64_t first_block(Range keys) const { return keys.begin / block_keys_ * block_keys_; }
-  // The row of packed() that the block which starts at key0 is in.
-  int64_t row_of(int64_t key0) const { return key0 / block_keys_ % stages_; }
+  // Where the block that starts at key0 is packed.
+  int64_t slot_of(int64_t key0) const { return key0 / block_keys_ % stages_; }
   const PackedKeyValues<Core>& packed() const { return packed_; }
 
  private:

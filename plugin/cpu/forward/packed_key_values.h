@@ -29,8 +29,8 @@ struct KeyScales {
   const float* value_offset = nullptr;
 };
 
-// Places for packed keys and values: `heads` rows of as many keys. A kernel that packs everything
-// once has a place for every kv head's every key; one that fills blocks as it goes, a few slots.
+// Slots for packed keys and values, each of as many keys. A kernel that packs everything once has a
+// slot for every kv head; one that fills blocks as it goes, a few.
 template <class Core>
 class PackedKeyValues {
   using Isa = typename Core::Isa;
@@ -41,23 +41,26 @@ class PackedKeyValues {
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
 
  public:
-  PackedKeyValues(const AttentionForwardCall& call, const KeyValueRows<Core>& rows)
-      : call_(call), rows_(rows), lanes_(ceil_div(call.H, G)), value_panels_(ceil_div(call.V, C)) {}
+  PackedKeyValues(const AttentionForwardCall& call, const KeyValueRows<Core>& key_values)
+      : call_(call),
+        key_values_(key_values),
+        head_lanes_(ceil_div(call.H, G)),
+        value_panels_(ceil_div(call.V, C)) {}
 
   // `keys` is a multiple of kStep.
-  void allocate(int64_t heads, int64_t keys) {
-    keys_ = keys;
-    packed_keys_.allocate(heads * keys * lanes_);
-    packed_values_.allocate(heads * keys / G * value_panels_ * C);
-    has_zeros_.allocate(heads * keys);
+  void allocate(int64_t slots, int64_t keys) {
+    slot_keys_ = keys;
+    packed_keys_.allocate(slots * keys * head_lanes_);
+    packed_values_.allocate(slots * keys / G * value_panels_ * C);
+    has_zeros_.allocate(slots * keys);
     if constexpr (kInt8) {
-      row_scales_.allocate(heads * keys * 3);
-      if (rows_.has_offsets()) key_offsets_.allocate(heads * keys * 2);
-      if (rows_.has_value_offsets()) value_offsets_.allocate(heads * keys);
+      row_scales_.allocate(slots * keys * 3);
+      if (key_values_.has_offsets()) key_offsets_.allocate(slots * keys * 2);
+      if (key_values_.has_value_offsets()) value_offsets_.allocate(slots * keys);
     }
   }
 
-  // Packs a block of every kv head's keys where its number says.
+  // Packs all keys, those of a kv head in the slot of its number.
   void pack_all(Parallel& parallel) {
     const int64_t blocks = ceil_div(call_.S, kBlockKeys);
     allocate(call_.B * call_.K, blocks * kBlockKeys);
@@ -70,9 +73,9 @@ class PackedKeyValues {
     });
   }
 
-  // Where a kv head's keys are packed: key j at place j - shift of row `head`.
+  // Where a kv head's keys are packed: key j is number j - first of the slot.
   struct Place {
-    int64_t head, shift;
+    int64_t slot, first;
   };
 
   // Packs keys of kv head `head`, a whole number of steps. Rows of V that are not finite are packed
@@ -85,15 +88,15 @@ class PackedKeyValues {
     const int64_t end = std::min(seen.end, keys.end);
     if (begin >= end || seen.empty() || keys.end <= seen.begin) return;
     pack_score_panels<Core>(begin, end, call_.H, s.rows.get(),
-                            key_panels(to.head, begin - to.shift),
+                            key_panels(to.slot, begin - to.first),
                             [&](int64_t j, Lane* out) { load_key(to, b, j, k, s, out); });
     // Panels beyond the last key are read only up to the rounded end of the block's visible range.
     const int64_t packed = begin + round_up(end - begin, C),
                   last = begin + round_up(end - begin, kStep);
-    std::fill(key_panels(to.head, packed - to.shift), key_panels(to.head, last - to.shift),
+    std::fill(key_panels(to.slot, packed - to.first), key_panels(to.slot, last - to.first),
               Lane(0));
 
-    uint8_t* zeros = has_zeros(to.head) + begin - to.shift;
+    uint8_t* zeros = has_zeros(to.slot) + begin - to.first;
     std::fill(zeros, zeros + last - begin, uint8_t(0));
     if constexpr (kInt8) {
       for (int64_t j = begin; j < last; j += kSubtileKeys) {
@@ -101,58 +104,58 @@ class PackedKeyValues {
       }
     } else {
       for (int64_t j = begin; j < last; j += G) {
-        pack_values(b, k, j, end, s, zeros + j - begin, value_lines(to.head, j - to.shift));
+        pack_values(b, k, j, end, s, zeros + j - begin, value_lines(to.slot, j - to.first));
       }
     }
   }
 
-  Lane* key_panels(int64_t head, int64_t key) const {
-    return packed_keys_.get() + (head * keys_ + key) * lanes_;
+  Lane* key_panels(int64_t slot, int64_t key) const {
+    return packed_keys_.get() + (slot * slot_keys_ + key) * head_lanes_;
   }
   // Line of value panel 0 that holds `key`; panels are value_panel_stride() apart.
-  Lane* value_lines(int64_t head, int64_t key) const {
-    return packed_values_.get() + head * value_panel_stride() * value_panels_ + key / G * C;
+  Lane* value_lines(int64_t slot, int64_t key) const {
+    return packed_values_.get() + slot * value_panel_stride() * value_panels_ + key / G * C;
   }
-  int64_t value_panel_stride() const { return keys_ / G * C; }
+  int64_t value_panel_stride() const { return slot_keys_ / G * C; }
   // INT8: those of the keys from `key` on.
-  KeyScales key_scales(int64_t head, int64_t key) const {
+  KeyScales key_scales(int64_t slot, int64_t key) const {
     KeyScales out;
-    out.scale = scale_of_key(head) + key;
-    out.fold_log2 = fold_log2(head) + key;
-    out.fold_inverse = fold_inverse(head) + key;
-    if (rows_.has_offsets()) {
-      out.offset = key_offsets(head) + key;
-      out.code_sum = key_code_sums(head) + key;
+    out.scale = scale_of_key(slot) + key;
+    out.fold_log2 = fold_log2(slot) + key;
+    out.fold_inverse = fold_inverse(slot) + key;
+    if (key_values_.has_offsets()) {
+      out.offset = key_offsets(slot) + key;
+      out.code_sum = key_code_sums(slot) + key;
     }
-    if (rows_.has_value_offsets()) out.value_offset = value_offsets(head) + key;
+    if (key_values_.has_value_offsets()) out.value_offset = value_offsets(slot) + key;
     return out;
   }
   // Of each key: whether its value row is packed as zeros, because it is not finite.
-  uint8_t* has_zeros(int64_t head) const { return has_zeros_.get() + head * keys_; }
+  uint8_t* has_zeros(int64_t slot) const { return has_zeros_.get() + slot * slot_keys_; }
 
  private:
-  float* scale_of_key(int64_t head) const { return row_scales_.get() + head * keys_ * 3; }
-  float* fold_log2(int64_t head) const { return scale_of_key(head) + keys_; }
-  float* fold_inverse(int64_t head) const { return fold_log2(head) + keys_; }
-  float* key_offsets(int64_t head) const { return key_offsets_.get() + head * keys_ * 2; }
-  float* key_code_sums(int64_t head) const { return key_offsets(head) + keys_; }
-  float* value_offsets(int64_t head) const { return value_offsets_.get() + head * keys_; }
+  float* scale_of_key(int64_t slot) const { return row_scales_.get() + slot * slot_keys_ * 3; }
+  float* fold_log2(int64_t slot) const { return scale_of_key(slot) + slot_keys_; }
+  float* fold_inverse(int64_t slot) const { return fold_log2(slot) + slot_keys_; }
+  float* key_offsets(int64_t slot) const { return key_offsets_.get() + slot * slot_keys_ * 2; }
+  float* key_code_sums(int64_t slot) const { return key_offsets(slot) + slot_keys_; }
+  float* value_offsets(int64_t slot) const { return value_offsets_.get() + slot * slot_keys_; }
 
   // A key row as lanes; for INT8 also its scale, and what its offset adds to logits.
   void load_key(Place to, int64_t b, int64_t j, int64_t k, Scratch& s, Lane* out) {
     if constexpr (kInt8) {
-      const auto [codes, scale] = rows_.keys().codes_of(b, j, k, s.row.get(), s.codes.get());
+      const auto [codes, scale] = key_values_.keys().codes_of(b, j, k, s.row.get(), s.codes.get());
       row_to_lanes<Core>(codes, DType::kS8, call_.H, Core::kKeyBias, out);
-      const int64_t at = j - to.shift;
-      scale_of_key(to.head)[at] = scale.scale;
-      if (rows_.has_offsets()) {
-        key_offsets(to.head)[at] = scale.offset;
-        key_code_sums(to.head)[at] = scale.scale * static_cast<float>(sum_of(codes, call_.H));
+      const int64_t at = j - to.first;
+      scale_of_key(to.slot)[at] = scale.scale;
+      if (key_values_.has_offsets()) {
+        key_offsets(to.slot)[at] = scale.offset;
+        key_code_sums(to.slot)[at] = scale.scale * static_cast<float>(sum_of(codes, call_.H));
       }
     } else if constexpr (kBf16) {
       row_to_lanes<Core>(row_of(call_.key, b, j, k), call_.key.dtype, call_.H, 0, out);
     } else {
-      rows_.keys().load(b, j, k, out);
+      key_values_.keys().load(b, j, k, out);
     }
   }
 
@@ -172,7 +175,7 @@ class PackedKeyValues {
     } else {
       const float* rows[1] = {nullptr};
       if (j < end) {
-        rows_.values().load(b, j, k, s.row.get());
+        key_values_.values().load(b, j, k, s.row.get());
         zeros[0] = !all_finite<Isa>(s.row.get(), call_.V);
         if (!zeros[0]) rows[0] = s.row.get();
       }
@@ -187,15 +190,15 @@ class PackedKeyValues {
   void pack_subtile_of_values(Place to, int64_t head, int64_t j0, int64_t end, Scratch& s,
                               uint8_t* zeros) {
     constexpr float kMax = std::numeric_limits<float>::max();
-    const int64_t b = head / call_.K, k = head % call_.K, at = j0 - to.shift;
-    const float unit = 1.0f / rows_.value_unit(head);
+    const int64_t b = head / call_.K, k = head % call_.K, at = j0 - to.first;
+    const float unit = 1.0f / key_values_.value_unit(head);
     const int8_t* rows[kSubtileKeys] = {};
     float scale[kSubtileKeys] = {}, largest = 0.0f;
     for (int64_t c = 0; c < kSubtileKeys; ++c) {
       ScaleAndOffset own;
       if (j0 + c < end) {
-        const ScaledCodes row =
-            rows_.values().codes_of(b, j0 + c, k, s.row.get(), s.codes.get() + c * s.code_stride);
+        const ScaledCodes row = key_values_.values().codes_of(b, j0 + c, k, s.row.get(),
+                                                              s.codes.get() + c * s.code_stride);
         own = row.scale;
         const bool is_finite = own.scale >= 0.0f && own.scale <= kMax;
         zeros[c] = !is_finite || !(std::fabs(own.offset) <= kMax);
@@ -204,31 +207,32 @@ class PackedKeyValues {
         scale[c] = is_finite ? own.scale * unit : 0.0f;
         largest = std::max(largest, scale[c]);
       } else {
-        scale_of_key(to.head)[at + c] = 0.0f;
-        if (rows_.has_offsets()) {
-          key_offsets(to.head)[at + c] = key_code_sums(to.head)[at + c] = 0.0f;
+        scale_of_key(to.slot)[at + c] = 0.0f;
+        if (key_values_.has_offsets()) {
+          key_offsets(to.slot)[at + c] = key_code_sums(to.slot)[at + c] = 0.0f;
         }
       }
-      if (rows_.has_value_offsets()) value_offsets(to.head)[at + c] = zeros[c] ? 0.0f : own.offset;
+      if (key_values_.has_value_offsets())
+        value_offsets(to.slot)[at + c] = zeros[c] ? 0.0f : own.offset;
     }
-    const float least = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
+    const float smallest = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
     for (int64_t c = 0; c < kSubtileKeys; ++c) {
-      const float x = std::max(scale[c], least);
-      fold_log2(to.head)[at + c] = std::log2(x);
-      fold_inverse(to.head)[at + c] = 1.0f / x;
+      const float x = std::max(scale[c], smallest);
+      fold_log2(to.slot)[at + c] = std::log2(x);
+      fold_inverse(to.slot)[at + c] = 1.0f / x;
     }
     for (int64_t c = 0; c < kSubtileKeys; c += G) {
-      pack_value_line<Core, int8_t>(rows + c, call_.V, value_lines(to.head, at + c),
+      pack_value_line<Core, int8_t>(rows + c, call_.V, value_lines(to.slot, at + c),
                                     value_panel_stride());
     }
   }
 
   const AttentionForwardCall& call_;
-  const KeyValueRows<Core>& rows_;
-  const int64_t lanes_, value_panels_;
-  int64_t keys_ = 0;  // places in a row
+  const KeyValueRows<Core>& key_values_;
+  const int64_t head_lanes_, value_panels_;
+  int64_t slot_keys_ = 0;
   Buffer<Lane> packed_keys_, packed_values_;
-  // INT8, of each head: scales, logarithms and reciprocals; offsets and sums of codes.
+  // INT8, of each slot: scales, logarithms and reciprocals; offsets and sums of codes.
   Buffer<float> row_scales_, key_offsets_, value_offsets_;
   Buffer<uint8_t> has_zeros_;
 };

@@ -41,28 +41,32 @@ struct RowGroup {
 };
 
 // Keys of a kv head, from key `first` on: column c of scores is key first + c, which is packed as
-// key `place` + c of row `row` of `packed`.
+// key packed_first + c of a slot.
 template <class Core>
 struct KeyBlock {
   using Lane = typename Core::Lane;
   int64_t b, k, first;
   const PackedKeyValues<Core>& packed;
-  int64_t row, place;
+  int64_t slot, packed_first;
 
   KeyBlock from(int64_t column) const {
-    return {b, k, first + column, packed, row, place + column};
+    return {b, k, first + column, packed, slot, packed_first + column};
   }
   Range keys(Range columns) const { return {first + columns.begin, first + columns.end}; }
   Range columns(Range keys) const { return {keys.begin - first, keys.end - first}; }
-  const Lane* key_panels(int64_t column) const { return packed.key_panels(row, place + column); }
-  const Lane* value_lines(int64_t column) const { return packed.value_lines(row, place + column); }
+  const Lane* key_panels(int64_t column) const {
+    return packed.key_panels(slot, packed_first + column);
+  }
+  const Lane* value_lines(int64_t column) const {
+    return packed.value_lines(slot, packed_first + column);
+  }
   // INT8, else none.
   KeyScales scales() const {
     if constexpr (Core::kArithmetic != Arithmetic::kInt8) return {};
-    return packed.key_scales(row, place);
+    return packed.key_scales(slot, packed_first);
   }
   // Of each key: whether its values are packed as zeros.
-  const uint8_t* has_zeros() const { return packed.has_zeros(row) + place; }
+  const uint8_t* has_zeros() const { return packed.has_zeros(slot) + packed_first; }
 };
 
 }  // namespace

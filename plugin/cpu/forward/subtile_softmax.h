@@ -153,14 +153,15 @@ class SubtileSoftmax {
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; r += W) {
       const F largest = Isa::load(group.largest + r), old = Isa::load(before + r);
-      F most = Isa::max(largest, old);
+      F maximum_now = Isa::max(largest, old);
       if constexpr (kInt8) {
         // What was accumulated is rescaled only where the subtile's maximum is far above it.
         const F far = Isa::add(old, Isa::set1(kMinGrowth));
-        most = Isa::where_less(floor, largest, Isa::where_less(far, largest, largest, old), old);
+        maximum_now =
+            Isa::where_less(floor, largest, Isa::where_less(far, largest, largest, old), old);
       }
-      const F reference = Isa::where_less(hidden, most, most, Isa::zero());
-      Isa::store(now + r, most);
+      const F reference = Isa::where_less(hidden, maximum_now, maximum_now, Isa::zero());
+      Isa::store(now + r, maximum_now);
       Isa::store(group.rescale + r, power(old, reference));
       if constexpr (kInt8) {
         const F factor = Isa::mul(power(largest, reference), Isa::set1(1.0f / kMaxProbability));

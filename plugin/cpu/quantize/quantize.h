@@ -23,15 +23,6 @@ inline float rotation_sign(int64_t h) {
   return ((z ^ (z >> 31)) & 1) != 0 ? -1.0f : 1.0f;
 }
 
-// The least bfloat16 number that is not below finite x; NaN stays NaN.
-inline float round_up_to_bf16(float x) {
-  if (x != x) return x;
-  const uint32_t bits = bits_of(x);
-  const float up = float_from_bits((bits >> 31 ? bits : bits + 0xffffu) & 0xffff0000u);
-  const float largest = float_from_bits(0x7f7f0000u);
-  return std::min(std::max(up, -largest), largest);
-}
-
 template <class Isa>
 class Quantize {
   using F = typename Isa::F;
@@ -82,19 +73,23 @@ class Quantize {
   }
 
  private:
+  // Of each element of the rows that share scales; the probe is NaN where one is not finite.
+  struct Extremes {
+    float *min, *max, *probe;
+  };
+
   struct Scratch {
     explicit Scratch(const Quantize& q) : memory(6 * q.width_), codes(q.width_) {
       row = memory.get();
-      least = row + q.width_;
-      most = least + q.width_;
-      probe = most + q.width_;
-      divisor = probe + q.width_;
+      extremes = q.extremes_at(row + q.width_);
+      divisor = row + 4 * q.width_;
       offset = divisor + q.width_;
     }
     Buffer<float> memory;
     Buffer<int8_t> codes;
-    float *row, *least, *most, *probe;  // of each element: extremes, NaN where one is not finite
-    float *divisor, *offset;            // of each element: scale, and zero point or minimum
+    float* row;
+    Extremes extremes;
+    float *divisor, *offset;  // of each element: scale, and zero point or minimum
   };
 
   float* center_of(int64_t b, int64_t k) const {
@@ -135,9 +130,9 @@ class Quantize {
   // x less the center; a difference of two finite numbers is kept finite.
   static F centered(F x, F center) {
     constexpr float kLargest = std::numeric_limits<float>::max();
-    const F largest = Isa::set1(kLargest), least = Isa::set1(-kLargest);
+    const F largest = Isa::set1(kLargest), lowest = Isa::set1(-kLargest);
     const F infinity = Isa::set1(std::numeric_limits<float>::infinity());
-    F difference = Isa::max(Isa::sub(x, center), least);
+    F difference = Isa::max(Isa::sub(x, center), lowest);
     difference = Isa::where_less(difference, largest, difference, largest);
     return Isa::where_less(Isa::abs(x), infinity, difference, x);
   }
@@ -211,13 +206,13 @@ class Quantize {
   // element(h) is a vector of a row.
   template <class Element>
   void round_row(Element element, int8_t* codes, float* scale) const {
-    F most = Isa::zero(), probe = Isa::zero();
+    F max = Isa::zero(), probe = Isa::zero();
     for (int64_t h = 0; h < call_.H; h += W) {
       const F x = element(h);
-      most = Isa::max(Isa::abs(x), most);
+      max = Isa::max(Isa::abs(x), max);
       probe = Isa::fma(x, Isa::zero(), probe);  // NaN once x is not finite
     }
-    const float largest = Isa::reduce_max(most) + Isa::reduce_add(probe);
+    const float largest = Isa::reduce_max(max) + Isa::reduce_add(probe);
     float step = largest / highest_;
     if (step < kMinScale) step = 0.0f;
     *scale = step;
@@ -243,13 +238,13 @@ class Quantize {
       store_codes(b, begin, k, s);
       return;
     }
-    clear_extremes(s.least, s.most, s.probe);
+    clear(s.extremes);
     for (int64_t i = begin; i < end; ++i) {
       if (!is_visible(b, i)) continue;
       load_centered(b, i, k, s.row);
-      add_extremes(s.row, s.least, s.most, s.probe);
+      add(s.row, s.extremes);
     }
-    store_parameters(b, begin / call_.token_block, k, s.least, s.most, s.probe);
+    store_parameters(b, begin / call_.token_block, k, s.extremes);
     load_parameters(b, begin / call_.token_block, k, s);
     for (int64_t i = begin; i < end; ++i) {
       if (end - begin > 1) load_centered(b, i, k, s.row);
@@ -263,24 +258,24 @@ class Quantize {
     const int64_t chunks = std::max<int64_t>(1, ceil_div(call_.S, kTokens)), heads = call_.K;
     Buffer<float> extremes(call_.B * heads * chunks * 3 * width_);
     const auto of = [&](int64_t b, int64_t k, int64_t chunk) {
-      return extremes.get() + ((b * heads + k) * chunks + chunk) * 3 * width_;
+      return extremes_at(extremes.get() + ((b * heads + k) * chunks + chunk) * 3 * width_);
     };
     parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
       const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
       Buffer<float> row(width_);
-      float* x = of(b, k, chunk);
-      clear_extremes(x, x + width_, x + 2 * width_);
+      const Extremes x = of(b, k, chunk);
+      clear(x);
       for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
         if (!is_visible(b, i)) continue;
         load_centered(b, i, k, row.get());
-        add_extremes(row.get(), x, x + width_, x + 2 * width_);
+        add(row.get(), x);
       }
     });
-    const auto merge = [&](float* into, const float* from) {
+    const auto merge = [&](const Extremes& into, const Extremes& from) {
       for (int64_t h = 0; h < width_; ++h) {
-        into[h] = std::min(into[h], from[h]);
-        into[width_ + h] = std::max(into[width_ + h], from[width_ + h]);
-        into[2 * width_ + h] += from[2 * width_ + h];
+        into.min[h] = std::min(into.min[h], from.min[h]);
+        into.max[h] = std::max(into.max[h], from.max[h]);
+        into.probe[h] += from.probe[h];
       }
     };
     const int64_t batch = call_.B / std::max<int64_t>(call_.L, 1);
@@ -289,18 +284,14 @@ class Quantize {
         for (int64_t chunk = 1; chunk < chunks; ++chunk) merge(of(b, k, 0), of(b, k, chunk));
       }
       if (!call_.per_tensor) {
-        for (int64_t k = 0; k < heads; ++k) {
-          float* x = of(b, k, 0);
-          store_parameters(b, 0, k, x, x + width_, x + 2 * width_);
-        }
+        for (int64_t k = 0; k < heads; ++k) store_parameters(b, 0, k, of(b, k, 0));
         continue;
       }
       for (int64_t k = 1; k < heads; ++k) merge(of(b, 0, 0), of(b, k, 0));
       if (b % batch != 0) merge(of(b - b % batch, 0, 0), of(b, 0, 0));
     }
     for (int64_t b = 0; call_.per_tensor && heads > 0 && b < call_.B; ++b) {
-      float* x = of(b - b % batch, 0, 0);
-      store_parameters(b, 0, 0, x, x + width_, x + 2 * width_);
+      store_parameters(b, 0, 0, of(b - b % batch, 0, 0));
     }
     parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
       const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
@@ -313,36 +304,38 @@ class Quantize {
     });
   }
 
-  void clear_extremes(float* least, float* most, float* probe) const {
+  Extremes extremes_at(float* x) const { return {x, x + width_, x + 2 * width_}; }
+
+  void clear(const Extremes& x) const {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    std::fill(least, least + width_, kInfinity);
-    std::fill(most, most + width_, -kInfinity);
-    std::fill(probe, probe + width_, 0.0f);
+    std::fill(x.min, x.min + width_, kInfinity);
+    std::fill(x.max, x.max + width_, -kInfinity);
+    std::fill(x.probe, x.probe + width_, 0.0f);
   }
 
-  void add_extremes(const float* row, float* least, float* most, float* probe) const {
+  void add(const float* row, const Extremes& to) const {
     const F zero = Isa::zero();
     for (int64_t h = 0; h < width_; h += W) {
-      const F x = Isa::load(row + h), lowest = Isa::load(least + h);
-      Isa::store(least + h, Isa::where_less(x, lowest, x, lowest));
-      Isa::store(most + h, Isa::max(Isa::load(most + h), x));
-      Isa::store(probe + h, Isa::fma(x, zero, Isa::load(probe + h)));
+      const F x = Isa::load(row + h), min = Isa::load(to.min + h);
+      Isa::store(to.min + h, Isa::where_less(x, min, x, min));
+      Isa::store(to.max + h, Isa::max(Isa::load(to.max + h), x));
+      Isa::store(to.probe + h, Isa::fma(x, zero, Isa::load(to.probe + h)));
     }
   }
 
   // Of n elements; NaN where one is not finite.
   static void find_extremes(const float* row, int64_t n, float* low, float* high) {
     const F zero = Isa::zero();
-    F most = Isa::set1(row[0]), least = Isa::set1(-row[0]), probe = zero;
+    F max = Isa::set1(row[0]), minus_min = Isa::set1(-row[0]), probe = zero;
     int64_t h = 0;
     for (; h + W <= n; h += W) {
       const F x = Isa::load(row + h);
-      most = Isa::max(most, x);
-      least = Isa::max(least, Isa::sub(zero, x));
+      max = Isa::max(max, x);
+      minus_min = Isa::max(minus_min, Isa::sub(zero, x));
       probe = Isa::fma(x, zero, probe);
     }
-    *high = Isa::reduce_max(most);
-    *low = -Isa::reduce_max(least);
+    *high = Isa::reduce_max(max);
+    *low = -Isa::reduce_max(minus_min);
     float finite = Isa::reduce_add(probe);
     for (; h < n; ++h) {
       *low = std::min(*low, row[h]);
@@ -358,15 +351,14 @@ class Quantize {
     return ((b * blocks + block) * heads + (call_.per_tensor ? 0 : k)) * scales_;
   }
 
-  void store_parameters(int64_t b, int64_t block, int64_t k, const float* least, const float* most,
-                        const float* probe) const {
+  void store_parameters(int64_t b, int64_t block, int64_t k, const Extremes& extremes) const {
     const int64_t index = scale_index(b, block, k), size = head_block();
     for (int64_t c = 0; c < scales_; ++c) {
       float low = std::numeric_limits<float>::infinity(), high = -low, finite = 0.0f;
       for (int64_t h = c * size; h < std::min(call_.H, (c + 1) * size); ++h) {
-        low = std::min(low, least[h]);
-        high = std::max(high, most[h]);
-        finite += probe[h];
+        low = std::min(low, extremes.min[h]);
+        high = std::max(high, extremes.max[h]);
+        finite += extremes.probe[h];
       }
       if (finite != 0.0f) low = high = finite;  // NaN
       if (low > high) low = high = 0.0f;        // no tokens

@@ -32,39 +32,40 @@ class Visibility {
         offset_(call.query_offset
                     ? call.query_offset[call.query_offset_offset[static_cast<size_t>(b)]]
                     : 0),
-        rows_(length(call.query_seq_lengths, call.query_seq_lengths_offset, b, call.T)),
-        keys_(length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)) {}
+        query_length_(length(call.query_seq_lengths, call.query_seq_lengths_offset, b, call.T)),
+        key_length_(
+            length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)) {}
 
   Range of_row(int64_t i) const {
-    if (i >= rows_) return {};
+    if (i >= query_length_) return {};
     const int64_t position = i + offset_, last = causal_ ? position : position + right_;
-    return {clamp(position - left_, keys_), clamp(last + 1, keys_)};
+    return {clamp(position - left_, key_length_), clamp(last + 1, key_length_)};
   }
   // The keys that any of these rows sees.
   Range of_rows(Range rows) const {
-    rows.end = std::min(rows.end, rows_);
+    rows.end = std::min(rows.end, query_length_);
     if (rows.empty()) return {};
     return {of_row(rows.begin).begin, of_row(rows.end - 1).end};
   }
   // The keys that any row sees.
-  Range keys() const { return of_rows({0, rows_}); }
+  Range keys() const { return of_rows({0, query_length_}); }
 
  private:
   // Past any sequence and any int32 offset, and small enough for sums.
   static constexpr int64_t kFar = int64_t{1} << 60;
   static int64_t reach(int64_t window) { return window < 0 ? kFar : std::min(window, kFar); }
 
-  static int64_t clamp(int64_t x, int64_t most) { return std::min(std::max<int64_t>(x, 0), most); }
+  static int64_t clamp(int64_t x, int64_t max) { return std::min(std::max<int64_t>(x, 0), max); }
 
   static int64_t length(const int32_t* lengths, const std::vector<int64_t>& offset, int64_t b,
-                        int64_t most) {
-    return lengths ? clamp(lengths[offset[static_cast<size_t>(b)]], most) : most;
+                        int64_t max) {
+    return lengths ? clamp(lengths[offset[static_cast<size_t>(b)]], max) : max;
   }
 
   bool causal_;
   int64_t left_, right_, offset_;
-  int64_t rows_;  // those at or past this see nothing
-  int64_t keys_;
+  int64_t query_length_;  // rows at or past this see nothing
+  int64_t key_length_;
 };
 
 }  // namespace

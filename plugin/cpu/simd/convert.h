@@ -1,6 +1,7 @@
 // Scalar conversions between float32 and the 16-bit float formats, round to nearest even.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -27,6 +28,15 @@ inline uint16_t bf16_from_float(float x) {
   const uint32_t bits = bits_of(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// The smallest bfloat16 number that is not below finite x; NaN stays NaN.
+inline float round_up_to_bf16(float x) {
+  if (x != x) return x;
+  const uint32_t bits = bits_of(x);
+  const float up = float_from_bits((bits >> 31 ? bits : bits + 0xffffu) & 0xffff0000u);
+  const float largest = float_from_bits(0x7f7f0000u);
+  return std::min(std::max(up, -largest), largest);
 }
 
 inline float float_from_f16(uint16_t x) {

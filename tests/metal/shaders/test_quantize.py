@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec, rotation
+from jax_gluon._quantization.codes import rotation
+from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
 from tests.support import quantizer
 from tests.support.metal.encoder import quantize
 
