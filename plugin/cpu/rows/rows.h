@@ -95,6 +95,17 @@ void load_row(const void* row, DType dtype, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = float_at(row, dtype, i);
 }
 
+// Row (b, i, n) of `width` elements as whole vectors of float32: in place where it is that as it
+// stands, else in `scratch`, whose padding stays as it is.
+template <class Isa>
+const float* float_row(const Operand& x, int64_t b, int64_t i, int64_t n, int64_t width,
+                       float* scratch) {
+  const void* row = row_of(x, b, i, n);
+  if (x.dtype == DType::kF32 && width % Isa::kLanes == 0) return static_cast<const float*>(row);
+  load_row<Isa>(row, x.dtype, width, scratch);
+  return scratch;
+}
+
 // Writes n floats at element `index` of a result, each multiplied by `factor`.
 template <class Isa>
 void store_row(const Result& out, int64_t index, const float* x, int64_t n, float factor) {
