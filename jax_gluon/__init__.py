@@ -1,7 +1,5 @@
 """Quantized flash attention that trains, in JAX, on every CPU."""
 
-from importlib import metadata as _metadata
-
 from jax_gluon import _native, debug, reference
 from jax_gluon._attention import (
     Plan,
@@ -15,6 +13,7 @@ from jax_gluon._lowering import CHECKPOINT_NAMES
 from jax_gluon._pinning import Pin, pin
 from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor, QuantSpec
 from jax_gluon._quantize import quantize
+from jax_gluon._version import __version__ as __version__
 
 __all__ = [
     "CHECKPOINT_NAMES",
@@ -35,6 +34,4 @@ __all__ = [
     "reference",
 ]
 
-#: The version of the package.
-__version__: str = _metadata.version("jax-gluon")
 _native.register()

@@ -10,13 +10,13 @@ import platform
 import re
 import sys
 import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jax_gluon import _native
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._plan.selection import PIPELINES, Measurement
+from jax_gluon._version import __version__
 
 _SCHEMA = 3
 
@@ -50,18 +50,13 @@ def _processor() -> str:
     return found[1] if found else platform.machine()
 
 
-@functools.cache
-def _version() -> str:
-    return metadata.version("jax-gluon")
-
-
 def table_path(device: str) -> Path | None:
     """The file of this device's table; None where there is no cache folder."""
     folder = cache_folder()
     if folder is None:
         return None
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return folder / f"tuned-{_version()}-{slug}.json"
+    return folder / f"tuned-{__version__}-{slug}.json"
 
 
 def measured(device: str) -> tuple[Measurement, ...]:
@@ -100,7 +95,7 @@ def load(path: Path, device: str) -> tuple[Measurement, ...]:
     document: Any = json.loads(path.read_text(encoding="utf-8"))
     wanted = {
         "schema": _SCHEMA,
-        "package": _version(),
+        "package": __version__,
         "device": device_name(device),
     }
     for name, value in wanted.items():
@@ -145,7 +140,7 @@ def save(path: Path, device: str, rows: list[Measurement]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "schema": _SCHEMA,
-        "package": _version(),
+        "package": __version__,
         "device": device_name(device),
         "rows": [_to_json(row) for row in rows],
     }

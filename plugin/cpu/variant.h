@@ -9,8 +9,7 @@
 #include "cpu/forward/attention_forward_gluon.h"
 #include "cpu/kernels.h"
 #include "cpu/quantize/quantize.h"
-#include "cpu/small/small_backward.h"
-#include "cpu/small/small_forward.h"
+#include "cpu/small/attention_small.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -29,7 +28,7 @@ struct Variant {
 
   static KernelOffers forward_offers(const AttentionForwardCall& call) {
     KernelOffers offers;
-    if (SmallHeads<Isa>::takes(call)) offers.push_back(SmallHeads<Isa>::offer());
+    if (AttentionSmall<Isa>::takes(call)) offers.push_back(AttentionSmall<Isa>::offer());
     if (AttentionDecode<Isa>::takes(call)) offers.push_back(AttentionDecode<Isa>::offer(call));
     with_core(call, [&](auto core) {
       using Blocks = ForwardBlocks<decltype(core)>;
@@ -47,7 +46,7 @@ struct Variant {
     run.arithmetic = offer->arithmetic;
     switch (offer->kernel) {
       case Kernel::kSmall:
-        SmallForward<Isa>(call, parallel).run();
+        AttentionSmall<Isa>::run(call, parallel);
         break;
       case Kernel::kDecode:
         AttentionDecode<Isa>::run(call, parallel);
@@ -74,7 +73,7 @@ struct Variant {
 
   static KernelOffers backward_offers(const AttentionBackwardCall& call) {
     KernelOffers offers;
-    if (SmallHeads<Isa>::takes(call)) offers.push_back(SmallHeads<Isa>::offer());
+    if (AttentionSmall<Isa>::takes(call)) offers.push_back(AttentionSmall<Isa>::offer());
     offers.push_back(AttentionBackward<Isa, Kernel::kBaseline>::offer(call));
     offers.push_back(AttentionBackward<Isa, Kernel::kGluon>::offer(call));
     return offers;
@@ -87,7 +86,7 @@ struct Variant {
     run.kernel = offer->kernel;
     run.arithmetic = offer->arithmetic;
     if (offer->kernel == Kernel::kSmall) {
-      SmallBackward<Isa>(call, parallel).run();
+      AttentionSmall<Isa>::run(call, parallel);
     } else if (offer->kernel == Kernel::kGluon) {
       run_backward<Kernel::kGluon>(call, parallel, run);
     } else {

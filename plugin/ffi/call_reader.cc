@@ -102,8 +102,8 @@ QuantizableOperand read_rows(BufferReader& reader, const std::string& name, cons
     q.offset = reader.operand_of(name + "_minimum", blocked, floats, true);
   }
   if (format.has_center) {
-    q.center =
-        reader.operand_of(name + "_center", {shape[0], 1, shape[2], shape[3]}, {ffi::DataType::F32});
+    q.center = reader.operand_of(name + "_center", {shape[0], 1, shape[2], shape[3]},
+                                 {ffi::DataType::F32});
   }
   // Kernels read a scale for each element of a row as a contiguous run.
   const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);

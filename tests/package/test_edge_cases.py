@@ -252,6 +252,23 @@ def test_hidden_query_rows_leak_nowhere(poison, implementation, random_operands)
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("K", [4, 2])
+def test_hidden_rows_of_one_key_leak_nowhere(K, implementation, random_operands):
+    """Neither their queries nor what comes back of their outputs."""
+    q, k, v, d_out = random_operands(B=2, T=1, S=1, N=4, K=K)
+    mask = np.array([[True, False, True, False], [False] * 4])[:, :, None, None]
+    seen = mask.transpose(0, 2, 1, 3)
+
+    def run(fill):
+        return attention_and_gradients(
+            (jnp.where(seen, q, fill), k, v), jnp.where(seen, d_out, fill),
+            mask=mask, implementation=implementation,
+        )  # fmt: skip
+
+    for x, y in zip(jax.tree.leaves(run(np.nan)), jax.tree.leaves(run(0.0)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("operand", ["query", "key", "value"])
 def test_visible_poison_stays_in_the_rows_that_see_it(

@@ -12,6 +12,7 @@ import jax_gluon
 from jax_gluon import CpuKernel, MetalKernel
 from jax_gluon._arguments import check_arguments
 from jax_gluon._errors import Checker
+from jax_gluon._kernels import KERNEL_NAMES
 from jax_gluon._plan import tuned_table
 from jax_gluon._plan.choice import KernelQuery
 from jax_gluon._plan.selection import (
@@ -166,6 +167,11 @@ def shape():
     """A large problem."""
     pytest.importorskip("jax_gluon._plugin")
     return jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
+
+
+def test_python_names_the_kernels_of_the_plugin():
+    plugin = pytest.importorskip("jax_gluon._plugin")
+    assert plugin.KERNEL_NAMES == KERNEL_NAMES
 
 
 def found_offers(direction="forward", *, T=1024, S=1024, H=64, device="cpu", **keywords):

@@ -136,8 +136,8 @@ class AttentionBackwardBias {
           std::fill(d, d + V, 0.0f);
         }
       }
-      interleave<R>(query, H, H, s.query_tiles.get() + t * H);
-      interleave<R>(d_out, V, V, s.d_out_tiles.get() + t * V);
+      interleave<Isa, R>(query, H, H, s.query_tiles.get() + t * H);
+      interleave<Isa, R>(d_out, V, V, s.d_out_tiles.get() + t * V);
     }
   }
 
@@ -156,8 +156,8 @@ class AttentionBackwardBias {
           std::fill(value + c * V, value + (c + 1) * V, 0.0f);
         }
       }
-      interleave<C>(row, H, H, s.key_scores.get() + j0 * H);
-      interleave<C>(value, V, V, s.value_scores.get() + j0 * V);
+      interleave<Isa, C>(row, H, H, s.key_scores.get() + j0 * H);
+      interleave<Isa, C>(value, V, V, s.value_scores.get() + j0 * V);
     }
   }
 

@@ -118,8 +118,8 @@ class BackwardTiles {
                                      blocks_.block_rows * C);
         scale_row<Isa>(q, H, call_.scale * kLog2E);
       }
-      interleave<R>(query, H, H, s.query_tiles.get() + t * H);
-      interleave<R>(d_out, V, V, s.d_out_tiles.get() + t * V);
+      interleave<Isa, R>(query, H, H, s.query_tiles.get() + t * H);
+      interleave<Isa, R>(d_out, V, V, s.d_out_tiles.get() + t * V);
     }
   }
 
@@ -229,8 +229,8 @@ class BackwardTiles {
           std::fill(v, v + V, 0.0f);
         }
       }
-      interleave<C>(key, H, H, s.key_scores.get() + (packed + j0) * H);
-      interleave<C>(value, V, V, s.value_scores.get() + (packed + j0) * V);
+      interleave<Isa, C>(key, H, H, s.key_scores.get() + (packed + j0) * H);
+      interleave<Isa, C>(value, V, V, s.value_scores.get() + (packed + j0) * V);
       for (int64_t c = 0; c < C; ++c) {
         float* x = key + c * H;
         if (!all_finite<Isa>(x, H)) replace_nonfinite(x, H);

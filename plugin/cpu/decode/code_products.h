@@ -18,6 +18,11 @@ struct CodeWeightsOfRow {
   // Where a row of values has several groups, that stand side by side in `bytes` and `unit`: of
   // each vector of a row the first lane's group, and all lanes' from there; else null.
   const int32_t *lane_group, *first_group;
+
+  // Those from key j on, a multiple of 4.
+  CodeWeightsOfRow from(int64_t j) const {
+    return {bytes + j / 4 * stride, stride, unit, lane_group, first_group};
+  }
 };
 
 template <class Isa, bool kNibbles>
@@ -48,7 +53,7 @@ struct CodeProducts {
   }
 
   // Vectors of a step of a query from their natural order.
-  static void put_in_order(F* x) {
+  static JAX_GLUON_INLINE void put_in_order(F* x) {
     if constexpr (kNibbles) {
       F halves[4][2];
       JAX_GLUON_UNROLL
@@ -79,8 +84,7 @@ struct CodeProducts {
   }
 
   // Adds the sum over rows j of weight[j][group of the element] * row j, of `bytes`, to `out`.
-  static void add_rows(const StoredRows& rows, int64_t bytes, const CodeWeightsOfRow& weights,
-                       float* out) {
+  static void add_rows(StoredRows rows, int64_t bytes, CodeWeightsOfRow weights, float* out) {
     for (int64_t byte = 0; byte < bytes; byte += kBytes, out += kStep) {
       const char* data = rows.data + byte;
       if (weights.lane_group == nullptr) {
@@ -94,8 +98,8 @@ struct CodeProducts {
  private:
   // A step of the rows, whose vectors are `vector` and the next three.
   template <bool kGrouped>
-  static void add_step(const StoredRows& rows, const CodeWeightsOfRow& w, int64_t vector,
-                       float* out) {
+  static JAX_GLUON_INLINE void add_step(StoredRows rows, CodeWeightsOfRow w, int64_t vector,
+                                        float* out) {
     const int32_t* lane_group = kGrouped ? w.lane_group + vector * W : nullptr;
     const int32_t* first_group = kGrouped ? w.first_group + vector : nullptr;
     const uint32_t* weights = w.bytes;

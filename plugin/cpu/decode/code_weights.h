@@ -25,8 +25,9 @@ bool load_scales_of_rows(const DecodeQueries<Isa>& queries, const QuantizableOpe
       std::memcpy(to, static_cast<const float*>(from.data) + at,
                   static_cast<size_t>(rows) * sizeof(float));
     } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        to[i] = float_at(from.data, from.dtype, at + i / queries.head_rows * step);
+      for (int64_t i = 0; i < rows; i += queries.head_rows) {
+        const float x = float_at(from.data, from.dtype, at + i / queries.head_rows * step);
+        std::fill(to + i, to + i + queries.head_rows, x);
       }
     }
     std::fill(to + rows, to + padded, 0.0f);
@@ -106,13 +107,12 @@ class CodeWeights {
     groups_ == 1 ? weigh_rows<Value>(b, keys, rows, s) : weigh_groups<Value>(b, keys, rows, s);
   }
 
-  // Those of row i, from key j on, a multiple of 4.
-  CodeWeightsOfRow of_row(int64_t i, int64_t j, const Scratch& s) const {
+  // Those of row i.
+  CodeWeightsOfRow of_row(int64_t i, const Scratch& s) const {
     if (groups_ == 1) {
-      const int64_t stride = queries_.padded_rows;
-      return {s.weights.get() + j / 4 * stride + i, stride, s.unit.get() + i, nullptr, nullptr};
+      return {s.weights.get() + i, queries_.padded_rows, s.unit.get() + i, nullptr, nullptr};
     }
-    return {s.weights.get() + (i * (kMaxKeys / 4) + j / 4) * group_stride_, group_stride_,
+    return {s.weights.get() + i * (kMaxKeys / 4) * group_stride_, group_stride_,
             s.unit.get() + i * group_stride_, lane_group_.get(), first_group_.get()};
   }
 
@@ -151,7 +151,8 @@ class CodeWeights {
   // offset starts from, and `scale_offset` times the scale belongs to the offset. Returns the sum,
   // less what the bias of the codes will add.
   template <class Value, bool kHasOffsets, class Load>
-  static F weigh_lanes(int64_t count, F offsets, float scale_offset, const Lanes& to, Load load) {
+  static JAX_GLUON_INLINE F weigh_lanes(int64_t count, F offsets, float scale_offset, Lanes to,
+                                        Load load) {
     F largest = Isa::zero(), sum = Isa::zero();
     for (int64_t j = 0; j < count; ++j) {
       F p, scale, offset;
@@ -269,12 +270,12 @@ class CodeWeights {
   void weigh_head(int64_t k, int64_t count, float scale_offset, const Rows& rows, Scratch& s,
                   Load load_group) const {
     alignas(kAlignment) float weights[kMaxKeys * W], sums[W];
-    const int64_t first = k * queries_.head_rows;
+    const int64_t first = k * queries_.head_rows, padded = queries_.padded_rows;
     for (int64_t i = first; i < first + queries_.head_rows; ++i) {
       const float* probabilities = rows.probabilities + i;
       for (int64_t g = 0; g < groups_; g += W) {
         const auto load = [&](int64_t j, F* p, F* scale, F* offset) {
-          *p = Isa::set1(probabilities[j * queries_.padded_rows]);
+          *p = Isa::set1(probabilities[j * padded]);
           load_group(j, g, scale, offset);
         };
         const Lanes to{weights, W, s.weights.get() + i * (kMaxKeys / 4) * group_stride_ + g,

@@ -314,9 +314,10 @@ class DecodeCodes {
       const int64_t block = rows.stride > bytes ? kRowsOfASet : count;
       for (int64_t r = 0; r < queries_.head_rows; ++r) {
         const int64_t i = k * queries_.head_rows + r;
+        const CodeWeightsOfRow weights = weights_.of_row(i, s.weights);
+        float* out = s.out.get() + i * queries_.value_width;
         for (int64_t j = 0; j < count; j += block) {
-          Value::add_rows(rows.part(j, std::min(j + block, count)), bytes,
-                          weights_.of_row(i, j, s.weights), s.out.get() + i * queries_.value_width);
+          Value::add_rows(rows.part(j, std::min(j + block, count)), bytes, weights.from(j), out);
         }
       }
     }

@@ -35,7 +35,7 @@ struct FloatProducts {
   static constexpr int64_t value_position(int64_t h) { return query_position(h); }
 
   // Vectors of a step from their natural order.
-  static void put_in_order(F* x) {
+  static JAX_GLUON_INLINE void put_in_order(F* x) {
     if constexpr (kNibbles) Isa::deinterleave(x[0], x[1], x);
   }
 
@@ -96,16 +96,10 @@ struct FloatProducts {
  private:
   // The step that starts at `row`.
   static void load(const char* row, F* out) {
-    if constexpr (dtype == DType::kF32) {
-      out[0] = Isa::load(reinterpret_cast<const float*>(row));
-    } else if constexpr (dtype == DType::kBF16) {
-      out[0] = Isa::load_bf16(reinterpret_cast<const uint16_t*>(row));
-    } else if constexpr (dtype == DType::kF16) {
-      out[0] = Isa::load_f16(reinterpret_cast<const uint16_t*>(row));
-    } else if constexpr (dtype == DType::kS8) {
-      out[0] = Isa::load_s8(reinterpret_cast<const int8_t*>(row));
-    } else {
+    if constexpr (kNibbles) {
       Isa::load_nibbles(reinterpret_cast<const uint8_t*>(row), &out[0], &out[1]);
+    } else {
+      out[0] = load_vector<Isa, dtype>(row);
     }
   }
 

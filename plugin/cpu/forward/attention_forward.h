@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "cpu/forward/forward_blocks.h"
 #include "cpu/forward/forward_rows.h"
@@ -25,6 +26,9 @@ class AttentionForward {
   using Rules = LogitRules<Isa, kBlockKeys>;
   using Softmax = OnlineSoftmax<Core>;
   using Group = RowGroup<Rules>;
+  // Heads for each thread, at least, for which a task packs the keys that it alone reads: they stay
+  // in its cache. Fewer are packed by all threads.
+  static constexpr int64_t kMinHeads = 4;
 
  public:
   AttentionForward(const AttentionForwardCall& call, Parallel& parallel)
@@ -34,6 +38,9 @@ class AttentionForward {
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
         block_keys_(ForwardBlocks<Core>::block_keys(call)),
+        row_blocks_(ceil_div(call.T, kBlockRows)),
+        packs_in_tasks_(call.N == call.K && row_blocks_ == 1 &&
+                        call.B * call.K >= kMinHeads * parallel.threads()),
         key_values_(call),
         packed_(call, key_values_),
         rows_(call, key_values_),
@@ -43,25 +50,29 @@ class AttentionForward {
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
     key_values_.prepare(parallel_);
-    packed_.pack_all(parallel_);
-    const int64_t row_blocks = ceil_div(call_.T, kBlockRows);
-    parallel_.run(call_.B * call_.N * row_blocks, [this, row_blocks](int64_t task) {
+    if (!packs_in_tasks_) packed_.pack_all(parallel_);
+    parallel_.run(call_.B * call_.N * row_blocks_, [this](int64_t task) {
       // Last rows first: with causal masking they are the longest.
-      attend(task / row_blocks, row_blocks - 1 - task % row_blocks);
+      attend(task / row_blocks_, row_blocks_ - 1 - task % row_blocks_);
     });
   }
 
  private:
   struct Scratch {
     RowScratch<Core> load;
-    Buffer<Lane> query;          // row tiles
-    Buffer<float> out;           // [kBlockRows][value_columns]
+    std::optional<PackedKeyValues<Core>> packed;  // of one head, where tasks pack
+    Buffer<Lane> query;                           // row tiles
+    Buffer<float> out;                            // [kBlockRows][value_columns]
     Buffer<float> scores;        // [kGroupRows][kBlockKeys]; int32 before they are scaled
     Buffer<Lane> probabilities;  // [kGroupRows][kBlockKeys / G]; the scores where G == 1
   };
 
   void prepare(Scratch& s) const {
     s.load.prepare(call_);
+    if (packs_in_tasks_ && !s.packed) {
+      s.packed.emplace(call_, key_values_);
+      s.packed->allocate(1, round_up(call_.S, kStep));
+    }
     s.query.allocate(kBlockRows * head_lanes_);
     s.out.allocate(kBlockRows * value_columns_);
     s.scores.allocate(kGroupRows * kBlockKeys);
@@ -77,13 +88,21 @@ class AttentionForward {
     Scratch& s = *lease;
     prepare(s);
 
+    if (packs_in_tasks_) {
+      for (int64_t key0 = 0; key0 < call_.S; key0 += kBlockKeys) {
+        const int64_t end = std::min(key0 + kBlockKeys, round_up(call_.S, kStep));
+        s.packed->pack(b * call_.K + k, {key0, end}, {0, 0}, s.load);
+      }
+    }
+    const PackedKeyValues<Core>& packed = packs_in_tasks_ ? *s.packed : packed_;
+    const int64_t slot = packs_in_tasks_ ? 0 : b * call_.K + k;
     RowState state;
     rows_.load(b, n, rows, s.load, s.query.get(), state);
     std::fill(s.out.get(), s.out.get() + kBlockRows * value_columns_, 0.0f);
     const Range visible = visibility.of_rows(rows);
     for (int64_t key0 = visible.begin / block_keys_ * block_keys_; key0 < visible.end;
          key0 += block_keys_) {
-      const KeyBlock<Core> keys{b, k, key0, packed_, b * call_.K + k, key0};
+      const KeyBlock<Core> keys{b, k, key0, packed, slot, key0};
       for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
         const Group group{visibility,
                           rules,
@@ -191,7 +210,8 @@ class AttentionForward {
 
   const AttentionForwardCall& call_;
   Parallel& parallel_;
-  const int64_t head_lanes_, value_panels_, value_columns_, block_keys_;
+  const int64_t head_lanes_, value_panels_, value_columns_, block_keys_, row_blocks_;
+  const bool packs_in_tasks_;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> packed_;
   const ForwardRows<Core> rows_;

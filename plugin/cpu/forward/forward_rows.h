@@ -56,7 +56,7 @@ class ForwardRows {
         const int64_t i = rows.begin + t + r;
         load_query(b, i, n, t + r, s, out, state);
       }
-      interleave<R>(s.rows.get(), head_lanes_, head_lanes_, tiles + t * head_lanes_);
+      interleave<Isa, R>(s.rows.get(), head_lanes_, head_lanes_, tiles + t * head_lanes_);
     }
   }
 

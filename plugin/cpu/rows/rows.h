@@ -64,35 +64,65 @@ inline float scalar_of(const Operand& x, int64_t b, int64_t i, int64_t n) {
   return float_at(x.data, x.dtype, offset);
 }
 
+// A vector of float32 from stored elements: floats or INT8 codes.
+template <class Isa, DType dtype>
+typename Isa::F load_vector(const void* elements) {
+  if constexpr (dtype == DType::kF32) {
+    return Isa::load(static_cast<const float*>(elements));
+  } else if constexpr (dtype == DType::kBF16) {
+    return Isa::load_bf16(static_cast<const uint16_t*>(elements));
+  } else if constexpr (dtype == DType::kF16) {
+    return Isa::load_f16(static_cast<const uint16_t*>(elements));
+  } else {
+    static_assert(dtype == DType::kS8);
+    return Isa::load_s8(static_cast<const int8_t*>(elements));
+  }
+}
+
+// Whole vectors of a row; returns how many elements that is. Rows are short: a call of memcpy would
+// take as long.
+template <class Isa, DType dtype>
+int64_t load_vectors(const void* row, int64_t n, float* out) {
+  constexpr int64_t W = Isa::kLanes;
+  const char* p = static_cast<const char*>(row);
+  int64_t i = 0;
+  for (; i + W <= n; i += W, p += W * static_cast<int64_t>(size_of(dtype))) {
+    Isa::store(out + i, load_vector<Isa, dtype>(p));
+  }
+  return i;
+}
+
 template <class Isa>
 void load_row(const void* row, DType dtype, int64_t n, float* out) {
-  constexpr int64_t W = Isa::kLanes;
   int64_t i = 0;
   switch (dtype) {
-    case DType::kF32:  // rows are short: a call of memcpy would take as long
-      for (; i + W <= n; i += W) {
-        Isa::store(out + i, Isa::load(static_cast<const float*>(row) + i));
-      }
+    case DType::kF32:
+      i = load_vectors<Isa, DType::kF32>(row, n, out);
       break;
     case DType::kBF16:
-      for (; i + W <= n; i += W) {
-        Isa::store(out + i, Isa::load_bf16(static_cast<const uint16_t*>(row) + i));
-      }
+      i = load_vectors<Isa, DType::kBF16>(row, n, out);
       break;
     case DType::kF16:
-      for (; i + W <= n; i += W) {
-        Isa::store(out + i, Isa::load_f16(static_cast<const uint16_t*>(row) + i));
-      }
+      i = load_vectors<Isa, DType::kF16>(row, n, out);
       break;
     case DType::kS8:
-      for (; i + W <= n; i += W) {
-        Isa::store(out + i, Isa::load_s8(static_cast<const int8_t*>(row) + i));
-      }
+      i = load_vectors<Isa, DType::kS8>(row, n, out);
       break;
     case DType::kU4x2:  // nibbles are unpacked first: quantized_rows.h
       break;
   }
   for (; i < n; ++i) out[i] = float_at(row, dtype, i);
+}
+
+// Row (b, i, n) of `width` elements as whole vectors of float32: in place where it is that as it
+// stands, else in `scratch`, whose padding stays as it is.
+template <class Isa>
+const float* float_row(const Operand& x, int64_t b, int64_t i, int64_t n, int64_t width,
+                       float* scratch) {
+  const void* row = row_of(x, b, i, n);
+  if (x.dtype == DType::kF32 && width % Isa::kLanes == 0) return static_cast<const float*>(row);
+  load_row<Isa>(row, x.dtype, width, scratch);
+  return scratch;
 }
 
 // Writes n floats at element `index` of a result, each multiplied by `factor`.

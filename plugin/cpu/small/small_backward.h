@@ -13,11 +13,11 @@ class SmallBackward {
   static constexpr int64_t W = Isa::kLanes;
   using Heads = SmallHeads<Isa>;
   using Rules = typename Heads::Rules;
-  using Rows = BackwardRows<Isa, AttentionBackwardCall>;
+  using Statistics = typename BackwardRows<Isa, AttentionBackwardCall>::Statistics;
 
  public:
   SmallBackward(const AttentionBackwardCall& call, Parallel& parallel)
-      : call_(call), parallel_(parallel), rows_(call), heads_(call), scratch_(parallel.threads()) {}
+      : call_(call), parallel_(parallel), heads_(call), scratch_(parallel.threads()) {}
 
   void run() {
     heads_.run(
@@ -33,7 +33,7 @@ class SmallBackward {
     float *key_columns, *value_columns;
     float *p, *ds, *cap_slope;  // [T][columns]; dP stands where dS will
     float *d_query, *d_key, *d_value;
-    Buffer<typename Rows::Statistics> statistics;
+    Buffer<Statistics> statistics;
   };
 
   void prepare(Scratch& s) const {
@@ -44,11 +44,11 @@ class SmallBackward {
     Heads::lay_out(s.memory, {{&s.query, T * H},
                               {&s.scaled_query, T * H},
                               {&s.d_out, T * V},
-                              {&s.key, S * H},
+                              {&s.key, heads_.columns * H},
                               {&s.finite_key, S * H},
-                              {&s.value, S * V},
-                              {&s.key_columns, heads_.columns_size(call_.H)},
-                              {&s.value_columns, heads_.columns_size(call_.V)},
+                              {&s.value, heads_.columns * V},
+                              {&s.key_columns, heads_.columns_size(H)},
+                              {&s.value_columns, heads_.columns_size(V)},
                               {&s.p, scores},
                               {&s.ds, scores},
                               {&s.cap_slope, call_.soft_cap != 0.0f ? scores : 0},
@@ -60,27 +60,26 @@ class SmallBackward {
   void differentiate(int64_t b, int64_t k, Scratch& s) const {
     const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
     const Visibility visibility(call_, b);
-    if (k == 0 && S > 1) {
+    const auto scale = [this](int64_t) { return call_.scale; };
+    if (k == 0) {
       stream_heads(call_.query, b, 0, T, call_.N, call_.H);
       stream_heads(call_.d_out, b, 0, T, call_.N, call_.V);
       stream_heads(call_.key, b, 0, S, call_.K, call_.H);
       stream_heads(call_.value, b, 0, S, call_.K, call_.V);
     }
-    for (int64_t j = 0; j < S; ++j) {
-      rows_.key(b, j, k, s.key + j * H);
-      rows_.value(b, j, k, s.value + j * V);
+    const float* finite_key = s.key;
+    if (!load_head<Isa>(call_.key, b, k, S, call_.H, s.key, H)) {
+      std::copy(s.key, s.key + S * H, s.finite_key);
+      replace_nonfinite(s.finite_key, S * H);
+      finite_key = s.finite_key;
     }
-    std::copy(s.key, s.key + S * H, s.finite_key);
-    make_finite(s.finite_key, S * H);
-    heads_.to_columns(s.key, H, call_.H, s.key_columns);
-    heads_.to_columns(s.value, V, call_.V, s.value_columns);
+    load_head<Isa>(call_.value, b, k, S, call_.V, s.value, V);
+    heads_.to_columns(s.key, H, s.key_columns);
+    heads_.to_columns(s.value, V, s.value_columns);
     for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
       find_d_scores(visibility, b, n, s);
-      // In the products of dS what is not finite would meet the zeros of hidden pairs. (A row that
-      // does see it has NaN in dS already.)
-      make_finite(s.query, T * H);
       const int64_t columns = heads_.columns;
-      SmallProduct<Isa>::run({s.ds, columns, 1}, T, s.finite_key, H, H, S, s.d_query, H);
+      SmallProduct<Isa>::run({s.ds, columns, 1}, T, finite_key, H, H, S, s.d_query, H);
       if (n == k * heads_.group) {
         SmallProduct<Isa>::run({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
         SmallProduct<Isa>::run({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
@@ -88,40 +87,39 @@ class SmallBackward {
         SmallProduct<Isa>::template run<true>({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
         SmallProduct<Isa>::template run<true>({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
       }
-      for (int64_t i = 0; i < T; ++i) {
-        store_row<Isa>(call_.d_query, ((b * T + i) * call_.N + n) * call_.H, s.d_query + i * H,
-                       call_.H, call_.scale);
-      }
+      store_head<Isa>(call_.d_query, (b * T * call_.N + n) * call_.H, call_.N * call_.H,
+                      {s.d_query, H, T, call_.H}, scale);
     }
-    for (int64_t j = 0; j < S; ++j) {
-      const int64_t index = (b * S + j) * call_.K + k;
-      store_row<Isa>(call_.d_key, index * call_.H, s.d_key + j * H, call_.H, call_.scale);
-      store_row<Isa>(call_.d_value, index * call_.V, s.d_value + j * V, call_.V, 1.0f);
-    }
+    const int64_t index = b * S * call_.K + k;
+    store_head<Isa>(call_.d_key, index * call_.H, call_.K * call_.H, {s.d_key, H, S, call_.H},
+                    scale);
+    store_head<Isa>(call_.d_value, index * call_.V, call_.K * call_.V, {s.d_value, V, S, call_.V},
+                    [](int64_t) { return 1.0f; });
   }
 
   // P and dS of query head n.
   void find_d_scores(const Visibility& visibility, int64_t b, int64_t n, Scratch& s) const {
     const int64_t T = call_.T, H = heads_.head_width, V = heads_.value_width;
     const Rules rules(call_, b, n);
-    typename Rows::Statistics* statistics = s.statistics.get();
+    Statistics* statistics = s.statistics.get();
+    const bool finite = load_head<Isa>(call_.query, b, n, T, call_.H, s.query, H);
+    load_head<Isa>(call_.d_out, b, n, T, call_.V, s.d_out, V);
     for (int64_t i = 0; i < T; ++i) {
-      float* query = s.query + i * H;
-      float* d_out = s.d_out + i * V;
-      rows_.query(b, i, n, query);
-      rows_.d_out(b, i, n, d_out);
-      statistics[i] = rows_.statistics(b, i, n, query);
+      statistics[i] = statistics_of(b, i, n);
       // A row that sees no key has no part in any sum.
       if (statistics[i].empty || visibility.of_row(i).empty()) {
         statistics[i].empty = true;
-        std::fill(query, query + H, 0.0f);
-        std::fill(d_out, d_out + V, 0.0f);
-      }
-      const auto factor = Isa::set1(call_.scale * kLog2E);
-      for (int64_t h = 0; h < H; h += W) {
-        Isa::store(s.scaled_query + i * H + h, Isa::mul(Isa::load(query + h), factor));
+        std::fill(s.query + i * H, s.query + (i + 1) * H, 0.0f);
+        std::fill(s.d_out + i * V, s.d_out + (i + 1) * V, 0.0f);
       }
     }
+    const auto factor = Isa::set1(call_.scale * kLog2E);
+    for (int64_t h = 0; h < T * H; h += W) {
+      Isa::store(s.scaled_query + h, Isa::mul(Isa::load(s.query + h), factor));
+    }
+    // In the products of dS what is not finite would meet the zeros of hidden pairs. (A row that
+    // does see it has NaN in dS.)
+    if (!finite) replace_nonfinite(s.query, T * H);
     heads_.scores(s.scaled_query, s.key, s.key_columns, H, call_.H, s.p);
     heads_.scores(s.d_out, s.value, s.value_columns, V, call_.V, s.ds);
     for (int64_t i = 0; i < T; ++i) {
@@ -142,13 +140,17 @@ class SmallBackward {
     }
   }
 
-  static void make_finite(float* x, int64_t n) {
-    if (!all_finite<Isa>(x, n)) replace_nonfinite(x, n);
+  Statistics statistics_of(int64_t b, int64_t i, int64_t n) const {
+    Statistics s;
+    s.maximum = scalar_of(call_.row_maximum, b, i, n);
+    s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
+    s.empty = s.log2_sum == kEmptyRowLog2Sum;
+    if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    return s;
   }
 
   const AttentionBackwardCall& call_;
   Parallel& parallel_;
-  const Rows rows_;
   const Heads heads_;
   ScratchPool<Scratch> scratch_;
 };

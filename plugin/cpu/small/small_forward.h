@@ -38,9 +38,9 @@ class SmallForward {
     if (s.memory.get()) return;
     const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
     Heads::lay_out(s.memory, {{&s.query, T * H},
-                              {&s.key, S * H},
+                              {&s.key, heads_.columns * H},
                               {&s.value, S * V},
-                              {&s.key_columns, heads_.columns_size(call_.H)},
+                              {&s.key_columns, heads_.columns_size(H)},
                               {&s.scores, T * heads_.columns},
                               {&s.out, T * V}});
   }
@@ -48,27 +48,18 @@ class SmallForward {
   void attend(int64_t b, int64_t k, Scratch& s) const {
     const int64_t T = call_.T, S = call_.S;
     const Visibility visibility(call_, b);
-    if (k == 0 && S > 1) {
+    if (k == 0) {
       stream_heads(call_.query, b, 0, T, call_.N, call_.H);
       stream_heads(call_.key, b, 0, S, call_.K, call_.H);
       stream_heads(call_.value, b, 0, S, call_.K, call_.V);
     }
-    bool finite = true;
-    for (int64_t j = 0; j < S; ++j) {
-      float* value = s.value + j * heads_.value_width;
-      load_row<Isa>(row_of(call_.key, b, j, k), call_.key.dtype, call_.H,
-                    s.key + j * heads_.head_width);
-      load_row<Isa>(row_of(call_.value, b, j, k), call_.value.dtype, call_.V, value);
-      finite &= all_finite<Isa>(value, heads_.value_width);
-    }
-    heads_.to_columns(s.key, heads_.head_width, call_.H, s.key_columns);
+    load_head<Isa>(call_.key, b, k, S, call_.H, s.key, heads_.head_width);
+    const bool finite = load_head<Isa>(call_.value, b, k, S, call_.V, s.value, heads_.value_width);
+    heads_.to_columns(s.key, heads_.head_width, s.key_columns);
     for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
       const Rules rules(call_, b, n);
-      for (int64_t i = 0; i < T; ++i) {
-        float* query = s.query + i * heads_.head_width;
-        load_row<Isa>(row_of(call_.query, b, i, n), call_.query.dtype, call_.H, query);
-        scale_row<Isa>(query, heads_.head_width, call_.scale * kLog2E);
-      }
+      load_head<Isa>(call_.query, b, n, T, call_.H, s.query, heads_.head_width);
+      scale_row<Isa>(s.query, T * heads_.head_width, call_.scale * kLog2E);
       heads_.scores(s.query, s.key, s.key_columns, heads_.head_width, call_.H, s.scores);
       float maximum[Heads::kMaxTokens], sum[Heads::kMaxTokens];
       for (int64_t i = 0; i < T; ++i) {
@@ -85,7 +76,7 @@ class SmallForward {
       } else {
         add_seen_values(s);
       }
-      for (int64_t i = 0; i < T; ++i) store(b, i, n, maximum[i], sum[i], s);
+      store(b, n, maximum, sum, s);
     }
   }
 
@@ -121,13 +112,17 @@ class SmallForward {
     }
   }
 
-  void store(int64_t b, int64_t i, int64_t n, float maximum, float sum, const Scratch& s) const {
-    const int64_t index = (b * call_.T + i) * call_.N + n;
-    const bool empty = sum == 0.0f;
-    store_row<Isa>(call_.out, index * call_.V, s.out + i * heads_.value_width, call_.V,
-                   empty ? 0.0f : 1.0f / sum);
-    static_cast<float*>(call_.row_maximum.data)[index] = maximum == kHidden ? 0.0f : maximum;
-    static_cast<float*>(call_.log2_sum.data)[index] = empty ? kEmptyRowLog2Sum : std::log2(sum);
+  void store(int64_t b, int64_t n, const float* maximum, const float* sum, const Scratch& s) const {
+    const int64_t index = b * call_.T * call_.N + n;
+    store_head<Isa>(call_.out, index * call_.V, call_.N * call_.V,
+                    {s.out, heads_.value_width, call_.T, call_.V},
+                    [&](int64_t i) { return sum[i] == 0.0f ? 0.0f : 1.0f / sum[i]; });
+    float* row_maximum = static_cast<float*>(call_.row_maximum.data) + index;
+    float* log2_sum = static_cast<float*>(call_.log2_sum.data) + index;
+    for (int64_t i = 0; i < call_.T; ++i) {
+      row_maximum[i * call_.N] = maximum[i] == kHidden ? 0.0f : maximum[i];
+      log2_sum[i * call_.N] = sum[i] == 0.0f ? kEmptyRowLog2Sum : std::log2(sum[i]);
+    }
   }
 
   const AttentionForwardCall& call_;

@@ -8,6 +8,8 @@
 
 #include "cpu/rows/logit_rules.h"
 #include "cpu/simd/compiler.h"
+#include "cpu/small/head_rows.h"
+#include "cpu/tiles/pack.h"
 #include "device.h"
 
 namespace jax_gluon::cpu {
@@ -39,21 +41,19 @@ class SmallProduct {
   template <int kRows, int kVectors, bool kAdd>
   static void run_rows(LeftOperand a, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
                        float* out, int64_t out_stride) {
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows) {
-      tile<kRows, kVectors, kAdd>(a.data + r * a.row, a, b, b_stride, depth, out + r * out_stride,
-                                  out_stride);
+    for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, out += kRows * out_stride) {
+      tile<kRows, kVectors, kAdd>(a, b, b_stride, depth, out, out_stride);
     }
-    for (; r < rows; ++r) {
-      tile<1, kVectors, kAdd>(a.data + r * a.row, a, b, b_stride, depth, out + r * out_stride,
-                              out_stride);
+    if constexpr (kRows > 1) {
+      if (rows > 0) {
+        run_rows<kRows / 2, kVectors, kAdd>(a, rows, b, b_stride, depth, out, out_stride);
+      }
     }
   }
 
   template <int kRows, int kVectors, bool kAdd>
-  static JAX_GLUON_INLINE void tile(const float* left, LeftOperand a, const float* b,
-                                    int64_t b_stride, int64_t depth, float* out,
-                                    int64_t out_stride) {
+  static JAX_GLUON_INLINE void tile(LeftOperand a, const float* b, int64_t b_stride, int64_t depth,
+                                    float* out, int64_t out_stride) {
     F acc[kRows][kVectors];
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -62,13 +62,13 @@ class SmallProduct {
         acc[r][v] = kAdd ? Isa::load(out + r * out_stride + v * W) : Isa::zero();
       }
     }
-    for (int64_t d = 0; d < depth; ++d, left += a.step, b += b_stride) {
+    for (int64_t d = 0; d < depth; ++d, a.data += a.step, b += b_stride) {
       F right[kVectors];
       JAX_GLUON_UNROLL
       for (int v = 0; v < kVectors; ++v) right[v] = Isa::load(b + v * W);
       JAX_GLUON_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const F x = Isa::set1(left[r * a.row]);
+        const F x = Isa::set1(a.data[r * a.row]);
         JAX_GLUON_UNROLL
         for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::fma(right[v], x, acc[r][v]);
       }
@@ -155,11 +155,16 @@ class SmallHeads {
 
   // Room for rows as right operand of scores(): none where their dot products are taken.
   int64_t columns_size(int64_t width) const { return by_dots_ ? 0 : width * columns; }
-  // Rows [S][width] as columns [n][S], the padding left as it is.
-  void to_columns(const float* rows, int64_t width, int64_t n, float* out) const {
+  // Rows [columns][width], zeros beyond the last key, as columns [width][columns].
+  void to_columns(const float* rows, int64_t width, float* out) const {
     if (by_dots_) return;
-    for (int64_t j = 0; j < call_.S; ++j, rows += width) {
-      for (int64_t h = 0; h < n; ++h) out[h * columns + j] = rows[h];
+    for (int64_t j = 0; j < columns; j += W) {
+      for (int64_t h = 0; h < width; h += W) {
+        typename Isa::F x[W];
+        for (int64_t i = 0; i < W; ++i) x[i] = Isa::load(rows + (j + i) * width + h);
+        transpose<Isa>(x);
+        for (int64_t i = 0; i < W; ++i) Isa::store(out + (h + i) * columns + j, x[i]);
+      }
     }
   }
   // scores[i][j] = left row i . right row j for all T and S; zeros in the padding. `right` are rows

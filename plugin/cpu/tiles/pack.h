@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/simd/compiler.h"
 #include "cpu/tiles/cores.h"
 
 namespace jax_gluon::cpu {
@@ -41,10 +42,42 @@ void row_to_lanes(const void* row, DType dtype, int64_t n, int32_t bias, typenam
   }
 }
 
+// Lane c of x[r] changes places with lane r of x[c]. A round moves one bit of the place within a
+// vector to the front of the vector's number.
+template <class Isa>
+JAX_GLUON_INLINE void transpose(typename Isa::F* x) {
+  constexpr int W = Isa::kLanes;
+  typename Isa::F next[W];
+  JAX_GLUON_UNROLL
+  for (int round = 1; round < W; round *= 2) {
+    JAX_GLUON_UNROLL
+    for (int m = 0; m < W / 2; ++m) {
+      typename Isa::F pair[2];
+      Isa::deinterleave(x[2 * m], x[2 * m + 1], pair);
+      next[m] = pair[0];
+      next[m + W / 2] = pair[1];
+    }
+    JAX_GLUON_UNROLL
+    for (int m = 0; m < W; ++m) x[m] = next[m];
+  }
+}
+
 // out[d][r] = rows[r][d] for C rows of 32-bit lanes.
-template <int C, class Lane>
+template <class Isa, int C, class Lane>
 void interleave(const Lane* rows, int64_t stride, int64_t lanes, Lane* out) {
-  for (int64_t d = 0; d < lanes; ++d) {
+  constexpr int W = Isa::kLanes;
+  int64_t d = 0;
+  if constexpr (std::is_same_v<Lane, float> && C % W == 0) {
+    for (; d + W <= lanes; d += W) {
+      for (int r = 0; r < C; r += W) {
+        typename Isa::F x[W];
+        for (int i = 0; i < W; ++i) x[i] = Isa::load(rows + (r + i) * stride + d);
+        transpose<Isa>(x);
+        for (int i = 0; i < W; ++i) Isa::store(out + (d + i) * C + r, x[i]);
+      }
+    }
+  }
+  for (; d < lanes; ++d) {
     for (int r = 0; r < C; ++r) out[d * C + r] = rows[r * stride + d];
   }
 }
@@ -65,7 +98,7 @@ void pack_score_panels(int64_t begin, int64_t end, int64_t n, typename Core::Lan
         std::fill(out, out + lanes, typename Core::Lane(0));
       }
     }
-    interleave<C>(lanes_of_panel, lanes, lanes, panels);
+    interleave<typename Core::Isa, C>(lanes_of_panel, lanes, lanes, panels);
   }
 }
 
