@@ -1,9 +1,9 @@
 // Flash attention backward in one pass of five products. For each block of queries: recompute S and
 // dP = dO V^T for all keys that it sees and keep P and dP; then D = rowsum(P dP) is known, and
 // dS = P (dP - D), dV += P^T dO, dK += dS^T Q, dQ = dS K. An output that was rounded has no part in
-// D, so rows of dS sum to 0; of an exact one D = rowsum(dO O), and P and dP are kept for one tile
-// of keys only. A task owns the rows of one kv head (or a part of them) and sums of
-// its own for dK and dV, and the order of every sum is fixed by the shape alone.
+// D, so rows of dS sum to 0; of an exact one, and more keys than a tile has, D = rowsum(dO O), and
+// P and dP are kept for one tile of keys only. A task owns the rows of one kv head (or a part of
+// them) and sums of its own for dK and dV, and the order of every sum is fixed by the shape alone.
 #pragma once
 
 #include <algorithm>
@@ -147,11 +147,11 @@ class AttentionBackward {
       std::fill(s.row_sum.get(), s.row_sum.get() + padded, 0.0f);
       const int64_t first = (keys.begin - part.first_key) / blocks_.tile_keys;
       const int64_t last = ceil_div(keys.end - part.first_key, blocks_.tile_keys);
-      for (int64_t t = first; blocks_.output_is_exact && t < last; ++t) {
+      for (int64_t t = first; blocks_.reads_output && t < last; ++t) {
         tiles_.find_probabilities(block, part, t, 0, s);
         tiles_.add_gradients(count, part, t, 0, s);
       }
-      if (!blocks_.output_is_exact) whole_rows(block, part, {first, last}, s);
+      if (!blocks_.reads_output) whole_rows(block, part, {first, last}, s);
       add_key_center(part.b, part.k, count, dq, s);
     }
     for (int64_t r = 0; r < count; ++r) {

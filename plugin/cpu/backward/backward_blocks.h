@@ -39,15 +39,15 @@ class BackwardBlocks {
 
   BackwardBlocks(const AttentionBackwardCall& call, bool output_is_exact)
       : call_(call),
-        output_is_exact(output_is_exact),
         head_columns(round_up(call.H, Core::kTileColumns)),
         value_columns(round_up(call.V, Core::kTileColumns)),
         tile_keys(std::min({kMaxTileKeys, round_up(subtile_of(call.cpu_kernel), kColumnStep),
                             round_up(std::max<int64_t>(call.S, 1), kColumnStep)})),
+        reads_output(output_is_exact && call.S > tile_keys),
         block_keys(round_up(call.cpu_kernel.block_k, tile_keys)),
         stages(std::max<int64_t>(call.cpu_kernel.stages, 1)) {
     const int64_t rows = std::max<int64_t>(call.T, 1), group = call.N / call.K;
-    const int64_t kept = output_is_exact ? tile_keys : max_keys(kMaxRows);
+    const int64_t kept = reads_output ? tile_keys : max_keys(kMaxRows);
     const int64_t fit = kMaxScores / std::max<int64_t>(kept, 1);
     const int64_t max_rows =
         std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kMinRows, kGroupRows)), kMaxRows);
@@ -60,7 +60,7 @@ class BackwardBlocks {
     parts = ceil_div(rows, part_rows);
     // Keys are counted from the first of a whole tile.
     part_keys = round_up(max_keys(part_rows), tile_keys) + tile_keys;
-    block_tiles = output_is_exact ? 1 : ceil_div(max_keys(block_rows), tile_keys) + 1;
+    block_tiles = reads_output ? 1 : ceil_div(max_keys(block_rows), tile_keys) + 1;
   }
 
   // A larger block is for long rows, which every block of queries reads again.
@@ -105,10 +105,11 @@ class BackwardBlocks {
   const AttentionBackwardCall& call_;
 
  public:
-  // Whether D is found from dO and O; else from P and dP of whole rows, which are kept.
-  const bool output_is_exact;
   const int64_t head_columns, value_columns;  // in whole panels
-  const int64_t tile_keys, block_keys;
+  const int64_t tile_keys;
+  // Whether D is found from dO and O; else from P and dP of whole rows, which are kept.
+  const bool reads_output;
+  const int64_t block_keys;
   const int64_t stages;                     // blocks of keys that are packed ahead, and in use
   int64_t block_heads = 1;                  // query heads whose few rows share a block
   int64_t block_rows = 0, block_tiles = 0;  // rows of a block, and its tiles that are kept

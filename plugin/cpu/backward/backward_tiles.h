@@ -82,7 +82,7 @@ class BackwardTiles {
     if (block.heads == 1) {
       touch_rows(call_.query, b, block.queries.begin, block.queries.end, block.n, H);
       touch_rows(call_.d_out, b, block.queries.begin, block.queries.end, block.n, V);
-      if (blocks_.output_is_exact) {
+      if (blocks_.reads_output) {
         touch_rows(call_.out, b, block.queries.begin, block.queries.end, block.n, V);
       }
     }
@@ -97,7 +97,7 @@ class BackwardTiles {
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
           statistics = rows_.statistics(b, i, n, q);
-          if (blocks_.output_is_exact && !statistics.empty) {
+          if (blocks_.reads_output && !statistics.empty) {
             statistics.delta += rows_.output_delta(b, i, n, d, row);
           }
         }
