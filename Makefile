@@ -53,7 +53,7 @@ demo: $(STAMPS)/package
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(STAMPS)/package metal
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The software Metal device, where its compiler is there or may be installed; else it says so.
 metal: $(STAMPS)/build-requirements

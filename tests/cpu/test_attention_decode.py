@@ -157,7 +157,7 @@ def integer_bar(storage):
     )
 
 
-@pytest.mark.parametrize(("storage", "size", "isa"), every_pair(INTEGERS))
+@pytest.mark.parametrize(("storage", "size", "isa"), list(every_pair(INTEGERS)))
 def test_integer_products(storage, size, isa, monkeypatch, oracle, relative_error):
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
     check(storage, SIZES[size], oracle, relative_error, bar=integer_bar(storage))
@@ -169,7 +169,7 @@ def test_integer_products_with_every_rule(storage, rule, oracle, relative_error)
     check(storage, SIZES["rows"], oracle, relative_error, bar=integer_bar(storage), **RULES[rule])
 
 
-@pytest.mark.parametrize(("storage", "size", "isa"), every_pair(STORAGES))
+@pytest.mark.parametrize(("storage", "size", "isa"), list(every_pair(STORAGES)))
 def test_every_storage(storage, size, isa, monkeypatch, oracle, relative_error):
     monkeypatch.setenv("JAX_GLUON_CPU_ISA", isa)
     check(storage, SIZES[size], oracle, relative_error)

@@ -118,7 +118,7 @@ SIZES = {
     "gluon_large": lambda M: (CpuKernel("gluon", 2 * M, M, 8), CpuKernel("gluon", 384, 192, 8)),
     "gluon_beyond": lambda M: (CpuKernel("gluon", 4096, M, 2), CpuKernel("gluon", 3840, 192, 2)),
 }  # fmt: skip
-LANES = {"portable": 4, "avx2": 8}
+LANES = {"portable": 8, "avx2": 8}
 
 
 def _sizes(name, variant, is_integer):

@@ -332,6 +332,6 @@ def test_no_gradient_flows_through(quantize):
 
 
 def test_strict_modes(strict_modes, quantize):
-    for spec in FORMATS.values():
-        spec = dataclasses.replace(spec, center=True, block_size=5)
+    for name in EVEN:
+        spec = dataclasses.replace(FORMATS[name], center=True, block_size=5)
         assert np.isfinite(quantize(random_rows(S=7, H=6), spec).dequantize()).all()

@@ -92,8 +92,15 @@ def check(
         assert relative_error(d_bias, expected.d_bias) <= 2 * limits[1]
 
 
-@pytest.mark.parametrize("operand", OPERANDS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "operand"),
+    # Keys of every format; queries of one half of them and values of the other, each of which has
+    # every pair of width, granularity and way.
+    [
+        *((name, "key") for name in FORMATS),
+        *((name, OPERANDS[2 * (i % 2)]) for i, name in enumerate(FORMATS)),
+    ],
+)
 def test_every_format_for_every_operand(
     name, operand, oracle, relative_error, random_operands, seen_lengths
 ):
@@ -152,11 +159,14 @@ RULES = {
 
 
 def _rules_of_codes():
-    """Each rule with each kind of codes; XLA, which sees floats behind them, with one kind each."""
+    """Each rule with each kind of codes on the CPU, with one kind each elsewhere.
+
+    XLA sees the floats behind them, and tests/metal/shaders has every format on Metal.
+    """
     kinds = {"int8": "int8", "int4": "int4", "mixed": MIXED}
     for i, rule in enumerate(RULES):
         for j, (name, specs) in enumerate(kinds.items()):
-            for implementation in ("cpu", "metal", *(["xla"] if i % 3 == j else [])):
+            for implementation in ("cpu", *(["metal", "xla"] if i % 3 == j else [])):
                 yield pytest.param(
                     rule, specs, implementation, id=f"{implementation}-{rule}-{name}"
                 )

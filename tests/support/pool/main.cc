@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "xla_parallel.h"
+#include "ffi/xla_parallel.h"
 
 namespace {
 

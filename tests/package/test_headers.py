@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEADERS = sorted(path.relative_to(ROOT / "plugin") for path in ROOT.glob("plugin/**/*.h"))
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -7,7 +7,7 @@ import pytest
 from tools.macos.gate import interface
 from tools.macos.target import LLVM
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MAX_ARGUMENTS = 7
 
 
