@@ -30,36 +30,38 @@ int64_t max_visible_keys(const AttentionCall& call) {
   return std::min(seen, left + right + 1);
 }
 
-const KernelOffer* find(const KernelOffers& offers, Kernel kernel) {
-  for (const KernelOffer& offer : offers) {
-    if (offer.kernel == kernel) return &offer;
-  }
-  return nullptr;
+std::string to_string(const KernelLimits& limits) {
+  std::string text;
+  const auto add = [&](const char* bound, int64_t number, const char* what) {
+    if (number == 0) return;
+    text += std::string(text.empty() ? "" : " and ") + bound + std::to_string(number) + what;
+  };
+  add("at most ", limits.max_queries, " queries");
+  add("at most ", limits.max_rows, " rows of queries of a kv head");
+  add("at least ", limits.min_keys, " keys");
+  add("at most ", limits.max_keys, " keys");
+  return text;
 }
 
-std::string refusal(const char* device, Kernel kernel, const KernelOffers& offers) {
+std::optional<std::string> check(const char* device, const KernelChoice& choice,
+                                 const KernelOffers& offers) {
+  const std::string kernel = std::string("the kernel \"") + name_of(choice.kernel) + "\"";
+  const KernelOffer* found = nullptr;
   std::string names;
   for (const KernelOffer& offer : offers) {
-    if (!names.empty()) names += ", ";
-    names += std::string("\"") + name_of(offer.kernel) + "\"";
+    if (offer.kernel == choice.kernel) found = &offer;
+    names += std::string(names.empty() ? "\"" : ", \"") + name_of(offer.kernel) + "\"";
   }
-  return std::string("the call is for the kernel \"") + name_of(kernel) + "\"; " + device +
-         " has for it " + names;
-}
-
-std::string check(const char* device, const KernelChoice& choice, const KernelOffers& offers) {
-  const KernelOffer* offer = find(offers, choice.kernel);
-  if (!offer) return refusal(device, choice.kernel, offers);
+  if (!found) return "the call is for " + kernel + "; " + device + " has for it " + names;
   const auto is_missing = [](int64_t size, const SizeRange& range) {
     return range.max != 0 && size == 0;
   };
-  const char* missing = is_missing(choice.block_k, offer->block_k)   ? "block_k"
-                        : is_missing(choice.subtile, offer->subtile) ? "subtile"
-                        : is_missing(choice.stages, offer->stages)   ? "stages"
+  const char* missing = is_missing(choice.block_k, found->block_k)   ? "block_k"
+                        : is_missing(choice.subtile, found->subtile) ? "subtile"
+                        : is_missing(choice.stages, found->stages)   ? "stages"
                                                                      : nullptr;
-  if (!missing) return {};
-  return std::string("the call has no ") + missing + " for the kernel \"" + name_of(choice.kernel) +
-         "\"";
+  if (missing) return std::string("the call has no ") + missing + " for " + kernel;
+  return {};
 }
 
 void keep(const KernelRun& run) {

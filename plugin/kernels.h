@@ -32,30 +32,41 @@ struct SizeRange {
   int64_t preferred = 0, min = 0, max = 0, step = 0;
 };
 
+// What a call must be for a kernel to take it, where that is not any call: 0 where it may be
+// anything. Rows are those of the queries that share a kv head.
+struct KernelLimits {
+  int64_t max_queries = 0, max_rows = 0, min_keys = 0, max_keys = 0;
+};
+
 // A kernel that a device has for a call. Where it has subtiles, block_k is at least two of them,
-// and whole ones.
+// and whole ones. Plain data: files of one instruction set make it, and must instantiate nothing.
 struct KernelOffer {
-  Kernel kernel;
-  const char* arithmetic;  // what is multiplied: "float32", "bfloat16", "float16", "int8"
-  std::string reason;      // what the kernel is for, where it is not for every call
+  Kernel kernel = Kernel::kBaseline;
+  const char* arithmetic = "";  // what is multiplied: "float32", "bfloat16", "float16", "int8"
+  KernelLimits limits;
   SizeRange block_k, subtile, stages;
 };
 
-using KernelOffers = std::vector<KernelOffer>;
+struct KernelOffers {
+  KernelOffer data[kKernelNames.size()];
+  size_t size = 0;
+
+  void add(const KernelOffer& offer) { data[size++] = offer; }
+  const KernelOffer* begin() const { return data; }
+  const KernelOffer* end() const { return data + size; }
+};
+
+// What an offer is for, in words: its limits; empty without any.
+std::string to_string(const KernelLimits& limits);
 
 // The most keys that any row can see.
 int64_t max_visible_keys(const AttentionCall& call);
 
-// The offer for a kernel, or null.
-const KernelOffer* find(const KernelOffers& offers, Kernel kernel);
-
-// What a device says of a call that carries a kernel which it does not have for it.
-std::string refusal(const char* device, Kernel kernel, const KernelOffers& offers);
-
-// As refusal where the kernel is not among the offers, and where a size is missing that it has;
-// else empty. Sizes need not be among the offered ones: a program may have been made on a processor
-// with other vectors.
-std::string check(const char* device, const KernelChoice& choice, const KernelOffers& offers);
+// What a device says of a call whose kernel is not among the offers for it, or lacks a size that
+// the kernel has; else nothing. Sizes need not be among the offered ones: a program may have been
+// made on a processor with other vectors.
+std::optional<std::string> check(const char* device, const KernelChoice& choice,
+                                 const KernelOffers& offers);
 
 // What ran: a kernel, with the sizes that it took.
 struct KernelRun {

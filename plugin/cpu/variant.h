@@ -26,25 +26,30 @@ struct Variant {
     return body(F32Core<Isa>());
   }
 
+  static void describe(const AttentionCall& call, const KernelOffers& offers, KernelRun& run) {
+    run.kernel = call.cpu_kernel.kernel;
+    for (const KernelOffer& offer : offers) {
+      if (offer.kernel == run.kernel) run.arithmetic = offer.arithmetic;
+    }
+  }
+
   static KernelOffers forward_offers(const AttentionForwardCall& call) {
     KernelOffers offers;
-    if (AttentionSmall<Isa>::takes(call)) offers.push_back(AttentionSmall<Isa>::offer());
-    if (AttentionDecode<Isa>::takes(call)) offers.push_back(AttentionDecode<Isa>::offer(call));
+    if (AttentionSmall<Isa>::takes(call)) offers.add(AttentionSmall<Isa>::offer());
+    if (AttentionDecode<Isa>::takes(call)) offers.add(AttentionDecode<Isa>::offer(call));
     with_core(call, [&](auto core) {
       using Blocks = ForwardBlocks<decltype(core)>;
-      offers.push_back(Blocks::baseline_offer());
-      offers.push_back(Blocks::gluon_offer());
+      offers.add(Blocks::baseline_offer());
+      offers.add(Blocks::gluon_offer());
     });
     return offers;
   }
   static Status forward(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run) {
     const KernelOffers offers = forward_offers(call);
-    std::string wrong = check("the CPU", call.cpu_kernel, offers);
-    if (!wrong.empty()) return wrong;
-    const KernelOffer* offer = find(offers, call.cpu_kernel.kernel);
-    run.kernel = offer->kernel;
-    run.arithmetic = offer->arithmetic;
-    switch (offer->kernel) {
+    Status wrong = check("the CPU", call.cpu_kernel, offers);
+    if (wrong) return wrong;
+    describe(call, offers, run);
+    switch (run.kernel) {
       case Kernel::kSmall:
         AttentionSmall<Isa>::run(call, parallel);
         break;
@@ -68,31 +73,29 @@ struct Variant {
         });
         break;
     }
-    return {};
+    return wrong;
   }
 
   static KernelOffers backward_offers(const AttentionBackwardCall& call) {
     KernelOffers offers;
-    if (AttentionSmall<Isa>::takes(call)) offers.push_back(AttentionSmall<Isa>::offer());
-    offers.push_back(AttentionBackward<Isa, Kernel::kBaseline>::offer(call));
-    offers.push_back(AttentionBackward<Isa, Kernel::kGluon>::offer(call));
+    if (AttentionSmall<Isa>::takes(call)) offers.add(AttentionSmall<Isa>::offer());
+    offers.add(AttentionBackward<Isa, Kernel::kBaseline>::offer(call));
+    offers.add(AttentionBackward<Isa, Kernel::kGluon>::offer(call));
     return offers;
   }
   static Status backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) {
     const KernelOffers offers = backward_offers(call);
-    std::string wrong = check("the CPU", call.cpu_kernel, offers);
-    if (!wrong.empty()) return wrong;
-    const KernelOffer* offer = find(offers, call.cpu_kernel.kernel);
-    run.kernel = offer->kernel;
-    run.arithmetic = offer->arithmetic;
-    if (offer->kernel == Kernel::kSmall) {
+    Status wrong = check("the CPU", call.cpu_kernel, offers);
+    if (wrong) return wrong;
+    describe(call, offers, run);
+    if (run.kernel == Kernel::kSmall) {
       AttentionSmall<Isa>::run(call, parallel);
-    } else if (offer->kernel == Kernel::kGluon) {
+    } else if (run.kernel == Kernel::kGluon) {
       run_backward<Kernel::kGluon>(call, parallel, run);
     } else {
       run_backward<Kernel::kBaseline>(call, parallel, run);
     }
-    return {};
+    return wrong;
   }
   template <Kernel kKernel>
   static void run_backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) {
@@ -102,17 +105,18 @@ struct Variant {
   }
 
   static KernelOffers backward_bias_offers(const AttentionBackwardBiasCall&) {
-    return {{Kernel::kBaseline, "float32", "", {}, {}, {}}};
+    KernelOffers offers;
+    offers.add({Kernel::kBaseline, "float32", {}, {}, {}, {}});
+    return offers;
   }
   static Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel,
                               KernelRun& run) {
     const KernelOffers offers = backward_bias_offers(call);
-    std::string wrong = check("the CPU", call.cpu_kernel, offers);
-    if (!wrong.empty()) return wrong;
-    run.kernel = offers.front().kernel;
-    run.arithmetic = offers.front().arithmetic;
+    Status wrong = check("the CPU", call.cpu_kernel, offers);
+    if (wrong) return wrong;
+    describe(call, offers, run);
     AttentionBackwardBias<Isa>(call, parallel).run();
-    return {};
+    return wrong;
   }
 
   static Status quantize(const QuantizeCall& call, Parallel& parallel) {

@@ -41,7 +41,7 @@ PYBIND11_MODULE(_plugin, module) {
           add("subtile", offer.subtile);
           add("stages", offer.stages);
           offers.append(py::make_tuple(jax_gluon::name_of(offer.kernel), offer.arithmetic,
-                                       offer.reason, sizes));
+                                       to_string(offer.limits), sizes));
         }
         return offers;
       },

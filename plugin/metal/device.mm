@@ -39,6 +39,11 @@ int64_t rows_of(const AttentionCall& call) {
   return call.T * call.N / std::max<int64_t>(call.K, 1);
 }
 
+void add_pipelines(const char* arithmetic, KernelOffers& offers) {
+  offers.add({Kernel::kBaseline, arithmetic, {}, {}, {}, {}});
+  offers.add({Kernel::kGluon, arithmetic, {}, {}, {}, {}});
+}
+
 class MetalDevice : public Device {
  public:
   explicit MetalDevice(Context& context) : context_(context) {}
@@ -46,26 +51,25 @@ class MetalDevice : public Device {
   KernelOffers offers(const AttentionForwardCall& call) const override {
     KernelOffers offers;
     if (has(call, Kernel::kDecode)) {
-      offers.push_back({Kernel::kDecode,
-                        arithmetic(forward_matrices(context_, call, kDecodeStem)),
-                        "at most " + std::to_string(kDecodeRows) +
-                            " rows of queries of a kv head, " + "and " +
-                            std::to_string(kDecodeKeys) + " keys or more",
-                        {},
-                        {},
-                        {}});
+      offers.add({Kernel::kDecode,
+                  arithmetic(forward_matrices(context_, call, kDecodeStem)),
+                  {0, kDecodeRows, kDecodeKeys, 0},
+                  {},
+                  {},
+                  {}});
     }
-    const char* name = arithmetic(forward_matrices(context_, call, kForwardStem));
-    offers.push_back({Kernel::kBaseline, name, "", {}, {}, {}});
-    offers.push_back({Kernel::kGluon, name, "", {}, {}, {}});
+    add_pipelines(arithmetic(forward_matrices(context_, call, kForwardStem)), offers);
     return offers;
   }
   KernelOffers offers(const AttentionBackwardCall& call) const override {
-    const char* name = arithmetic(backward_matrices(call));
-    return {{Kernel::kBaseline, name, "", {}, {}, {}}, {Kernel::kGluon, name, "", {}, {}, {}}};
+    KernelOffers offers;
+    add_pipelines(arithmetic(backward_matrices(call)), offers);
+    return offers;
   }
   KernelOffers offers(const AttentionBackwardBiasCall&) const override {
-    return {{Kernel::kBaseline, "float32", "", {}, {}, {}}};
+    KernelOffers offers;
+    offers.add({Kernel::kBaseline, "float32", {}, {}, {}, {}});
+    return offers;
   }
 
   Status forward(const AttentionForwardCall& call, Parallel&, KernelRun& ran) override {
@@ -158,7 +162,7 @@ class MetalDevice : public Device {
   // As run, where there is the call's kernel for it. `encode` returns what its matrices are of.
   template <class Call, class Encode>
   Status run_pass(const Call& call, KernelRun& ran, Encode encode) {
-    if (!has(call, call.metal_kernel)) return refusal("Metal", call.metal_kernel, offers(call));
+    if (!has(call, call.metal_kernel)) return check("Metal", {call.metal_kernel}, offers(call));
     ran.device = "metal";
     ran.kernel = call.metal_kernel;
     return run([&](Buffers& buffers, Commands& commands) {

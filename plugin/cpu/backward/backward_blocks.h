@@ -66,13 +66,13 @@ class BackwardBlocks {
   // A larger block is for long rows, which every block of queries reads again.
   static KernelOffer offer(const AttentionBackwardCall& call) {
     const SizeRange tile = {kMaxTileKeys, kMaxTileKeys / 2, kMaxTileKeys, kMaxTileKeys / 2};
-    if (!kGluon) return {kKernel, "float32", "", tile, {}, {}};
+    if (!kGluon) return {kKernel, "float32", {}, tile, {}, {}};
     const bool is_long = call.H > 64 && max_visible_keys(call) >= 2048;
     const SizeRange block_k = {is_long ? 4 * kMaxTileKeys : kMaxTileKeys, kMaxTileKeys,
                                kMaxBlockKeys, kMaxTileKeys / 2};
     SizeRange subtile = tile;
     if (!is_long) subtile.preferred = tile.min;
-    return {kKernel, "float32", "", block_k, subtile, {2, 2, kMaxStages, 1}};
+    return {kKernel, "float32", {}, block_k, subtile, {2, 2, kMaxStages, 1}};
   }
 
   void describe(KernelRun& run) const {

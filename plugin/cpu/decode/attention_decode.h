@@ -16,8 +16,7 @@ struct AttentionDecode {
 
   static KernelOffer offer(const AttentionForwardCall& call) {
     const char* arithmetic = DecodeCodes<Isa>::takes(call) ? "int8" : "float32";
-    const std::string max_queries = std::to_string(DecodeChunks<Isa>::kMaxQueries);
-    return {Kernel::kDecode, arithmetic, "at most " + max_queries + " queries", {}, {}, {}};
+    return {Kernel::kDecode, arithmetic, {DecodeChunks<Isa>::kMaxQueries, 0, 0, 0}, {}, {}, {}};
   }
 
   static void run(const AttentionForwardCall& call, Parallel& parallel) {

@@ -42,7 +42,7 @@ struct ForwardBlocks {
   static KernelOffer baseline_offer() {
     return {Kernel::kBaseline,
             name_of(Core::kArithmetic),
-            "",
+            {},
             {kBlockKeys, 64, kBlockKeys, 64},
             {},
             {}};
@@ -53,7 +53,7 @@ struct ForwardBlocks {
     const SizeRange block_k = {512, 2 * kMin, kMaxBlockKeys, kMin};
     const SizeRange subtile =
         kInt8 ? SizeRange() : SizeRange{kSubtileColumns, kMin, kSubtileColumns, kMin};
-    return {Kernel::kGluon, name_of(Core::kArithmetic), "", block_k,
+    return {Kernel::kGluon, name_of(Core::kArithmetic), {}, block_k,
             subtile,        {2, 2, kMaxStages, 1}};
   }
 

@@ -101,13 +101,7 @@ class SmallHeads {
   }
 
   static KernelOffer offer() {
-    const std::string most = std::to_string(kMaxTokens);
-    return {Kernel::kSmall,
-            "float32",
-            "at most " + most + " queries and " + most + " keys of floats",
-            {},
-            {},
-            {}};
+    return {Kernel::kSmall, "float32", {kMaxTokens, 0, 0, kMaxTokens}, {}, {}, {}};
   }
 
   explicit SmallHeads(const AttentionCall& call)
