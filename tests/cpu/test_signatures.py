@@ -9,8 +9,6 @@ from tools.macos.target import LLVM
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_ARGUMENTS = 7
-# SmallProduct::run: a product of matrices, of which each has a pointer and a stride.
-EXEMPT = {"plugin/cpu/small/small_heads.h"}
 
 
 def test_functions_of_the_cpu_kernels_take_few_arguments():
@@ -42,9 +40,5 @@ def test_functions_of_the_cpu_kernels_take_few_arguments():
 
     visit(unit.cursor)
     assert len(counts) > 300
-    too_many = {
-        name: count
-        for name, count in counts.items()
-        if count > MAX_ARGUMENTS and name.split(":")[0] not in EXEMPT
-    }
+    too_many = {name: count for name, count in counts.items() if count > MAX_ARGUMENTS}
     assert not too_many, "\n".join(f"{name}: {count}" for name, count in too_many.items())

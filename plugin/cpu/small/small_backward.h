@@ -79,13 +79,13 @@ class SmallBackward {
     for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
       find_d_scores(visibility, b, n, s);
       const int64_t columns = heads_.columns;
-      SmallProduct<Isa>::run({s.ds, columns, 1}, T, finite_key, H, H, S, s.d_query, H);
+      SmallProduct<Isa>::run({s.ds, T, columns, 1}, finite_key, H, H, S, s.d_query, H);
       if (n == k * heads_.group) {
-        SmallProduct<Isa>::run({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
-        SmallProduct<Isa>::run({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
+        SmallProduct<Isa>::run({s.ds, S, 1, columns}, s.query, H, H, T, s.d_key, H);
+        SmallProduct<Isa>::run({s.p, S, 1, columns}, s.d_out, V, V, T, s.d_value, V);
       } else {
-        SmallProduct<Isa>::template run<true>({s.ds, 1, columns}, S, s.query, H, H, T, s.d_key, H);
-        SmallProduct<Isa>::template run<true>({s.p, 1, columns}, S, s.d_out, V, V, T, s.d_value, V);
+        SmallProduct<Isa>::template run<true>({s.ds, S, 1, columns}, s.query, H, H, T, s.d_key, H);
+        SmallProduct<Isa>::template run<true>({s.p, S, 1, columns}, s.d_out, V, V, T, s.d_value, V);
       }
       store_head<Isa>(call_.d_query, (b * T * call_.N + n) * call_.H, call_.N * call_.H,
                       {s.d_query, H, T, call_.H}, scale);

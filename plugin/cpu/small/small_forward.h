@@ -71,7 +71,7 @@ class SmallForward {
         softmax(scores, maximum[i], sum[i]);
       }
       if (finite) {
-        SmallProduct<Isa>::run({s.scores, heads_.columns, 1}, T, s.value, heads_.value_width,
+        SmallProduct<Isa>::run({s.scores, T, heads_.columns, 1}, s.value, heads_.value_width,
                                heads_.value_width, S, s.out, heads_.value_width);
       } else {
         add_seen_values(s);
@@ -105,7 +105,7 @@ class SmallForward {
       for (int64_t j = 0; j < call_.S; ++j) {
         const float p = s.scores[i * heads_.columns + j];
         if (p == 0.0f) continue;
-        SmallProduct<Isa>::template run<true>({&p, 0, 0}, 1, s.value + j * heads_.value_width, 0,
+        SmallProduct<Isa>::template run<true>({&p, 1, 0, 0}, s.value + j * heads_.value_width, 0,
                                               heads_.value_width, 1, s.out + i * heads_.value_width,
                                               0);
       }

@@ -18,7 +18,7 @@ namespace {
 // out[r][c] (+)= sum over d < depth of a[r * row + d * step] * b[d][c], c in whole vectors.
 struct LeftOperand {
   const float* data;
-  int64_t row, step;
+  int64_t rows, row, step;
 };
 
 template <class Isa>
@@ -28,25 +28,25 @@ class SmallProduct {
 
  public:
   template <bool kAdd = false>
-  static void run(LeftOperand a, int64_t rows, const float* b, int64_t b_stride, int64_t columns,
-                  int64_t depth, float* out, int64_t out_stride) {
+  static void run(LeftOperand a, const float* b, int64_t b_stride, int64_t columns, int64_t depth,
+                  float* out, int64_t out_stride) {
     int64_t c = 0;
     for (; c + 2 * W <= columns; c += 2 * W) {
-      run_rows<4, 2, kAdd>(a, rows, b + c, b_stride, depth, out + c, out_stride);
+      run_rows<4, 2, kAdd>(a, b + c, b_stride, depth, out + c, out_stride);
     }
-    if (c < columns) run_rows<8, 1, kAdd>(a, rows, b + c, b_stride, depth, out + c, out_stride);
+    if (c < columns) run_rows<8, 1, kAdd>(a, b + c, b_stride, depth, out + c, out_stride);
   }
 
  private:
   template <int kRows, int kVectors, bool kAdd>
-  static void run_rows(LeftOperand a, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
-                       float* out, int64_t out_stride) {
-    for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, out += kRows * out_stride) {
+  static void run_rows(LeftOperand a, const float* b, int64_t b_stride, int64_t depth, float* out,
+                       int64_t out_stride) {
+    for (; a.rows >= kRows; a.rows -= kRows, a.data += kRows * a.row, out += kRows * out_stride) {
       tile<kRows, kVectors, kAdd>(a, b, b_stride, depth, out, out_stride);
     }
     if constexpr (kRows > 1) {
-      if (rows > 0) {
-        run_rows<kRows / 2, kVectors, kAdd>(a, rows, b, b_stride, depth, out, out_stride);
+      if (a.rows > 0) {
+        run_rows<kRows / 2, kVectors, kAdd>(a, b, b_stride, depth, out, out_stride);
       }
     }
   }
@@ -166,7 +166,7 @@ class SmallHeads {
   void scores(const float* left, const float* right, const float* right_columns, int64_t width,
               int64_t n, float* out) const {
     if (!by_dots_) {
-      SmallProduct<Isa>::run({left, width, 1}, call_.T, right_columns, columns, columns, n, out,
+      SmallProduct<Isa>::run({left, call_.T, width, 1}, right_columns, columns, columns, n, out,
                              columns);
       return;
     }
