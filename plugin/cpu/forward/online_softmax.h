@@ -49,9 +49,9 @@ class OnlineSoftmax {
   // Scores of a group, rows of kBlockKeys; those of its probabilities; and what becomes of sums:
   // the factor of all that was accumulated before, and INT8 of each subtile's.
   struct Scores {
+    alignas(kAlignment) float rescale[kGroupRows];
     float* scores;
     Lane* probabilities;
-    alignas(kAlignment) float rescale[kGroupRows];
     alignas(kAlignment) SubtileFactors subtile_factor;
   };
 
