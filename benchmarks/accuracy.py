@@ -50,7 +50,7 @@ RECIPES: dict[str, str | AttentionQuantization] = {
     "int8 head": _recipe("int8", every={"granularity": "head"}),
     "int8 block 64": _recipe("int8", every={"granularity": "block", "block_size": 64}),
     "int8 channel": _recipe("int8", every={"granularity": "channel"}),
-    "int8 K uncentred": _recipe("int8", key={"center": False}),
+    "int8 K uncentered": _recipe("int8", key={"center": False}),
     "int8 V centered": _recipe("int8", value={"center": True}),
     "int8 Q, K rotated": _recipe("int8", query={"rotate": True}, key={"rotate": True}),
     "int8 Q centered": _recipe("int8", query={"center": True}),

@@ -60,6 +60,8 @@ def choose_kernel(
 ) -> tuple[CpuKernel | MetalKernel, str]:
     """The kernel of a pass on a device, and why."""
     problem, offers = query.offers(direction, device)
+    if not offers:  # of an instruction set that there is not: the call says so
+        return CpuKernel("baseline"), "baseline: the device has no kernels"
     wish = _wish_of(wishes, direction)
     if (device == "cpu" and isinstance(wish, MetalKernel)) or (
         device == "metal" and isinstance(wish, CpuKernel)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "host"
-PLUGIN = Path(__file__).resolve().parents[2] / "plugin"
-EXAMPLES = PLUGIN / "softmetal" / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "softmetal" / "examples"
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter")
 
 # Settings that a test is run with.
@@ -62,7 +62,7 @@ def programs(device: Path, tmp_path_factory: pytest.TempPathFactory):
 
     def program(name: str) -> Path:
         if name not in built:
-            options = ("-O1", "-fobjc-arc", "-I", PLUGIN)
+            options = ("-O1", "-fobjc-arc", "-I", ROOT)
             built[name] = build(device, HERE / f"{name}.mm", folder / name, *options)
         return built[name]
 
