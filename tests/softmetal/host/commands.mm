@@ -463,6 +463,7 @@ TEST(counters) {
   encode(commands, @"twice", x, 3);
   encode(commands, @"twice", x, 3);
   [commands commit];
+  [commands waitUntilCompleted];  // another queue need not wait for it
   id<MTLCommandBuffer> others = [queue() commandBuffer];
   encode(others, @"twice", x, 3);
   [others commit];
