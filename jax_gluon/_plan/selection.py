@@ -54,17 +54,29 @@ class KernelOffer:
     sizes: Mapping[str, SizeRange] = field(default_factory=dict[str, SizeRange])
 
     def kernel(self, **sizes: int | None) -> CpuKernel | MetalKernel:
-        """The kernel with these sizes, and else those that it prefers."""
+        """The kernel with these sizes, and else those that it prefers or that go with them."""
         if self.device == "metal":
             return MetalKernel(self.name)
         preferred = {name: size.preferred for name, size in self.sizes.items()}
         given = {name: size for name, size in sizes.items() if size is not None}
-        # A block that was not asked for follows a subtile that was.
-        if "subtile" in given and "block_k" not in given:
-            subtile = given["subtile"]
-            blocks = max(2, preferred["block_k"] // max(subtile, 1))
-            preferred["block_k"] = blocks * subtile
+        # Of block and subtile, the one that was not asked for follows the other.
+        if "subtile" in preferred and ("subtile" in given) != ("block_k" in given):
+            if "subtile" in given:
+                subtile = given["subtile"]
+                preferred["block_k"] = max(2, preferred["block_k"] // subtile) * subtile
+            else:
+                preferred["subtile"] = self._subtile_of(given["block_k"])
         return CpuKernel(self.name, **(preferred | given))
+
+    def _subtile_of(self, block_k: int) -> int:
+        """The subtile nearest below the preferred one, of which a block has two or more."""
+        size = self.sizes["subtile"]
+        fitting = (
+            subtile
+            for subtile in range(size.preferred, size.min - 1, -size.step)
+            if block_k % subtile == 0 and block_k >= 2 * subtile
+        )
+        return next(fitting, size.preferred)
 
     def takes(self, kernel: CpuKernel | MetalKernel) -> bool:
         """Whether this is the kernel, and its sizes are among those that there are."""

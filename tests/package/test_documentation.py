@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import jax_gluon
+from jax_gluon import debug, reference
 from jax_gluon import flax as gluon_flax
-from jax_gluon import reference
+from jax_gluon._plan import selection
 from jax_gluon._quantization import formats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,8 @@ PUBLIC = {
         (gluon_flax, ("attention_fn",)),
         (reference, ("dot_product_attention", "fake_quantize")),
         (formats, ("QuantizedTensor",)),
+        (debug, ("kernels",)),
+        (selection, ("select_kernel",)),
     )
     for name in names
     if not isinstance(getattr(owner, name), type(re))

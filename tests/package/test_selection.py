@@ -150,6 +150,12 @@ def test_sizes_that_are_left_out():
     assert GLUON.kernel() == CpuKernel("gluon", 512, 256, 2)
     assert GLUON.kernel(subtile=128) == CpuKernel("gluon", 512, 128, 2)
     assert GLUON.kernel(block_k=1024, stages=3) == CpuKernel("gluon", 1024, 256, 3)
+    # Two subtiles of the preferred size do not fit, or are no whole ones.
+    assert GLUON.kernel(block_k=256) == CpuKernel("gluon", 256, 128, 2)
+    assert GLUON.kernel(block_k=640) == CpuKernel("gluon", 640, 128, 2)
+    assert not GLUON.takes(GLUON.kernel(block_k=300))
+    # A kernel without subtiles does not get one.
+    assert not BASELINE.takes(BASELINE.kernel(subtile=64))
     assert BASELINE.kernel(block_k=64) == CpuKernel("baseline", 64)
 
 
