@@ -33,6 +33,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 _KERNEL_BIAS_DTYPES = ("float32", "bfloat16", "float16")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_INT32_MAX = int(np.iinfo(np.int32).max)
 # What masks made of biases hold, or less; 8 bits do not hold it exactly.
 _MASKING_BIAS = -1e9 * (1 - 2**-8)
 
@@ -49,6 +50,11 @@ class AttentionKeywords(TypedDict, total=False):
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
     local_window_size: int | tuple[int, int] | None
+    query_offset: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    query_positions: ArrayLike | None
+    key_value_positions: ArrayLike | None
     quantization: Preset | AttentionQuantization | None
     logits_soft_cap: float | None
     dropout_rate: float
@@ -91,6 +97,11 @@ def check_arguments(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None,
+    key_value_positions: ArrayLike | None = None,
     quantization: Preset | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
@@ -130,11 +141,19 @@ def check_arguments(
         _mask(check, mask, (B, N, T, S)),
         _lengths(check, "query_seq_lengths", query_seq_lengths, B, T),
         _lengths(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
+        _query_offset(check, query_offset, B),
+        *_integers_of_tokens(
+            check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)
+        ),
+        *_integers_of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
     )
+    stands_at_index = operands.query_offset is None and operands.query_positions is None
+    if operands.query_offset is not None and operands.query_positions is not None:
+        check.value_error("query_offset", "set beside query_positions", "one of the two")
     problem = AttentionProblem(
         scale=static_scale,
         is_causal=check.flag("is_causal", is_causal),
-        local_window=_window(check, local_window_size, T, S),
+        local_window=_window(check, local_window_size, (T, S) if stands_at_index else None),
         soft_cap=_soft_cap(check, logits_soft_cap),
         quantization=specs,
         implementation="xla" if is_float64 else implementation,
@@ -334,7 +353,7 @@ def _soft_cap(check: Checker, soft_cap: Any) -> float | None:
     return number
 
 
-def _window(check: Checker, size: Any, T: int, S: int) -> tuple[int, int] | None:
+def _window(check: Checker, size: Any, extents: tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     allowed = "an int >= 0, a pair (left, right) of them, or None"
@@ -351,8 +370,9 @@ def _window(check: Checker, size: Any, T: int, S: int) -> tuple[int, int] | None
         window.append(operator.index(side))
         if window[-1] < 0:
             check.value_error("local_window_size", f"{size}", allowed)
-    # A longer window hides nothing more; clipped, positions plus window fit into 32 bits.
-    return min(window[0], T), min(window[1], S)
+    # A longer window hides nothing more; clipped, indices plus window fit into 32 bits.
+    left, right = extents or (_INT32_MAX, _INT32_MAX)
+    return min(window[0], left), min(window[1], right)
 
 
 def _bias(
@@ -426,6 +446,45 @@ def _lengths(
     check: Checker, argument: str, lengths: Any, batch: int, limit: int
 ) -> jax.Array | None:
     return None if lengths is None else check.lengths(argument, lengths, (batch,), limit)
+
+
+def _query_offset(check: Checker, offset: Any, batch: int) -> jax.Array | None:
+    if offset is None or (isinstance(offset, int) and offset == 0):
+        return None
+    array = check.int32("query_offset", offset)
+    if array.shape not in ((), (batch,)):
+        allowed = f"a scalar, or shape [B] = [{batch}]"
+        check.value_error("query_offset", f"of shape {list(array.shape)}", allowed)
+    return jnp.broadcast_to(array, (batch,))
+
+
+def _integers_of_tokens(
+    check: Checker, what: str, query: Any, key_value: Any, extents: tuple[int, int, int]
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """int32 `[B, T]` and `[B, S]`; of one array for both sides, where T is S; or neither."""
+    batch, T, S = extents
+    given = {f"query_{what}": query, f"key_value_{what}": key_value}
+    missing = [name for name, x in given.items() if x is None]
+    if len(missing) == 2:
+        return None, None
+    if missing and T != S:
+        allowed = f"set where query has {T} tokens and key {S}: one array for both needs T = S"
+        check.value_error(missing[0], "None", allowed)
+
+    def of(name: str, x: Any, tokens: int) -> jax.Array:
+        array = check.int32(name, x)
+        fits = 1 <= array.ndim <= 2 and array.shape[-1] == tokens
+        if not fits or (array.ndim == 2 and array.shape[0] not in (1, batch)):
+            letter = "T" if name.startswith("query") else "S"
+            allowed = f"shape [B, {letter}] = [{batch}, {tokens}], or [{letter}]"
+            check.value_error(name, f"of shape {list(array.shape)}", allowed)
+        return jnp.broadcast_to(array, (batch, tokens))
+
+    first, second = (
+        of(name, x, n) if x is not None else None
+        for (name, x), n in zip(given.items(), (T, S), strict=True)
+    )
+    return (second if first is None else first), (first if second is None else second)
 
 
 def _is_integer(array: jax.Array) -> bool:

@@ -77,6 +77,11 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
+    query_offset: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None,
+    key_value_positions: ArrayLike | None = None,
     quantization: Preset | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
@@ -104,11 +109,18 @@ def dot_product_attention(
     - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
     - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
       which then takes a gradient; 16-bit operands are then kept for backward in float32.
-    - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are.
+    - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are, or where key's
+      position is at most query's.
     - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
       `[0, S]`; rows and keys at and past them are hidden.
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
-      `i - left <= j <= i + right`.
+      `i - left <= j <= i + right`, or where their positions are so.
+    - `query_offset`: an int, or integers `[B]`: row i stands at position `i + query_offset`.
+    - `query_positions`, `key_value_positions`: int32 `[B, T]` and `[B, S]` (or `[T]` and `[S]`), of
+      any value and in any order: what `is_causal` and `local_window_size` compare, in place of the
+      indices. One of them stands for both where T is S.
+    - `query_segment_ids`, `key_value_segment_ids`: likewise; a row sees the keys whose id is its
+      own: sequences that are packed into one row of the batch do not see each other.
     - `return_residual`: also return the log-sum-exp of each row.
     - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization`: how the float arrays among
       query, key and value are quantized first. The gradient is straight through, the exact one at
@@ -161,6 +173,11 @@ def dot_product_attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        query_positions=query_positions,
+        key_value_positions=key_value_positions,
         quantization=quantization,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,

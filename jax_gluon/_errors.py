@@ -120,6 +120,29 @@ class Checker:
         if x is not None and x not in known:
             self.value_error(argument, f'"{x}"', allowed)
 
+    def int32(self, argument: str, x: Any) -> jax.Array:
+        """Integers as int32; wider ones are taken where their values are at hand and fit."""
+        array: Any = x
+        if not isinstance(x, _ARRAYS):
+            try:
+                has_arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+                array = jnp.asarray(x) if has_arrays else np.asarray(x)
+            except (TypeError, ValueError) as error:
+                found = f"a {type(x).__name__} ({error})"
+                self.type_error(argument, found, "an array or a list")
+            if array.size == 0:
+                array = array.astype(np.int32)  # NumPy reads an empty list as floats.
+        if not np.issubdtype(array.dtype, np.integer):
+            self.type_error(argument, f"of dtype {array.dtype.name}", "an integer dtype")
+        if not np.can_cast(array.dtype, np.int32):
+            if isinstance(array, jax.Array):
+                found = f"of dtype {array.dtype.name}"
+                self.type_error(argument, found, "int32: write .astype(jnp.int32)")
+            low, high = (int(f(array)) if array.size else 0 for f in (np.min, np.max))
+            if low < -_INT32_MAX - 1 or high > _INT32_MAX:
+                self.value_error(argument, f"from {low} to {high}", "numbers of 32 bits")
+        return jnp.asarray(array).astype(jnp.int32)
+
     def lengths(self, argument: str, lengths: Any, shape: tuple[int, ...], limit: int) -> jax.Array:
         """Integers of any dtype as int32, clamped to `[0, limit]` before they are narrowed."""
         array: Any = lengths

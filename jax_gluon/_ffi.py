@@ -53,6 +53,8 @@ def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[s
         "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
         "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
         "has_query_offset": np.int64(operands.query_offset is not None),
+        "has_segment_ids": np.int64(operands.query_segment_ids is not None),
+        "has_positions": np.int64(operands.query_positions is not None),
         **_format_attributes("query", operands.query),
         **_format_attributes("key", operands.key),
         **_format_attributes("value", operands.value),

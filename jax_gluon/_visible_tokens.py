@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
 
@@ -13,6 +14,12 @@ from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
 def tokens_within(lengths: jax.Array, extent: int) -> jax.Array:
     """Whether each token of each entry is before `lengths` (int32 `[B]`): bool `[B, extent]`."""
     return jnp.arange(extent, dtype=jnp.int32)[None, :] < lengths[:, None]
+
+
+def lowered(position: jax.Array, by: int) -> jax.Array:
+    """`position - by`, or the least int32, where that would be less."""
+    least = int(np.iinfo(np.int32).min)
+    return jnp.where(position < least + by, least, position - by)
 
 
 def visible_tokens(
@@ -32,7 +39,8 @@ def visible_tokens(
     reach = 0 if problem.is_causal else S
     if problem.local_window is not None:
         reach = min(reach, problem.local_window[1])
-    if T + reach < S and operands.query_offset is None:
+    stands_at_index = operands.query_offset is None and operands.query_positions is None
+    if T + reach < S and stands_at_index:
         conditions.append(tokens_within(jnp.full((B,), T + reach, jnp.int32), S))
     if operands.key_value_seq_lengths is not None:
         conditions.append(tokens_within(operands.key_value_seq_lengths, S))

@@ -18,7 +18,7 @@ from jax_gluon._arguments import KEYWORDS, AttentionKeywords, check_arguments
 from jax_gluon._errors import Checker
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
-from jax_gluon._visible_tokens import tokens_within, visible_tokens
+from jax_gluon._visible_tokens import lowered, tokens_within, visible_tokens
 from jax_gluon._xla.quantize import quantize
 
 __all__ = ["attention_with_log_sum_exp", "dot_product_attention", "fake_quantize"]
@@ -230,11 +230,20 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
     if operands.bias is not None and problem.soft_cap is None:
         bias = operands.bias.astype(np.promote_types(operands.bias.dtype, np.float32))
         visible &= ~(bias < MIN_LOGIT)  # NaN is visible
+    if operands.query_segment_ids is not None:
+        query_ids, key_ids = operands.query_segment_ids, operands.key_value_segment_ids
+        visible &= query_ids[:, None, :, None] == key_ids[:, None, None, :]
+    at, key_at = row, key
+    if operands.query_offset is not None:
+        at = row + operands.query_offset[:, None, None, None]
+    if operands.query_positions is not None:
+        at = operands.query_positions[:, None, :, None]
+        key_at = operands.key_value_positions[:, None, None, :]
     if problem.is_causal:
-        visible &= key <= row
+        visible &= key_at <= at
     if problem.local_window is not None:
         left, right = problem.local_window
-        visible &= (row - left <= key) & (key <= row + right)
+        visible &= (lowered(at, left) <= key_at) & (lowered(key_at, right) <= at)
     if operands.query_seq_lengths is not None:
         visible &= row < operands.query_seq_lengths[:, None, None, None]
     if operands.key_value_seq_lengths is not None:

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "visible_keys.h"
+
 namespace jax_gluon {
 
 // kU4x2: a byte holds two 4-bit codes biased by 8, low nibble first; extents and strides of such an
@@ -27,6 +29,14 @@ struct Operand {
   DType dtype = DType::kF32;
   std::vector<int64_t> batch_offset;
   int64_t stride[3] = {0, 0, 0};
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Optional: a number for each token of entry b, at data[batch_offset[b] + token].
+struct TokenIntegers {
+  const int32_t* data = nullptr;
+  std::vector<int64_t> batch_offset;
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -116,6 +126,12 @@ struct AttentionCall {
   // which causal and window are meant. Any value is legal.
   const int32_t* query_offset = nullptr;
   std::vector<int64_t> query_offset_offset;
+  // Both or neither: a row sees keys of its segment. [B, T] and [B, S], of any value.
+  TokenIntegers query_segment_ids, key_value_segment_ids;
+  // Both or neither, in place of indices: what causal and window are meant in.
+  TokenIntegers query_positions, key_value_positions;
+  // What all of these let rows see, where there are segments or positions: what kernels read.
+  std::vector<std::shared_ptr<const VisibleKeys>> visible_keys;
 };
 
 // The center of a head and channel is the lower median of the finite values among this many of the

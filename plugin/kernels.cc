@@ -21,8 +21,10 @@ Log& log() {
 }  // namespace
 
 int64_t max_visible_keys(const AttentionCall& call) {
-  // With an offset the first row may stand anywhere.
   int64_t seen = call.S;
+  // Any number of keys may have one position.
+  if (call.query_positions) return seen;
+  // With an offset the first row may stand anywhere.
   if (call.causal && call.query_offset == nullptr) seen = std::min(seen, call.T);
   const int64_t left = call.window_left, right = call.causal ? 0 : call.window_right;
   // Compared first: a sum of the largest would overflow.

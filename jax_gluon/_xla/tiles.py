@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
 from jax_gluon._quantization.codes import from_bits, to_bits
+from jax_gluon._visible_tokens import lowered
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
 # operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache
@@ -119,11 +121,52 @@ class Tiles:
         self.query_seq_lengths = operands.query_seq_lengths
         self.key_value_seq_lengths = operands.key_value_seq_lengths
         self.query_offset = operands.query_offset
+        self.segment_ids = (operands.query_segment_ids, operands.key_value_segment_ids)
+        self.positions = (operands.query_positions, operands.key_value_positions)
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)
         fit = max(_MIN_QUERY_BLOCK, _TILE_SCORES // (B * N * self.chunks.size))
         self.queries = Blocks.of(T, min(_QUERY_BLOCK, fit, most_rows or _QUERY_BLOCK))
+        self._chunks_of_blocks = self._find_chunks_of_blocks()
+
+    def _find_chunks_of_blocks(self) -> tuple[jax.Array, jax.Array] | None:
+        """The first chunk that segments and positions let each query block see, and past the last.
+
+        By the least and largest number of a block and a chunk, which may show more than there is.
+        """
+
+        def ranges(x: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+            index = jnp.arange(blocks.count, dtype=jnp.int32)
+            cut = x[:, jax.vmap(blocks.positions)(index)]
+            return jnp.min(cut, axis=-1), jnp.max(cut, axis=-1)
+
+        def both(of_query: jax.Array, of_key: jax.Array) -> list[jax.Array]:
+            least, largest = ranges(of_query, self.queries)
+            first, last = ranges(of_key, self.chunks)
+            return [least[:, :, None], largest[:, :, None], first[:, None, :], last[:, None, :]]
+
+        conditions: list[jax.Array] = []
+        if self.segment_ids[0] is not None:
+            least, largest, first, last = both(*cast(Any, self.segment_ids))
+            conditions.append((first <= largest) & (least <= last))
+        if self.positions[0] is not None:
+            least, largest, first, last = both(*cast(Any, self.positions))
+            if self.problem.is_causal:
+                conditions.append(first <= largest)
+            if self.problem.local_window is not None:
+                left, right = self.problem.local_window
+                conditions.append(
+                    (lowered(least, left) <= last) & (lowered(first, right) <= largest)
+                )
+        if not conditions:
+            return None
+        seen = jnp.any(functools.reduce(jnp.logical_and, conditions), axis=0)
+        chunk = jnp.arange(self.chunks.count, dtype=jnp.int32)
+        return (
+            jnp.min(jnp.where(seen, chunk, self.chunks.count), axis=1),
+            jnp.max(jnp.where(seen, chunk + 1, 0), axis=1),
+        )
 
     def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
         """Block i of `[B, T, N, X]` as `[B, K, G, t, X]`."""
@@ -164,9 +207,10 @@ class Tiles:
         if (offset := self._offset()) is not None:
             first_position -= _largest(-offset)
             end_position += _largest(offset)
-        if self.problem.is_causal:
+        stands_at_index = self.positions[0] is None
+        if self.problem.is_causal and stands_at_index:
             end = jnp.minimum(end, end_position)
-        if self.problem.local_window is not None:
+        if self.problem.local_window is not None and stands_at_index:
             left, right = self._window(self.problem.local_window)
             begin = jnp.maximum(first_position - left, 0) // self.chunks.size
             end = jnp.minimum(end, end_position + right)
@@ -174,11 +218,18 @@ class Tiles:
             end = jnp.minimum(end, _largest(self.key_value_seq_lengths))
         if self.query_seq_lengths is not None:
             end = jnp.where(first_row < _largest(self.query_seq_lengths), end, 0)
-        return begin, (jnp.maximum(end, 0) + self.chunks.size - 1) // self.chunks.size
+        end = (jnp.maximum(end, 0) + self.chunks.size - 1) // self.chunks.size
+        if self._chunks_of_blocks is not None:
+            first, last = (x[i] for x in self._chunks_of_blocks)
+            begin = jnp.maximum(begin, -_largest(-first))
+            end = jnp.minimum(end, _largest(last))
+        return begin, end
 
     # Clipped where more changes nothing, for sums to fit into 32 bits.
 
     def _window(self, window: tuple[int, int]) -> tuple[int, int]:
+        if self.positions[0] is not None:
+            return window
         most = _FAR if self.query_offset is not None else self.queries.length + self.chunks.length
         return min(window[0], most), min(window[1], most)
 
@@ -218,6 +269,15 @@ class Tiles:
         b, n, t, s = x.shape
         return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
 
+    def _of_tile(
+        self, x: tuple[jax.Array | None, jax.Array | None], i: jax.Array, c: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Numbers of the tile's rows `[B, 1, 1, t, 1]` and keys `[B, 1, 1, 1, s]`."""
+        of_rows, of_keys = cast(tuple[jax.Array, jax.Array], x)
+        of_rows = _slice(of_rows, self.queries.start(i), self.queries.size, 1)
+        of_keys = _slice(of_keys, self.chunks.start(c), self.chunks.size, 1)
+        return of_rows[:, None, None, :, None], of_keys[:, None, None, None, :]
+
     def _visible(self, i: jax.Array, c: jax.Array, bias: jax.Array | None) -> jax.Array | None:
         row = self.queries.positions(i).reshape(1, 1, 1, -1, 1)
         key = self.chunks.positions(c).reshape(1, 1, 1, 1, -1)
@@ -229,11 +289,19 @@ class Tiles:
         position = row
         if (offset := self._offset()) is not None:
             position += offset.reshape(-1, 1, 1, 1, 1)
+        if self.segment_ids[0] is not None:
+            of_row, of_key = self._of_tile(self.segment_ids, i, c)
+            conditions.append(of_row == of_key)
+        if self.positions[0] is not None:
+            position, key_position = self._of_tile(self.positions, i, c)
+        else:
+            key_position = key
         if self.problem.is_causal:
-            conditions.append(key <= position)
+            conditions.append(key_position <= position)
         if self.problem.local_window is not None:
             left, right = self._window(self.problem.local_window)
-            conditions.append((position - left <= key) & (key <= position + right))
+            conditions.append(lowered(position, left) <= key_position)
+            conditions.append(lowered(key_position, right) <= position)
         if self.query_seq_lengths is not None:
             conditions.append(row < self.query_seq_lengths.reshape(-1, 1, 1, 1, 1))
         if self.key_value_seq_lengths is not None:

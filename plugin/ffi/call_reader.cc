@@ -264,6 +264,8 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   const bool has_mask = reader.flag("has_mask");
   const bool has_query_seq_lengths = reader.flag("has_query_seq_lengths");
   const bool has_query_offset = reader.flag("has_query_offset");
+  const bool has_segment_ids = reader.flag("has_segment_ids");
+  const bool has_positions = reader.flag("has_positions");
   const bool has_key_value_seq_lengths = reader.flag("has_key_value_seq_lengths");
   const std::vector<Format> formats = {read_format(reader, "query", made != nullptr),
                                        read_format(reader, "key", made != nullptr),
@@ -325,6 +327,19 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
     call.query_offset = static_cast<const int32_t*>(reader.operand(
         "query_offset", {batch}, false, ints, &dtype, &call.query_offset_offset, &strides));
   }
+  const auto read_tokens = [&](const char* name, int64_t tokens, TokenIntegers& x) {
+    x.data = static_cast<const int32_t*>(
+        reader.operand(name, {batch, tokens}, false, ints, &dtype, &x.batch_offset, &strides));
+  };
+  if (has_segment_ids) {
+    read_tokens("query_segment_ids", call.T, call.query_segment_ids);
+    read_tokens("key_value_segment_ids", call.S, call.key_value_segment_ids);
+  }
+  if (has_positions) {
+    read_tokens("query_positions", call.T, call.query_positions);
+    read_tokens("key_value_positions", call.S, call.key_value_positions);
+  }
+  if (!reader.failed()) call.visible_keys = find_visible_keys(call);
   return batch;
 }
 

@@ -67,6 +67,12 @@ Call call_of(const KernelQuery& query) {
   if (number(query, "has_query_seq_lengths") != 0) call.query_seq_lengths = &kZero;
   if (number(query, "has_key_value_seq_lengths") != 0) call.key_value_seq_lengths = &kZero;
   if (number(query, "has_query_offset") != 0) call.query_offset = &kZero;
+  if (number(query, "has_segment_ids") != 0) {
+    call.query_segment_ids.data = call.key_value_segment_ids.data = &kZero;
+  }
+  if (number(query, "has_positions") != 0) {
+    call.query_positions.data = call.key_value_positions.data = &kZero;
+  }
   return call;
 }
 

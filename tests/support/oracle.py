@@ -17,19 +17,37 @@ class OracleResult(NamedTuple):
 
 
 def visible_keys(
-    shape, bias, mask, is_causal, query_lengths, key_lengths, local_window_size, soft_cap
+    shape,
+    bias,
+    mask,
+    is_causal,
+    query_lengths,
+    key_lengths,
+    local_window_size,
+    soft_cap,
+    query_offset=None,
+    segment_ids=None,
+    positions=None,
 ):
     """Which key each row sees: bool [B, N, T, S]."""
-    _, _, T, S = shape
+    B, _, T, S = shape
     i, j = np.arange(T)[:, None], np.arange(S)[None, :]
     visible = np.ones(shape, bool)
     if mask is not None:
         visible &= np.asarray(mask)
+    at_i, at_j = np.broadcast_to(i, (B, 1, T, 1)), np.broadcast_to(j, (B, 1, 1, S))
+    if query_offset is not None:
+        at_i = at_i + np.broadcast_to(query_offset, B).astype(np.int64)[:, None, None, None]
+    if positions is not None:
+        at_i, at_j = _of_tokens(positions, B)
     if is_causal:
-        visible &= j <= i
+        visible &= at_j <= at_i
     if local_window_size is not None:
-        left, right = np.broadcast_to(local_window_size, 2)
-        visible &= (i - left <= j) & (j <= i + right)
+        left, right = np.broadcast_to(local_window_size, 2).astype(np.int64)
+        visible &= (at_i - left <= at_j) & (at_j <= at_i + right)
+    if segment_ids is not None:
+        id_i, id_j = _of_tokens(segment_ids, B)
+        visible &= id_i == id_j
     if query_lengths is not None:
         visible &= (i < np.asarray(query_lengths)[:, None, None])[:, None]
     if key_lengths is not None:
@@ -39,11 +57,27 @@ def visible_keys(
     return visible
 
 
+def _of_tokens(pair, B):
+    """Numbers of rows [B, 1, T, 1] and of keys [B, 1, 1, S]."""
+    rows, keys = (np.broadcast_to(x, (B, np.shape(x)[-1])).astype(np.int64) for x in pair)
+    return rows[:, None, :, None], keys[:, None, None, :]
+
+
 def _weighted_sum(weights, x, visible):
     """`weights` [B, N, T, S] times `x` [B, N, S, H], hidden elements out before the sum."""
     if np.isfinite(x).all():
         return np.where(visible, weights, 0.0) @ x
     return np.where(visible[..., None], weights[..., None] * x[:, :, None], 0.0).sum(-2)
+
+
+def _pair(of_query, of_key_value):
+    """One array stands for both sides."""
+    if of_query is None and of_key_value is None:
+        return None
+    return (
+        of_key_value if of_query is None else of_query,
+        of_query if of_key_value is None else of_key_value,
+    )
 
 
 @np.errstate(invalid="ignore")
@@ -59,6 +93,11 @@ def attention(
     query_seq_lengths=None,
     key_value_seq_lengths=None,
     local_window_size=None,
+    query_offset=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    query_positions=None,
+    key_value_positions=None,
     logits_soft_cap=None,
     d_out=None,
     d_log_sum_exp=None,
@@ -74,7 +113,9 @@ def attention(
     scale = 1 / np.sqrt(H) if scale is None else float(scale)
     visible = visible_keys(
         (B, N, T, S), bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths,
-        local_window_size, logits_soft_cap,
+        local_window_size, logits_soft_cap, query_offset,
+        _pair(query_segment_ids, key_value_segment_ids),
+        _pair(query_positions, key_value_positions),
     )  # fmt: skip
     logits = np.where(visible, q @ k.swapaxes(2, 3), 0.0) * scale
     if bias is not None:

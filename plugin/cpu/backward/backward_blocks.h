@@ -98,6 +98,7 @@ class BackwardBlocks {
   // No more keys are seen by this many adjacent rows.
   int64_t max_keys(int64_t rows) const {
     const int64_t left = call_.window_left, right = call_.causal ? 0 : call_.window_right;
+    if (call_.query_positions) return call_.S;
     if (left < 0 || right < 0 || left >= call_.S || right >= call_.S) return call_.S;
     return std::min(call_.S, rows + left + right);
   }

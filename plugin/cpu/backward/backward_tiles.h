@@ -248,10 +248,7 @@ class BackwardTiles {
     for (int64_t r = g; r < g + kGroupRows; ++r) {
       if (s.statistics[r].empty || s.statistics[r].center != 0.0f) return false;
     }
-    // Ends of what rows see never decrease but to those that see nothing, which come last.
-    const Range queries = block.queries_of(g);
-    return contains(visibility.of_row(queries.begin), keys) &&
-           contains(visibility.of_row(queries.end - 1), keys);
+    return visibility.all_see(block.queries_of(g), keys);
   }
 
   // P and dP of a group that sees all: a register tile of products is one subtile.

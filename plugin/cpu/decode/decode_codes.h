@@ -251,7 +251,7 @@ class DecodeCodes {
 
   // Bias, soft cap and masks, for rows that have any.
   void apply_rules(const Visibility& visibility, int64_t b, Range keys, Scratch& s) const {
-    const bool all_have = call_.bias || call_.mask || call_.soft_cap != 0.0f;
+    const bool all_have = Rules(call_, b, 0).any();
     alignas(kAlignment) float row[kSubtile];
     const int64_t count = keys.end - keys.begin, whole = round_up(count, W);
     for (int64_t i = 0; i < queries_.all_rows; ++i) {

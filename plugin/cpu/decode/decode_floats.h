@@ -311,18 +311,12 @@ class DecodeFloats {
         gather_rows<Value>(call_.value, b, k, keys, call_.V, scaling == Scaling::kLoose, s);
     // Floats of a hidden key may be NaN, which a weight of 0 does not take away.
     const bool are_floats = scaling == Scaling::kNone || scaling == Scaling::kLoose;
-    const bool guards =
-        are_floats && (!finite || call_.mask || call_.bias || (call_.T > 1 && !same(visibility)));
+    const bool guards = are_floats && (!finite || call_.mask || call_.bias ||
+                                       !visibility.all_see({0, call_.T}, visibility.keys()));
     const int64_t head_rows = queries_.head_rows, width = queries_.value_width;
     Value::add_rows(rows,
                     {s.weights.get(), queries_.groups, call_.value.quantization.head_block, guards},
                     {s.out.get() + k * head_rows * width, width, head_rows, call_.V});
-  }
-
-  // Whether all queries see the same keys.
-  bool same(const Visibility& visibility) const {
-    const Range all = visibility.keys();
-    return contains(visibility.of_row(0), all) && contains(visibility.of_row(call_.T - 1), all);
   }
 
   const AttentionForwardCall& call_;

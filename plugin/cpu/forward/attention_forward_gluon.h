@@ -202,9 +202,7 @@ class AttentionForwardGluon {
         std::memchr(keys.has_zeros(), 1, static_cast<size_t>(columns)) != nullptr;
     const KeyScales scales = keys.scales();
     const bool edit_all = group.rules.any() || key_values_.has_offsets();
-    // Ends of what rows see never decrease but to those past the lengths, which come last.
-    const bool inside =
-        !edit_all && contains(group.visible(0), seen) && contains(group.visible(rows - 1), seen);
+    const bool inside = !edit_all && group.visibility.all_see(group.rows, seen);
     s.group[0].rescales = false;
     int64_t done = 0;
     if constexpr (kInt8 && Softmax::kRowsAtOnce > 1) {

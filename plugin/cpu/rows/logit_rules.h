@@ -54,10 +54,14 @@ class LogitRules {
     if (call.mask) {
       mask_ = call.mask + call.mask_batch_offset[static_cast<size_t>(b)] + n * call.mask_stride[0];
     }
+    if (!call.visible_keys.empty()) {
+      const VisibleKeys* listed = call.visible_keys[static_cast<size_t>(b)].get();
+      if (listed->has_ranks()) ranked_ = listed;
+    }
   }
 
   // Whether rows need more than masking outside their interval.
-  bool any() const { return bias_ || mask_ || cap_ != 0.0f; }
+  bool any() const { return bias_ || mask_ || ranked_ || cap_ != 0.0f; }
 
   // Whether the mask shows any of `keys` to any of `rows`.
   bool any_visible(Range rows, Range keys) const {
@@ -107,9 +111,10 @@ class LogitRules {
         }
       }
     }
-    if (mask_) {
+    if (mask_ || ranked_) {
       alignas(kAlignment) uint8_t seen[kBlock];
       read_mask(row, inside, key0 + begin, key0 + end, seen);
+      if (ranked_) hide_other_ranks(row, inside, seen + (inside.begin - key0 - begin));
       for (int64_t j = begin; j < end; j += W) {
         Isa::store(s + j,
                    Isa::where_visible(seen + j - begin, Isa::load(s + j), Isa::set1(kHidden)));
@@ -153,6 +158,10 @@ class LogitRules {
   void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
     std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
     if (inside.empty()) return;
+    if (!mask_) {
+      std::memset(out + (inside.begin - begin), 1, static_cast<size_t>(inside.end - inside.begin));
+      return;
+    }
     const uint8_t* p = mask_ + row * call_.mask_stride[1];
     const int64_t ss = call_.mask_stride[2];
     if (ss == 1) {
@@ -163,7 +172,18 @@ class LogitRules {
     }
   }
 
+  void hide_other_ranks(int64_t row, Range inside, uint8_t* seen) const {
+    const int32_t first = ranked_->first_rank[static_cast<size_t>(row)];
+    const uint32_t count =
+        static_cast<uint32_t>(ranked_->last_rank[static_cast<size_t>(row)] - first);
+    const int32_t* ranks = ranked_->ranks.data() + inside.begin;
+    for (int64_t j = 0; j < inside.end - inside.begin; ++j) {
+      seen[j] &= static_cast<uint32_t>(ranks[j]) - static_cast<uint32_t>(first) < count;
+    }
+  }
+
   const AttentionCall& call_;
+  const VisibleKeys* ranked_ = nullptr;  // where ranges say too little
   const char* bias_ = nullptr;
   const uint8_t* mask_ = nullptr;
   float cap_;

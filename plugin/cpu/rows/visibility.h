@@ -1,4 +1,4 @@
-// The keys that causal, window and lengths let rows see, as ranges.
+// The keys that rows see, as ranges.
 #pragma once
 
 #include <algorithm>
@@ -21,12 +21,15 @@ inline Range intersect(Range a, Range b) {
 
 inline bool contains(Range a, Range b) { return a.begin <= b.begin && b.end <= a.end; }
 
-// The keys that causal, window and lengths let each row of one batch entry see: an interval whose
-// ends never decrease from row to row. Rows before the first key or past the last may see nothing.
+// The range of keys that each row of one batch entry sees. Of causal, window and lengths alone its
+// ends never decrease from row to row, but to rows past the lengths, which see nothing; else they
+// are those of `VisibleKeys`, whose ranks are left to `LogitRules`.
 class Visibility {
  public:
   Visibility(const AttentionCall& call, int64_t b)
-      : causal_(call.causal),
+      : listed_(call.visible_keys.empty() ? nullptr
+                                          : call.visible_keys[static_cast<size_t>(b)].get()),
+        causal_(call.causal),
         left_(reach(call.window_left)),
         right_(reach(call.window_right)),
         offset_(call.query_offset
@@ -37,20 +40,47 @@ class Visibility {
             length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)) {}
 
   Range of_row(int64_t i) const {
+    if (listed_) {
+      return {listed_->begin[static_cast<size_t>(i)], listed_->end[static_cast<size_t>(i)]};
+    }
     if (i >= query_length_) return {};
     const int64_t position = i + offset_, last = causal_ ? position : position + right_;
     return {clamp(position - left_, key_length_), clamp(last + 1, key_length_)};
   }
   // The keys that any of these rows sees.
   Range of_rows(Range rows) const {
+    if (listed_) return listed_range(rows);
     rows.end = std::min(rows.end, query_length_);
     if (rows.empty()) return {};
     return {of_row(rows.begin).begin, of_row(rows.end - 1).end};
   }
   // The keys that any row sees.
-  Range keys() const { return of_rows({0, query_length_}); }
+  Range keys() const {
+    if (listed_) return {listed_->first, listed_->last};
+    return of_rows({0, query_length_});
+  }
+  // Whether each of these rows, of which there is one at least, sees all of `keys`.
+  bool all_see(Range rows, Range keys) const {
+    if (listed_) {
+      bool all = !listed_->has_ranks();
+      for (int64_t i = rows.begin; all && i < rows.end; ++i) all = contains(of_row(i), keys);
+      return all;
+    }
+    return contains(of_row(rows.begin), keys) && contains(of_row(rows.end - 1), keys);
+  }
 
  private:
+  Range listed_range(Range rows) const {
+    Range range;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const Range row = of_row(i);
+      if (row.empty()) continue;
+      range = range.empty() ? row
+                            : Range{std::min(range.begin, row.begin), std::max(range.end, row.end)};
+    }
+    return range;
+  }
+
   // Past any sequence and any int32 offset, and small enough for sums.
   static constexpr int64_t kFar = int64_t{1} << 60;
   static int64_t reach(int64_t window) { return window < 0 ? kFar : std::min(window, kFar); }
@@ -62,6 +92,7 @@ class Visibility {
     return lengths ? clamp(lengths[offset[static_cast<size_t>(b)]], max) : max;
   }
 
+  const VisibleKeys* listed_;
   bool causal_;
   int64_t left_, right_, offset_;
   int64_t query_length_;  // rows at or past this see nothing
