@@ -50,8 +50,8 @@ enum AttentionBuffer : int {
   kValueCenter = 13,
   kBias = 14,               // float [B, N, T, S]
   kMask = 15,               // bool [B, N, T, S]
-  kQueryLengths = 16,       // int32 [B]
-  kKeyValueLengths = 17,    // int32 [B]
+  kEntries = 16,            // BatchEntry [B]
+  kVisibleKeys = 17,        // int32: the lists that entries start at
   kOut = 18,                // [B, T, N, V]: forward writes it, backward reads it
   kRowMaximum = 19,         // float32 [B, T, N]: likewise
   kLog2Sum = 20,            // float32 [B, T, N]: likewise
@@ -66,7 +66,6 @@ enum AttentionBuffer : int {
   kPartialOut = 28,         // float32 [B, K, parts, rows, V]: scratch of decode, where parts are
                             // kSimdgroups for each split, and rows T * N / K
   kPartialStatistics = 29,  // PartialStatistics [B, K, parts, rows]
-  kQueryPosition = 30,      // int32 [B]: the position of row 0
 };
 
 // Rows of the table at kBatchOffsets.
@@ -85,15 +84,12 @@ enum BatchTable : int {
   kValueCenterBatch = 11,
   kBiasBatch = 12,
   kMaskBatch = 13,
-  kQueryLengthsBatch = 14,
-  kKeyValueLengthsBatch = 15,
-  kOutBatch = 16,
-  kRowMaximumBatch = 17,
-  kLog2SumBatch = 18,
-  kOutGradientBatch = 19,
-  kLogSumExpGradientBatch = 20,
-  kQueryPositionBatch = 21,
-  kBatchTables = 22,
+  kOutBatch = 14,
+  kRowMaximumBatch = 15,
+  kLog2SumBatch = 16,
+  kOutGradientBatch = 17,
+  kLogSumExpGradientBatch = 18,
+  kBatchTables = 19,
 };
 
 // Function constants: all that a pipeline is specialised by, besides its name.
@@ -144,6 +140,21 @@ struct FirstGroup {
   int z;
 };
 
+// What rows of a batch entry see: row i those of its `keys` from i + first to i + last, and rows at
+// and past `rows` none; or what a list of kVisibleKeys says, which starts at `list` unless that is
+// -1. It has a range of keys [begin, end) for each row, the range of all that eight rows see, for
+// each eight of rows, and the range of rows that see any of eight keys, for each eight of keys;
+// with ranks, then a range of ranks for each row and the rank of each key, which has to be in it.
+struct BatchEntry {
+  Int64 first;
+  Int64 last;
+  Int64 list;
+  int rows;
+  int keys;
+  int has_ranks;
+  int padding;
+};
+
 struct AttentionParameters {
   RowStrides query;
   RowStrides key;
@@ -167,9 +178,7 @@ struct AttentionParameters {
   int is_causal;
   int has_bias;
   int has_mask;
-  int has_query_lengths;
-  int has_key_value_lengths;
-  int has_query_position;
+  int has_entries;  // lengths, an offset, segments or positions
   int has_log_sum_exp_gradient;
   int bias_type;          // ElementType
   int out_type;           // of out, and of all gradients but that of the bias

@@ -10,9 +10,15 @@ struct RowRules {
   device const uchar* bias;
   device const uchar* mask;
   Range visible;  // keys
+  device const int* ranks;
+  Range visible_ranks;  // empty: all
 
   bool sees(thread const AttentionParameters& p, int key) const thread {
     if (key < visible.begin || key >= visible.end) return false;
+    if (!visible_ranks.is_empty()) {
+      const int rank = ranks[key];
+      if (rank < visible_ranks.begin || rank >= visible_ranks.end) return false;
+    }
     return p.has_mask == 0 || mask[key * p.mask.key] != 0;
   }
 
@@ -57,6 +63,12 @@ struct HeadRules {
   RowRules row(thread const AttentionParameters& p, int i) const thread {
     RowRules rules;
     rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
+    rules.visible_ranks = {0, 0};
+    rules.ranks = visibility.list;
+    if (visibility.has_ranks && i < p.T) {
+      rules.visible_ranks = visibility.ranks_of_row(i);
+      rules.ranks = visibility.ranks();
+    }
     rules.bias = p.has_bias != 0 ? bias + i * p.bias.row * bias_size(p) : bias;
     rules.mask = p.has_mask != 0 ? mask + i * p.mask.row : mask;
     return rules;

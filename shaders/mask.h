@@ -12,8 +12,8 @@ struct Range {
 
 inline Range intersect(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
 
-// The keys that causal, window and lengths let each row of one batch entry see: an interval whose
-// ends never decrease from row to row.
+// The range of keys that each row of one batch entry sees. Of causal, window and lengths alone its
+// ends never decrease from row to row; else ranges are listed, and ranks may hide keys within them.
 struct Visibility {
   int rows;  // at or past this, rows see nothing
   int keys;
@@ -21,44 +21,72 @@ struct Visibility {
   // bits or more.
   Int64 first;
   Int64 last;
+  device const int* list;
+  bool is_listed;
+  bool has_ranks;
 
   Visibility(thread const Operands& operands, int b) thread {
     thread const AttentionParameters& p = *operands.parameters;
     rows = p.T;
     keys = p.S;
-    if (p.has_query_lengths != 0) {
-      rows = clamp(operands.query_lengths[operands.batch_offset(kQueryLengthsBatch, b)], 0, p.T);
+    first = p.window_left < 0 ? -kFar : -p.window_left;
+    last = p.is_causal != 0 ? 0 : p.window_right < 0 ? kFar : p.window_right;
+    list = operands.visible_keys;
+    is_listed = has_ranks = false;
+    if (p.has_entries == 0) return;
+    const BatchEntry entry = operands.entries[b];
+    rows = entry.rows;
+    keys = entry.keys;
+    first = entry.first;
+    last = entry.last;
+    is_listed = entry.list >= 0;
+    has_ranks = entry.has_ranks != 0;
+    if (is_listed) {
+      rows = p.T;
+      keys = p.S;
+      list += entry.list;
     }
-    if (p.has_key_value_lengths != 0) {
-      keys = clamp(operands.key_value_lengths[operands.batch_offset(kKeyValueLengthsBatch, b)], 0,
-                   p.S);
-    }
-    Int64 position = 0;
-    if (p.has_query_position != 0) {
-      position = operands.query_position[operands.batch_offset(kQueryPositionBatch, b)];
-    }
-    first = p.window_left < 0 ? -kFar : position - p.window_left;
-    last = p.is_causal != 0 ? position : p.window_right < 0 ? kFar : position + p.window_right;
   }
 
   Range of_row(int i) const thread {
+    if (is_listed) return listed(i);
     if (i >= rows) return {0, 0};
     return {between(i + first, keys), between(i + last + 1, keys)};
   }
-  // The keys that any of these rows sees.
+  // The keys that any of these rows sees, or any of their eights.
   Range of_rows(Range of) const thread {
     of.end = min(of.end, rows);
     if (of.is_empty()) return {0, 0};
+    if (is_listed) return any_of(of, rows);
     return {of_row(of.begin).begin, of_row(of.end - 1).end};
   }
-  // The rows that see any of these keys.
+  // The rows that see any of these keys, or any of their eights.
   Range rows_of_keys(Range of) const thread {
     of.end = min(of.end, keys);
     if (of.is_empty()) return {0, 0};
+    if (is_listed) return any_of(of, rows + eights(rows));
     return {between(of.begin - last, rows), between(of.end - first, rows)};
+  }
+  // Where ranges say too little: the ranks that row i sees, and the rank of each key.
+  Range ranks_of_row(int i) const thread { return listed(rows + eights(rows) + eights(keys) + i); }
+  device const int* ranks() const thread {
+    return list + 2 * (2 * rows + eights(rows) + eights(keys));
   }
 
  private:
   static constant constexpr Int64 kFar = Int64(1) << 40;  // no sequence is as long
   static int between(Int64 x, int max) { return int(clamp(x, Int64(0), Int64(max))); }
+  static int eights(int x) { return (x + 7) / 8; }
+  Range listed(int i) const thread { return {list[2 * i], list[2 * i + 1]}; }
+  // The union of the ranges for eights, which are listed from `at` on.
+  Range any_of(Range of, int at) const thread {
+    Range all = {0, 0};
+    for (int g = of.begin / 8; 8 * g < of.end; ++g) {
+      const Range range = listed(at + g);
+      if (range.is_empty()) continue;
+      if (all.is_empty()) all = range;
+      all = {min(all.begin, range.begin), max(all.end, range.end)};
+    }
+    return all;
+  }
 };

@@ -21,14 +21,13 @@
   device const float* value_center [[buffer(kValueCenter)]],                                           \
   device const uchar* bias [[buffer(kBias)]],                                                      \
   device const uchar* mask [[buffer(kMask)]],                                                      \
-  device const int* query_lengths [[buffer(kQueryLengths)]],                                       \
-  device const int* key_value_lengths [[buffer(kKeyValueLengths)]],                                \
-  device const int* query_position [[buffer(kQueryPosition)]]
+  device const BatchEntry* entries [[buffer(kEntries)]],                                           \
+  device const int* visible_keys [[buffer(kVisibleKeys)]]
 
 #define JAX_GLUON_MAKE_OPERANDS                                                                    \
   Operands{&p, batch_offsets, query, key, value, query_scale, query_offset, query_center,   \
            key_scale, key_offset, key_center, value_scale, value_offset, value_center, bias, mask,     \
-           query_lengths, key_value_lengths, query_position}
+           entries, visible_keys}
 
 #define JAX_GLUON_THREAD                                                                           \
   uint3 group_of_part [[threadgroup_position_in_grid]],                                            \
@@ -57,9 +56,8 @@ struct Operands {
   device const float* value_center;
   device const uchar* bias;
   device const uchar* mask;
-  device const int* query_lengths;
-  device const int* key_value_lengths;
-  device const int* query_position;
+  device const BatchEntry* entries;
+  device const int* visible_keys;
 
   Int64 batch_offset(int table, int b) const thread {
     return batch_offsets[Int64(table) * parameters->B + b];

@@ -45,6 +45,7 @@ class AttentionEncoder {
   int head_dim() const { return head_dim_; }
 
  private:
+  void bind_entries();
   void bind_row_statistics();
   void bind_operand(int slot, int table, const Operand& x, const std::vector<int64_t>& extents);
   void bind_rows(int slot, int table, const QuantizableOperand& x, int64_t tokens, int64_t heads,

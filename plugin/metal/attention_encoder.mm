@@ -1,6 +1,9 @@
 #include "metal/attention_encoder.h"
 
 #include <algorithm>
+#include <limits>
+#include <map>
+#include <numeric>
 
 #include "metal/metal.h"
 #include "metal/parameters.h"
@@ -9,7 +12,7 @@
 namespace jax_gluon::metal {
 namespace {
 
-constexpr int kSlots = kQueryPosition + 1;
+constexpr int kSlots = kPartialStatistics + 1;
 static_assert(kMaxHeadDim == kMaxHeadDimOfMetal &&
               kMaxQuantizedColumns == kMaxQuantizedHeadDimOfMetal);
 
@@ -19,6 +22,53 @@ int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
   int64_t last = *std::max_element(offsets.begin(), offsets.end());
   for (int d = 0; d < 3; ++d) last += (extents[d] - 1) * x.stride[d];
   return last + 1;
+}
+
+// No position is that far from another.
+constexpr int64_t kFar = int64_t{1} << 40;
+
+// The list of a batch entry: see BatchEntry of bindings.h.
+void append_list(const VisibleKeys& visible, int64_t S, std::vector<int32_t>& lists) {
+  const auto append = [&](int32_t begin, int32_t end) {
+    lists.push_back(begin);
+    lists.push_back(end);
+  };
+  const size_t T = visible.begin.size(), eights = static_cast<size_t>(S + 7) / 8;
+  for (size_t i = 0; i < T; ++i) append(visible.begin[i], visible.end[i]);
+  for (size_t i = 0; i < T; i += 8) {
+    int32_t begin = std::numeric_limits<int32_t>::max(), end = 0;
+    for (size_t r = i; r < std::min(i + 8, T); ++r) {
+      if (visible.begin[r] >= visible.end[r]) continue;
+      begin = std::min(begin, visible.begin[r]);
+      end = std::max(end, visible.end[r]);
+    }
+    append(std::min(begin, end), end);
+  }
+  // The first and the last row that see any of eight keys. Each is found once: `next` leads past
+  // those that are.
+  std::vector<int32_t> first(eights, 0), last(eights, -1);
+  const auto paint = [&](std::vector<int32_t>& rows, size_t row, std::vector<size_t>& next) {
+    if (visible.begin[row] >= visible.end[row]) return;
+    const size_t end = (static_cast<size_t>(visible.end[row]) + 7) / 8;
+    size_t g = static_cast<size_t>(visible.begin[row]) / 8;
+    while (g < end) {
+      size_t free = g;
+      while (next[free] != free) free = next[free] = next[next[free]];
+      if (free >= end) break;
+      rows[free] = static_cast<int32_t>(row);
+      next[free] = free + 1;
+      g = free + 1;
+    }
+  };
+  for (std::vector<int32_t>* rows : {&first, &last}) {
+    std::vector<size_t> next(eights + 1);
+    std::iota(next.begin(), next.end(), size_t{0});
+    for (size_t i = 0; i < T; ++i) paint(*rows, rows == &first ? i : T - 1 - i, next);
+  }
+  for (size_t g = 0; g < eights; ++g) append(first[g], last[g] + 1);
+  if (!visible.has_ranks()) return;
+  for (size_t i = 0; i < T; ++i) append(visible.first_rank[i], visible.last_rank[i]);
+  lists.insert(lists.end(), visible.ranks.begin(), visible.ranks.end());
 }
 
 }  // namespace
@@ -44,8 +94,6 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.scale = call.scale;
   p.soft_cap = call.soft_cap;
   p.is_causal = call.causal;
-  // No position is that far from another.
-  constexpr int64_t kFar = int64_t{1} << 40;
   p.window_left = std::min(call.window_left, kFar);
   p.window_right = std::min(call.window_right, kFar);
   p.batch_per_map = p.B;
@@ -72,23 +120,45 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
     p.mask = {mask.stride[0], mask.stride[1], mask.stride[2]};
     p.has_mask = 1;
   }
-  const auto bind_integers = [&](int slot, int table, const int32_t* integers,
-                                 const std::vector<int64_t>& offsets) {
-    if (!integers) return 0;
-    Operand x;
-    x.data = integers;
-    x.dtype = DType::kF32;  // four bytes
-    x.batch_offset = offsets;
-    bind_operand(slot, table, x, {1, 1, 1});
-    return 1;
+  p.has_entries = call.query_seq_lengths || call.key_value_seq_lengths || call.query_offset ||
+                  !call.visible_keys.empty();
+  if (p.has_entries) bind_entries();
+}
+
+void AttentionEncoder::bind_entries() {
+  const AttentionCall& call = call_;
+  const auto number = [](const int32_t* x, const std::vector<int64_t>& offset, int64_t b) {
+    return int64_t{x[offset[static_cast<size_t>(b)]]};
   };
-  p.has_query_lengths = bind_integers(kQueryLengths, kQueryLengthsBatch, call.query_seq_lengths,
-                                      call.query_seq_lengths_offset);
-  p.has_key_value_lengths =
-      bind_integers(kKeyValueLengths, kKeyValueLengthsBatch, call.key_value_seq_lengths,
-                    call.key_value_seq_lengths_offset);
-  p.has_query_position = bind_integers(kQueryPosition, kQueryPositionBatch, call.query_offset,
-                                       call.query_offset_offset);
+  std::vector<BatchEntry> entries(static_cast<size_t>(call.B));
+  std::map<const VisibleKeys*, Int64> starts;
+  std::vector<int32_t> lists;
+  for (int64_t b = 0; b < call.B; ++b) {
+    BatchEntry& entry = entries[static_cast<size_t>(b)];
+    int64_t rows = call.T, keys = call.S, position = 0;
+    if (call.query_seq_lengths) {
+      rows = number(call.query_seq_lengths, call.query_seq_lengths_offset, b);
+    }
+    if (call.key_value_seq_lengths) {
+      keys = number(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b);
+    }
+    if (call.query_offset) position = number(call.query_offset, call.query_offset_offset, b);
+    entry.rows = static_cast<int>(std::clamp<int64_t>(rows, 0, call.T));
+    entry.keys = static_cast<int>(std::clamp<int64_t>(keys, 0, call.S));
+    entry.first = parameters_.window_left < 0 ? -kFar : position - parameters_.window_left;
+    entry.last = call.causal                    ? position
+                 : parameters_.window_right < 0 ? kFar
+                                                : position + parameters_.window_right;
+    entry.list = -1;
+    if (call.visible_keys.empty()) continue;
+    const VisibleKeys* listed = call.visible_keys[static_cast<size_t>(b)].get();
+    const auto [at, is_first] = starts.try_emplace(listed, static_cast<Int64>(lists.size()));
+    if (is_first) append_list(*listed, call.S, lists);
+    entry.list = at->second;
+    entry.has_ranks = listed->has_ranks();
+  }
+  bindings_.copy(kEntries, entries.data(), entries.size() * sizeof(BatchEntry));
+  if (!lists.empty()) bindings_.copy(kVisibleKeys, lists.data(), lists.size() * sizeof(int32_t));
 }
 
 void AttentionEncoder::bind_table(int table, const std::vector<int64_t>& offsets) {

@@ -92,16 +92,22 @@ def test_every_implementation_is_the_oracle(
             assert relative_error(gradient, exact) <= 3e-6
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("kernel", ["baseline", "gluon", "decode", None])
-def test_codes_and_kernels(kernel, quantization, implementation, random_operands, relative_error):
+@pytest.mark.parametrize(
+    ("kernel", "quantization", "rows", "length"),
+    [
+        ("baseline", "int8", T, S), ("gluon", "int8", T, S), ("gluon", "int4", T, S),
+        ("decode", "int8", 3, 1100), ("decode", "int4", 3, 1100), ("decode", None, 2, 1100),
+    ],
+)  # fmt: skip
+def test_codes_and_kernels(
+    kernel, quantization, rows, length, implementation, random_operands, relative_error
+):
     """Segments and positions hide what an equal mask hides."""
-    rows = 3 if kernel == "decode" else T
-    ids, keys = _PACKED[:, -rows:], _RNG.permuted(_PACKED_KEYS, axis=1)
-    at, key_at = _WITHIN[:, -rows:], _RNG.permuted(_WITHIN_KEYS, axis=1)
-    q, k, v, d_out = random_operands(B, rows, S, 4, 2, 32, 24)
-    if kernel is not None and implementation == "xla":
-        kernel = "baseline"
+    ids, at = _packed(length, length // 2, length // 3)
+    keys, key_at = (np.stack([_RNG.permutation(x) for _ in range(B)]) for x in (ids, at))
+    ids, at = (np.stack([x[-rows:]] * B) for x in (ids, at))
+    q, k, v, d_out = random_operands(B, rows, length, 4, 2, 32, 24)
+    kernel = "baseline" if implementation == "xla" else kernel
     mask = (ids[:, None, :, None] == keys[:, None, None]) & (
         key_at[:, None, None] <= at[:, None, :, None]
     )

@@ -42,6 +42,17 @@ RULES: dict[str, dict[str, Any]] = {
     "bias_keys": dict(T=100, S=270, bias=_bias(1, 4, 1, 270)),
     "bias_rows": dict(T=100, S=70, bias=_bias(2, 1, 100, 1)),
     "mask": dict(T=100, S=300, mask=_mask(2, 4, 100, 300)),
+    # Ranges alone, which fall back to the first key of each sequence; and ranks within ranges.
+    "packed": dict(
+        T=310, S=310, N=2, is_causal=True, query_segment_ids=np.arange(310) // 130,
+        key_value_segment_ids=np.arange(310) // 130,
+    ),
+    "scattered": dict(
+        T=130, S=310, N=2, local_window_size=(90, 30),
+        query_segment_ids=_RNG.integers(0, 3, (2, 130)),
+        key_value_segment_ids=_RNG.integers(0, 3, (2, 310)),
+        query_positions=_RNG.permutation(130), key_value_positions=_RNG.permutation(310),
+    ),
     "soft_cap": dict(T=100, S=290, N=2, scale=1.0, logits_soft_cap=2.0),
     "everything": dict(
         T=150, S=370, is_causal=True, local_window_size=(120, 9), logits_soft_cap=4.0, scale=-0.4,

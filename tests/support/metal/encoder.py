@@ -166,14 +166,7 @@ class Encoder:
             p[f"has_{name}"] = 1
             if name == "bias":
                 p["bias_type"] = type_code(x)
-        for name, slot in (("query", "kQueryLengths"), ("key_value", "kKeyValueLengths")):
-            lengths = getattr(problem, f"{name}_lengths")
-            if lengths is not None:
-                self._bind(slot, np.asarray(lengths, np.int32))
-                p[f"has_{name}_lengths"] = 1
-        if problem.query_offset is not None:
-            self._bind("kQueryPosition", np.asarray(problem.query_offset, np.int32))
-            p["has_query_position"] = 1
+        self._bind_entries()
 
     def _bind(self, slot: str, x: Any) -> list[int]:
         """Binds an operand, and says where its batch entries start; its strides in elements.
@@ -194,6 +187,26 @@ class Encoder:
         if f"{slot}Batch" in tables:
             self.tables[tables[f"{slot}Batch"]] = first + np.arange(self.problem.B) * strides[0]
         return strides
+
+    def _bind_entries(self) -> None:
+        problem = self.problem
+        given = (problem.query_lengths, problem.key_value_lengths, problem.query_offset)
+        if all(x is None for x in given):
+            return
+        rows, keys, position = (
+            default if x is None else np.asarray(x, np.int64)
+            for x, default in zip(given, (problem.T, problem.S, 0), strict=True)
+        )
+        left, right = problem.window or (-1, -1)
+        entries = np.zeros(problem.B, struct("BatchEntry"))
+        entries["rows"], entries["keys"] = np.clip(rows, 0, problem.T), np.clip(keys, 0, problem.S)
+        entries["first"] = -(1 << 40) if left < 0 else position - left
+        entries["last"] = position
+        if not problem.is_causal:
+            entries["last"] = 1 << 40 if right < 0 else position + right
+        entries["list"] = -1
+        self.buffers[enum("AttentionBuffer")["kEntries"]] = entries
+        self.parameters["has_entries"] = 1
 
     def _bind_rows(self, name: str, x: Any) -> None:
         p, title = self.parameters, name.title()
