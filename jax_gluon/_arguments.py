@@ -142,13 +142,11 @@ def check_arguments(
         _lengths(check, "query_seq_lengths", query_seq_lengths, B, T),
         _lengths(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
         _query_offset(check, query_offset, B),
-        *_integers_of_tokens(
-            check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)
-        ),
-        *_integers_of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
+        _of_tokens(check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)),
+        _of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
     )
-    stands_at_index = operands.query_offset is None and operands.query_positions is None
-    if operands.query_offset is not None and operands.query_positions is not None:
+    stands_at_index = operands.query_offset is None and operands.positions is None
+    if operands.query_offset is not None and operands.positions is not None:
         check.value_error("query_offset", "set beside query_positions", "one of the two")
     problem = AttentionProblem(
         scale=static_scale,
@@ -458,15 +456,15 @@ def _query_offset(check: Checker, offset: Any, batch: int) -> jax.Array | None:
     return jnp.broadcast_to(array, (batch,))
 
 
-def _integers_of_tokens(
+def _of_tokens(
     check: Checker, what: str, query: Any, key_value: Any, extents: tuple[int, int, int]
-) -> tuple[jax.Array | None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array] | None:
     """int32 `[B, T]` and `[B, S]`; of one array for both sides, where T is S; or neither."""
     batch, T, S = extents
     given = {f"query_{what}": query, f"key_value_{what}": key_value}
     missing = [name for name, x in given.items() if x is None]
     if len(missing) == 2:
-        return None, None
+        return None
     if missing and T != S:
         allowed = f"set where query has {T} tokens and key {S}: one array for both needs T = S"
         check.value_error(missing[0], "None", allowed)
@@ -481,10 +479,10 @@ def _integers_of_tokens(
         return jnp.broadcast_to(array, (batch, tokens))
 
     first, second = (
-        of(name, x, n) if x is not None else None
-        for (name, x), n in zip(given.items(), (T, S), strict=True)
+        of(name, x if x is not None else key_value if query is None else query, tokens)
+        for (name, x), tokens in zip(given.items(), (T, S), strict=True)
     )
-    return (second if first is None else first), (first if second is None else second)
+    return first, second
 
 
 def _is_integer(array: jax.Array) -> bool:

@@ -60,9 +60,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
     extent 1 or the full one; the lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where
     they are used. Row i stands at position `i + query_offset[b]` (int32 `[B]`; None: 0), in which
-    causal and window are meant; or rows and keys stand at `query_positions` and
-    `key_value_positions` (int32 `[B, T]` and `[B, S]`, both or neither). A row sees keys of its
-    segment only, where there are segment ids (int32 `[B, T]` and `[B, S]`, both or neither).
+    causal and window are meant; or rows and keys stand at `positions` (int32 `[B, T]` and
+    `[B, S]`). A row sees keys of its segment only, where there are `segment_ids` (likewise).
     """
 
     query: _Rows
@@ -73,10 +72,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
     query_offset: jax.Array | None = None
-    query_segment_ids: jax.Array | None = None
-    key_value_segment_ids: jax.Array | None = None
-    query_positions: jax.Array | None = None
-    key_value_positions: jax.Array | None = None
+    segment_ids: tuple[jax.Array, jax.Array] | None = None
+    positions: tuple[jax.Array, jax.Array] | None = None
 
 
 Operands = AttentionOperands[jax.Array | QuantizedTensor]

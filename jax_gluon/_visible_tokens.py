@@ -39,7 +39,7 @@ def visible_tokens(
     reach = 0 if problem.is_causal else S
     if problem.local_window is not None:
         reach = min(reach, problem.local_window[1])
-    stands_at_index = operands.query_offset is None and operands.query_positions is None
+    stands_at_index = operands.query_offset is None and operands.positions is None
     if T + reach < S and stands_at_index:
         conditions.append(tokens_within(jnp.full((B,), T + reach, jnp.int32), S))
     if operands.key_value_seq_lengths is not None:

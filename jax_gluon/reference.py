@@ -230,15 +230,15 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
     if operands.bias is not None and problem.soft_cap is None:
         bias = operands.bias.astype(np.promote_types(operands.bias.dtype, np.float32))
         visible &= ~(bias < MIN_LOGIT)  # NaN is visible
-    if operands.query_segment_ids is not None:
-        query_ids, key_ids = operands.query_segment_ids, operands.key_value_segment_ids
+    if operands.segment_ids is not None:
+        query_ids, key_ids = operands.segment_ids
         visible &= query_ids[:, None, :, None] == key_ids[:, None, None, :]
     at, key_at = row, key
     if operands.query_offset is not None:
         at = row + operands.query_offset[:, None, None, None]
-    if operands.query_positions is not None:
-        at = operands.query_positions[:, None, :, None]
-        key_at = operands.key_value_positions[:, None, None, :]
+    if operands.positions is not None:
+        at = operands.positions[0][:, None, :, None]
+        key_at = operands.positions[1][:, None, None, :]
     if problem.is_causal:
         visible &= key_at <= at
     if problem.local_window is not None:

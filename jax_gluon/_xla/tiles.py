@@ -121,8 +121,8 @@ class Tiles:
         self.query_seq_lengths = operands.query_seq_lengths
         self.key_value_seq_lengths = operands.key_value_seq_lengths
         self.query_offset = operands.query_offset
-        self.segment_ids = (operands.query_segment_ids, operands.key_value_segment_ids)
-        self.positions = (operands.query_positions, operands.key_value_positions)
+        self.segment_ids = operands.segment_ids
+        self.positions = operands.positions
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)
@@ -147,11 +147,11 @@ class Tiles:
             return [least[:, :, None], largest[:, :, None], first[:, None, :], last[:, None, :]]
 
         conditions: list[jax.Array] = []
-        if self.segment_ids[0] is not None:
-            least, largest, first, last = both(*cast(Any, self.segment_ids))
+        if self.segment_ids is not None:
+            least, largest, first, last = both(*self.segment_ids)
             conditions.append((first <= largest) & (least <= last))
-        if self.positions[0] is not None:
-            least, largest, first, last = both(*cast(Any, self.positions))
+        if self.positions is not None:
+            least, largest, first, last = both(*self.positions)
             if self.problem.is_causal:
                 conditions.append(first <= largest)
             if self.problem.local_window is not None:
@@ -207,7 +207,7 @@ class Tiles:
         if (offset := self._offset()) is not None:
             first_position -= _largest(-offset)
             end_position += _largest(offset)
-        stands_at_index = self.positions[0] is None
+        stands_at_index = self.positions is None
         if self.problem.is_causal and stands_at_index:
             end = jnp.minimum(end, end_position)
         if self.problem.local_window is not None and stands_at_index:
@@ -228,7 +228,7 @@ class Tiles:
     # Clipped where more changes nothing, for sums to fit into 32 bits.
 
     def _window(self, window: tuple[int, int]) -> tuple[int, int]:
-        if self.positions[0] is not None:
+        if self.positions is not None:
             return window
         most = _FAR if self.query_offset is not None else self.queries.length + self.chunks.length
         return min(window[0], most), min(window[1], most)
@@ -270,12 +270,11 @@ class Tiles:
         return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
 
     def _of_tile(
-        self, x: tuple[jax.Array | None, jax.Array | None], i: jax.Array, c: jax.Array
+        self, x: tuple[jax.Array, jax.Array], i: jax.Array, c: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Numbers of the tile's rows `[B, 1, 1, t, 1]` and keys `[B, 1, 1, 1, s]`."""
-        of_rows, of_keys = cast(tuple[jax.Array, jax.Array], x)
-        of_rows = _slice(of_rows, self.queries.start(i), self.queries.size, 1)
-        of_keys = _slice(of_keys, self.chunks.start(c), self.chunks.size, 1)
+        of_rows = _slice(x[0], self.queries.start(i), self.queries.size, 1)
+        of_keys = _slice(x[1], self.chunks.start(c), self.chunks.size, 1)
         return of_rows[:, None, None, :, None], of_keys[:, None, None, None, :]
 
     def _visible(self, i: jax.Array, c: jax.Array, bias: jax.Array | None) -> jax.Array | None:
@@ -289,10 +288,10 @@ class Tiles:
         position = row
         if (offset := self._offset()) is not None:
             position += offset.reshape(-1, 1, 1, 1, 1)
-        if self.segment_ids[0] is not None:
+        if self.segment_ids is not None:
             of_row, of_key = self._of_tile(self.segment_ids, i, c)
             conditions.append(of_row == of_key)
-        if self.positions[0] is not None:
+        if self.positions is not None:
             position, key_position = self._of_tile(self.positions, i, c)
         else:
             key_position = key

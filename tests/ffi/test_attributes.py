@@ -146,7 +146,15 @@ def test_made_codes_whose_attributes_contradict(attribute, setting, complaint):
 
 @pytest.mark.parametrize(
     "flag",
-    ["has_bias", "has_mask", "has_query_seq_lengths", "has_query_offset", "has_d_log_sum_exp"],
+    [
+        "has_bias",
+        "has_mask",
+        "has_query_seq_lengths",
+        "has_query_offset",
+        "has_segment_ids",
+        "has_positions",
+        "has_d_log_sum_exp",
+    ],
 )
 def test_flags_that_deny_an_operand_which_is_there(flag):
     call = attention(BACKWARD)
@@ -156,12 +164,22 @@ def test_flags_that_deny_an_operand_which_is_there(flag):
 
 @pytest.mark.parametrize(
     "flag",
-    ["has_bias", "has_mask", "has_query_seq_lengths", "has_query_offset", "has_query_visible"],
+    [
+        "has_bias",
+        "has_mask",
+        "has_query_seq_lengths",
+        "has_query_offset",
+        "has_segment_ids",
+        "has_positions",
+        "has_query_visible",
+    ],
 )
 def test_flags_that_announce_an_operand_which_is_not_there(flag):
     call = attention(FORWARD, full=False)
     call.attributes[flag] = np.int64(1)
-    assert f"operand {flag.removeprefix('has_')} is missing" in call.error()
+    name = flag.removeprefix("has_")
+    prefix = "query_" if name in ("segment_ids", "positions") else ""
+    assert f"operand {prefix}{name} is missing" in call.error()
 
 
 def test_bias_gradient_without_bias():

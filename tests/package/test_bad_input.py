@@ -28,6 +28,46 @@ def ones(*shape, dtype=f32):
 
 # name of the case: (changed arguments, error, argument, found, allowed)
 CASES = {
+    "segment_ids_of_one_side": (
+        {"query_segment_ids": np.zeros((B, T), np.int32)},
+        ValueError, "key_value_segment_ids", "None", "one array for both needs T = S",
+    ),
+    "positions_of_one_side": (
+        {"key_value_positions": np.zeros(S, np.int32)},
+        ValueError, "query_positions", "None", "one array for both needs T = S",
+    ),
+    "segment_ids_shape": (
+        {"query_segment_ids": np.zeros((B, S), int), "key_value_segment_ids": np.zeros(S, int)},
+        ValueError, "query_segment_ids", "of shape [2, 7]", "shape [B, T] = [2, 5], or [T]",
+    ),
+    "segment_ids_of_another_batch": (
+        {"query_segment_ids": np.zeros(T, int), "key_value_segment_ids": np.zeros((3, S), int)},
+        ValueError, "key_value_segment_ids", "of shape [3, 7]", "shape [B, S] = [2, 7], or [S]",
+    ),
+    "positions_float": (
+        {"query_positions": np.zeros(T), "key_value_positions": np.zeros(S, int)},
+        TypeError, "query_positions", "of dtype float64", "an integer dtype",
+    ),
+    "positions_past_32_bits": (
+        {"query_positions": [2**31] * T, "key_value_positions": np.zeros(S, int)},
+        ValueError, "query_positions", "from 2147483648 to 2147483648", "numbers of 32 bits",
+    ),
+    "positions_uint32": (
+        {"query_positions": jnp.zeros(T, jnp.uint32), "key_value_positions": np.zeros(S, int)},
+        TypeError, "query_positions", "of dtype uint32", "int32: write .astype(jnp.int32)",
+    ),
+    "query_offset_shape": (
+        {"query_offset": np.zeros(3, int)},
+        ValueError, "query_offset", "of shape [3]", "a scalar, or shape [B] = [2]",
+    ),
+    "query_offset_float": (
+        {"query_offset": 1.5}, TypeError, "query_offset", "of dtype float64", "an integer dtype"
+    ),
+    "query_offset_and_positions": (
+        {"query_offset": 1, "query_positions": np.zeros(T, int),
+         "key_value_positions": np.zeros(S, int)},
+        ValueError, "query_offset", "set beside query_positions", "one of the two",
+    ),
     "query_rank_2": ({"query": ones(T, H)}, ValueError, "query", "of rank 2", "rank 3 or 4"),
     "query_rank_5": (
         {"query": ones(1, B, T, N, H)}, ValueError, "query", "of rank 5", "rank 3 or 4"

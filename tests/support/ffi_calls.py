@@ -141,6 +141,10 @@ def attention(target, formats="float", *, full=True):
             "query_seq_lengths": np.array([T, 3], np.int32),
             "key_value_seq_lengths": np.array([4, S], np.int32),
             "query_offset": np.array([2, -1], np.int32),
+            "query_segment_ids": np.arange(B * T, dtype=np.int32).reshape(B, T) % 2,
+            "key_value_segment_ids": np.arange(B * S, dtype=np.int32).reshape(B, S) % 2,
+            "query_positions": draw(B, T, dtype=np.int8).astype(np.int32),
+            "key_value_positions": draw(B, S, dtype=np.int8).astype(np.int32),
         }
     if target == FORWARD:
         attributes |= {f"has_{name}_visible": np.int64(full) for name in ("query", "key_value")}
@@ -166,6 +170,8 @@ def attention(target, formats="float", *, full=True):
         "has_query_seq_lengths": np.int64(full),
         "has_key_value_seq_lengths": np.int64(full),
         "has_query_offset": np.int64(full),
+        "has_segment_ids": np.int64(full),
+        "has_positions": np.int64(full),
     }
     row = result(B, T, N)
     results = {"out": result(B, T, N, V), "row_maximum": row, "log2_sum": row}

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from tests.support.metal.visible_keys import entries_and_lists
 
 ROOT = Path(__file__).resolve().parents[3]
 SHADERS = ROOT / "shaders"
@@ -101,6 +102,7 @@ class Problem:
     query_lengths: Any = None
     key_value_lengths: Any = None
     query_offset: Any = None
+    segment_ids: Any = None
     out_dtype: Any = np.float32
 
     def __post_init__(self) -> None:
@@ -166,7 +168,12 @@ class Encoder:
             p[f"has_{name}"] = 1
             if name == "bias":
                 p["bias_type"] = type_code(x)
-        self._bind_entries()
+        entries, lists = entries_and_lists(problem, struct("BatchEntry"))
+        if entries is not None:
+            self.buffers[enum("AttentionBuffer")["kEntries"]] = entries
+            p["has_entries"] = 1
+        if lists is not None:
+            self.buffers[enum("AttentionBuffer")["kVisibleKeys"]] = lists
 
     def _bind(self, slot: str, x: Any) -> list[int]:
         """Binds an operand, and says where its batch entries start; its strides in elements.
@@ -187,26 +194,6 @@ class Encoder:
         if f"{slot}Batch" in tables:
             self.tables[tables[f"{slot}Batch"]] = first + np.arange(self.problem.B) * strides[0]
         return strides
-
-    def _bind_entries(self) -> None:
-        problem = self.problem
-        given = (problem.query_lengths, problem.key_value_lengths, problem.query_offset)
-        if all(x is None for x in given):
-            return
-        rows, keys, position = (
-            default if x is None else np.asarray(x, np.int64)
-            for x, default in zip(given, (problem.T, problem.S, 0), strict=True)
-        )
-        left, right = problem.window or (-1, -1)
-        entries = np.zeros(problem.B, struct("BatchEntry"))
-        entries["rows"], entries["keys"] = np.clip(rows, 0, problem.T), np.clip(keys, 0, problem.S)
-        entries["first"] = -(1 << 40) if left < 0 else position - left
-        entries["last"] = position
-        if not problem.is_causal:
-            entries["last"] = 1 << 40 if right < 0 else position + right
-        entries["list"] = -1
-        self.buffers[enum("AttentionBuffer")["kEntries"]] = entries
-        self.parameters["has_entries"] = 1
 
     def _bind_rows(self, name: str, x: Any) -> None:
         p, title = self.parameters, name.title()

@@ -54,6 +54,10 @@ def expected(oracle: Any, problem: Problem, **cotangents: Any) -> Any:
             seen &= (distance >= -window[0]) & (distance <= window[1])
         mask = seen[:, None] if mask is None else seen[:, None] & mask
         is_causal, window = False, None
+    if problem.segment_ids is not None:
+        of_rows, of_keys = (np.asarray(x) for x in problem.segment_ids)
+        seen = (of_rows[:, :, None] == of_keys[:, None])[:, None]
+        mask = seen if mask is None else seen & mask
     return oracle(
         *map(wide, problem.operands()),
         None if problem.bias is None else wide(problem.bias),
@@ -101,6 +105,7 @@ def feature(name: str, **shape: int) -> dict[str, Any]:
             bias=bias[:, :, :, :1].astype(np.float16), mask=mask[:1, :1], is_causal=True,
             window=(20, 3), query_lengths=[T, T - 7], key_value_lengths=[S - 5, 40], soft_cap=2.0,
             query_offset=[0, 15],
+            segment_ids=(rng.integers(0, 2, (B, T)), rng.integers(0, 2, (B, S))),
         ),
     }  # fmt: skip
     return features[name]
