@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/backward/backward_blocks.h"
 #include "cpu/backward/backward_rows.h"
@@ -107,10 +108,14 @@ class AttentionBackward {
     const int64_t b = head / call_.K, k = head % call_.K;
     const Visibility visibility(call_, b);
     Buffer<float> zeros(std::max(call_.H, call_.V) + W);
+    std::vector<Range> seen_by_part;
+    for (int64_t p = 0; p < blocks_.parts; ++p) {
+      seen_by_part.push_back(visibility.of_rows(blocks_.rows_of_part(p)));
+    }
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       float *d_key = nullptr, *d_value = nullptr;
       for (int64_t p = 0; p < blocks_.parts; ++p) {
-        const Range seen = visibility.of_rows(blocks_.rows_of_part(p));
+        const Range seen = seen_by_part[static_cast<size_t>(p)];
         if (j < seen.begin || j >= seen.end) continue;
         const int64_t at =
             (head * blocks_.parts + p) * blocks_.part_keys + j - blocks_.first_key(seen);
