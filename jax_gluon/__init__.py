@@ -7,6 +7,7 @@ from jax_gluon._attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon._dropout import dropout_mask
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._lowering import CHECKPOINT_NAMES
@@ -28,6 +29,7 @@ __all__ = [
     "attention_with_log_sum_exp",
     "debug",
     "dot_product_attention",
+    "dropout_mask",
     "explain",
     "pin",
     "quantize",

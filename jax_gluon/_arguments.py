@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
+from jax_gluon._dropout import check_key, check_rate, seeds_of, threshold_of
 from jax_gluon._errors import FLOATS, Checker
 from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
 from jax_gluon._problem import AttentionOperands, AttentionProblem, Operands
@@ -59,6 +60,7 @@ class AttentionKeywords(TypedDict, total=False):
     logits_soft_cap: float | None
     dropout_rate: float
     dropout_rng: jax.Array | None
+    broadcast_dropout: bool
     sinks: ArrayLike | None
     implementation: Implementation | None
     kernel: KernelWishes
@@ -106,6 +108,7 @@ def check_arguments(
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
+    broadcast_dropout: bool = False,
     sinks: ArrayLike | None = None,
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
@@ -116,9 +119,7 @@ def check_arguments(
     and what is allowed; `NotImplementedError` for dropout and sinks; `RuntimeError` for
     `implementation="metal"`. Warns of a concrete bias that a soft cap keeps from hiding keys.
     """
-    del dropout_rng  # Only read where dropout_rate > 0, which raises.
     _check_names(check, quantization, implementation, kernel)
-    _check_dropout(check, dropout_rate)
     if sinks is not None:
         check.not_available("sinks", "set", "None: attention sinks are not supported")
 
@@ -144,6 +145,7 @@ def check_arguments(
         _query_offset(check, query_offset, B),
         _of_tokens(check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)),
         _of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
+        _dropout_seeds(check, dropout_rate, dropout_rng, broadcast_dropout, B),
     )
     stands_at_index = operands.query_offset is None and operands.positions is None
     if operands.query_offset is not None and operands.positions is not None:
@@ -154,6 +156,7 @@ def check_arguments(
         local_window=_window(check, local_window_size, (T, S) if stands_at_index else None),
         soft_cap=_soft_cap(check, logits_soft_cap),
         quantization=specs,
+        dropout_rate=0.0 if operands.dropout_seeds is None else float(dropout_rate),
         implementation="xla" if is_float64 else implementation,
     )
     if problem.soft_cap is not None:
@@ -240,12 +243,15 @@ def _specs(
     return left["query"], left["key"], left["value"]
 
 
-def _check_dropout(check: Checker, dropout_rate: Any) -> None:
-    rate = check.number("dropout_rate", dropout_rate)
-    if not 0.0 <= rate < 1.0:
-        check.value_error("dropout_rate", f"{rate}", "a number in [0, 1)")
-    if rate > 0.0:
-        check.not_available("dropout_rate", f"{rate}", "0: dropout is not supported")
+def _dropout_seeds(
+    check: Checker, rate: Any, rng: Any, broadcast: Any, batch: int
+) -> jax.Array | None:
+    is_broadcast = check.flag("broadcast_dropout", broadcast)
+    if threshold_of(check_rate(check, "dropout_rate", rate)) == 0:
+        return None
+    if rng is None:
+        check.value_error("dropout_rng", "None", f"a key, where dropout_rate is {rate}")
+    return seeds_of(check_key(check, "dropout_rng", rng), batch, is_broadcast)
 
 
 def _check_ranks(check: Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> int:

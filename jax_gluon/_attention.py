@@ -86,6 +86,7 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
+    broadcast_dropout: bool = False,
     sinks: ArrayLike | None = None,
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
@@ -127,7 +128,11 @@ def dot_product_attention(
       the dequantized operands, and backward keeps the codes. None computes with the operands as
       given.
     - `logits_soft_cap`: positive c, which turns a logit x into `c * tanh(x / c)`.
-    - `dropout_rate`, `dropout_rng`, `sinks`: only 0, anything and None are supported.
+    - `dropout_rate`, `dropout_rng`: the part of the probabilities, in `[0, 1)`, that is dropped
+      after the softmax, and the key that says which, as `dropout_mask` does; the others are divided
+      by `1 - dropout_rate`. The log-sum-exp is that of all. With `broadcast_dropout` all heads of
+      all batch entries drop alike.
+    - `sinks`: only None is supported.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.
@@ -182,6 +187,7 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
         sinks=sinks,
         implementation=implementation,
         kernel=kernel,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
 from jax_gluon._operands import quantize_operands, with_codes
@@ -55,6 +56,7 @@ def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[s
         "has_query_offset": np.int64(operands.query_offset is not None),
         "has_segment_ids": np.int64(operands.segment_ids is not None),
         "has_positions": np.int64(operands.positions is not None),
+        "dropout_threshold": np.int64(threshold_of(problem.dropout_rate)),
         **_format_attributes("query", operands.query),
         **_format_attributes("key", operands.key),
         **_format_attributes("value", operands.value),
@@ -71,6 +73,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "metal_kernel": kernels.metal.name,
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
+        "dropout_scale": np.float32(1.0 / (1.0 - problem.dropout_rate)),
         **_problem_attributes(problem, operands),
     }
 

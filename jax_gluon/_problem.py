@@ -41,6 +41,7 @@ class AttentionProblem:
     local_window: tuple[int, int] | None = None
     soft_cap: float | None = None
     quantization: tuple[QuantSpec | None, QuantSpec | None, QuantSpec | None] = (None, None, None)
+    dropout_rate: float = 0.0
     implementation: str | None = None
     kernels: PassKernels = _DEFAULT_KERNELS
 
@@ -62,6 +63,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     they are used. Row i stands at position `i + query_offset[b]` (int32 `[B]`; None: 0), in which
     causal and window are meant; or rows and keys stand at `positions` (int32 `[B, T]` and
     `[B, S]`). A row sees keys of its segment only, where there are `segment_ids` (likewise).
+    `dropout_seeds` (int32 `[B, 4]`) are there where the problem's `dropout_rate` is not 0.
     """
 
     query: _Rows
@@ -74,6 +76,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     query_offset: jax.Array | None = None
     segment_ids: tuple[jax.Array, jax.Array] | None = None
     positions: tuple[jax.Array, jax.Array] | None = None
+    dropout_seeds: jax.Array | None = None
 
 
 Operands = AttentionOperands[jax.Array | QuantizedTensor]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_gluon import _dropout as dropout
 from jax_gluon._arguments import KEYWORDS, AttentionKeywords, check_arguments
 from jax_gluon._errors import Checker
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
@@ -195,7 +196,13 @@ def _attend(
     # The inner `where` keeps the exponential, and with it the gradient, of a hidden score finite.
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - maximum, 0.0)), 0.0)
     total = jnp.where(is_empty, 1.0, jnp.sum(weights, axis=-1, keepdims=True))
-    out = _over_visible(_OUTPUT, weights / total, value, visible)
+    probabilities, met = weights / total, visible
+    if operands.dropout_seeds is not None:
+        rows, first = jnp.arange(T, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+        seeds, rate, S = operands.dropout_seeds, problem.dropout_rate, key.shape[2]
+        kept = _grouped(dropout.kept(seeds, N, rows, first, S, rate), K)
+        probabilities, met = jnp.where(kept, probabilities, 0.0) / (1.0 - rate), visible & kept
+    out = _over_visible(_OUTPUT, probabilities, value, met)
     out = jnp.where(is_empty, 0.0, out)
     log_sum_exp = jnp.where(is_empty, -jnp.inf, maximum + jnp.log(total))
     out, log_sum_exp = (

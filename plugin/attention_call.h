@@ -41,6 +41,17 @@ struct TokenIntegers {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// A probability is dropped where 16 random bits are below `threshold`; else it is multiplied by
+// `scale`. 0: none is. Of entry b, `seeds` has the generator's key (two numbers), its batch index,
+// and what a head's index is multiplied by.
+struct Dropout {
+  uint32_t threshold = 0;
+  float scale = 1.0f;
+  TokenIntegers seeds;
+
+  explicit operator bool() const { return threshold != 0; }
+};
+
 // A dense output, row-major over [batch, d1, d2, d3]; never broadcast.
 struct Result {
   void* data = nullptr;
@@ -130,6 +141,7 @@ struct AttentionCall {
   TokenIntegers query_segment_ids, key_value_segment_ids;
   // Both or neither, in place of indices: what causal and window are meant in.
   TokenIntegers query_positions, key_value_positions;
+  Dropout dropout;
   // What all of these let rows see, where there are segments or positions: what kernels read.
   std::vector<std::shared_ptr<const VisibleKeys>> visible_keys;
 };

@@ -68,10 +68,13 @@ def forward(
             raised = jnp.maximum(maximum, jnp.max(logits, axis=-1, keepdims=True))
             p = _hide(jnp.exp(logits - raised), visible)
             decay = jnp.exp(maximum - raised)
+            total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
+            if (kept := tiles.kept(i, c)) is not None:
+                p = jnp.where(kept, p, 0.0) / (1.0 - problem.dropout_rate)
+                visible = kept if visible is None else visible & kept
             products = _sum_visible(
                 "bkgts,bksv->bkgtv", p, tiles.values(c), visible, value_is_finite
             )
-            total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
             return weighted * decay + products, raised, total
 
         column = jnp.zeros_like(query[..., :1])
@@ -125,6 +128,7 @@ def backward(
             d_columns, d_key, d_value = state
             tile = kept.chunk(c) if kept else _probabilities(tiles, rows, i, c, KEYS_FIRST)
             p, d_scores, visible = _backward_tile(rows, tile, KEYS_FIRST)
+            p = _dropped(tiles, tile, p)
             d_columns += _sum_visible(
                 "bksgt,bksh->bkhgt", d_scores, tiles.keys(c), visible, key_is_finite
             )
@@ -222,12 +226,16 @@ class _BackwardRows(NamedTuple):
 
 
 class _Probabilities(NamedTuple):
-    """P of a tile and its gradient dO V^T; which are visible (None: all), the soft cap's slope."""
+    """P of a tile and its gradient; which are visible (None: all), the soft cap's slope.
+
+    The gradient is dO V^T, of what dropout keeps (`kept`; None: all) divided by what it leaves.
+    """
 
     p: jax.Array
     d_p: jax.Array
     visible: jax.Array | None
     slope: jax.Array | None
+    kept: jax.Array | None
 
     def chunk(self, c: jax.Array) -> _Probabilities:
         """One of those of all chunks of keys, whose axis leads."""
@@ -327,7 +335,18 @@ def _probabilities(
     below_maximum = logits - arrange(rows.maximum, order)
     p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
     d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
-    return _Probabilities(p, d_p, visible, slope)
+    kept = tiles.kept(i, c)
+    if kept is not None:
+        kept = arrange(kept, order)
+        d_p = jnp.where(kept, d_p, 0.0) / (1.0 - tiles.problem.dropout_rate)
+    return _Probabilities(p, d_p, visible, slope, kept)
+
+
+def _dropped(tiles: Tiles, tile: _Probabilities, p: jax.Array) -> jax.Array:
+    """P as value meets it."""
+    if tile.kept is None:
+        return p
+    return jnp.where(tile.kept, p, 0.0) / (1.0 - tiles.problem.dropout_rate)
 
 
 def _backward_tile(

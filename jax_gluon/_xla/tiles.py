@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon import _dropout as dropout
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
 from jax_gluon._quantization.codes import from_bits, to_bits
 from jax_gluon._visible_tokens import lowered
@@ -123,6 +124,7 @@ class Tiles:
         self.query_offset = operands.query_offset
         self.segment_ids = operands.segment_ids
         self.positions = operands.positions
+        self.dropout_seeds = operands.dropout_seeds
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)
@@ -268,6 +270,17 @@ class Tiles:
                 x = _slice(x, blocks.start(index), blocks.size, axis)
         b, n, t, s = x.shape
         return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
+
+    def kept(self, i: jax.Array, c: jax.Array) -> jax.Array | None:
+        """Which probabilities of a tile dropout keeps, `[B, K, G, t, s]`; None: all."""
+        if self.dropout_seeds is None:
+            return None
+        first_key, keys = self.chunks.start(c), self.chunks.size
+        rows, heads = self.queries.positions(i), self.groups[0] * self.groups[1]
+        x = dropout.kept(
+            self.dropout_seeds, heads, rows, first_key, keys, self.problem.dropout_rate
+        )
+        return x.reshape(x.shape[0], *self.groups, *x.shape[2:])
 
     def _of_tile(
         self, x: tuple[jax.Array, jax.Array], i: jax.Array, c: jax.Array

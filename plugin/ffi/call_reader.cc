@@ -266,6 +266,8 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   const bool has_query_offset = reader.flag("has_query_offset");
   const bool has_segment_ids = reader.flag("has_segment_ids");
   const bool has_positions = reader.flag("has_positions");
+  call.dropout.threshold = static_cast<uint32_t>(reader.integer("dropout_threshold", 0, 0xFFFF));
+  call.dropout.scale = reader.finite("dropout_scale");
   const bool has_key_value_seq_lengths = reader.flag("has_key_value_seq_lengths");
   const std::vector<Format> formats = {read_format(reader, "query", made != nullptr),
                                        read_format(reader, "key", made != nullptr),
@@ -339,6 +341,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
     read_tokens("query_positions", call.T, call.query_positions);
     read_tokens("key_value_positions", call.S, call.key_value_positions);
   }
+  if (call.dropout) read_tokens("dropout_seeds", 4, call.dropout.seeds);
   if (!reader.failed()) call.visible_keys = find_visible_keys(call);
   return batch;
 }

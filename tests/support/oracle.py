@@ -99,10 +99,12 @@ def attention(
     query_positions=None,
     key_value_positions=None,
     logits_soft_cap=None,
+    kept=None,
+    dropout_rate=0.0,
     d_out=None,
     d_log_sum_exp=None,
 ) -> OracleResult:
-    """Attention and its gradients; cotangents default to zeros.
+    """Attention and its gradients; cotangents default to zeros. `kept`: of dropout, [B, N, T, S].
 
     Operands that are not finite are for small shapes only: their sums take B N T S H numbers.
     """
@@ -130,11 +132,12 @@ def attention(
     empty = total == 0
     p = exponentials / np.where(empty, 1.0, total)
     log_sum_exp = np.where(empty, -np.inf, maximum + np.log(np.where(empty, 1.0, total)))[..., 0]
-    out = _weighted_sum(p, v, visible)
+    share = np.ones_like(p) if kept is None else np.asarray(kept) / (1 - dropout_rate)
+    out = _weighted_sum(p * share, v, visible)
 
     d_out = np.zeros_like(out) if d_out is None else np.asarray(d_out, np.float64).swapaxes(1, 2)
     d_lse = np.zeros((B, T, N)) if d_log_sum_exp is None else np.asarray(d_log_sum_exp, np.float64)
-    dp = np.where(visible, d_out @ v.swapaxes(2, 3), 0.0)
+    dp = np.where(visible, d_out @ v.swapaxes(2, 3), 0.0) * share
     delta = np.sum(p * dp, -1, keepdims=True) - d_lse.swapaxes(1, 2)[..., None]
     d_logits = p * (dp - delta) * slope
     d_bias = None
@@ -156,7 +159,7 @@ def attention(
         log_sum_exp.swapaxes(1, 2),
         _weighted_sum(d_logits * scale, k, visible).swapaxes(1, 2),
         over_group(d_logits * scale, q),
-        over_group(p, d_out),
+        over_group(p * share, d_out),
         d_bias,
     )
 

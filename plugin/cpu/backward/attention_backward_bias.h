@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/backward/backward_rows.h"
+#include "cpu/rows/dropout_row.h"
 #include "cpu/tiles/microkernel.h"
 
 namespace jax_gluon::cpu {
@@ -91,6 +92,7 @@ class AttentionBackwardBias {
   void add_rows(int64_t b, int64_t n, Range rows, Scratch& s) const {
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n);
+    const DropoutRow dropout(call_, b, n);
     const Range keys = visibility.of_rows(rows);
     if (keys.empty()) return;
     load_queries(b, n, rows, s);
@@ -106,7 +108,7 @@ class AttentionBackwardBias {
     };
     each_tile([&](Range block, int64_t tile) {
       load_keys(b, n / (call_.N / call_.K), block, s);
-      probabilities(visibility, rules, rows, block, tile, s);
+      probabilities(visibility, rules, dropout, rows, block, tile, s);
     });
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
       const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
@@ -174,8 +176,8 @@ class AttentionBackwardBias {
   static int64_t row_offset(int64_t tile, int64_t r) { return (tile * kRows + r) * kKeys; }
 
   // P and dP of a tile, and its share of the row sums.
-  void probabilities(const Visibility& visibility, const Rules& rules, Range rows, Range keys,
-                     int64_t tile, Scratch& s) const {
+  void probabilities(const Visibility& visibility, const Rules& rules, const DropoutRow& dropout,
+                     Range rows, Range keys, int64_t tile, Scratch& s) const {
     const int64_t columns = round_up(keys.end - keys.begin, C);
     for (int64_t t = 0; t < round_up(rows.end - rows.begin, R); t += R) {
       for (int64_t j = 0; j < columns; j += C) {
@@ -186,12 +188,17 @@ class AttentionBackwardBias {
                          call_.V, s.d_probability.get() + at, kKeys);
       }
     }
+    uint8_t scratch[DropoutRow::bytes(kKeys)];
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
       TileRow row = tile_row(tile, r, {0, columns}, s);
       row.query = rows.begin + r;
       row.key0 = keys.begin;
       row.visible = visibility.of_row(row.query);
       if (row.visible.empty() || s.statistics[r].empty) continue;
+      if (dropout.any()) {
+        const int64_t end = keys.begin + columns;
+        drop_gradient(dropout.find(row.query, keys.begin, end, scratch), dropout.scale(), row);
+      }
       probability_row<Isa>(rules, s.statistics[r], row, s.weighted.get() + r * W,
                            s.total.get() + r * W);
     }

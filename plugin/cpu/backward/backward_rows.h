@@ -12,12 +12,14 @@ namespace {
 
 // The operands of a backward call as float32 rows. Quantized keys come without their center, values
 // without the one that the quantizer took away: what it adds to a row's logits is one number, kept
-// beside the row's maximum, and what it adds to dP and to delta cancels.
+// beside the row's maximum, and what it adds to dP and to delta cancels (but for dropout).
 template <class Isa, class Call>
 class BackwardRows {
  public:
   explicit BackwardRows(const Call& call)
-      : call_(call), keys_(call, call.key, call.H), values_(call, call.value, call.V) {}
+      : call_(call),
+        keys_(call, call.key, call.H),
+        values_(call, call.value, call.V, static_cast<bool>(call.dropout)) {}
 
   void find_centers(Parallel& parallel) { keys_.find_centers(parallel); }
 
@@ -122,15 +124,37 @@ void probability_row(const Rules& rules, const Statistics& statistics, const Til
   Isa::store(weighted, weighted_sum);
 }
 
-// dS = P * (dP - delta) in place of dP, and its sum.
-template <class Isa>
+// Of the keys of a row that dropout keeps: dP grows by its scale; of those that it drops, dP is 0.
+inline void drop_gradient(const uint8_t* keep, float scale, const TileRow& row) {
+  float* d_p = row.d_p + row.columns.begin;
+  for (int64_t j = 0; j < row.columns.end - row.columns.begin; ++j) {
+    d_p[j] = keep[j] ? d_p[j] * scale : 0.0f;
+  }
+}
+
+// Marks what is dropped by its sign: dS takes all of P, dV what is kept.
+inline void mark_dropped(const uint8_t* keep, const TileRow& row) {
+  float* p = row.p + row.columns.begin;
+  for (int64_t j = 0; j < row.columns.end - row.columns.begin; ++j) p[j] = keep[j] ? p[j] : -p[j];
+}
+
+// From marked P to what dV takes.
+inline void take_kept(float scale, const TileRow& row) {
+  for (int64_t j = row.columns.begin; j < row.columns.end; ++j) {
+    row.p[j] = std::signbit(row.p[j]) ? 0.0f : row.p[j] * scale;
+  }
+}
+
+// dS = P * (dP - delta) in place of dP, and its sum. With kMarked, P may be negative.
+template <class Isa, bool kMarked = false>
 float gradient_row(float delta, const TileRow& row) {
   const int64_t begin = row.columns.begin, end = row.columns.end;
   const float *p = row.p, *cap_slope = row.cap_slope;
   float* d_probability = row.d_p;
   auto sum = Isa::zero();
   for (int64_t j = begin; j < end; j += Isa::kLanes) {
-    const auto x = Isa::load(p + j);
+    auto x = Isa::load(p + j);
+    if constexpr (kMarked) x = Isa::abs(x);
     auto ds = Isa::mul(x, Isa::sub(Isa::load(d_probability + j), Isa::set1(delta)));
     if (cap_slope) ds = Isa::mul(ds, Isa::load(cap_slope + j));
     // Where P = 0 neither dP nor the slope need be there.

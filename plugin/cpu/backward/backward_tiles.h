@@ -8,6 +8,7 @@
 #include "cpu/backward/backward_blocks.h"
 #include "cpu/backward/backward_rows.h"
 #include "cpu/memory/buffer.h"
+#include "cpu/rows/dropout_row.h"
 #include "cpu/tiles/microkernel.h"
 
 namespace jax_gluon::cpu {
@@ -148,7 +149,8 @@ class BackwardTiles {
       if (seen.empty() || (block.heads == 1 && !rules.any_visible(queries, seen))) continue;
       columns = {(seen.begin - key0) / C * C, round_up(seen.end - key0, C)};
       const Range padded{key0 + columns.begin, key0 + columns.end};
-      if (Blocks::kGluon && !rules.any() && sees_all(block, part.visibility, g, padded, s)) {
+      if (Blocks::kGluon && !rules.any() && !call_.dropout &&
+          sees_all(block, part.visibility, g, padded, s)) {
         multiply_subtiles(g, columns, packed, kept, s);
       } else {
         multiply_keys(g, columns, packed, kept, s);
@@ -180,7 +182,12 @@ class BackwardTiles {
         }
         zero_row(row, {seen.begin, columns.begin});
         zero_row(row, {columns.end, seen.end});
-        s.row_sum[r] += gradient_row<Isa>(s.statistics[r].delta, row);
+        if (call_.dropout) {
+          s.row_sum[r] += gradient_row<Isa, true>(s.statistics[r].delta, row);
+          take_kept(call_.dropout.scale, row);
+        } else {
+          s.row_sum[r] += gradient_row<Isa>(s.statistics[r].delta, row);
+        }
       }
       if (!columns.empty()) accumulate_d_query(g, columns, packed, kept, s);
     }
@@ -290,6 +297,7 @@ class BackwardTiles {
   // P of a group, in place of S, and its share of the row sums.
   void softmax(const Block& block, const Part& part, int64_t g, Range columns, int64_t key0,
                int64_t kept, Scratch& s) const {
+    uint8_t scratch[DropoutRow::bytes(kMaxTileKeys)];
     for (int64_t r = g; r < g + kGroupRows; ++r) {
       TileRow row = tile_row(row_offset(kept, r), columns, s);
       row.query = block.query_of(r);
@@ -300,8 +308,15 @@ class BackwardTiles {
         continue;
       }
       const Rules rules(call_, part.b, block.head_of(r));
+      const DropoutRow dropout(call_, part.b, block.head_of(r));
+      const uint8_t* keep = nullptr;
+      if (dropout.any()) {
+        keep = dropout.find(row.query, key0 + columns.begin, key0 + columns.end, scratch);
+        drop_gradient(keep, dropout.scale(), row);
+      }
       probability_row<Isa>(rules, s.statistics[r], row, s.weighted.get() + r * W,
                            s.total.get() + r * W);
+      if (keep) mark_dropped(keep, row);
     }
   }
 

@@ -18,7 +18,9 @@ template <class Isa>
 class DecodeChunks {
  public:
   static constexpr int64_t kMaxQueries = 4;
-  static bool takes(const AttentionForwardCall& call) { return call.T <= kMaxQueries; }
+  static bool takes(const AttentionForwardCall& call) {
+    return call.T <= kMaxQueries && !call.dropout;
+  }
 
   // Rows of a kv head.
   static int64_t rows_of(const AttentionForwardCall& call) {

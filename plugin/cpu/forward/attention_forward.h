@@ -83,6 +83,7 @@ class AttentionForward {
     const int64_t b = bn / call_.N, n = bn % call_.N, k = n / (call_.N / call_.K);
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n);
+    const DropoutRow dropout(call_, b, n);
     const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
@@ -104,11 +105,10 @@ class AttentionForward {
          key0 += block_keys_) {
       const KeyBlock<Core> keys{b, k, key0, packed, slot, key0};
       for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
-        const Group group{visibility,
-                          rules,
-                          {rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)},
-                          g,
-                          state};
+        const Group group{
+            visibility, rules,
+            dropout,    {rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)},
+            g,          state};
         const Range seen = intersect(visibility.of_rows(group.rows), {key0, key0 + block_keys_});
         if (seen.empty() || !rules.any_visible(group.rows, seen)) continue;
         attend_group(group, keys, keys.columns(seen), s);
@@ -137,6 +137,7 @@ class AttentionForward {
       for (auto& factor : scores.subtile_factor) factor[r] = 0.0f;
     }
     for (int64_t r = 0; r < group.count(); ++r) find_probabilities(group, r, keys, columns, scores);
+    if (group.dropout.any()) drop(group, keys, columns, scores);
     float* out = s.out.get() + group.first * value_columns_;
     multiply_values(keys, columns, group.count(), scores, out);
     rows_.add_unpacked_values(keys, seen, group.count(), s.load, out, [&](int64_t r, int64_t c) {
@@ -167,6 +168,24 @@ class AttentionForward {
       softmax_.template run<true>(r, row, columns, group.state, scores);
     } else {
       softmax_.template run<false>(r, row, columns, group.state, scores);
+    }
+  }
+
+  // Takes what is dropped out of the probabilities; their sum has it.
+  void drop(const Group& group, const KeyBlock<Core>& keys, Range columns,
+            typename Softmax::Scores& scores) const {
+    uint8_t scratch[DropoutRow::bytes(kBlockKeys)];
+    const int64_t count = columns.end - columns.begin;
+    for (int64_t r = 0; r < group.count(); ++r) {
+      const uint8_t* keep = group.dropout.find(group.rows.begin + r, keys.first + columns.begin,
+                                               keys.first + columns.end, scratch);
+      auto* row =
+          reinterpret_cast<ProbabilityElement<G>*>(scores.probabilities + r * (kBlockKeys / G));
+      zero_dropped(keep, count, row + columns.begin);
+      if constexpr (kInt8) {
+        float* logits = scores.scores + r * kBlockKeys + columns.begin;
+        for (int64_t j = 0; j < count; ++j) logits[j] = keep[j] ? logits[j] : kHidden;
+      }
     }
   }
 

@@ -155,9 +155,10 @@ class AttentionForwardGluon {
     const Range rows = block.rows, all = keys.keys({0, s.ring->block_keys()});
     if (intersect(visibility.of_rows(rows), all).empty()) return;
     const Rules rules(call_, keys.b, block.n);
+    const DropoutRow dropout(call_, keys.b, block.n);
     for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
       const Range queries{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
-      const Group group{{visibility, rules, queries, g, block.state}, u * kBlockRows + g};
+      const Group group{{visibility, rules, dropout, queries, g, block.state}, u * kBlockRows + g};
       const Range seen = intersect(visibility.of_rows(queries), all);
       if (seen.empty() || !rules.any_visible(queries, seen)) continue;
       const Range columns{(seen.begin - keys.first) / kStep * kStep,
@@ -230,6 +231,7 @@ class AttentionForwardGluon {
         Softmax::template run_row<false>(row, columns, r, s.group[0]);
       }
     }
+    if (group.dropout.any()) drop(group, keys, columns, scores, probabilities);
     float* sums = s.sums.get() + group.row * W;
     float* offset_sums =
         key_values_.has_value_offsets() ? s.offset_sums.get() + group.row * W : nullptr;
@@ -247,6 +249,23 @@ class AttentionForwardGluon {
         return scores[r * kKeys + c];
       }
     });
+  }
+
+  // Takes what is dropped out of the probabilities; their sum has it.
+  void drop(const Group& group, const KeyBlock<Core>& keys, int64_t columns, float* scores,
+            Lane* probabilities) const {
+    uint8_t scratch[DropoutRow::bytes(kKeys)];
+    for (int64_t r = 0; r < group.count(); ++r) {
+      const uint8_t* keep =
+          group.dropout.find(group.rows.begin + r, keys.first, keys.first + columns, scratch);
+      zero_dropped(keep, columns,
+                   reinterpret_cast<ProbabilityElement<G>*>(probabilities + r * (kKeys / G)));
+      if constexpr (kInt8) {
+        for (int64_t j = 0; j < columns; ++j) {
+          scores[r * kKeys + j] = keep[j] ? scores[r * kKeys + j] : kHidden;
+        }
+      }
+    }
   }
 
   // Rows r, r + 1... of the group, the first of `rows`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/memory/buffer.h"
 #include "cpu/tiles/cores.h"
@@ -24,6 +25,11 @@ constexpr int kSubtileKeys = 64;
 constexpr float kMaxProbability = 255.0f, kLog2OfMaxProbability = 7.99435344f;
 // The maximum of such a subtile with nothing visible: finite, since -inf - -inf would be NaN.
 constexpr float kEmptySubtileMaximum = -1e30f;
+
+// A probability of a core whose lanes hold G of them.
+template <int G>
+using ProbabilityElement =
+    std::conditional_t<G == 1, float, std::conditional_t<G == 2, uint16_t, uint8_t>>;
 
 template <class Core>
 struct ForwardBlocks {
@@ -78,6 +84,11 @@ struct ForwardBlocks {
       const Quantization& q = x->quantization;
       if (kInt8 && (!q || (q.bits == 8 && q.head_block != 0))) return false;
       if (kBf16 && (q || x->dtype != DType::kBF16)) return false;
+    }
+    // Centers and offsets of values are added for all keys, dropped ones too.
+    const Quantization& value = call.value.quantization;
+    if (kInt8 && call.dropout && value.head_block == 0 && (value.center || value.offset)) {
+      return false;
     }
     return !kInt8 || !call.query.quantization.center;
   }

@@ -89,7 +89,7 @@ class ForwardRows {
     const bool empty = sum == 0.0f;
     const int64_t k = n / (call_.N / call_.K);
     const float unit = key_values_.value_unit(b * call_.K + k);
-    float factor = empty ? 0.0f : unit / sum;
+    float factor = empty ? 0.0f : unit * call_.dropout.scale / sum;
     const float* center = key_values_.values().center_of(b, k);
     if (!empty && (center || key_values_.has_value_offsets())) {
       const float offset = key_values_.has_value_offsets() ? state.value_offset[r] / sum : 0.0f;

@@ -19,12 +19,13 @@ class KeyValueRows {
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8;
 
  public:
+  // What is dropped has no part in a center of values, which is then no constant of a row.
   explicit KeyValueRows(const AttentionForwardCall& call)
       : call_(call),
         has_offsets_(kInt8 && (has_offset(call.query) || has_offset(call.key))),
         has_value_offsets_(kInt8 && has_offset(call.value)),
         keys_(call, call.key, call.H),
-        values_(call, call.value, call.V) {}
+        values_(call, call.value, call.V, static_cast<bool>(call.dropout)) {}
 
   // INT8: finds centers and units.
   void prepare(Parallel& parallel) {

@@ -3,6 +3,7 @@
 
 #include "cpu/forward/forward_blocks.h"
 #include "cpu/forward/packed_key_values.h"
+#include "cpu/rows/dropout_row.h"
 #include "cpu/rows/visibility.h"
 
 namespace jax_gluon::cpu {
@@ -31,6 +32,7 @@ template <class Rules>
 struct RowGroup {
   const Visibility& visibility;
   const Rules& rules;
+  const DropoutRow& dropout;
   Range rows;
   int64_t first;
   RowState& state;

@@ -18,12 +18,14 @@ namespace {
 template <class Isa>
 class CenteredRows {
  public:
-  CenteredRows(const AttentionCall& call, const QuantizableOperand& x, int64_t width)
-      : call_(call), x_(x), width_(width) {}
+  // With `keeps_centers` rows come with their centers, whatever is called.
+  CenteredRows(const AttentionCall& call, const QuantizableOperand& x, int64_t width,
+               bool keeps_centers = false)
+      : call_(call), x_(x), width_(width), keeps_centers_(keeps_centers) {}
 
   // Finds the centers that are not stored; without this call, rows are as they are stored.
   void find_centers(Parallel& parallel) {
-    if (!x_.quantization || x_.quantization.center) return;
+    if (!x_.quantization || x_.quantization.center || keeps_centers_) return;
     centers_.allocate(call_.B * call_.K * width_);
     parallel.run(call_.B * call_.K, [this](int64_t head) { find_center(head); });
     has_centers_ = true;
@@ -38,6 +40,7 @@ class CenteredRows {
 
   // What rows of kv head k lack, or null.
   const float* center_of(int64_t b, int64_t k) const {
+    if (keeps_centers_) return nullptr;
     return has_centers_ ? centers_.get() + (b * call_.K + k) * width_ : stored_center(x_, b, k);
   }
 
@@ -46,6 +49,10 @@ class CenteredRows {
 
   void load(int64_t b, int64_t j, int64_t k, float* out) const {
     QuantizedRow<Isa>::load(x_, b, j, k, width_, out);
+    if (keeps_centers_) {
+      const float* stored = stored_center(x_, b, k);
+      for (int64_t h = 0; stored && h < width_; ++h) out[h] += stored[h];
+    }
     if (!has_centers_) return;
     const float* center = center_of(b, k);
     for (int64_t h = 0; h < width_; ++h) out[h] -= center[h];
@@ -97,6 +104,7 @@ class CenteredRows {
   const AttentionCall& call_;
   const QuantizableOperand& x_;
   const int64_t width_;
+  const bool keeps_centers_;
   Buffer<float> centers_, largest_;
   bool has_centers_ = false;
 };

@@ -97,7 +97,7 @@ class SmallHeads {
 
   static bool takes(const AttentionCall& call) {
     return !call.query.quantization && !call.key.quantization && !call.value.quantization &&
-           call.T <= kMaxTokens && call.S <= kMaxTokens;
+           call.T <= kMaxTokens && call.S <= kMaxTokens && !call.dropout;
   }
 
   static KernelOffer offer() {
