@@ -87,7 +87,7 @@ struct KeyValueGradientRows {
       }
       const ScoreGradient score =
           score_gradient(p, head_rules.row(p, own + i), statistics[i], key, made.is_seen[i], x, y);
-      probabilities[i] = score.probability;
+      probabilities[i] = score.probability * score.share;
       score_gradients[i] = score.gradient();
     }
     const Matrix<M> left = matrix_of<M>(probabilities[0], probabilities[1]);

@@ -52,8 +52,9 @@ struct ForwardRows {
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * d + place.column + i;
         if (column >= p.V) continue;
-        const float center = !is_empty ? values.center_at(column) : 0.0f;
-        store_float(out, p.out_type, index * p.V + column, x[i] + center);
+        const bool lacks_center = !is_empty && !values.adds_center;
+        const float center = lacks_center ? values.center_at(column) : 0.0f;
+        store_float(out, p.out_type, index * p.V + column, x[i] * p.dropout_scale + center);
       }
     }
     if (place.column == 0) {
@@ -119,7 +120,7 @@ kernel void attention_forward_gluon(JAX_GLUON_OPERANDS, JAX_GLUON_FORWARD_OUTPUT
       const Scores<kSubtile> next = rows.softmax.template score<kSubtile>(
           p, rows.rules, rows.seen, ring.token(granule) + at, ring.keys.rows_of(granule, at),
           ring.keys.scales_of(granule, at), keys, lane);
-      rows.softmax.accumulate(p, Sizes::kLooksAhead ? scores : next, ring.token(i) + t,
+      rows.softmax.accumulate(p, rows.rules, Sizes::kLooksAhead ? scores : next, ring.token(i) + t,
                               ring.values.rows_of(i, t), ring.values.scales_of(i, t), values,
                               values_are_dirty, lane);
       scores = next;

@@ -53,6 +53,7 @@ struct ScoreGradient {
   float probability;
   float centered;  // P * (dP - delta)
   float slope;     // of the soft cap
+  float share;     // of P that dropout leaves, over what it leaves of all
 
   float gradient() const thread { return centered * slope; }
 };
@@ -61,16 +62,20 @@ struct ScoreGradient {
 inline ScoreGradient score_gradient(thread const AttentionParameters& p,
                                     thread const RowRules& rules, RowStatistics row, int key,
                                     bool is_seen, float product, float probability_gradient) {
-  if (!is_seen) return {0.0f, 0.0f, 0.0f};
+  if (!is_seen) return {0.0f, 0.0f, 0.0f, 0.0f};
   float x = product * (p.scale * kLog2E) + row.center;
   float slope;
   x = rules.logit(p, x, key, slope);
   // In this order: log2_sum would vanish in a large maximum.
   const float probability = exp2((x - row.maximum) - row.log2_sum);
+  const float share = rules.dropout.keeps(key) ? p.dropout_scale : 0.0f;
+  if (p.dropout_threshold != 0) {
+    probability_gradient = share == 0.0f ? 0.0f : probability_gradient * share;
+  }
   // Where P is 0, dP may be NaN.
   const float centered =
       probability == 0.0f ? 0.0f : probability * (probability_gradient - row.delta);
-  return {probability, centered, slope};
+  return {probability, centered, slope, share};
 }
 
 // What a row's delta lacks: a lane's sums over the keys.
@@ -156,7 +161,7 @@ struct BackwardRows {
         if (column < p.V) {
           g[i] = gradients.value(token, column);
           const float x = load_float(out_rows, p.out_type, token * gradients.stride + column);
-          delta += g[i] * (x - values.center_at(column));
+          delta += g[i] * (values.adds_center ? x : x - values.center_at(column));
         }
       }
       query[d] = matrix_of<M>(q[0], q[1]);

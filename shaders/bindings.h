@@ -152,6 +152,11 @@ struct BatchEntry {
   int rows;
   int keys;
   int has_ranks;
+  // Of dropout: the generator's key, the batch index, and what a head's index is multiplied by.
+  int key0;
+  int key1;
+  int batch;
+  int head_step;
   int padding;
 };
 
@@ -178,7 +183,9 @@ struct AttentionParameters {
   int is_causal;
   int has_bias;
   int has_mask;
-  int has_entries;  // lengths, an offset, segments or positions
+  int has_entries;        // lengths, an offset, segments, positions or dropout
+  int dropout_threshold;  // of 16 bits; 0: none is dropped
+  float dropout_scale;    // of what is kept
   int has_log_sum_exp_gradient;
   int bias_type;          // ElementType
   int out_type;           // of out, and of all gradients but that of the bias

@@ -1,6 +1,7 @@
 // From scaled products to logits of base 2: bias, soft cap, masks.
 #pragma once
 
+#include "dropout.h"
 #include "mask.h"
 
 constant constexpr float kLog2E = 1.44269504088896340736f;
@@ -12,6 +13,7 @@ struct RowRules {
   Range visible;  // keys
   device const int* ranks;
   Range visible_ranks;  // empty: all
+  Dropout dropout;
 
   bool sees(thread const AttentionParameters& p, int key) const thread {
     if (key < visible.begin || key >= visible.end) return false;
@@ -49,6 +51,7 @@ struct HeadRules {
   device const uchar* bias;
   device const uchar* mask;
   Visibility visibility;
+  Dropout dropout;
 
   HeadRules(thread const Operands& operands, int b, int n) thread : visibility(operands, b) {
     thread const AttentionParameters& p = *operands.parameters;
@@ -58,11 +61,20 @@ struct HeadRules {
       bias += (operands.batch_offset(kBiasBatch, b) + n * p.bias.head) * bias_size(p);
     }
     if (p.has_mask != 0) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
+    dropout = {uint(p.dropout_threshold), uint2(0), 0, 0, 0};
+    if (p.dropout_threshold != 0) {
+      const BatchEntry entry = operands.entries[b];
+      dropout.key = uint2(uint(entry.key0), uint(entry.key1));
+      dropout.batch = uint(entry.batch);
+      dropout.head = uint(n) * uint(entry.head_step);
+    }
   }
 
   RowRules row(thread const AttentionParameters& p, int i) const thread {
     RowRules rules;
     rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
+    rules.dropout = dropout;
+    rules.dropout.row = uint(i);
     rules.visible_ranks = {0, 0};
     rules.ranks = visibility.list;
     if (visibility.has_ranks && i < p.T) {

@@ -122,9 +122,10 @@ struct OnlineSoftmax {
   // Takes in keys key0 and the following, whose values have their rows at `tile`, their scales at
   // `scales`. `is_dirty`: the tile has zeros for what is not finite.
   template <int kKeys>
-  void accumulate(thread const AttentionParameters& p, Scores<kKeys> scores, int key0,
-                  threadgroup const M* tile, threadgroup const float* scales,
-                  thread const Rows& values, bool is_dirty, ushort lane) thread {
+  void accumulate(thread const AttentionParameters& p, thread const RowRules& rules,
+                  Scores<kKeys> scores, int key0, threadgroup const M* tile,
+                  threadgroup const float* scales, thread const Rows& values, bool is_dirty,
+                  ushort lane) thread {
     if (scores.used == 0) return;
     const Place place(lane);
     const bool is_exact = has_exact_codes<M>(values.type);
@@ -147,6 +148,7 @@ struct OnlineSoftmax {
       for (int i = 0; i < 2; ++i) {
         float weight = probability(scores.logits[t][i], subtracted);
         sum += weight;
+        if (!rules.dropout.keeps(key0 + 8 * t + place.column + i)) weight = 0.0f;
         // What a hidden key's scale is does not matter, NaN neither.
         if (is_exact && weight != 0.0f) {
           weight *= scales[8 * t + place.column + i];
@@ -190,7 +192,7 @@ struct OnlineSoftmax {
               thread const Rows& values, bool is_dirty, ushort lane) thread {
     const Scores<kTileRows> scores =
         score<kTileRows>(p, rules, seen, key0, tiles.keys, tiles.key_scales, keys, lane);
-    accumulate(p, scores, key0, tiles.values, tiles.value_scales, values, is_dirty, lane);
+    accumulate(p, rules, scores, key0, tiles.values, tiles.value_scales, values, is_dirty, lane);
   }
 
   // Of the row's probabilities; NaN where a logit is +inf.

@@ -63,7 +63,8 @@ struct Operands {
     return batch_offsets[Int64(table) * parameters->B + b];
   }
 
-  // Of the three, the query alone comes with its center.
+  // Of the three, the query alone comes with its center; and values, where what is dropped keeps
+  // theirs from being the same for all rows.
   Rows query_rows(int b, int n) const thread {
     thread const AttentionParameters& p = *parameters;
     Rows rows = head(query, query_scale, query_offset, query_center, p.query_quantization,
@@ -78,8 +79,10 @@ struct Operands {
   }
   Rows value_rows(int b, int k) const thread {
     thread const AttentionParameters& p = *parameters;
-    return head(value, value_scale, value_offset, value_center, p.value_quantization, value_type,
-                p.V, p.value, b, k, kValueBatch, kValueScaleBatch);
+    Rows rows = head(value, value_scale, value_offset, value_center, p.value_quantization,
+                     value_type, p.V, p.value, b, k, kValueBatch, kValueScaleBatch);
+    rows.adds_center = p.dropout_threshold != 0;
+    return rows;
   }
 
  private:

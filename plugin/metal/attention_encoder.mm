@@ -121,7 +121,9 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
     p.has_mask = 1;
   }
   p.has_entries = call.query_seq_lengths || call.key_value_seq_lengths || call.query_offset ||
-                  !call.visible_keys.empty();
+                  !call.visible_keys.empty() || call.dropout;
+  p.dropout_threshold = static_cast<int>(call.dropout.threshold);
+  p.dropout_scale = call.dropout.scale;
   if (p.has_entries) bind_entries();
 }
 
@@ -149,6 +151,14 @@ void AttentionEncoder::bind_entries() {
     entry.last = call.causal                    ? position
                  : parameters_.window_right < 0 ? kFar
                                                 : position + parameters_.window_right;
+    if (call.dropout) {
+      const TokenIntegers& seeds = call.dropout.seeds;
+      const int32_t* own = seeds.data + seeds.batch_offset[static_cast<size_t>(b)];
+      entry.key0 = own[0];
+      entry.key1 = own[1];
+      entry.batch = own[2];
+      entry.head_step = own[3];
+    }
     entry.list = -1;
     if (call.visible_keys.empty()) continue;
     const VisibleKeys* listed = call.visible_keys[static_cast<size_t>(b)].get();
@@ -315,6 +325,7 @@ bool has_exact_codes(const AttentionCall& call) {
       return false;
     }
   }
+  if (call.dropout && call.value.quantization.center) return false;
   return !call.query.quantization.center && call.query.quantization.head_block == 0 &&
          call.key.quantization.head_block == 0 &&
          (call.value.quantization.head_block == 0 || call.value.quantization.token_block == 0);

@@ -144,7 +144,9 @@ class MetalDevice : public Device {
 
  private:
   static bool has(const AttentionForwardCall& call, Kernel kernel) {
-    if (kernel == Kernel::kDecode) return rows_of(call) <= kDecodeRows && call.S >= kDecodeKeys;
+    if (kernel == Kernel::kDecode) {
+      return rows_of(call) <= kDecodeRows && call.S >= kDecodeKeys && !call.dropout;
+    }
     return kernel == Kernel::kBaseline || kernel == Kernel::kGluon;
   }
   static bool has(const AttentionBackwardCall&, Kernel kernel) {

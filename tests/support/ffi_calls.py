@@ -145,6 +145,7 @@ def attention(target, formats="float", *, full=True):
             "key_value_segment_ids": np.arange(B * S, dtype=np.int32).reshape(B, S) % 2,
             "query_positions": draw(B, T, dtype=np.int8).astype(np.int32),
             "key_value_positions": draw(B, S, dtype=np.int8).astype(np.int32),
+            "dropout_seeds": np.array([[7, 8, b, 1] for b in range(B)], np.int32),
         }
     if target == FORWARD:
         attributes |= {f"has_{name}_visible": np.int64(full) for name in ("query", "key_value")}
@@ -172,6 +173,8 @@ def attention(target, formats="float", *, full=True):
         "has_query_offset": np.int64(full),
         "has_segment_ids": np.int64(full),
         "has_positions": np.int64(full),
+        "dropout_threshold": np.int64(6000 * full),
+        "dropout_scale": np.float32(1.1),
     }
     row = result(B, T, N)
     results = {"out": result(B, T, N, V), "row_maximum": row, "log2_sum": row}

@@ -157,6 +157,7 @@ class Encoder:
         p["window_left"], p["window_right"] = problem.window or (-1, -1)
         p["out_type"] = p["out_gradient_type"] = _TYPES[np.dtype(problem.out_dtype).name]
         p["batch_per_map"] = problem.B
+        p["dropout_scale"] = 1.0
         for name, x in zip(("query", "key", "value"), problem.operands(), strict=True):
             self._bind_rows(name, x)
         for name in ("bias", "mask"):
