@@ -45,7 +45,8 @@ def attention_fn(
     any number of batch axes, and the keywords that Flax passes. `N` may be a multiple of `K`: query
     head n reads kv head `n // (N // K)`. Arguments are promoted to `dtype` as in Flax; softmax and
     every sum are float32 whatever `precision` and `force_fp32_for_softmax` say. A row that sees no
-    key gives 0, where Flax's own function gives the mean of all values.
+    key gives 0, where Flax's own function gives the mean of all values. Dropout is that of
+    `jax_gluon.dropout_mask`: of Flax's rate, with other bits than Flax draws from the same key.
 
     **Arguments:** as `jax_gluon.dot_product_attention`, and used in every call. Causal masking
     applies where `is_causal` is set here or in the call.
@@ -53,8 +54,8 @@ def attention_fn(
     **Returns:** the function, which is equal to others of equal options, hashable and picklable. It
     raises `ValueError` for causal masking or a window with one query over several keys: in
     `decode=True` Flax does not pass the query's position (its cache's mask is causal by itself),
-    and `NotImplementedError` for what a fused kernel does not
-    give: dropout of the weights, weights for `sow_weights`, replaced einsums.
+    and `NotImplementedError` for what a fused kernel does not give: weights for `sow_weights`,
+    replaced einsums.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -108,13 +109,9 @@ class _AttentionFn:
         promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
     ) -> jax.Array:
-        del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
-        if dropout_rate > 0.0 and not deterministic:
-            _CHECK.not_available(
-                "dropout_rate",
-                f"{dropout_rate} with deterministic=False",
-                "0.0, or deterministic=True: dropout of the attention weights is not supported",
-            )
+        del precision, force_fp32_for_softmax
+        if deterministic:
+            dropout_rate = 0.0
         if module is not None:
             _CHECK.not_available(
                 "sow_weights", "True", "False: the attention weights are never formed"
@@ -152,6 +149,9 @@ class _AttentionFn:
             local_window_size=self.local_window_size,
             scale=self.scale,
             logits_soft_cap=self.logits_soft_cap,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+            broadcast_dropout=broadcast_dropout,
             quantization=self.quantization,
             implementation=self.implementation,
             kernel=self.kernel,

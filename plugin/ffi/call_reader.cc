@@ -267,7 +267,8 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   const bool has_segment_ids = reader.flag("has_segment_ids");
   const bool has_positions = reader.flag("has_positions");
   call.dropout.threshold = static_cast<uint32_t>(reader.integer("dropout_threshold", 0, 0xFFFF));
-  call.dropout.scale = reader.finite("dropout_scale");
+  const float dropout_scale = reader.finite("dropout_scale");
+  if (call.dropout) call.dropout.scale = dropout_scale;
   const bool has_key_value_seq_lengths = reader.flag("has_key_value_seq_lengths");
   const std::vector<Format> formats = {read_format(reader, "query", made != nullptr),
                                        read_format(reader, "key", made != nullptr),

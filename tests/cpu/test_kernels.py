@@ -106,6 +106,34 @@ def test_kernels_match_float64(use, oracle, relative_error, variant, dtype, name
             assert relative_error(x, y) <= backward, label
 
 
+@pytest.mark.parametrize("pipeline", ["baseline", "gluon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("variant", plugin.cpu_isas_supported())
+def test_dropout_is_that_of_the_published_mask(
+    use, oracle, relative_error, variant, dtype, pipeline
+):
+    implementation = use(variant)
+    quantization = "int8" if dtype == "int8" else None
+    case = dict(T=100, S=330, N=2, is_causal=True, query_offset=200)
+    arrays, keywords, d_out, _ = cases.operands(case, "float32" if quantization else dtype)
+    key, rate = jax.random.key(5), 0.3
+    mask = jax_gluon.dropout_mask(key, (2, 2, 100, 330), rate)
+    point = _dequantized(arrays, keywords) if quantization else arrays
+    exact = oracle(*point, **keywords, kept=mask, dropout_rate=rate, d_out=d_out)
+
+    def attention(*x):
+        return jax_gluon.dot_product_attention(
+            *x, **keywords, dropout_rate=rate, dropout_rng=key, implementation=implementation,
+            quantization=quantization, kernel=pipeline,
+        )  # fmt: skip
+
+    out, pullback = jax.vjp(jax.jit(attention), *arrays)
+    forward, backward = BARS[dtype]
+    assert relative_error(out, exact.out) <= forward
+    for x, y in zip(pullback(d_out), exact[2:5], strict=True):
+        assert relative_error(x, y) <= backward
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_operands_are_as_accurate_as_the_bars_say(oracle, relative_error, dtype):
     arrays, _, d_out, _ = cases.operands(CASES["odd"], dtype)

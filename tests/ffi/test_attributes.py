@@ -52,6 +52,7 @@ ATTRIBUTES = {
     "window_left": ("window_left", np.int64(-2), "is -2, expected -1 to "),
     "window_right": ("window_right", np.int64(-(2**63)), f"is {-(2**63)}, expected -1 to "),
     "window_huge": ("window_left", np.int64(2**63 - 1), f"is {2**63 - 1}, expected -1 to "),
+    "dropout": ("dropout_threshold", np.int64(0x10000), "is 65536, expected 0 to 65535"),
     "bits": ("key_bits", np.int64(16), "is 16, expected 0 to 8"),
     "bits_odd": ("key_bits", np.int64(5), "is 5, expected 0, 4 or 8"),
     "offset": ("value_offset", np.int64(3), "is 3, expected 0 to 2"),
@@ -153,6 +154,7 @@ def test_made_codes_whose_attributes_contradict(attribute, setting, complaint):
         "has_query_offset",
         "has_segment_ids",
         "has_positions",
+        "dropout_threshold",
         "has_d_log_sum_exp",
     ],
 )

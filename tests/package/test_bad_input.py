@@ -299,9 +299,18 @@ CASES = {
         {"kernel": "gluon"}, ValueError, "kernel", '"gluon"',
         'None, "baseline": XLA has no kernels to choose from',
     ),
-    "dropout": (
-        {"dropout_rate": 0.1},
-        NotImplementedError, "dropout_rate", "0.1", "dropout is not supported",
+    "dropout_without_a_key": (
+        {"dropout_rate": 0.1}, ValueError, "dropout_rng", "None", "a key, where dropout_rate is 0.1"
+    ),
+    "dropout_rng_is_a_number": (
+        {"dropout_rate": 0.1, "dropout_rng": 7}, TypeError, "dropout_rng", "a int", "a key"
+    ),
+    "dropout_rng_keys": (
+        {"dropout_rate": 0.1, "dropout_rng": jax.random.split(jax.random.key(0), 2)},
+        ValueError, "dropout_rng", "keys of shape [2]", "one key",
+    ),
+    "broadcast_dropout": (
+        {"broadcast_dropout": 1}, TypeError, "broadcast_dropout", "a int", "True or False"
     ),
     "dropout_negative": (
         {"dropout_rate": -0.1}, ValueError, "dropout_rate", "-0.1", "a number in [0, 1)"

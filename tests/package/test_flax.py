@@ -222,7 +222,6 @@ def test_the_construction_keywords_reach_every_call(implementation, relative_err
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"dropout_rate": 0.1}, "dropout_rate is 0.1 with deterministic=False"),
         ({"module": object()}, "sow_weights"),
         ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum is set"),
         ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum is set"),
@@ -235,10 +234,36 @@ def test_what_a_fused_kernel_cannot_give_is_refused(keywords, message):
         jax_gluon.flax.attention_fn()(x, x, x, **keywords)
 
 
-def test_dropout_is_ignored_where_it_is_deterministic():
-    x = jnp.ones((1, 2, 1, 4))
-    out = jax_gluon.flax.attention_fn()(x, x, x, dropout_rate=0.5, deterministic=True)
-    np.testing.assert_array_equal(out, x)
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_dropout_is_that_of_the_published_mask(implementation, broadcast):
+    """With several batch axes; none where it is deterministic."""
+    rng = jax.random.key(3)
+    x = jnp.ones((2, 3, 10, 2, 4))
+    keywords = dict(dropout_rate=0.5, dropout_rng=rng, broadcast_dropout=broadcast)
+    out = attention_fn(implementation)(x, x, x, **keywords)
+    mask = np.asarray(jax_gluon.dropout_mask(rng, (6, 2, 10, 10), 0.5, broadcast=broadcast))
+    expected = (2 * mask.mean(-1)).transpose(0, 2, 1).reshape(2, 3, 10, 2, 1)
+    np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-5)
+    out = attention_fn(implementation)(x, x, x, **keywords, deterministic=True)
+    np.testing.assert_allclose(out, x, rtol=1e-6)
+
+
+def test_modules_train_with_dropout():
+    """Linen and nnx pass key and rate; a gradient flows."""
+    x = jnp.asarray(RNG.standard_normal((2, 9, 8)), jnp.float32)
+    module = linen.MultiHeadDotProductAttention(
+        num_heads=2, dropout_rate=0.3, attention_fn=attention_fn(None), deterministic=False
+    )
+    keys = dict(params=jax.random.key(0), dropout=jax.random.key(1))
+    parameters = module.init(keys, x)
+
+    def loss(parameters, key):
+        return jnp.sum(module.apply(parameters, x, rngs={"dropout": key}) ** 2)
+
+    first, second = (jax.grad(loss)(parameters, jax.random.key(i)) for i in (1, 2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert np.isfinite(a).all()
+        assert not np.array_equal(a, b)
 
 
 def test_equal_options_make_equal_functions_that_trace_once():

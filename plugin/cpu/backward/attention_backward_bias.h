@@ -92,7 +92,7 @@ class AttentionBackwardBias {
   void add_rows(int64_t b, int64_t n, Range rows, Scratch& s) const {
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n);
-    const DropoutRow dropout(call_, b, n);
+    const DropoutRow<Isa> dropout(call_, b, n);
     const Range keys = visibility.of_rows(rows);
     if (keys.empty()) return;
     load_queries(b, n, rows, s);
@@ -176,8 +176,9 @@ class AttentionBackwardBias {
   static int64_t row_offset(int64_t tile, int64_t r) { return (tile * kRows + r) * kKeys; }
 
   // P and dP of a tile, and its share of the row sums.
-  void probabilities(const Visibility& visibility, const Rules& rules, const DropoutRow& dropout,
-                     Range rows, Range keys, int64_t tile, Scratch& s) const {
+  void probabilities(const Visibility& visibility, const Rules& rules,
+                     const DropoutRow<Isa>& dropout, Range rows, Range keys, int64_t tile,
+                     Scratch& s) const {
     const int64_t columns = round_up(keys.end - keys.begin, C);
     for (int64_t t = 0; t < round_up(rows.end - rows.begin, R); t += R) {
       for (int64_t j = 0; j < columns; j += C) {
@@ -188,7 +189,7 @@ class AttentionBackwardBias {
                          call_.V, s.d_probability.get() + at, kKeys);
       }
     }
-    uint8_t scratch[DropoutRow::bytes(kKeys)];
+    uint8_t scratch[DropoutRow<Isa>::bytes(kKeys)];
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
       TileRow row = tile_row(tile, r, {0, columns}, s);
       row.query = rows.begin + r;
@@ -197,7 +198,7 @@ class AttentionBackwardBias {
       if (row.visible.empty() || s.statistics[r].empty) continue;
       if (dropout.any()) {
         const int64_t end = keys.begin + columns;
-        drop_gradient(dropout.find(row.query, keys.begin, end, scratch), dropout.scale(), row);
+        drop_gradient<Isa>(dropout.find(row.query, keys.begin, end, scratch), dropout.scale(), row);
       }
       probability_row<Isa>(rules, s.statistics[r], row, s.weighted.get() + r * W,
                            s.total.get() + r * W);

@@ -124,37 +124,41 @@ void probability_row(const Rules& rules, const Statistics& statistics, const Til
   Isa::store(weighted, weighted_sum);
 }
 
-// Of the keys of a row that dropout keeps: dP grows by its scale; of those that it drops, dP is 0.
-inline void drop_gradient(const uint8_t* keep, float scale, const TileRow& row) {
+// Of the keys of a row that dropout keeps, dP grows by its scale; of those that it drops, it is 0.
+template <class Isa>
+void drop_gradient(const uint8_t* keep, float scale, const TileRow& row) {
   float* d_p = row.d_p + row.columns.begin;
-  for (int64_t j = 0; j < row.columns.end - row.columns.begin; ++j) {
-    d_p[j] = keep[j] ? d_p[j] * scale : 0.0f;
+  for (int64_t j = 0; j < row.columns.end - row.columns.begin; j += Isa::kLanes) {
+    const auto grown = Isa::mul(Isa::load(d_p + j), Isa::set1(scale));
+    Isa::store(d_p + j, Isa::where_visible(keep + j, grown, Isa::zero()));
   }
 }
 
 // Marks what is dropped by its sign: dS takes all of P, dV what is kept.
-inline void mark_dropped(const uint8_t* keep, const TileRow& row) {
+template <class Isa>
+void mark_dropped(const uint8_t* keep, const TileRow& row) {
   float* p = row.p + row.columns.begin;
-  for (int64_t j = 0; j < row.columns.end - row.columns.begin; ++j) p[j] = keep[j] ? p[j] : -p[j];
-}
-
-// From marked P to what dV takes.
-inline void take_kept(float scale, const TileRow& row) {
-  for (int64_t j = row.columns.begin; j < row.columns.end; ++j) {
-    row.p[j] = std::signbit(row.p[j]) ? 0.0f : row.p[j] * scale;
+  for (int64_t j = 0; j < row.columns.end - row.columns.begin; j += Isa::kLanes) {
+    const auto x = Isa::load(p + j);
+    Isa::store(p + j, Isa::where_visible(keep + j, x, Isa::sub(Isa::zero(), x)));
   }
 }
 
-// dS = P * (dP - delta) in place of dP, and its sum. With kMarked, P may be negative.
+// dS = P * (dP - delta) in place of dP, and its sum. With kMarked, P is marked, and becomes what dV
+// takes: of what is kept, times `scale`.
 template <class Isa, bool kMarked = false>
-float gradient_row(float delta, const TileRow& row) {
+float gradient_row(float delta, const TileRow& row, [[maybe_unused]] float scale = 1.0f) {
   const int64_t begin = row.columns.begin, end = row.columns.end;
-  const float *p = row.p, *cap_slope = row.cap_slope;
-  float* d_probability = row.d_p;
+  const float* cap_slope = row.cap_slope;
+  float *p = row.p, *d_probability = row.d_p;
   auto sum = Isa::zero();
   for (int64_t j = begin; j < end; j += Isa::kLanes) {
     auto x = Isa::load(p + j);
-    if constexpr (kMarked) x = Isa::abs(x);
+    if constexpr (kMarked) {
+      const auto kept = Isa::mul(x, Isa::set1(scale));
+      Isa::store(p + j, Isa::where_less(x, Isa::zero(), Isa::zero(), kept));
+      x = Isa::abs(x);
+    }
     auto ds = Isa::mul(x, Isa::sub(Isa::load(d_probability + j), Isa::set1(delta)));
     if (cap_slope) ds = Isa::mul(ds, Isa::load(cap_slope + j));
     // Where P = 0 neither dP nor the slope need be there.

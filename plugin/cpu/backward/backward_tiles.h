@@ -183,8 +183,7 @@ class BackwardTiles {
         zero_row(row, {seen.begin, columns.begin});
         zero_row(row, {columns.end, seen.end});
         if (call_.dropout) {
-          s.row_sum[r] += gradient_row<Isa, true>(s.statistics[r].delta, row);
-          take_kept(call_.dropout.scale, row);
+          s.row_sum[r] += gradient_row<Isa, true>(s.statistics[r].delta, row, call_.dropout.scale);
         } else {
           s.row_sum[r] += gradient_row<Isa>(s.statistics[r].delta, row);
         }
@@ -297,7 +296,7 @@ class BackwardTiles {
   // P of a group, in place of S, and its share of the row sums.
   void softmax(const Block& block, const Part& part, int64_t g, Range columns, int64_t key0,
                int64_t kept, Scratch& s) const {
-    uint8_t scratch[DropoutRow::bytes(kMaxTileKeys)];
+    uint8_t scratch[DropoutRow<Isa>::bytes(kMaxTileKeys)];
     for (int64_t r = g; r < g + kGroupRows; ++r) {
       TileRow row = tile_row(row_offset(kept, r), columns, s);
       row.query = block.query_of(r);
@@ -308,15 +307,15 @@ class BackwardTiles {
         continue;
       }
       const Rules rules(call_, part.b, block.head_of(r));
-      const DropoutRow dropout(call_, part.b, block.head_of(r));
+      const DropoutRow<Isa> dropout(call_, part.b, block.head_of(r));
       const uint8_t* keep = nullptr;
       if (dropout.any()) {
         keep = dropout.find(row.query, key0 + columns.begin, key0 + columns.end, scratch);
-        drop_gradient(keep, dropout.scale(), row);
+        drop_gradient<Isa>(keep, dropout.scale(), row);
       }
       probability_row<Isa>(rules, s.statistics[r], row, s.weighted.get() + r * W,
                            s.total.get() + r * W);
-      if (keep) mark_dropped(keep, row);
+      if (keep) mark_dropped<Isa>(keep, row);
     }
   }
 

@@ -25,7 +25,7 @@ class AttentionForward {
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
   using Rules = LogitRules<Isa, kBlockKeys>;
   using Softmax = OnlineSoftmax<Core>;
-  using Group = RowGroup<Rules>;
+  using Group = RowGroup<Isa, Rules>;
   // Heads for each thread, at least, for which a task packs the keys that it alone reads: they stay
   // in its cache. Fewer are packed by all threads.
   static constexpr int64_t kMinHeads = 4;
@@ -83,7 +83,7 @@ class AttentionForward {
     const int64_t b = bn / call_.N, n = bn % call_.N, k = n / (call_.N / call_.K);
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n);
-    const DropoutRow dropout(call_, b, n);
+    const DropoutRow<Isa> dropout(call_, b, n);
     const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
@@ -174,14 +174,14 @@ class AttentionForward {
   // Takes what is dropped out of the probabilities; their sum has it.
   void drop(const Group& group, const KeyBlock<Core>& keys, Range columns,
             typename Softmax::Scores& scores) const {
-    uint8_t scratch[DropoutRow::bytes(kBlockKeys)];
+    uint8_t scratch[DropoutRow<Isa>::bytes(kBlockKeys)];
     const int64_t count = columns.end - columns.begin;
     for (int64_t r = 0; r < group.count(); ++r) {
       const uint8_t* keep = group.dropout.find(group.rows.begin + r, keys.first + columns.begin,
                                                keys.first + columns.end, scratch);
       auto* row =
           reinterpret_cast<ProbabilityElement<G>*>(scores.probabilities + r * (kBlockKeys / G));
-      zero_dropped(keep, count, row + columns.begin);
+      zero_dropped<Isa>(keep, count, row + columns.begin);
       if constexpr (kInt8) {
         float* logits = scores.scores + r * kBlockKeys + columns.begin;
         for (int64_t j = 0; j < count; ++j) logits[j] = keep[j] ? logits[j] : kHidden;

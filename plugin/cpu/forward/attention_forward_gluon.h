@@ -95,7 +95,7 @@ class AttentionForwardGluon {
     Buffer<typename Softmax::Group> group;
   };
 
-  struct Group : RowGroup<Rules> {
+  struct Group : RowGroup<Isa, Rules> {
     int64_t row;  // the first, among those of the task
   };
 
@@ -155,7 +155,7 @@ class AttentionForwardGluon {
     const Range rows = block.rows, all = keys.keys({0, s.ring->block_keys()});
     if (intersect(visibility.of_rows(rows), all).empty()) return;
     const Rules rules(call_, keys.b, block.n);
-    const DropoutRow dropout(call_, keys.b, block.n);
+    const DropoutRow<Isa> dropout(call_, keys.b, block.n);
     for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
       const Range queries{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
       const Group group{{visibility, rules, dropout, queries, g, block.state}, u * kBlockRows + g};
@@ -254,12 +254,12 @@ class AttentionForwardGluon {
   // Takes what is dropped out of the probabilities; their sum has it.
   void drop(const Group& group, const KeyBlock<Core>& keys, int64_t columns, float* scores,
             Lane* probabilities) const {
-    uint8_t scratch[DropoutRow::bytes(kKeys)];
+    uint8_t scratch[DropoutRow<Isa>::bytes(kKeys)];
     for (int64_t r = 0; r < group.count(); ++r) {
       const uint8_t* keep =
           group.dropout.find(group.rows.begin + r, keys.first, keys.first + columns, scratch);
-      zero_dropped(keep, columns,
-                   reinterpret_cast<ProbabilityElement<G>*>(probabilities + r * (kKeys / G)));
+      zero_dropped<Isa>(keep, columns,
+                        reinterpret_cast<ProbabilityElement<G>*>(probabilities + r * (kKeys / G)));
       if constexpr (kInt8) {
         for (int64_t j = 0; j < columns; ++j) {
           scores[r * kKeys + j] = keep[j] ? scores[r * kKeys + j] : kHidden;

@@ -31,7 +31,7 @@ class OnlineSoftmax {
   // The products of row r of a group with the keys of `columns`, of `keys`, to logits, hidden where
   // the row does not see them.
   template <class Rules>
-  void edit(const RowGroup<Rules>& group, int64_t r, const KeyBlock<Core>& keys, Range columns,
+  void edit(const RowGroup<Isa, Rules>& group, int64_t r, const KeyBlock<Core>& keys, Range columns,
             float* scores) const {
     const RowState& state = group.state;
     const int64_t row = group.first + r;

@@ -28,11 +28,11 @@ struct RowState {
 
 // Rows of one query head whose scores are alive at once. Row r of the group is query rows.begin + r
 // and row first + r of its block, whose state is kept from one block of keys to the next.
-template <class Rules>
+template <class Isa, class Rules>
 struct RowGroup {
   const Visibility& visibility;
   const Rules& rules;
-  const DropoutRow& dropout;
+  const DropoutRow<Isa>& dropout;
   Range rows;
   int64_t first;
   RowState& state;

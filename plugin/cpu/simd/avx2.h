@@ -214,6 +214,26 @@ struct Avx2 {
   static I permute(I table, I index) { return _mm256_permutevar8x32_epi32(table, index); }
   static F permute(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
   static I add_i32(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I xor_i32(I a, I b) { return _mm256_xor_si256(a, b); }
+  // The halves of products of unsigned numbers.
+  static void multiply_wide(I x, uint32_t factor, I* low, I* high) {
+    const I f = _mm256_set1_epi32(static_cast<int32_t>(factor));
+    const I even = _mm256_mul_epu32(x, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), f);
+    *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  }
+  // Whether 16-bit numbers reach the threshold, as bytes of 0 and 1: of eight lanes the low
+  // numbers, then the high ones; the next eight lanes 64 bytes on.
+  static void store_kept(uint8_t* p, I x, uint32_t threshold) {
+    const I least = _mm256_set1_epi16(static_cast<int16_t>(threshold));
+    const I kept = _mm256_cmpeq_epi16(_mm256_max_epu16(x, least), x);
+    const I order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, 2, 6, 10, 14, -1, -1, -1, -1, 0,
+                                     4, 8, 12, -1, -1, -1, -1, 2, 6, 10, 14, -1, -1, -1, -1);
+    const I bytes = _mm256_and_si256(_mm256_shuffle_epi8(kept, order), _mm256_set1_epi8(1));
+    const __m128i last = _mm_slli_epi64(_mm256_extracti128_si256(bytes, 1), 32);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_or_si128(_mm256_castsi256_si128(bytes), last));
+  }
   // Integers in [0, 255]: those of four vectors as the bytes of a lane, and those of one in a row.
   static I pack_bytes(I a, I b, I c, I d) {
     const I low = _mm256_or_si256(a, _mm256_slli_epi32(b, 8));

@@ -180,6 +180,25 @@ struct Avx512 {
   static I permute(I table, I index) { return _mm512_permutexvar_epi32(index, table); }
   static F permute(F table, I index) { return _mm512_permutexvar_ps(index, table); }
   static I add_i32(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I xor_i32(I a, I b) { return _mm512_xor_si512(a, b); }
+  static void multiply_wide(I x, uint32_t factor, I* low, I* high) {
+    const I f = _mm512_set1_epi32(static_cast<int32_t>(factor));
+    const I even = _mm512_mul_epu32(x, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), f);
+    *low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+    *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  }
+  static void store_kept(uint8_t* p, I x, uint32_t threshold) {
+    const I least = _mm512_set1_epi32(static_cast<int32_t>(threshold));
+    const I halves[2] = {_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(x, 16)};
+    for (int half = 0; half < 2; ++half) {
+      const __mmask16 kept = _mm512_cmp_epu32_mask(halves[half], least, _MM_CMPINT_NLT);
+      uint8_t bytes[16];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes),
+                       _mm512_cvtepi32_epi8(_mm512_maskz_set1_epi32(kept, 1)));
+      std::memcpy(p + 8 * half, bytes, 8);
+      std::memcpy(p + 64 + 8 * half, bytes + 8, 8);
+    }
+  }
   static I pack_bytes(I a, I b, I c, I d) {
     const I low = _mm512_or_si512(a, _mm512_slli_epi32(b, 8));
     return _mm512_or_si512(low,

@@ -34,6 +34,7 @@ struct __m512bh {
 using __mmask16 = uint16_t;
 
 enum { _CMP_LT_OQ = 0x11, _CMP_NEQ_UQ = 0x04 };
+enum { _MM_CMPINT_NLT = 5 };
 enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
 
 template <class Out, class In>
@@ -187,6 +188,32 @@ inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+// The even lanes' products, each in two lanes.
+inline __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
+  return int_lanes([&](int i) {
+    const int even = i / 2 * 2;
+    const uint64_t product =
+        uint64_t{static_cast<uint32_t>(a.v[even])} * static_cast<uint32_t>(b.v[even]);
+    return static_cast<uint32_t>(i % 2 == 0 ? product : product >> 32);
+  });
+}
+// Only by whole lanes.
+inline __m512i _mm512_slli_epi64(__m512i x, int) {
+  return int_lanes([&](int i) { return i % 2 == 0 ? 0 : x.v[i - 1]; });
+}
+inline __m512i _mm512_srli_epi64(__m512i x, int) {
+  return int_lanes([&](int i) { return i % 2 == 0 ? x.v[i + 1] : 0; });
+}
+inline __m512i _mm512_mask_mov_epi32(__m512i x, __mmask16 mask, __m512i y) {
+  return int_lanes([&](int i) { return mask >> i & 1 ? y.v[i] : x.v[i]; });
+}
+inline __m512i _mm512_maskz_set1_epi32(__mmask16 mask, int32_t x) {
+  return int_lanes([&](int i) { return mask >> i & 1 ? x : 0; });
+}
+inline __mmask16 _mm512_cmp_epu32_mask(__m512i a, __m512i b, int /*not less*/) {
+  return mask_lanes(
+      [&](int i) { return static_cast<uint32_t>(a.v[i]) >= static_cast<uint32_t>(b.v[i]); });
 }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return a.v[i] + b.v[i]; });

@@ -213,6 +213,23 @@ struct Portable {
   static F permute(F table, I index) {
     return map<F>([&](int i) { return table.v[index.v[i]]; });
   }
+  static I xor_i32(I a, I b) {
+    return map<I>([&](int i) { return a.v[i] ^ b.v[i]; });
+  }
+  static void multiply_wide(I x, uint32_t factor, I* low, I* high) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t product = uint64_t{static_cast<uint32_t>(x.v[i])} * factor;
+      low->v[i] = static_cast<int32_t>(static_cast<uint32_t>(product));
+      high->v[i] = static_cast<int32_t>(product >> 32);
+    }
+  }
+  static void store_kept(uint8_t* p, I x, uint32_t threshold) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t both = static_cast<uint32_t>(x.v[i]);
+      p[i] = (both & 0xffff) >= threshold;
+      p[kLanes + i] = both >> 16 >= threshold;
+    }
+  }
   static I add_i32(I a, I b) {
     return map<I>([&](int i) {
       return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));

@@ -172,6 +172,29 @@ void test_arithmetic() {
         [&](int i) { return i >= begin && i < end ? a.v[i] : b.v[i]; });
 }
 
+void test_random_bits() {
+  Ints a, b;
+  for (Ints* x : {&a, &b}) {
+    for (int32_t& each : x->v) each = static_cast<int32_t>(random_bits());
+  }
+  check("xor_i32", T::xor_i32(vector_of(a), vector_of(b)), [&](int i) { return a.v[i] ^ b.v[i]; });
+  const uint32_t factor = random_bits() * 2 + 1;
+  I low, high;
+  T::multiply_wide(vector_of(a), factor, &low, &high);
+  const auto product = [&](int i) { return uint64_t{static_cast<uint32_t>(a.v[i])} * factor; };
+  check("multiply_wide", low, [&](int i) { return static_cast<int32_t>(product(i) & 0xffffffff); });
+  check("multiply_wide", high, [&](int i) { return static_cast<int32_t>(product(i) >> 32); });
+  const uint32_t threshold = random_bits() % 0x10000;
+  uint8_t kept[W / 8 * 64 + 64];
+  T::store_kept(kept, vector_of(a), threshold);
+  for (int i = 0; i < W; ++i) {
+    const uint32_t both = static_cast<uint32_t>(a.v[i]);
+    const uint8_t* at = kept + i / 8 * 64 + i % 8;
+    check_stored("store_kept", at, 1, [&](int) { return (both & 0xffff) >= threshold; });
+    check_stored("store_kept", at + 8, 1, [&](int) { return both >> 16 >= threshold; });
+  }
+}
+
 void test_rounding() {
   const Ints a = random_ints();
   check("to_float", T::to_float(vector_of(a)), [&](int i) { return static_cast<float>(a.v[i]); });
@@ -441,6 +464,7 @@ int run() {
   for (int round = 0; round < 2000; ++round) {
     test_arithmetic();
     test_rounding();
+    test_random_bits();
     test_reductions();
     test_exp2<5>(3e-7);
     test_exp2<3>(8e-5);
