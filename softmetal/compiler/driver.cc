@@ -169,6 +169,8 @@ std::vector<std::string> compile_command(const CompileOptions& options) {
       out.insert(out.end(), {"-g1", "-fsanitize=undefined", "-shared-libsan"});
       break;
   }
+  std::istringstream more(environment("SOFTMETAL_CLANG_FLAGS", ""));
+  for (std::string flag; more >> flag;) out.push_back(flag);
   return out;
 }
 

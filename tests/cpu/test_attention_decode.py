@@ -9,6 +9,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon._quantization.formats import AttentionQuantization, QuantSpec, preset
+from tests.support import quantizer
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -115,12 +116,12 @@ def every_pair(storages):
 
 def draw(B=2, *, T, S, N, K, H, V, dtype="float32"):
     rng = np.random.default_rng(3)
-    q, k, v = (
-        jnp.asarray(rng.standard_normal(shape), dtype)
-        for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V))
-    )
     # Keys and values off center: what they share must cancel, and not cost digits.
-    return q, k + jnp.asarray(2, dtype), v + jnp.asarray(0.5, dtype)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape) + center, dtype)
+        for shape, center in (((B, T, N, H), 0), ((B, S, K, H), 2), ((B, S, K, V), 0.5))
+    )
+    return q, k, v
 
 
 def check(storage, size, oracle, relative_error, *, bar=None, **keywords):
@@ -131,13 +132,18 @@ def check(storage, size, oracle, relative_error, *, bar=None, **keywords):
     if not integers:
         specs = dataclasses.replace(specs, query=None)
     length = keywords.get("key_value_seq_lengths")
-    codes = [
-        x if spec is None else jax_gluon.quantize(x, spec, lengths=length if spec.center else None)
-        for x, spec in ((q, specs.query), (k, specs.key), (v, specs.value))
-    ]
-    out, log_sum_exp = jax_gluon.attention_with_log_sum_exp(*codes, **keywords)
-    exact = [x.dequantize() if isinstance(x, jax_gluon.QuantizedTensor) else x for x in codes]
-    expected = oracle(*(np.asarray(x, np.float32) for x in exact), **keywords)
+
+    @jax.jit
+    def codes_and_attention(*operands):
+        codes = [
+            x if spec is None
+            else jax_gluon.quantize(x, spec, lengths=length if spec.center else None)
+            for x, spec in zip(operands, (specs.query, specs.key, specs.value), strict=True)
+        ]  # fmt: skip
+        return codes, jax_gluon.attention_with_log_sum_exp(*codes, **keywords)
+
+    codes, (out, log_sum_exp) = codes_and_attention(q, k, v)
+    expected = oracle(*map(quantizer.values, codes), **keywords)
     assert relative_error(out, expected.out) <= (
         bar or {"bfloat16": 4e-3, "float16": 5e-4}.get(dtype, 3e-6)
     )

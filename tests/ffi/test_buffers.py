@@ -49,24 +49,30 @@ def test_only_bias_mask_and_scales_broadcast(name, part, of):
         assert "expected" in message
 
 
-@pytest.mark.parametrize(("name", "part", "of"), PARTS)
-def test_every_rank_is_checked(name, part, of):
+# Every part with some, and each with many of the parts, which one function reads.
+RANKS = (
+    (lambda shape: shape[1:], lambda shape: (3, *shape)),
+    (lambda shape: (), lambda shape: (1, *shape)),
+)
+DTYPES = (np.int16, np.uint32, np.complex64)
+
+
+@pytest.mark.parametrize(("name", "part", "of", "i"), [(*x, i) for i, x in enumerate(PARTS)])
+def test_every_rank_is_checked(name, part, of, i):
     call = CALLS[name]()
     shape = getattr(call, part)[of].shape
-    for other in (shape[1:], (1, *shape), (3, *shape), ()):
+    for other in (make(shape) for make in RANKS[i % 2]):
         message = reshaped(part, of, call, other).error()
         assert "expected" in message
 
 
-@pytest.mark.parametrize(("name", "part", "of"), PARTS)
-def test_every_dtype_is_checked(name, part, of):
+@pytest.mark.parametrize(("name", "part", "of", "i"), [(*x, i) for i, x in enumerate(PARTS)])
+def test_every_dtype_is_checked(name, part, of, i):
     call = CALLS[name]()
-    old = getattr(call, part)[of]
-    for dtype in (np.int16, np.uint32, np.complex64):
-        new = old.astype(dtype) if part == "operands" else result(*old.shape, dtype=dtype)
-        getattr(call, part)[of] = new
-        message = call.error()
-        assert f"{part[:-1]} {of} is another type, expected " in message
+    old, dtype = getattr(call, part)[of], DTYPES[i % 3]
+    new = old.astype(dtype) if part == "operands" else result(*old.shape, dtype=dtype)
+    getattr(call, part)[of] = new
+    assert f"{part[:-1]} {of} is another type, expected " in call.error()
 
 
 @pytest.mark.parametrize(("name", "of"), [(c, of) for c, part, of in PARTS if part == "operands"])

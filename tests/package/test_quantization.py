@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import jax_gluon
-from jax_gluon._quantization.codes import rotation, spread
+from jax_gluon._quantization.codes import rotation
 from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
+from tests.support import quantizer
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -51,22 +52,24 @@ def quantize(implementation):
     )
 
 
-def random_rows(seed=0, B=2, S=45, K=3, H=36, dtype=jnp.float32):
+# Tests share compiled programs where they share this shape, with blocks of 8: the last block is
+# short, and the first 32 tokens, of which a center is made, are not all.
+def random_rows(seed=0, B=2, S=37, K=3, H=20, dtype=jnp.float32):
     x = np.random.default_rng(seed).standard_normal((B, S, K, H))
     return jnp.asarray(x * np.linspace(0.01, 10, S)[:, None, None], dtype)
 
 
 def steps(quantized):
     """The scale of each element, in float64."""
-    scale = jnp.asarray(quantized.scale, jnp.float32)
-    return np.asarray(spread(scale, quantized.spec, quantized.shape), np.float64)
+    scale = np.asarray(quantized.scale, np.float64)
+    return quantizer.spread(scale, quantized.spec, quantized.shape)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"), [(x, "float32") for x in FORMATS] + [(x, "bfloat16") for x in EVEN]
 )
 def test_error_is_at_most_half_a_step(name, dtype, quantize):
-    spec = dataclasses.replace(FORMATS[name], block_size=16)
+    spec = dataclasses.replace(FORMATS[name], block_size=8)
     x = random_rows(dtype=dtype)
     quantized = quantize(x, spec)
     assert quantized.shape == x.shape
@@ -87,18 +90,19 @@ def test_error_is_at_most_half_a_step(name, dtype, quantize):
 def test_scales_are_those_of_the_block(name, quantize):
     """In float64: the range of each block over the number of steps, no more than bfloat16 away."""
     spec = dataclasses.replace(FORMATS[name], block_size=8)
-    x = random_rows(S=20, H=20)
+    x = random_rows()
+    (_, S, _, H) = x.shape
     values = np.asarray(x, np.float64)
     if spec.granularity == "tensor":
         low, high = np.broadcast_to(values.min(), (2, 1, 1, 1)), values.max()
     else:
-        token, head = spec.token_block or 20, spec.head_block or 20
+        token, head = spec.token_block or S, spec.head_block or H
         low, high = (
             np.stack([
                 np.stack([
                     extreme(values[:, i : i + token, :, h : h + head], axis=(1, 3))
-                    for h in range(0, 20, head)
-                ], -1) for i in range(0, 20, token)
+                    for h in range(0, H, head)
+                ], -1) for i in range(0, S, token)
             ], 1) for extreme in (np.min, np.max)
         )  # fmt: skip
     lowest, highest = spec.code_range
@@ -120,9 +124,9 @@ def test_scales_are_those_of_the_block(name, quantize):
 @pytest.mark.parametrize("name", FORMATS)
 def test_both_implementations_give_the_same_codes(name):
     rotate = name in EVEN
-    spec = dataclasses.replace(FORMATS[name], block_size=16, center=True, rotate=rotate)
+    spec = dataclasses.replace(FORMATS[name], block_size=8, center=True, rotate=rotate)
     x = random_rows(seed=4) + 1
-    lengths = jnp.asarray([45, 13], jnp.int32)
+    lengths = jnp.asarray([37, 13], jnp.int32)
     a, b = (
         jax_gluon.quantize(x, spec, lengths=lengths, implementation=implementation)
         for implementation in ("cpu", "xla")
@@ -133,12 +137,11 @@ def test_both_implementations_give_the_same_codes(name):
         if left is not None:
             # A mean or a rotation that differs in its last bit may round to the next bfloat16.
             atol = 1 if part == "zero_point" else 1e-5
-            np.testing.assert_allclose(
-                left.astype(jnp.float32), right.astype(jnp.float32), rtol=2**-7, atol=atol
-            )
+            left, right = (np.asarray(x).astype(np.float32) for x in (left, right))
+            np.testing.assert_allclose(left, right, rtol=2**-7, atol=atol)
     same = np.asarray(a.data) == np.asarray(b.data)
     assert same.mean() > 0.97
-    distance = np.abs(np.asarray(a.dequantize()) - np.asarray(b.dequantize()))
+    distance = np.abs(quantizer.values(a) - quantizer.values(b))
     # Rotating back mixes the elements of a row.
     assert (distance <= (4 if rotate else 1.1) * steps(a).max()).all()
     assert distance.mean() <= 0.02 * steps(a).mean()
@@ -182,8 +185,8 @@ def test_nibbles_are_low_first_and_biased(quantize):
 @pytest.mark.parametrize("constant", [3.7, -3e38])
 def test_constant_blocks_are_exact(name, constant, quantize):
     """To the last place of float32, or 2**-16 where the minimum is stored as bfloat16."""
-    spec = dataclasses.replace(FORMATS[name], block_size=4)
-    x = jnp.full((2, 8, 3, 8), constant, jnp.float32)
+    spec = dataclasses.replace(FORMATS[name], block_size=8)
+    x = jnp.full((2, 37, 3, 20), constant, jnp.float32)
     tolerance = 2**-15 if spec.float_minimum and spec.scale_dtype == jnp.bfloat16 else 2e-7
     if spec.scale_dtype == jnp.bfloat16 and not spec.float_minimum:
         tolerance = 2**-7 / 2 if spec.bits == 8 else 2**-3  # half a step: scales round up
@@ -196,10 +199,10 @@ def test_constant_blocks_are_exact(name, constant, quantize):
 def test_no_magnitude_overflows(name, magnitude, quantize):
     """Blocks with both ends of the range, and rows with both; half of them centered."""
     center = name in ODD and magnitude == LARGEST
-    spec = dataclasses.replace(FORMATS[name], block_size=4, center=center)
-    row = np.array([-1, 1, -0.3, 0.2, 0.7, -0.1, 0, 0.9], np.float32)
-    signs = np.array([1, -1, 1, 1, -1, 1, -1, -1], np.float32)[:, None, None]
-    x = jnp.asarray(np.broadcast_to(signs * row * np.float32(magnitude), (2, 8, 3, 8)))
+    spec = dataclasses.replace(FORMATS[name], block_size=8, center=center)
+    row = np.resize(np.array([-1, 1, -0.3, 0.2, 0.7, -0.1, 0, 0.9], np.float32), 20)
+    signs = np.resize(np.array([1, -1, 1, 1, -1, 1, -1, -1], np.float32), 37)[:, None, None]
+    x = jnp.asarray(np.broadcast_to(signs * row * np.float32(magnitude), (2, 37, 3, 20)))
     quantized = quantize(x, spec)
     for leaf in jax.tree.leaves(quantized):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
@@ -210,29 +213,33 @@ def test_no_magnitude_overflows(name, magnitude, quantize):
 
 @every_format(on_metal=ODD)
 def test_an_outlier_stays_in_its_block(name, quantize):
-    spec = dataclasses.replace(FORMATS[name], block_size=4)
-    x = random_rows(S=8, H=8)
-    restored = quantize(x.at[1, 5, 2, 3].set(1e30), spec).dequantize()
+    spec = dataclasses.replace(FORMATS[name], block_size=8)
+    x = np.asarray(random_rows())
+    large = x.copy()
+    large[1, 5, 2, 3] = 1e30
+    restored = np.asarray(quantize(large, spec).dequantize())
     assert np.isfinite(restored).all()
     assert restored[1, 5, 2, 3] == pytest.approx(1e30, rel=0.2)
-    other = quantize(x, spec).dequantize()
+    other = np.asarray(quantize(x, spec).dequantize())
     inside = np.zeros(x.shape, bool)
-    tokens = {1: slice(5, 6), 4: slice(4, 8), 0: slice(None)}[spec.token_block]
-    columns = {1: slice(3, 4), 4: slice(0, 4), 0: slice(None)}[spec.head_block]
+    tokens = {1: slice(5, 6), 8: slice(0, 8), 0: slice(None)}[spec.token_block]
+    columns = {1: slice(3, 4), 8: slice(0, 8), 0: slice(None)}[spec.head_block]
     inside[1, tokens, 2, columns] = True
     if spec.granularity != "tensor":
-        np.testing.assert_array_equal(np.asarray(restored)[~inside], np.asarray(other)[~inside])
+        np.testing.assert_array_equal(restored[~inside], other[~inside])
 
 
 @every_format(on_metal=EVEN)
 @pytest.mark.parametrize("factor", [0, 1])
 def test_a_poisoned_block_dequantizes_to_nan(name, factor, quantize):
-    spec = dataclasses.replace(FORMATS[name], block_size=4)
-    x = factor * random_rows(S=8, H=8)
-    restored = np.asarray(quantize(x.at[1, 5, 2, 3].set(np.nan), spec).dequantize())
+    spec = dataclasses.replace(FORMATS[name], block_size=8)
+    x = np.asarray(factor * random_rows())
+    x = x.copy()
+    x[1, 5, 2, 3] = np.nan
+    restored = np.asarray(quantize(x, spec).dequantize())
     poisoned = np.zeros(x.shape, bool)
-    tokens = {1: slice(5, 6), 4: slice(4, 8), 0: slice(None)}[spec.token_block]
-    columns = {1: slice(3, 4), 4: slice(0, 4), 0: slice(None)}[spec.head_block]
+    tokens = {1: slice(5, 6), 8: slice(0, 8), 0: slice(None)}[spec.token_block]
+    columns = {1: slice(3, 4), 8: slice(0, 8), 0: slice(None)}[spec.head_block]
     poisoned[1, tokens, 2, columns] = True
     if spec.granularity == "tensor":
         poisoned[:] = True
@@ -248,7 +255,7 @@ def test_center_is_the_median_of_the_first_finite_values_inside_the_lengths(
     lengths = jnp.asarray([length, 0], jnp.int32)
     rows = quantize(x, QuantSpec(center=True), lengths=lengths)
     expected = lower_median(np.asarray(x)[0, : min(length, 32)])
-    assert rows.center.shape == (2, 1, 3, 36)
+    assert rows.center.shape == (2, 1, 3, 20)
     np.testing.assert_array_equal(rows.center[0, 0], expected)
     assert not rows.center[1].any()
 
@@ -332,6 +339,6 @@ def test_no_gradient_flows_through(quantize):
 
 
 def test_strict_modes(strict_modes, quantize):
-    for name in EVEN:
+    for name in list(FORMATS)[::4]:  # each width, granularity and way
         spec = dataclasses.replace(FORMATS[name], center=True, block_size=5)
         assert np.isfinite(quantize(random_rows(S=7, H=6), spec).dequantize()).all()

@@ -16,6 +16,7 @@ from jax_gluon._quantization.formats import (
     QuantSpec,
     preset,
 )
+from tests.support import quantizer
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -67,16 +68,20 @@ def check(
             q, k, v, bias, quantization=specs, implementation=implementation, **keywords
         )
 
-    (out, log_sum_exp), pullback = jax.vjp(attention, q, k, v, bias)
-    d_lse = jnp.zeros_like(log_sum_exp)
-    d_query, d_key, d_value, d_bias = pullback((d_out, d_lse))
-    exact = [
-        x if spec is None
-        else jax_gluon.quantize(
-            x, spec, lengths=lengths, implementation=implementation
-        ).dequantize()
-        for x, spec, lengths in zip((q, k, v), specs_of(specs), (rows, keys, keys), strict=True)
-    ]  # fmt: skip
+    @jax.jit
+    def results(*arrays):
+        (out, log_sum_exp), pullback = jax.vjp(attention, *arrays)
+        codes = [
+            x if spec is None
+            else jax_gluon.quantize(x, spec, lengths=lengths, implementation=implementation)
+            for x, spec, lengths in zip(
+                arrays[:3], specs_of(specs), (rows, keys, keys), strict=True
+            )
+        ]  # fmt: skip
+        return out, log_sum_exp, pullback((d_out, jnp.zeros_like(log_sum_exp))), codes
+
+    out, log_sum_exp, (d_query, d_key, d_value, d_bias), codes = results(q, k, v, bias)
+    exact = map(quantizer.values, codes)
     expected = oracle(*exact, bias, **keywords, d_out=d_out)
     assert relative_error(out, expected.out) <= limits[0]
     seen = np.isfinite(expected.log_sum_exp)
@@ -128,16 +133,21 @@ def test_centered_and_rotated(bits, rotate, center, oracle, relative_error, rand
     specs = AttentionQuantization(query, key, QuantSpec(bits, center=center, rotate=rotate[0]))
     q, k, v, d_out = random_operands(**SHAPE)
     limits = 8e-3, 1e-2
-    out, pullback = jax.vjp(
-        lambda *x: jax_gluon.dot_product_attention(*x, quantization=specs), q, k, v
-    )
-    exact = [
-        jax_gluon.quantize(x, spec).dequantize()
-        for x, spec in zip((q, k, v), specs_of(specs), strict=True)
-    ]
-    expected = oracle(*exact, d_out=d_out)
+
+    @jax.jit
+    def results(*arrays):
+        out, pullback = jax.vjp(
+            lambda *x: jax_gluon.dot_product_attention(*x, quantization=specs), *arrays
+        )
+        codes = [
+            jax_gluon.quantize(x, spec) for x, spec in zip(arrays, specs_of(specs), strict=True)
+        ]
+        return out, pullback(d_out), codes
+
+    out, gradients, codes = results(q, k, v)
+    expected = oracle(*map(quantizer.values, codes), d_out=d_out)
     assert relative_error(out, expected.out) <= limits[0]
-    for gradient, exact in zip(pullback(d_out), expected[2:5], strict=True):
+    for gradient, exact in zip(gradients, expected[2:5], strict=True):
         assert relative_error(gradient, exact) <= limits[1]
 
 

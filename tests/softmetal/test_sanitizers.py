@@ -69,7 +69,7 @@ PLANTED = {
 }
 
 
-def run(sanitizer: str, body: str) -> subprocess.CompletedProcess[str]:
+def run(sanitizer: str, body: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Two threadgroups of 64 threads, in a process of its own."""
     import softmetal
 
@@ -80,7 +80,7 @@ def run(sanitizer: str, body: str) -> subprocess.CompletedProcess[str]:
     kernel(grid=2, threads=64, workers=1, buffers=[out, numbers])
     print("finished")
     """
-    environment = softmetal.sanitizer_environment(sanitizer)
+    environment = softmetal.sanitizer_environment(sanitizer) | variables
     environment["PYTHONPATH"] = softmetal.__file__.rpartition("/")[0]
     # numpy arrays from malloc, so that their ends are known.
     environment["PYTHONMALLOC"] = "malloc"
@@ -105,6 +105,17 @@ def test_a_sound_kernel_is_silent(sanitizer):
 def test_a_planted_bug_is_reported_at_its_line(sanitizer, bug):
     body, kind, line = PLANTED[sanitizer][bug]
     finished = run(sanitizer, body)
+    assert kind in finished.stderr, finished.stderr[-2000:]
+    assert f"program_source:{line}" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "bug"), [("address", "past_a_threadgroup_array"), ("undefined", "overflow")]
+)
+def test_flags_add_a_sanitizer_to_another(sanitizer, bug):
+    """Both report, as tests/metal/shaders/test_sanitizers.py runs every kernel."""
+    body, kind, line = PLANTED[sanitizer][bug]
+    finished = run("address", body, SOFTMETAL_CLANG_FLAGS="-O0 -fsanitize=undefined")
     assert kind in finished.stderr, finished.stderr[-2000:]
     assert f"program_source:{line}" in finished.stderr
 

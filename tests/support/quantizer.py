@@ -127,3 +127,11 @@ def dequantize(x: QuantizedTensor) -> np.ndarray[Any, Any]:
     else:
         codes = codes * scale
     return codes if x.center is None else codes + np.asarray(x.center, np.float64)
+
+
+def values(x: Any) -> np.ndarray[Any, Any]:
+    """The array that `x`, codes or floats, stands for, in float64; not rotated."""
+    if not isinstance(x, QuantizedTensor):
+        return np.asarray(x).astype(np.float64)
+    restored = dequantize(x)
+    return restored @ rotation(x.head_dim).T if x.spec.rotate else restored
