@@ -116,12 +116,10 @@ def check_arguments(
     """Check the arguments of the public function that `check` names.
 
     **Raises:** `TypeError` and `ValueError` that name the function, the argument, what was found
-    and what is allowed; `NotImplementedError` for dropout and sinks; `RuntimeError` for
-    `implementation="metal"`. Warns of a concrete bias that a soft cap keeps from hiding keys.
+    and what is allowed; `RuntimeError` for `implementation="metal"`. Warns of a concrete bias that
+    a soft cap keeps from hiding keys.
     """
     _check_names(check, quantization, implementation, kernel)
-    if sinks is not None:
-        check.not_available("sinks", "set", "None: attention sinks are not supported")
 
     named = (("query", query), ("key", key), ("value", value))
     arrays = {name: _operand(check, name, x) for name, x in named}
@@ -143,6 +141,7 @@ def check_arguments(
         _lengths(check, "query_seq_lengths", query_seq_lengths, B, T),
         _lengths(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
         _query_offset(check, query_offset, B),
+        _sinks(check, sinks, N, is_float64),
         _of_tokens(check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)),
         _of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
         _dropout_seeds(check, dropout_rate, dropout_rng, broadcast_dropout, B),
@@ -489,6 +488,17 @@ def _of_tokens(
         for (name, x), tokens in zip(given.items(), (T, S), strict=True)
     )
     return first, second
+
+
+def _sinks(check: Checker, sinks: Any, heads: int, is_float64: bool) -> jax.Array | None:
+    if sinks is None:
+        return None
+    array = check.float_array("sinks", sinks)
+    if array.shape != (heads,):
+        allowed = f"a logit for each query head, [N] = [{heads}]"
+        check.value_error("sinks", f"of shape {list(array.shape)}", allowed)
+    # With a batch axis, as vmap's axes come before one in a call of the plugin.
+    return jnp.expand_dims(array.astype(jnp.float64 if is_float64 else jnp.float32), 0)
 
 
 def _is_integer(array: jax.Array) -> bool:

@@ -30,6 +30,7 @@ from jax_gluon._problem import (
     Residuals,
     compute_dtype,
 )
+from jax_gluon._problem import log_sum_exp as natural_log_sum_exp
 from jax_gluon._quantization.formats import (
     AttentionQuantization,
     Preset,
@@ -128,11 +129,13 @@ def dot_product_attention(
       the dequantized operands, and backward keeps the codes. None computes with the operands as
       given.
     - `logits_soft_cap`: positive c, which turns a logit x into `c * tanh(x / c)`.
+    - `sinks`: float `[N]`, a logit for each query head that is in the denominator of the softmax
+      alone, after scale and soft cap: `P = exp(x) / (exp(sink) + sum exp(x))`. It takes a gradient.
+      -inf is no sink.
     - `dropout_rate`, `dropout_rng`: the part of the probabilities, in `[0, 1)`, that is dropped
       after the softmax, and the key that says which, as `dropout_mask` does; the others are divided
       by `1 - dropout_rate`. The log-sum-exp is that of all. With `broadcast_dropout` all heads of
       all batch entries drop alike.
-    - `sinks`: only None is supported.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.
@@ -150,9 +153,9 @@ def dot_product_attention(
     backward takes from forward, which then runs once.
 
     **Returns:** the output, query's shape with V for H and query's dtype; with `return_residual` a
-    pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, -inf where a
-    row sees no key, through which no gradient flows (`attention_with_log_sum_exp` has one that it
-    does flow through).
+    pair of it and the natural log-sum-exp `[B, T, N]` (or `[T, N]`) of key's dtype, with the sink
+    among its terms, -inf where a row has none, through which no gradient flows
+    (`attention_with_log_sum_exp` has one that it does flow through).
 
     **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
     allowed; `NotImplementedError` and `RuntimeError` for choices that this build does not have;
@@ -216,7 +219,7 @@ def attention_with_log_sum_exp(
 
     **Returns:** the output of `dot_product_attention`, and the natural log-sum-exp of each row,
     float32 (float64 for float64 operands) `[B, T, N]` or `[T, N]`: -inf, with gradient 0, where a
-    row sees no key.
+    row sees no key, but the sink where there is one.
 
     **Raises:** as `dot_product_attention`.
 
@@ -357,9 +360,10 @@ def run(
     if 0 in (B, T, S):
         query = jax.tree.leaves(operands.query)[0]
         out = jnp.zeros_like(query, dtype, (B, T, N, V))
-        log_sum_exp = jnp.full_like(
+        empty = jnp.full_like(
             query, EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32"), (B, T, N)
         )
+        log_sum_exp = natural_log_sum_exp(jnp.zeros_like(empty), empty, operands.sinks, 1.0)
     else:
         query, problem = operands.query, arguments.problem
         if problem.implementation != "xla" and _native.has_plugin():
@@ -418,10 +422,12 @@ def _attend_backward(
         return None if is_given else gradient.astype(x.dtype)
 
     d_query, d_key, d_value = map(of, residuals.operands[:3], problem.quantization, gradients)
-    d_bias = None
+    d_bias = d_sinks = None
     if residuals.operands.bias is not None:
         d_bias = _lowering.backward_bias(problem, residuals, d_out, d_log_sum_exp)
-    return (cast(Any, AttentionOperands)(d_query, d_key, d_value, d_bias),)
+    if residuals.operands.sinks is not None:
+        d_sinks = _lowering.backward_sinks(problem, residuals, d_out, d_log_sum_exp)
+    return (cast(Any, AttentionOperands)(d_query, d_key, d_value, d_bias, sinks=d_sinks),)
 
 
 _with_gradient = cast(Any, jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1)))

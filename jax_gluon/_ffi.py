@@ -20,7 +20,13 @@ from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
 from jax_gluon._operands import quantize_operands, with_codes
-from jax_gluon._problem import AttentionProblem, Operands, Residuals, log_sum_exp
+from jax_gluon._problem import (
+    AttentionProblem,
+    Operands,
+    Residuals,
+    log_sum_exp,
+    sinks_gradient,
+)
 from jax_gluon._quantization.codes import unrotated
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._visible_tokens import visible_tokens
@@ -75,6 +81,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "soft_cap": np.float32(problem.soft_cap or 0.0),
         "dropout_scale": np.float32(1.0 / (1.0 - problem.dropout_rate)),
         **_problem_attributes(problem, operands),
+        "has_sinks": np.int64(operands.sinks is not None),
     }
 
 
@@ -182,7 +189,7 @@ def forward(
         *_arguments(given), *(x for x in visible if x is not None), **attributes
     )
     residuals = Residuals(with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
-    return log_sum_exp(row_maximum, log2_sum, math.log(2.0)), residuals
+    return log_sum_exp(row_maximum, log2_sum, operands.sinks, math.log(2.0)), residuals
 
 
 def _backward_call(
@@ -235,6 +242,12 @@ def backward_bias(
     assert bias is not None
     result = jax.ShapeDtypeStruct(bias.shape, bias.dtype)
     return _backward_call("backward_bias", result, problem, residuals, d_out, d_log_sum_exp)
+
+
+def backward_sinks(
+    residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None
+) -> jax.Array:
+    return sinks_gradient(residuals, d_out, d_log_sum_exp, math.log(2.0))
 
 
 def quantize(

@@ -242,7 +242,7 @@ class QuantizedKVCache:
         `capacity - window - block + 2`, with the larger token block.
 
         **Arguments:** `query`: `[B, T, N, H]`, appended before. The rest, `query_seq_lengths`,
-        `quantization` (of the query, in place of the cache's) and `kernel` included, as
+        `quantization` (of the query, in place of the cache's), `sinks` and `kernel` included, as
         `jax_gluon.dot_product_attention`.
 
         **Returns:** `[B, T, N, V]` of query's dtype.
@@ -284,10 +284,11 @@ class QuantizedKVCache:
         )
         base = jnp.maximum(self.length - 1, 0) // self.capacity * self.capacity
         older = jnp.minimum(base, self.capacity)  # 0 in the first lap
-        return _merge(
-            _attend(arguments, first - base, self.length - base),
-            _attend(arguments, first - base + self.capacity, older),
-        )
+        newer = _attend(arguments, first - base, self.length - base)
+        # The sinks are among the terms of one lap.
+        operands = arguments.operands._replace(sinks=None)
+        arguments = dataclasses.replace(arguments, operands=operands)
+        return _merge(newer, _attend(arguments, first - base + self.capacity, older))
 
 
 def _attend(

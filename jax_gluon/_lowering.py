@@ -142,6 +142,24 @@ def backward_bias(
     )
 
 
+@jit(0)
+def backward_sinks(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> jax.Array:
+    """Gradient of the sinks, which takes no kernel."""
+    return _on_platform(
+        problem.implementation,
+        _ffi.backward_sinks,
+        xla.backward_sinks,
+        residuals,
+        d_out,
+        d_log_sum_exp,
+    )
+
+
 def _on_platform(
     implementation: str | None,
     native: Callable[..., _Result],

@@ -55,7 +55,7 @@ _Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor, covariant=True)
 
 
 class AttentionOperands(NamedTuple, Generic[_Rows]):
-    """The arrays of a problem, all of rank 4 but the lengths.
+    """The arrays of a problem, all of rank 4 but those of numbers for each entry or head.
 
     query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
     or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
@@ -63,7 +63,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     they are used. Row i stands at position `i + query_offset[b]` (int32 `[B]`; None: 0), in which
     causal and window are meant; or rows and keys stand at `positions` (int32 `[B, T]` and
     `[B, S]`). A row sees keys of its segment only, where there are `segment_ids` (likewise).
-    `dropout_seeds` (int32 `[B, 4]`) are there where the problem's `dropout_rate` is not 0.
+    `sinks` `[1, N]`, float32 (float64 for float64 operands), are logits that are in the denominator
+    alone. `dropout_seeds` (int32 `[B, 4]`) are there where the problem's `dropout_rate` is not 0.
     """
 
     query: _Rows
@@ -74,6 +75,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
     query_offset: jax.Array | None = None
+    sinks: jax.Array | None = None
     segment_ids: tuple[jax.Array, jax.Array] | None = None
     positions: tuple[jax.Array, jax.Array] | None = None
     dropout_seeds: jax.Array | None = None
@@ -97,8 +99,41 @@ def compute_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == jnp.float64 else np.float32)
 
 
-def log_sum_exp(row_maximum: jax.Array, log_sum: jax.Array, unit: float) -> jax.Array:
-    """The natural log-sum-exp of parts in multiples of `unit`; finite where a row sees no key."""
+def log_sum_exp(
+    row_maximum: jax.Array, log_sum: jax.Array, sinks: jax.Array | None, unit: float
+) -> jax.Array:
+    """The natural log-sum-exp of parts in multiples of `unit`; finite where a row sees no key.
+
+    That of such a row is its sink, if there is one: the parts do not know of it.
+    """
     empty = jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum.dtype)
     natural = (row_maximum + log_sum) * jnp.asarray(unit, log_sum.dtype)
-    return jnp.where(log_sum == empty, empty, natural)
+    of_empty = empty
+    if sinks is not None:
+        of_empty = jnp.maximum(sinks[:, None].astype(log_sum.dtype), empty)
+    return jnp.where(log_sum == empty, of_empty, natural)
+
+
+def sinks_gradient(
+    residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None, unit: float
+) -> jax.Array:
+    """The gradient of the sinks, of their shape and dtype; parts are in multiples of `unit`.
+
+    A sink is a key whose value is 0: `sum P (d_log_sum_exp - rowsum(dO * O))` over its rows.
+    """
+    sinks, dtype = residuals.operands.sinks, residuals.log_sum.dtype
+    assert sinks is not None
+    is_empty = residuals.log_sum == jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, dtype)
+    logit = sinks[:, None].astype(dtype)
+    # In this order: the logarithm of the sum would vanish in a large maximum.
+    above = logit * jnp.asarray(1 / unit, dtype) - residuals.row_maximum
+    above -= jnp.where(is_empty, 0.0, residuals.log_sum)
+    p = jnp.exp(above * jnp.asarray(unit, dtype))
+    p = jnp.where(is_empty, (logit > -jnp.inf).astype(dtype), p)
+    d_logit = -jnp.sum(d_out.astype(dtype) * residuals.out.astype(dtype), axis=-1)
+    # The output of a row that sees no key is 0 whatever its cotangent is.
+    d_logit = jnp.where(is_empty, 0.0, d_logit)
+    if d_log_sum_exp is not None:
+        d_logit += d_log_sum_exp
+    d_sinks = jnp.sum(jnp.where(p == 0, 0.0, p * d_logit), axis=(0, 1))
+    return d_sinks[None].astype(sinks.dtype)

@@ -17,7 +17,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon._arguments import Implementation
 from jax_gluon._attention import dot_product_attention
@@ -38,6 +39,7 @@ def attention_fn(
     quantization: Preset | AttentionQuantization | None = None,
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
+    sinks: ArrayLike | Callable[[], ArrayLike] | None = None,
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.linen` and `flax.nnx` multi-head attention modules.
 
@@ -49,7 +51,10 @@ def attention_fn(
     `jax_gluon.dropout_mask`: of Flax's rate, with other bits than Flax draws from the same key.
 
     **Arguments:** as `jax_gluon.dot_product_attention`, and used in every call. Causal masking
-    applies where `is_causal` is set here or in the call.
+    applies where `is_causal` is set here or in the call. `sinks` are an array, which is a constant
+    and must not be traced; or a function that each call asks for them, as `lambda: sinks` where
+    `sinks` is a parameter of the linen module that makes this function when it is called. They then
+    take a gradient. A function must not close over an nnx module, of which nnx makes copies.
 
     **Returns:** the function, which is equal to others of equal options, hashable and picklable. It
     raises `ValueError` for causal masking or a window with one query over several keys: in
@@ -71,8 +76,9 @@ def attention_fn(
     if isinstance(window, list):
         window = tuple(cast(list[int], window))
     return _AttentionFn(
-        is_causal, window, scale, logits_soft_cap, quantization, implementation, kernel
-    )
+        is_causal, window, scale, logits_soft_cap, quantization, implementation, kernel,
+        _hashable(sinks),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,7 @@ class _AttentionFn:
     quantization: Preset | AttentionQuantization | None
     implementation: Implementation | None
     kernel: KernelWishes
+    sinks: tuple[float, ...] | Callable[[], ArrayLike] | None
 
     # Linen passes only the keywords that it finds in the signature, by name: each is spelled out.
     def __call__(
@@ -155,6 +162,7 @@ class _AttentionFn:
             quantization=self.quantization,
             implementation=self.implementation,
             kernel=self.kernel,
+            sinks=_given(self.sinks),
         )
         return jnp.reshape(out, (*query.shape[:-1], value.shape[-1]))
 
@@ -170,6 +178,24 @@ class _AttentionFn:
         if self.local_window_size is not None:
             found = f"{self.local_window_size} {where}"
             _CHECK.value_error("local_window_size", found, "None, with the window in the mask")
+
+
+def _hashable(sinks: Any) -> tuple[float, ...] | Callable[[], ArrayLike] | None:
+    if sinks is None or callable(sinks):
+        return cast(Any, sinks)
+    if isinstance(sinks, Tracer):
+        _CHECK.type_error("sinks", "traced", "a function that returns it, or a concrete array")
+    array = _CHECK.float_array("sinks", sinks)
+    if array.ndim != 1:
+        _CHECK.value_error("sinks", f"of shape {list(array.shape)}", "a logit for each query head")
+    return tuple(np.asarray(array, np.float64).tolist())
+
+
+def _given(sinks: tuple[float, ...] | Callable[[], ArrayLike] | None) -> ArrayLike | None:
+    if callable(sinks):
+        return sinks()
+    # Rounded to float32 already, unless JAX is in x64 mode.
+    return None if sinks is None else jnp.asarray(sinks, float)
 
 
 def _common_dtype(*arrays: jax.Array) -> jnp.dtype[Any]:

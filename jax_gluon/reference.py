@@ -192,10 +192,17 @@ def _attend(
 
     is_empty = ~jnp.any(visible, axis=-1, keepdims=True)
     largest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-jnp.inf)
-    maximum = jax.lax.stop_gradient(jnp.where(is_empty, 0.0, largest))
+    sinks = jnp.full((1, N), -jnp.inf) if operands.sinks is None else operands.sinks
+    sinks = sinks.astype(dtype).reshape(1, K, N // K, 1, 1)
+    has_sink = sinks != -jnp.inf
+    maximum = jnp.maximum(jnp.where(is_empty, 0.0, largest), sinks)
+    maximum = jax.lax.stop_gradient(maximum)
+    is_empty &= ~has_sink
     # The inner `where` keeps the exponential, and with it the gradient, of a hidden score finite.
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - maximum, 0.0)), 0.0)
-    total = jnp.where(is_empty, 1.0, jnp.sum(weights, axis=-1, keepdims=True))
+    of_sink = jnp.where(has_sink, jnp.exp(jnp.where(has_sink, sinks - maximum, 0.0)), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + of_sink
+    total = jnp.where(is_empty, 1.0, total)
     probabilities, met = weights / total, visible
     if operands.dropout_seeds is not None:
         rows, first = jnp.arange(T, dtype=jnp.int32), jnp.zeros((), jnp.int32)

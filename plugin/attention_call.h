@@ -137,6 +137,9 @@ struct AttentionCall {
   // which causal and window are meant. Any value is legal.
   const int32_t* query_offset = nullptr;
   std::vector<int64_t> query_offset_offset;
+  // Optional, float32, [B, N], stride N: a logit of each query head that is in the denominator of
+  // the softmax alone.
+  Operand sinks;
   // Both or neither: a row sees keys of its segment. [B, T] and [B, S], of any value.
   TokenIntegers query_segment_ids, key_value_segment_ids;
   // Both or neither, in place of indices: what causal and window are meant in.
@@ -184,7 +187,7 @@ struct AttentionForwardCall : AttentionCall {
   // What runs first: the quantizer, whose results are operands of this call.
   std::vector<QuantizeCall> quantize;
   Result out;                    // [B, T, N, V], float
-  Result row_maximum, log2_sum;  // [B, T, N], float32: see kEmptyRowLog2Sum
+  Result row_maximum, log2_sum;  // [B, T, N], float32, sinks included: see kEmptyRowLog2Sum
 };
 
 struct AttentionBackwardCall : AttentionCall {

@@ -19,7 +19,7 @@ constexpr int64_t blocks_of(int64_t extent, int64_t size) {
 // A row's log-sum-exp is kept in base 2, in two parts: a maximum of its logits, and log2 of the sum
 // of exp2(logit - maximum). One float32 could not hold the second beside a maximum of -1e9. A row
 // that sees no key stores 0 and this finite value (infinity would trip jax_debug_infs); the Python
-// side turns it into -inf.
+// side turns it into the row's sink, or into -inf.
 constexpr float kEmptyRowLog2Sum = -3.0e38f;
 
 // A bias below this hides its key like -inf: its logit may not be finite in base 2.

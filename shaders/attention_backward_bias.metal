@@ -58,7 +58,6 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
         if (refines_delta() && p.finds_statistics == 0 && row < p.T) {
           rows.statistics = statistics[at];
         }
-        DeltaRemainder remainder = {0.0f, 0.0f};
         // A tile of its own keys starts at a multiple of kTileRows; `start` may only say so too.
         const Range walked = {sums_keys ? block_keys.begin : key_begin, block_keys.end};
         for (int key0 = tiles.start(keys, values, walked, thread_index); key0 < block_keys.end;
@@ -75,12 +74,12 @@ kernel void attention_backward_bias(JAX_GLUON_OPERANDS, JAX_GLUON_COTANGENTS,
                   score_gradient(p, rules, rows.statistics, own + i, made.is_seen[i],
                                  made.product[i], made.probability_gradient[i]);
               sum[sums_keys ? 0 : t][i] += score.gradient();
-              if (refines_delta()) remainder.add(score);
+              if (refines_delta()) rows.remainder.add(score);
             }
           }
         }
         if (refines_delta() && p.finds_statistics != 0) {
-          rows.statistics.delta += remainder.of_row(rows.log_sum_exp_gradient);
+          rows.statistics.delta += rows.remainder.of_row(rows.log_sum_exp_gradient);
           if (row < p.T && place.column == 0) statistics[at] = rows.statistics;
         }
       }

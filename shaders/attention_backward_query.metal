@@ -15,9 +15,8 @@ struct QueryGradientRows {
   BackwardRows<M, D> rows;
   Matrix<float> sum[D / 8];              // dS K
   Matrix<float> probability_sum[D / 8];  // P K, where delta is refined; P times the cap's slope
-  DeltaRemainder remainder;
-  float gradient_sum;  // of the lane's elements of dS
-  float weight_sum;    // of the lane's elements of P, times the slope
+  float gradient_sum;                    // of the lane's elements of dS
+  float weight_sum;                      // of the lane's elements of P, times the slope
   Rows queries;
   Rows keys;
   Rows values;
@@ -45,7 +44,6 @@ struct QueryGradientRows {
     for (int d = 0; d < D / 8; ++d) {
       sum[d] = probability_sum[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
-    remainder = {0.0f, 0.0f};
     gradient_sum = weight_sum = 0.0f;
     rules = head_rules.row(p, row);
     block_keys = visibility.of_rows({block_row, min(block_row + kBlockRows, p.T)});
@@ -71,7 +69,7 @@ struct QueryGradientRows {
       if (refines_delta()) {
         weights[i] = score.probability * score.slope;
         weight_sum += weights[i];
-        remainder.add(score);
+        rows.remainder.add(score);
       }
     }
     const Matrix<M> left = matrix_of<M>(gradients[0], gradients[1]);
@@ -93,15 +91,16 @@ struct QueryGradientRows {
     const Place place(lane);
     float total = row_sum(gradient_sum), rest = 0.0f;
     if (refines_delta()) {
-      rest = remainder.of_row(rows.log_sum_exp_gradient);
+      rest = rows.remainder.of_row(rows.log_sum_exp_gradient);
       rows.statistics.delta += rest;
       total -= rest * row_sum(weight_sum);
     }
     if (row >= p.T) return;
     if (place.column == 0) statistics[(Int64(b) * p.N + n) * p.T + row] = rows.statistics;
-    // The center's part is exactly 0 unless logits were capped or the log-sum-exp has a gradient.
-    const bool adds_center =
-        keys.has_center() && (p.soft_cap != 0.0f || p.has_log_sum_exp_gradient != 0);
+    // The center's part is exactly 0 unless logits were capped, the log-sum-exp has a gradient, or
+    // there is a sink.
+    const bool adds_center = keys.has_center() && (p.soft_cap != 0.0f || p.has_sinks != 0 ||
+                                                   p.has_log_sum_exp_gradient != 0);
     const Int64 index = ((Int64(b) * p.T + row) * p.N + n) * p.H;
     for (int d = 0; 8 * d < p.H; ++d) {
       for (int i = 0; i < 2; ++i) {

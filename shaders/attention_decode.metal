@@ -90,6 +90,7 @@ kernel void attention_decode_combine(
     sum += one.sum * exp2(one.maximum - subtracted);
   }
   const bool is_empty = maximum == -INFINITY && !isnan(sum);
+  const RowTotal total = total_of(sum, subtracted, sink_of(operands, b, k * heads + row % heads));
   const Int64 index = (Int64(b) * p.T + row / heads) * p.N + k * heads + row % heads;
   for (int column = thread_index; column < p.V; column += kThreads) {
     float x = 0.0f;
@@ -99,12 +100,12 @@ kernel void attention_decode_combine(
       const float weight = exp2(partial[at].maximum - subtracted);
       if (weight != 0.0f) x += weight * partial_out[at * p.V + column];
     }
-    x = is_empty ? 0.0f : x / sum + values.center_at(column);
+    x = is_empty ? 0.0f : x / total.divisor + values.center_at(column) * total.share;
     store_float(out, p.out_type, index * p.V + column, x);
   }
   if (thread_index == 0) {
-    row_maximum[index] = is_empty ? 0.0f : maximum;
-    log2_sum[index] = is_empty ? JAX_GLUON_EMPTY_ROW_LOG2_SUM : log2(sum);
+    row_maximum[index] = is_empty ? 0.0f : total.maximum;
+    log2_sum[index] = is_empty ? JAX_GLUON_EMPTY_ROW_LOG2_SUM : total.log2_sum;
   }
 }
 

@@ -39,28 +39,33 @@ struct ForwardRows {
     seen = visibility.of_rows({first_row, min(first_row + 8, p.T)});
   }
 
-  void store(thread const AttentionParameters& p, device uchar* out, device float* row_maximum,
+  void store(thread const Operands& operands, device uchar* out, device float* row_maximum,
              device float* log2_sum, ushort lane) thread {
+    thread const AttentionParameters& p = *operands.parameters;
     const Place place(lane);
-    const float total = softmax.total();
+    const float sum = softmax.total();
     if (row >= p.T) return;
     // NaN is not empty.
-    const bool is_empty = softmax.maximum == -INFINITY && !isnan(total);
+    const bool is_empty = softmax.maximum == -INFINITY && !isnan(sum);
+    RowTotal total = {sum, 1.0f, 0.0f, JAX_GLUON_EMPTY_ROW_LOG2_SUM};
+    if (!is_empty) {
+      const float center = needs_whole_logits(p) ? 0.0f : softmax.center;
+      total = total_of(sum, softmax.maximum + center, sink_of(operands, b, n));
+    }
     const Int64 index = (Int64(b) * p.T + row) * p.N + n;
     for (int d = 0; 8 * d < p.V; ++d) {
-      const float2 x = softmax.result(values, d, total, lane);
+      const float2 x = softmax.result(values, d, total.divisor, lane);
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * d + place.column + i;
         if (column >= p.V) continue;
-        const bool lacks_center = !is_empty && !values.adds_center;
-        const float center = lacks_center ? values.center_at(column) : 0.0f;
+        const bool adds_center = !is_empty && !values.adds_center;
+        const float center = adds_center ? values.center_at(column) * total.share : 0.0f;
         store_float(out, p.out_type, index * p.V + column, x[i] * p.dropout_scale + center);
       }
     }
     if (place.column == 0) {
-      const float center = needs_whole_logits(p) ? 0.0f : softmax.center;
-      row_maximum[index] = is_empty ? 0.0f : softmax.maximum + center;
-      log2_sum[index] = is_empty ? JAX_GLUON_EMPTY_ROW_LOG2_SUM : log2(total);
+      row_maximum[index] = total.maximum;
+      log2_sum[index] = total.log2_sum;
     }
   }
 };
@@ -87,7 +92,7 @@ kernel void attention_forward(JAX_GLUON_OPERANDS, JAX_GLUON_FORWARD_OUTPUTS, JAX
     rows.softmax.attend(p, rows.rules, rows.seen, key0, tiles, keys, values, values_are_dirty,
                         lane);
   }
-  rows.store(p, out, row_maximum, log2_sum, lane);
+  rows.store(JAX_GLUON_MAKE_OPERANDS, out, row_maximum, log2_sum, lane);
 }
 
 template <typename M, int D>
@@ -127,7 +132,7 @@ kernel void attention_forward_gluon(JAX_GLUON_OPERANDS, JAX_GLUON_FORWARD_OUTPUT
     }
     ring.advance(keys, values, i, thread_index);
   }
-  rows.store(p, out, row_maximum, log2_sum, lane);
+  rows.store(JAX_GLUON_MAKE_OPERANDS, out, row_maximum, log2_sum, lane);
 }
 
 JAX_GLUON_INSTANTIATE_ALL(attention_forward, float)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "key_value_tiles.h"
+#include "sink.h"
 
 // clang-format off
 #define JAX_GLUON_COTANGENTS                                                                       \
@@ -136,6 +137,7 @@ struct BackwardRows {
   Matrix<M> out_gradient[D / 8];
   RowStatistics statistics;    // of the lane's row
   float log_sum_exp_gradient;  // likewise
+  DeltaRemainder remainder;    // what the sink, a key whose value is 0, adds to it
 
   void start(thread const Operands& operands, thread const Cotangents& cotangents, int b, int n,
              int token, ushort lane) thread {
@@ -149,7 +151,7 @@ struct BackwardRows {
     const int out_size = p.out_type == kF32 ? 4 : 2;
     device const uchar* out_rows =
         cotangents.out + (operands.batch_offset(kOutBatch, b) + n * p.V) * out_size;
-    float center = 0.0f, delta = 0.0f;
+    float center = 0.0f, delta = 0.0f, value_center = 0.0f;
     for (int d = 0; d < D / 8; ++d) {
       float q[2] = {0.0f, 0.0f}, g[2] = {0.0f, 0.0f};
       for (int i = 0; is_inside && i < 2; ++i) {
@@ -161,7 +163,12 @@ struct BackwardRows {
         if (column < p.V) {
           g[i] = gradients.value(token, column);
           const float x = load_float(out_rows, p.out_type, token * gradients.stride + column);
-          delta += g[i] * (values.adds_center ? x : x - values.center_at(column));
+          if (values.adds_center) {
+            delta += g[i] * x;
+          } else {
+            delta += g[i] * (x - values.center_at(column));
+            if (p.has_sinks != 0) value_center += g[i] * values.center_at(column);
+          }
         }
       }
       query[d] = matrix_of<M>(q[0], q[1]);
@@ -171,6 +178,8 @@ struct BackwardRows {
     delta = row_sum(delta);
     statistics = {0.0f, JAX_GLUON_EMPTY_ROW_LOG2_SUM, 0.0f, 0.0f};
     log_sum_exp_gradient = 0.0f;
+    remainder = {0.0f, 0.0f};
+    if (p.has_sinks != 0) value_center = row_sum(value_center);
     if (!is_inside) return;
     const Int64 at = Int64(token) * p.N + n;
     statistics.maximum = cotangents.row_maximum[operands.batch_offset(kRowMaximumBatch, b) + at];
@@ -180,6 +189,13 @@ struct BackwardRows {
           cotangents.log_sum_exp_gradient[operands.batch_offset(kLogSumExpGradientBatch, b) + at];
     }
     statistics.delta = delta - log_sum_exp_gradient;
+    if (p.has_sinks != 0 && place.column == 0 &&
+        statistics.log2_sum != JAX_GLUON_EMPTY_ROW_LOG2_SUM) {
+      const float sink = sink_of(operands, b, n);
+      const float probability = exp2((sink - statistics.maximum) - statistics.log2_sum);
+      // Its dP is 0 less the part of the values' center.
+      remainder = {probability, probability * (-value_center - statistics.delta)};
+    }
     if (needs_whole_logits(p)) {
       statistics.center = center;
     } else {

@@ -35,7 +35,8 @@ enum OffsetKind : int { kNoOffset = 0, kZeroPoint = 1, kMinimum = 2 };
 
 enum AttentionBuffer : int {
   kParameters = 0,    // AttentionParameters
-  kBatchOffsets = 1,  // Int64 [kBatchTables][B]: where batch entry b of each operand starts
+  kBatchOffsets = 1,  // Int64 [kBatchTables][B]: where batch entry b of each operand starts. Then,
+                      // where there are sinks, these: float32 [B, N]; Metal has no slot after 30
   kQuery = 2,         // [B, T, N, H]
   kKey = 3,           // [B, S, K, H]
   kValue = 4,         // [B, S, K, V]
@@ -186,6 +187,7 @@ struct AttentionParameters {
   int has_entries;        // lengths, an offset, segments, positions or dropout
   int dropout_threshold;  // of 16 bits; 0: none is dropped
   float dropout_scale;    // of what is kept
+  int has_sinks;
   int has_log_sum_exp_gradient;
   int bias_type;          // ElementType
   int out_type;           // of out, and of all gradients but that of the bias

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "key_value_tiles.h"
+#include "sink.h"
 
 // 2^n of a whole n in [-126, 0].
 inline float power_of_two(float n) { return as_type<float>((int(n) + 127) << 23); }

@@ -63,6 +63,13 @@ struct Operands {
     return batch_offsets[Int64(table) * parameters->B + b];
   }
 
+  // Of query head n, where there are sinks.
+  float sink(int b, int n) const thread {
+    device const float* sinks =
+        (device const float*)(batch_offsets + Int64(kBatchTables) * parameters->B);
+    return sinks[Int64(b) * parameters->N + n];
+  }
+
   // Of the three, the query alone comes with its center; and values, where what is dropped keeps
   // theirs from being the same for all rows.
   Rows query_rows(int b, int n) const thread {

@@ -43,10 +43,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output `[B, T, N, V]` in query's dtype, and the two parts of each row's log-sum-exp.
 
-    Those are the maximum of its logits and the natural logarithm of the sum of their exponentials
-    relative to it, `[B, T, N]`, float32 (float64 for float64 operands) and finite: a row that sees
-    no key stores 0 and `EMPTY_ROW_LOG_SUM_EXP`, and its output is 0. The online softmax is that of
-    FlashAttention-2 (https://arxiv.org/abs/2307.08691).
+    Those are the maximum of its logits, the sink among them, and the natural logarithm of the sum
+    of their exponentials relative to it, `[B, T, N]`, float32 (float64 for float64 operands) and
+    finite: a row that sees no key stores 0 and `EMPTY_ROW_LOG_SUM_EXP`, and its output is 0. The
+    online softmax is that of FlashAttention-2 (https://arxiv.org/abs/2307.08691).
     """
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
@@ -82,7 +82,8 @@ def forward(
         weighted, maximum, total = _loop(*tiles.chunk_range(i), key_chunk, state)
         is_empty = total == 0
         total = jnp.where(is_empty, 1.0, total)
-        log_total = jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, jnp.log(total))
+        total, maximum, log_total = _with_sinks(tiles.sinks, total, maximum)
+        log_total = jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, log_total)
         return (
             tiles.write_rows(results[0], i, (weighted / total).astype(operands.query.dtype)),
             tiles.write_rows(results[1], i, jnp.where(is_empty, 0.0, maximum)),
@@ -205,6 +206,22 @@ def backward_bias(
     return from_bits(_loop(0, tiles.queries.count, query_block, zeros), dtype).astype(bias.dtype)
 
 
+def _with_sinks(
+    sinks: jax.Array | None, total: jax.Array, maximum: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What rows are divided by, and the parts of their log-sum-exp, of sums relative to a maximum.
+
+    The sink is added once, to the sums of all keys.
+    """
+    if sinks is None:
+        return total, maximum, jnp.log(total)
+    divisor = total + jnp.exp(sinks - maximum)
+    is_larger = sinks > maximum
+    of_sink = jnp.log1p(total * jnp.exp(jnp.where(is_larger, maximum - sinks, 0.0)))
+    log_total = jnp.where(is_larger, of_sink, jnp.log(divisor))
+    return divisor, jnp.where(is_larger, sinks, maximum), log_total
+
+
 class _Cotangent(NamedTuple):
     """What backward reads beside the operands; see `backward`."""
 
@@ -310,7 +327,10 @@ def _backward_rows(
 def _mean_d_probability(
     tiles: Tiles, rows: _BackwardRows, i: jax.Array, kept: _Kept
 ) -> tuple[jax.Array, _Kept]:
-    """Each row's mean of dO V^T, weighted by P: what `rowsum(dO * O)` is for an exact O."""
+    """Each row's mean of dO V^T, weighted by P: what `rowsum(dO * O)` is for an exact O.
+
+    The sink is a key whose value is 0: it is among the weights.
+    """
 
     def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, _Kept]):
         weighted, total, kept = state
@@ -322,7 +342,10 @@ def _mean_d_probability(
         return weighted, total, kept
 
     zero = keys_first(jnp.zeros_like(rows.maximum))
-    weighted, total, kept = _loop(*tiles.chunk_range(i), key_chunk, (zero, zero, kept))
+    first = zero
+    if tiles.sinks is not None:
+        first = keys_first(jnp.exp((tiles.sinks - rows.maximum) - rows.log_sum))
+    weighted, total, kept = _loop(*tiles.chunk_range(i), key_chunk, (zero, first, kept))
     mean = weighted / jnp.where(total == 0, 1.0, total)
     return jnp.transpose(mean, (0, 1, 3, 4, 2)), kept
 

@@ -17,6 +17,7 @@ from jax_gluon._problem import (
     Residuals,
     compute_dtype,
     log_sum_exp,
+    sinks_gradient,
 )
 from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._xla import attention
@@ -42,7 +43,7 @@ def forward(
     operands = quantize_operands(problem, operands, quantize)
     out, row_maximum, log_sum = attention.forward(problem, _float_operands(operands, dtype))
     residuals = Residuals(operands, out.astype(dtype), row_maximum, log_sum)
-    return log_sum_exp(row_maximum, log_sum, 1.0), residuals
+    return log_sum_exp(row_maximum, log_sum, operands.sinks, 1.0), residuals
 
 
 def backward(
@@ -63,6 +64,12 @@ def backward_bias(
     d_log_sum_exp: jax.Array | None,
 ) -> jax.Array:
     return _apply_xla(attention.backward_bias, problem, residuals, d_out, d_log_sum_exp)
+
+
+def backward_sinks(
+    residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None
+) -> jax.Array:
+    return sinks_gradient(residuals, d_out, d_log_sum_exp, 1.0)
 
 
 def _apply_xla(

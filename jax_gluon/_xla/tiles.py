@@ -125,6 +125,9 @@ class Tiles:
         self.segment_ids = operands.segment_ids
         self.positions = operands.positions
         self.dropout_seeds = operands.dropout_seeds
+        self.sinks = None
+        if operands.sinks is not None:
+            self.sinks = operands.sinks.astype(self.dtype).reshape(1, *self.groups, 1, 1)
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)

@@ -264,6 +264,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   const bool has_mask = reader.flag("has_mask");
   const bool has_query_seq_lengths = reader.flag("has_query_seq_lengths");
   const bool has_query_offset = reader.flag("has_query_offset");
+  const bool has_sinks = reader.flag("has_sinks");
   const bool has_segment_ids = reader.flag("has_segment_ids");
   const bool has_positions = reader.flag("has_positions");
   call.dropout.threshold = static_cast<uint32_t>(reader.integer("dropout_threshold", 0, 0xFFFF));
@@ -329,6 +330,9 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   if (has_query_offset) {
     call.query_offset = static_cast<const int32_t*>(reader.operand(
         "query_offset", {batch}, false, ints, &dtype, &call.query_offset_offset, &strides));
+  }
+  if (has_sinks) {
+    call.sinks = reader.operand_of("sinks", {batch, call.N}, {ffi::DataType::F32}, true);
   }
   const auto read_tokens = [&](const char* name, int64_t tokens, TokenIntegers& x) {
     x.data = static_cast<const int32_t*>(

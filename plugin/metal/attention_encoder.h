@@ -46,6 +46,7 @@ class AttentionEncoder {
 
  private:
   void bind_entries();
+  void add_sinks();
   void bind_row_statistics();
   void bind_operand(int slot, int table, const Operand& x, const std::vector<int64_t>& extents);
   void bind_rows(int slot, int table, const QuantizableOperand& x, int64_t tokens, int64_t heads,

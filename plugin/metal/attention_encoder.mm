@@ -1,6 +1,7 @@
 #include "metal/attention_encoder.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <numeric>
@@ -125,6 +126,7 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.dropout_threshold = static_cast<int>(call.dropout.threshold);
   p.dropout_scale = call.dropout.scale;
   if (p.has_entries) bind_entries();
+  if (call.sinks) add_sinks();
 }
 
 void AttentionEncoder::bind_entries() {
@@ -169,6 +171,21 @@ void AttentionEncoder::bind_entries() {
   }
   bindings_.copy(kEntries, entries.data(), entries.size() * sizeof(BatchEntry));
   if (!lists.empty()) bindings_.copy(kVisibleKeys, lists.data(), lists.size() * sizeof(int32_t));
+}
+
+// Behind the tables.
+void AttentionEncoder::add_sinks() {
+  parameters_.has_sinks = 1;
+  const size_t first = tables_.size();
+  tables_.resize(first + static_cast<size_t>(ceil_div(call_.B * call_.N, 2)));
+  auto* to = reinterpret_cast<char*>(tables_.data() + first);
+  const Operand& sinks = call_.sinks;
+  for (int64_t b = 0; b < call_.B; ++b) {
+    for (int64_t n = 0; n < call_.N; ++n, to += sizeof(float)) {
+      const int64_t at = sinks.batch_offset[static_cast<size_t>(b)] + n * sinks.stride[0];
+      std::memcpy(to, static_cast<const float*>(sinks.data) + at, sizeof(float));
+    }
+  }
 }
 
 void AttentionEncoder::bind_table(int table, const std::vector<int64_t>& offsets) {

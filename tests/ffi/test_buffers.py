@@ -33,7 +33,7 @@ def test_every_extent_is_checked(name, part, of):
         assert any(str(n) in message for n in longer)
 
 
-BROADCAST = ("bias", "mask", "scale", "zero_point", "minimum")
+BROADCAST = ("bias", "mask", "scale", "zero_point", "minimum", "sinks")
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,17 @@ CASES = {
     "dropout_none": (
         {"dropout_rate": None}, TypeError, "dropout_rate", "NoneType", "NumPy number"
     ),
-    "sinks": ({"sinks": ones(N)}, NotImplementedError, "sinks", "set", "sinks are not supported"),
+    "sinks_of_kv_heads": (
+        {"sinks": ones(K)}, ValueError, "sinks", f"of shape [{K}]",
+        f"a logit for each query head, [N] = [{N}]",
+    ),
+    "sinks_scalar": ({"sinks": 0.5}, ValueError, "sinks", "of shape []", f"[N] = [{N}]"),
+    "sinks_rank": ({"sinks": ones(1, N)}, ValueError, "sinks", f"[1, {N}]", f"[N] = [{N}]"),
+    "sinks_integers": (
+        {"sinks": np.zeros(N, np.int32)}, TypeError, "sinks", "of dtype int32", "float32, bfloat16"
+    ),
+    "sinks_bool": ({"sinks": np.ones(N, bool)}, TypeError, "sinks", "of dtype bool", "float32"),
+    "sinks_string": ({"sinks": "many"}, TypeError, "sinks", "a str", "an array or a list"),
 }  # fmt: skip
 
 

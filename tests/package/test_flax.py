@@ -266,8 +266,48 @@ def test_modules_train_with_dropout():
         assert not np.array_equal(a, b)
 
 
+def test_sinks_of_a_linen_module_take_a_gradient(implementation, relative_error):
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            sinks = self.param("sinks", linen.initializers.ones, (HEADS,))
+            fn = attention_fn(implementation, sinks=lambda: sinks)
+            return linen.MultiHeadAttention(HEADS, attention_fn=fn)(x)
+
+    parameters = Block().init(jax.random.key(0), X)
+    out, (gradients, _) = loss_and_gradients(Block().apply, parameters, X)
+    # As a constant, and with a difference of the loss.
+    inner = {"params": parameters["params"]["MultiHeadAttention_0"]}
+
+    def constant(sinks):
+        fn = attention_fn(implementation, sinks=sinks)
+        return linen.MultiHeadAttention(HEADS, attention_fn=fn).apply(inner, X)
+
+    assert relative_error(out, constant(np.ones(HEADS, np.float32))) <= 1e-6
+    for n in range(HEADS):
+        step = 0.05 * np.eye(HEADS, dtype=np.float32)[n]
+        change = jnp.sum((constant(1 + step) - constant(1 - step)) * COTANGENT) / 0.1
+        assert abs(gradients["params"]["sinks"][n] - change) <= 2e-3
+
+
+@pytest.mark.parametrize(
+    ("sinks", "error", "message"),
+    [
+        (np.arange(HEADS), TypeError, r"sinks is of dtype int.*allowed: float32"),
+        (0.5, ValueError, r"sinks is of shape \[\].*allowed: a logit for each query head"),
+    ],
+)
+def test_sinks_that_are_no_logits_are_refused(sinks, error, message):
+    with pytest.raises(error, match=message):
+        attention_fn("xla", sinks=sinks)
+    with pytest.raises(TypeError, match="sinks is traced; allowed: a function that returns it"):
+        jax.jit(lambda x: attention_fn("xla", sinks=x)(X, X, X))(jnp.ones(HEADS))
+
+
 def test_equal_options_make_equal_functions_that_trace_once():
-    make = lambda: attention_fn("xla", local_window_size=(2, 1), quantization="int8")  # noqa: E731
+    make = lambda: attention_fn(  # noqa: E731
+        "xla", local_window_size=(2, 1), quantization="int8", sinks=jnp.ones(HEADS)
+    )
     assert make() == make() == pickle.loads(pickle.dumps(make()))
     assert hash(make()) == hash(make())
     assert make() != attention_fn("xla", local_window_size=(2, 1))

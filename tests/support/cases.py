@@ -54,6 +54,7 @@ RULES: dict[str, dict[str, Any]] = {
         query_positions=_RNG.permutation(130), key_value_positions=_RNG.permutation(310),
     ),
     "soft_cap": dict(T=100, S=290, N=2, scale=1.0, logits_soft_cap=2.0),
+    "sinks": dict(T=110, S=290, sinks=np.array([1.5, -9.0, 6.0, -np.inf], np.float32)),
     "everything": dict(
         T=150, S=370, is_causal=True, local_window_size=(120, 9), logits_soft_cap=4.0, scale=-0.4,
         bias=_bias(2, 1, 150, 370), mask=_mask(2, 4, 150, 370),

@@ -16,6 +16,18 @@ class OracleResult(NamedTuple):
     d_bias: np.ndarray | None
 
 
+class OracleResultOfSinks(NamedTuple):
+    """Of a call that has sinks: their gradient too."""
+
+    out: np.ndarray
+    log_sum_exp: np.ndarray
+    d_query: np.ndarray
+    d_key: np.ndarray
+    d_value: np.ndarray
+    d_bias: np.ndarray | None
+    d_sinks: np.ndarray
+
+
 def visible_keys(
     shape,
     bias,
@@ -99,11 +111,12 @@ def attention(
     query_positions=None,
     key_value_positions=None,
     logits_soft_cap=None,
+    sinks=None,
     kept=None,
     dropout_rate=0.0,
     d_out=None,
     d_log_sum_exp=None,
-) -> OracleResult:
+) -> OracleResult | OracleResultOfSinks:
     """Attention and its gradients; cotangents default to zeros. `kept`: of dropout, [B, N, T, S].
 
     Operands that are not finite are for small shapes only: their sums take B N T S H numbers.
@@ -126,9 +139,12 @@ def attention(
     if logits_soft_cap is not None:
         tanh = np.tanh(logits / logits_soft_cap)
         logits, slope = logits_soft_cap * tanh, 1 - tanh**2
+    sink = np.full(N, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    sink = sink[:, None, None]
     maximum = np.max(logits, axis=-1, keepdims=True, where=visible, initial=-1e300)
+    maximum = np.maximum(maximum, sink)
     exponentials = np.where(visible, np.exp(np.where(visible, logits - maximum, 0.0)), 0.0)
-    total = exponentials.sum(-1, keepdims=True)
+    total = exponentials.sum(-1, keepdims=True) + np.exp(sink - maximum)
     empty = total == 0
     p = exponentials / np.where(empty, 1.0, total)
     log_sum_exp = np.where(empty, -np.inf, maximum + np.log(np.where(empty, 1.0, total)))[..., 0]
@@ -154,7 +170,7 @@ def attention(
         each = _weighted_sum(weights.swapaxes(2, 3), x, visible.swapaxes(2, 3))
         return each.reshape(B, K, N // K, S, x.shape[-1]).sum(2).swapaxes(1, 2)
 
-    return OracleResult(
+    result = OracleResult(
         out.swapaxes(1, 2),
         log_sum_exp.swapaxes(1, 2),
         _weighted_sum(d_logits * scale, k, visible).swapaxes(1, 2),
@@ -162,6 +178,11 @@ def attention(
         over_group(p * share, d_out),
         d_bias,
     )
+    if sinks is None:
+        return result
+    p_sink = np.exp(sink - maximum) / np.where(empty, 1.0, total)
+    d_sinks = np.where(p_sink == 0, 0.0, -p_sink * delta).sum((0, 2, 3))
+    return OracleResultOfSinks(*result, d_sinks)
 
 
 def fake_quantize(x, *, center=False, lengths=None):

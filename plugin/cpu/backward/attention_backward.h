@@ -172,10 +172,9 @@ class AttentionBackward {
       tiles_.find_probabilities(block, part, t, t - tiles.begin, s);
     }
     for (int64_t r = 0; r < block.count(); ++r) {
-      const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
-      if (total == 0.0f) continue;
-      // Codes' probabilities may not sum to 1 exactly.
-      s.statistics[r].delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
+      auto& statistics = s.statistics[r];
+      statistics.delta += statistics.mean(Isa::reduce_add(Isa::load(s.weighted.get() + r * W)),
+                                          Isa::reduce_add(Isa::load(s.total.get() + r * W)));
     }
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       tiles_.add_gradients(block.count(), part, t, t - tiles.begin, s);

@@ -111,9 +111,9 @@ class AttentionBackwardBias {
       probabilities(visibility, rules, dropout, rows, block, tile, s);
     });
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-      const float total = Isa::reduce_add(Isa::load(s.total.get() + r * W));
-      if (total == 0.0f) continue;
-      s.statistics[r].delta += Isa::reduce_add(Isa::load(s.weighted.get() + r * W)) / total;
+      auto& statistics = s.statistics[r];
+      statistics.delta += statistics.mean(Isa::reduce_add(Isa::load(s.weighted.get() + r * W)),
+                                          Isa::reduce_add(Isa::load(s.total.get() + r * W)));
     }
     each_tile([&](Range block, int64_t tile) { add_gradients(visibility, rows, block, tile, s); });
   }
@@ -131,7 +131,7 @@ class AttentionBackwardBias {
         if (i < rows.end) {
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
-          s.statistics[t + r] = rows_.statistics(b, i, n, q);
+          s.statistics[t + r] = rows_.statistics(b, i, n, q, d);
           scale_row<Isa>(q, H, call_.scale * kLog2E);
         } else {
           std::fill(q, q + H, 0.0f);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/rows/centered_rows.h"
+#include "cpu/rows/sink.h"
 #include "cpu/tiles/pack.h"
 #include "numerics.h"
 
@@ -12,7 +13,8 @@ namespace {
 
 // The operands of a backward call as float32 rows. Quantized keys come without their center, values
 // without the one that the quantizer took away: what it adds to a row's logits is one number, kept
-// beside the row's maximum, and what it adds to dP and to delta cancels (but for dropout).
+// beside the row's maximum, and what it adds to dP, the sink's too, and to delta cancels. (Not
+// under dropout: values then come with it.)
 template <class Isa, class Call>
 class BackwardRows {
  public:
@@ -47,25 +49,39 @@ class BackwardRows {
   }
 
   // Whether what a center of keys adds to dQ, rowsum(dS) times it, may not be exactly zero: the
-  // logits were capped, or the log-sum-exp has a cotangent.
-  bool key_center_matters() const { return call_.soft_cap != 0.0f || call_.d_log_sum_exp; }
+  // logits were capped, the log-sum-exp has a cotangent, or there is a sink.
+  bool key_center_matters() const {
+    return call_.soft_cap != 0.0f || call_.d_log_sum_exp || call_.sinks;
+  }
   const float* key_center(int64_t b, int64_t k) const { return keys_.center_of(b, k); }
 
   struct Statistics {
     bool empty = true;
     float maximum = 0.0f, log2_sum = 0.0f;  // of the logits that the kernels recompute
-    float delta = 0.0f;   // dS = P * (dP - delta): the kernels add rowsum(P dP) / rowsum(P)
-    float center = 0.0f;  // added to every logit before bias and soft cap
+    float delta = 0.0f;                     // dS = P * (dP - delta): the kernels add D
+    float center = 0.0f;                    // added to every logit before bias and soft cap
+    // P and P dP of the sink, a key whose value is 0.
+    float sink = 0.0f, weighted_sink = 0.0f;
+
+    // D, the mean of dP, from sums of P dP and of P over the keys. Codes' probabilities may not sum
+    // to 1 exactly, and no rounding of the log-sum-exp is left in a mean.
+    float mean(float weighted, float total) const {
+      total += sink;
+      return total == 0.0f ? 0.0f : (weighted + weighted_sink) / total;
+    }
   };
 
-  // `query` holds row (b, i, n).
-  Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query) const {
+  // `query` and `d_out` hold row (b, i, n).
+  Statistics statistics(int64_t b, int64_t i, int64_t n, const float* query,
+                        const float* d_out) const {
     Statistics s;
     s.maximum = scalar_of(call_.row_maximum, b, i, n);
     s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
     s.empty = s.log2_sum == kEmptyRowLog2Sum;
     if (s.empty) return s;
     if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    s.sink = sink_probability(call_, b, n, s.maximum, s.log2_sum);
+    if (s.sink != 0.0f) s.weighted_sink = -s.sink * value_center_product(b, n, d_out);
     if (const float* stored = key_center(b, n / (call_.N / call_.K))) {
       const float center = call_.scale * kLog2E * dot<Isa>(query, stored, call_.H);
       if (needs_whole_logits(call_)) {
@@ -78,6 +94,12 @@ class BackwardRows {
   }
 
  private:
+  // What dP of a value 0 is less than that of the values' center.
+  float value_center_product(int64_t b, int64_t n, const float* d_out) const {
+    const float* center = values_.center_of(b, n / (call_.N / call_.K));
+    return center ? dot<Isa>(d_out, center, call_.V) : 0.0f;
+  }
+
   const Call& call_;
   CenteredRows<Isa> keys_, values_;
 };

@@ -97,7 +97,7 @@ class BackwardTiles {
           const int64_t i = block.query_of(t + r), n = block.head_of(t + r);
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
-          statistics = rows_.statistics(b, i, n, q);
+          statistics = rows_.statistics(b, i, n, q, d);
           if (blocks_.reads_output && !statistics.empty) {
             statistics.delta += rows_.output_delta(b, i, n, d, row);
           }

@@ -8,6 +8,7 @@
 #include "cpu/memory/buffer.h"
 #include "cpu/rows/logit_rules.h"
 #include "cpu/rows/quantized_rows.h"
+#include "cpu/rows/sink.h"
 #include "device.h"
 #include "numerics.h"
 
@@ -102,15 +103,16 @@ class DecodeChunks {
         for (int64_t v = 0; v < call_.V; ++v) out[v] += from.values[v] * factor;
       }
       const bool empty = sum == 0.0f;
-      float factor = empty ? 0.0f : 1.0f / sum;
+      const RowTotal total = total_of(sum, reference, sink_of(call_, b, head_of(k, r)));
+      float factor = empty ? 0.0f : 1.0f / total.divisor;
       if (center && !empty) {
-        for (int64_t v = 0; v < call_.V; ++v) out[v] = out[v] * factor + center[v];
+        for (int64_t v = 0; v < call_.V; ++v) out[v] = out[v] * factor + center[v] * total.share;
         factor = 1.0f;
       }
       const int64_t index = (b * call_.T + query_of(r)) * call_.N + head_of(k, r);
       store_row<Isa>(call_.out, index * call_.V, out.get(), call_.V, factor);
-      static_cast<float*>(call_.row_maximum.data)[index] = empty ? 0.0f : reference;
-      static_cast<float*>(call_.log2_sum.data)[index] = empty ? kEmptyRowLog2Sum : std::log2(sum);
+      static_cast<float*>(call_.row_maximum.data)[index] = empty ? 0.0f : total.maximum;
+      static_cast<float*>(call_.log2_sum.data)[index] = empty ? kEmptyRowLog2Sum : total.log2_sum;
     }
   }
 

@@ -7,6 +7,7 @@
 #include "cpu/forward/forward_blocks.h"
 #include "cpu/forward/key_value_rows.h"
 #include "cpu/forward/row_group.h"
+#include "cpu/rows/sink.h"
 #include "cpu/tiles/pack.h"
 #include "numerics.h"
 
@@ -89,31 +90,39 @@ class ForwardRows {
     const bool empty = sum == 0.0f;
     const int64_t k = n / (call_.N / call_.K);
     const float unit = key_values_.value_unit(b * call_.K + k);
-    float factor = empty ? 0.0f : unit * call_.dropout.scale / sum;
+    RowTotal total = {sum, 1.0f, 0.0f, kEmptyRowLog2Sum};
+    if (!empty) total = total_of_row(sum, r, sink_of(call_, b, n), state);
+    float factor = empty ? 0.0f : unit * call_.dropout.scale / total.divisor;
     const float* center = key_values_.values().center_of(b, k);
     if (!empty && (center || key_values_.has_value_offsets())) {
-      const float offset = key_values_.has_value_offsets() ? state.value_offset[r] / sum : 0.0f;
+      const float offset =
+          key_values_.has_value_offsets() ? state.value_offset[r] / total.divisor : 0.0f;
       for (int64_t c = 0; c < call_.V; ++c) {
-        out[c] = out[c] * factor + offset + (center ? center[c] : 0.0f);
+        out[c] = out[c] * factor + offset + (center ? center[c] * total.share : 0.0f);
       }
       factor = 1.0f;
     }
     store_row<Isa>(call_.out, index * call_.V, out, call_.V, factor);
-    float maximum = 0.0f, log2_sum = kEmptyRowLog2Sum;
-    if (!empty) {
-      log2_sum = std::log2(sum);
-      if (state.maximum[r] != kHidden) maximum = state.maximum[r];
-      if (kInt8 && call_.bias) {
-        log2_sum += maximum;
-        maximum = state.origin[r] == kHidden ? 0.0f : state.origin[r];
-      }
-      if (!kBf16 && !needs_whole_logits(call_)) maximum += state.center[r];
-    }
-    static_cast<float*>(call_.row_maximum.data)[index] = maximum;
-    static_cast<float*>(call_.log2_sum.data)[index] = log2_sum;
+    static_cast<float*>(call_.row_maximum.data)[index] = total.maximum;
+    static_cast<float*>(call_.log2_sum.data)[index] = total.log2_sum;
   }
 
  private:
+  RowTotal total_of_row(float sum, int64_t r, float sink, const RowState& state) const {
+    float maximum = state.maximum[r] == kHidden ? 0.0f : state.maximum[r];
+    if (!kBf16 && !needs_whole_logits(call_)) maximum += state.center[r];
+    if (!kInt8 || !call_.bias) return total_of(sum, maximum, sink);
+    const float origin = state.origin[r] == kHidden ? 0.0f : state.origin[r];
+    RowTotal total = total_of(sum, maximum, sink - origin);
+    if (total.maximum > maximum) {
+      total.maximum = sink;
+    } else {
+      total.log2_sum += maximum;
+      total.maximum = origin;
+    }
+    return total;
+  }
+
   void load_query(int64_t b, int64_t i, int64_t n, int64_t row, RowScratch<Core>& s, Lane* out,
                   RowState& state) const {
     const float scale = call_.scale * kLog2E;

@@ -14,19 +14,23 @@ struct AttentionSmall {
   static KernelOffer offer() { return SmallHeads<Isa>::offer(); }
 
   static void run(const AttentionForwardCall& call, Parallel& parallel) {
-    if (call.S == 1) {
+    if (has_one_probability(call)) {
       OneKeyForward<Isa>(call, parallel).run();
     } else {
       SmallForward<Isa>(call, parallel).run();
     }
   }
   static void run(const AttentionBackwardCall& call, Parallel& parallel) {
-    if (call.S == 1) {
+    if (has_one_probability(call)) {
       OneKeyBackward<Isa>(call, parallel).run();
     } else {
       SmallBackward<Isa>(call, parallel).run();
     }
   }
+
+ private:
+  // Whether a key's probability is 1 wherever it is seen.
+  static bool has_one_probability(const AttentionCall& call) { return call.S == 1 && !call.sinks; }
 };
 
 }  // namespace

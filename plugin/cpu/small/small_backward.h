@@ -1,5 +1,5 @@
 // Attention backward of few queries over few keys, in float32: all of P and dP of a head are there,
-// so D = rowsum(P dP) / rowsum(P) is known before dS is made.
+// so D, the mean of dP, is known before dS is made.
 #pragma once
 
 #include "cpu/backward/backward_rows.h"
@@ -134,9 +134,9 @@ class SmallBackward {
       const TileRow row{i,         0,        {0, heads_.columns}, visibility.of_row(i), s.p + at,
                         s.ds + at, cap_slope};
       probability_row<Isa>(rules, statistics[i], row, weighted, total);
-      const float sum = Isa::reduce_add(Isa::load(total));
-      const float share = sum == 0.0f ? 0.0f : Isa::reduce_add(Isa::load(weighted)) / sum;
-      gradient_row<Isa>(statistics[i].delta + share, row);
+      const float mean = statistics[i].mean(Isa::reduce_add(Isa::load(weighted)),
+                                            Isa::reduce_add(Isa::load(total)));
+      gradient_row<Isa>(statistics[i].delta + mean, row);
     }
   }
 
@@ -146,6 +146,7 @@ class SmallBackward {
     s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
     s.empty = s.log2_sum == kEmptyRowLog2Sum;
     if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    if (!s.empty) s.sink = sink_probability(call_, b, n, s.maximum, s.log2_sum);
     return s;
   }
 

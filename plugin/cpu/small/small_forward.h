@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/rows/quantized_rows.h"
+#include "cpu/rows/sink.h"
 #include "cpu/small/small_heads.h"
 
 namespace jax_gluon::cpu {
@@ -114,15 +115,21 @@ class SmallForward {
 
   void store(int64_t b, int64_t n, const float* maximum, const float* sum, const Scratch& s) const {
     const int64_t index = b * call_.T * call_.N + n;
-    store_head<Isa>(call_.out, index * call_.V, call_.N * call_.V,
-                    {s.out, heads_.value_width, call_.T, call_.V},
-                    [&](int64_t i) { return sum[i] == 0.0f ? 0.0f : 1.0f / sum[i]; });
     float* row_maximum = static_cast<float*>(call_.row_maximum.data) + index;
     float* log2_sum = static_cast<float*>(call_.log2_sum.data) + index;
+    const float sink = sink_of(call_, b, n);
+    float factor[Heads::kMaxTokens];
     for (int64_t i = 0; i < call_.T; ++i) {
-      row_maximum[i * call_.N] = maximum[i] == kHidden ? 0.0f : maximum[i];
-      log2_sum[i * call_.N] = sum[i] == 0.0f ? kEmptyRowLog2Sum : std::log2(sum[i]);
+      const float reference = maximum[i] == kHidden ? 0.0f : maximum[i];
+      const RowTotal total = total_of(sum[i], reference, sink);
+      const bool empty = sum[i] == 0.0f;
+      factor[i] = empty ? 0.0f : 1.0f / total.divisor;
+      row_maximum[i * call_.N] = empty ? 0.0f : total.maximum;
+      log2_sum[i * call_.N] = empty ? kEmptyRowLog2Sum : total.log2_sum;
     }
+    store_head<Isa>(call_.out, index * call_.V, call_.N * call_.V,
+                    {s.out, heads_.value_width, call_.T, call_.V},
+                    [&](int64_t i) { return factor[i]; });
   }
 
   const AttentionForwardCall& call_;

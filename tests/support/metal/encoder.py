@@ -103,6 +103,7 @@ class Problem:
     key_value_lengths: Any = None
     query_offset: Any = None
     segment_ids: Any = None
+    sinks: Any = None
     out_dtype: Any = np.float32
 
     def __post_init__(self) -> None:
@@ -175,6 +176,7 @@ class Encoder:
             p["has_entries"] = 1
         if lists is not None:
             self.buffers[enum("AttentionBuffer")["kVisibleKeys"]] = lists
+        p["has_sinks"] = problem.sinks is not None
 
     def _bind(self, slot: str, x: Any) -> list[int]:
         """Binds an operand, and says where its batch entries start; its strides in elements.
@@ -240,7 +242,9 @@ class Encoder:
         """Runs a kernel; slots that the problem has nothing for are bound to a small buffer."""
         slots = enum("AttentionBuffer")
         self.buffers[slots["kParameters"]] = self.parameters.reshape(1)
-        self.buffers[slots["kBatchOffsets"]] = self.tables
+        # Sinks stand behind the tables.
+        sinks = np.tile(np.asarray(self.problem.sinks or (), np.float32), self.problem.B)
+        self.buffers[slots["kBatchOffsets"]] = np.append(self.tables.view(np.float32), sinks)
         buffers = [self.buffers.get(slot, np.zeros(4, np.uint32)) for slot in slots.values()]
         indices = enum("FunctionConstant")
         constants = tuple((indices[key], value) for key, value in self.constants().items())

@@ -68,6 +68,7 @@ def expected(oracle: Any, problem: Problem, **cotangents: Any) -> Any:
         key_value_seq_lengths=problem.key_value_lengths,
         local_window_size=window,
         logits_soft_cap=problem.soft_cap or None,
+        sinks=problem.sinks,
         **cotangents,
     )
 
@@ -100,6 +101,7 @@ def feature(name: str, **shape: int) -> dict[str, Any]:
         ),
         "soft_cap": dict(soft_cap=1.5, scale=-0.4),
         "zero_scale": dict(scale=0.0, is_causal=True),
+        "sinks": dict(sinks=[1.5, -9.0, 6.0, -np.inf]),
         "no_keys": dict(key_value_lengths=[0, 0]),
         "everything": dict(
             bias=bias[:, :, :, :1].astype(np.float16), mask=mask[:1, :1], is_causal=True,
@@ -113,7 +115,7 @@ def feature(name: str, **shape: int) -> dict[str, Any]:
 
 FEATURES = (
     "plain", "causal", "window", "lengths", "bias", "broadcast_bias", "mask", "broadcast_mask",
-    "offset_causal", "offset_window", "far_offset", "soft_cap", "zero_scale", "no_keys",
+    "offset_causal", "offset_window", "far_offset", "soft_cap", "zero_scale", "sinks", "no_keys",
     "everything",
 )  # fmt: skip
 
