@@ -56,6 +56,7 @@ RECIPES: dict[str, str | AttentionQuantization] = {
     "int8 Q centered": _recipe("int8", query={"center": True}),
     "int4": "int4",
     "int4 rows, symmetric": AttentionQuantization(QuantSpec(), _ROW4, _ROW4),
+    "int4 K without powers": _recipe("int4", key={"token_powers": False, "center": False}),
     "int4 K zero point": _recipe("int4", key={"float_minimum": False}),
     "int4 K block 64": _recipe("int4", key={"block_size": 64}),
     "int4 V group 16": _recipe("int4", value={"block_size": 16}),
@@ -73,6 +74,11 @@ INPUTS = {
 MEASURES = {
     "l2": "relative L2", "cosine": "cosine", "l1": "relative L1", "rmse": "root mean square error"
 }  # fmt: skip
+# An outlier: a token whose key and value are as many times larger, the first that no row before it
+# sees.
+OUTLIER_FACTORS = (3.0, 10.0, 15.0, 100.0, 1e4)
+OUTLIER_RECIPES = ("int8", "int4", "int4 K without powers")
+OUTLIER_TOKENS = (21, 60)
 TEXTS = ("e", "e1", "e2", "e3", "e4")
 GRADIENTS = ("dQ", "dK", "dV")
 
@@ -142,9 +148,11 @@ def heads(arrays: Operands) -> Iterator[tuple[np.ndarray, ...]]:
         yield tuple(np.asarray(x, np.float64)[0, :, n] for x in arrays)
 
 
-def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    weights = _softmax(q @ k.T / np.sqrt(q.shape[1]))
-    return weights @ v
+def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, is_causal: bool = False) -> np.ndarray:
+    logits = q @ k.T / np.sqrt(q.shape[1])
+    if is_causal:
+        logits[~np.tri(*logits.shape, dtype=bool)] = -np.inf
+    return _softmax(logits) @ v
 
 
 def exact_gradients(
@@ -251,6 +259,41 @@ def gradient_errors(
     return summary(rows)
 
 
+def outlier_errors(recipe: str | AttentionQuantization) -> dict[str, dict[str, float]]:
+    """Of an outlier among 64 tokens, causal, mean over 48 heads: what earlier rows notice of it.
+
+    By how much it multiplies the error of the rows before it, of its block of 32; and the error of
+    the rows that see it.
+    """
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 64, 48, 64), dtype=np.float32) for _ in range(3))
+    attention = jax.jit(
+        functools.partial(jax_gluon.dot_product_attention, quantization=recipe, is_causal=True)
+    )
+
+    def head_errors(token: int, factor: float) -> tuple[list[float], list[float]]:
+        size = np.where(np.arange(64) == token, np.float32(factor), np.float32(1))
+        arrays = (q, *(x * size[None, :, None, None] for x in (k, v)))
+        found = np.asarray(attention(*arrays))[0]
+        expected = [exact(*head, is_causal=True) for head in heads(arrays)]
+        rows = slice(token // 32 * 32, token), slice(token, None)
+        before, after = (
+            [distances(found[part, n], x[part])["l2"] for n, x in enumerate(expected)]
+            for part in rows
+        )
+        return before, after
+
+    results: dict[str, dict[str, float]] = {}
+    for token in OUTLIER_TOKENS:
+        plain = np.array(head_errors(token, 1.0)[0])
+        for factor in OUTLIER_FACTORS:
+            before, after = head_errors(token, factor)
+            results[f"{factor:g} at {token}"] = {
+                "growth": float(np.mean(before / plain)), "seen": float(np.mean(after))
+            }  # fmt: skip
+    return results
+
+
 def embedding_errors(
     recipe: str | AttentionQuantization, texts: tuple[str, ...]
 ) -> dict[str, float]:
@@ -333,6 +376,7 @@ def measure(tokens: int, sentences: int) -> dict[str, Any]:
         "tokens": tokens, "sentences": len(texts),
         "forward": forwards, "kernel": kernels, "gradients": gradients, "costs": costs,
         "texts": texts_of, "embeddings": embeddings,
+        "outliers": {title: outlier_errors(RECIPES[title]) for title in OUTLIER_RECIPES},
     }  # fmt: skip
 
 
@@ -413,6 +457,17 @@ def tables(results: dict[str, Any]) -> str:
             for recipe, of in results["texts"].items()
         ]
         parts.append(_table(["recipe", *TEXTS], rows))
+    parts.append("### Outliers: growth of earlier rows' error, and error of rows that see them")
+    places = [f"{x:g} at {token}" for token in OUTLIER_TOKENS for x in OUTLIER_FACTORS]
+    rows = [
+        [place]
+        + [
+            f"{of[place]['growth']:.2f} / {_number('l2', of[place]['seen'])}"
+            for of in results["outliers"].values()
+        ]
+        for place in places
+    ]
+    parts.append(_table(["times at token", *results["outliers"]], rows))
     parts.append("### Cost: bits per element, and time of forward against int8 (rough)")
     first = results["costs"]["int8"]["seconds"]
     rows = [

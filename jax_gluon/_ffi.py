@@ -117,6 +117,7 @@ def _format_attributes(name: str, x: jax.Array | QuantizedTensor) -> dict[str, n
         f"{name}_head_block": np.int64(x.spec.head_block if is_quantized else 0),
         f"{name}_offset": np.int64(offset),
         f"{name}_has_center": np.int64(is_quantized and x.center is not None),
+        f"{name}_has_powers": np.int64(is_quantized and x.spec.token_powers),
     }
 
 
@@ -265,6 +266,7 @@ def quantize(
         head_block=np.int64(spec.head_block),
         per_tensor=np.int64(spec.granularity == "tensor"),
         center=np.int64(spec.center),
+        token_powers=np.int64(spec.token_powers),
         rotate=np.int64(spec.rotate),
         has_visible=np.int64(visible is not None),
     )
@@ -282,12 +284,13 @@ def _codes(spec: QuantSpec, x: jax.Array) -> QuantizedTensor:
     *leading, H = x.shape
     array = jax.ShapeDtypeStruct
     scale = array(spec.scale_shape(x.shape), spec.scale_dtype)
+    blocks = spec.block_shape(x.shape)
     data = array((*leading, H // 2), jnp.uint8) if spec.bits == 4 else array(x.shape, jnp.int8)
     zero_point = minimum = center = None
     if spec.float_minimum:
-        minimum = scale
+        minimum = array(blocks, spec.scale_dtype)
     elif not spec.symmetric:
-        zero_point = array(scale.shape, jnp.int8)
+        zero_point = array(blocks, jnp.int8)
     if spec.center:
         center = array((x.shape[0], 1, *x.shape[2:]), jnp.float32)
     make = cast(Any, QuantizedTensor)

@@ -17,7 +17,7 @@ from jax_gluon import _lowering
 from jax_gluon._arguments import KEYWORDS, CheckedArguments, Implementation, check_arguments
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes, vary_like
-from jax_gluon._quantization.codes import to_bits, unrotated, without_center
+from jax_gluon._quantization.codes import power_cells, to_bits, unrotated, without_center
 from jax_gluon._quantization.formats import (
     CENTER_TOKENS,
     PRESETS,
@@ -27,11 +27,15 @@ from jax_gluon._quantization.formats import (
     QuantSpec,
     preset,
 )
+from jax_gluon._xla.quantize import divide_large_tokens, ordinary_norm
 
 _GRANULARITIES = ("row", "group", "block", "channel_block")
 _CREATE, _APPEND, _ATTENTION = (
     Checker(f"QuantizedKVCache.{name}") for name in ("create", "append", "attention")
 )
+_ARRAYS = (
+    "key", "value", "key_head", "value_head", "key_tail", "value_tail", "length", "dropped",
+)  # fmt: skip
 # The cache itself knows which keys a query sees.
 _KEYWORDS = tuple(
     name
@@ -42,16 +46,7 @@ _KEYWORDS = tuple(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=(
-        "key",
-        "value",
-        "key_head",
-        "value_head",
-        "key_tail",
-        "value_tail",
-        "length",
-        "dropped",
-    ),
+    data_fields=_ARRAYS,
     meta_fields=("query", "window", "dtype"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -349,9 +344,19 @@ def _stored(
     offset = length % block
     if tail is not None:
         x, tail = _whole_blocks(tail, x, offset, count)
-    fresh = _lowering.quantize(
-        dataclasses.replace(spec, center=False), None, _centered(cached, x, center), None
-    )
+    x = _centered(cached, x, center)
+    cells = None
+    if spec.token_powers:
+        first_tokens = _centered(cached, cast(Any, head), center)
+        seen = jnp.arange(first_tokens.shape[1], dtype=jnp.int32)[None, :]
+        ordinary = ordinary_norm(first_tokens, seen < (length + count)[:, None])
+        x, powers = divide_large_tokens(x, ordinary)
+        real = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < (offset + count)[:, None]
+        cells = power_cells(jnp.where(real[:, :, None, None], powers, 0), spec)
+    plain = dataclasses.replace(spec, center=False, token_powers=False)
+    fresh = _lowering.quantize(plain, None, x, None)
+    if cells is not None:
+        fresh = dataclasses.replace(fresh, scale=jnp.concatenate([fresh.scale, cells], axis=-1))
     first = length // block
     end = jnp.where(count > 0, -(-(length + count) // block), 0)
 

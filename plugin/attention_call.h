@@ -69,9 +69,10 @@ struct Quantization {
   int64_t token_block = 0;  // tokens that share a scale, 0: all
   int64_t head_block = 0;   // elements of a row that share a scale, 0: all
   Offset offset_kind = Offset::kNone;
+  bool has_powers = false;  // see kPowersInCell
   Operand
       scale;  // [B, tokens / token_block, heads or 1, columns / head_block], float32 or bfloat16
-  Operand offset;  // as scale; zero points are int8
+  Operand offset;  // as scale, without the powers; zero points are int8
   Operand center;  // optional, float32, [B, 1, heads, columns]
 
   explicit operator bool() const { return bits != 0; }
@@ -155,6 +156,22 @@ struct AttentionCall {
 constexpr int64_t kCenterTokens = 32;
 constexpr float kLargestCenter = 0x1p100f;
 
+// With has_powers a token that is large beside an ordinary one is divided by a power of 4, so that
+// it does not widen the scales that it shares: element = (code * scale + offset) * 4^power +
+// center. An ordinary token has the lower median of the squared norms, without the center, of the
+// tokens that the center is taken from; where that is smaller than kMinOrdinaryNorm, squares of
+// elements might not be normal, and all powers are 0. Scales of a block, bfloat16, are followed by
+// the powers of its tokens, 3 bits each, five in a number. Two bits of its exponent are never
+// alike, so that it is neither NaN nor subnormal, and passes through XLA as it is.
+constexpr int64_t kPowersInCell = 5;
+constexpr int kLargestPower = 7;
+constexpr float kMinOrdinaryNorm = 0x1p-100f;
+
+// Numbers that keep the powers of a block of tokens.
+constexpr int64_t power_cells(int64_t token_block) {
+  return (token_block + kPowersInCell - 1) / kPowersInCell;
+}
+
 // Codes of float rows; a block of elements that share a scale may span rows and heads.
 struct QuantizeCall {
   // B = L * batch: an entry of the L vmap axes is quantized by itself.
@@ -168,6 +185,7 @@ struct QuantizeCall {
   bool per_tensor = false;   // one scale for everything but L
   bool rotate = false;       // by the randomised Hadamard matrix along H, before all else
   bool is_centered = false;  // subtract the center of each head and channel: see kCenterTokens
+  bool has_powers = false;   // divide large tokens by powers of 4: see kPowersInCell
   // Optional: 1 where token i of entry b can be seen, at visible[visible_offset[b] + i]. A token
   // that can't be is in no extreme and no center, and is read as zeros.
   const uint8_t* visible = nullptr;
@@ -175,7 +193,7 @@ struct QuantizeCall {
 
   Result data;    // [B, S, K, H], int8, or [B, S, K, H / 2], kU4x2
   Result scale;   // [B, S', K', H'], float32 or bfloat16
-  Result offset;  // as scale, zero points int8; only if not symmetric
+  Result offset;  // as scale, without powers, zero points int8; only if not symmetric
   Result center;  // [B, 1, K, H], float32; only if is_centered
   // Of codes that a forward call makes: which of the L entries each entry of the vmap axes has,
   // since what was not mapped is made once. Results have room for all; the device makes the first

@@ -21,7 +21,9 @@ enum BlockSize : int {
   kTileBytes = 8192,  // of the other side, in threadgroup memory
   kChunkTokens = 32,  // that a simdgroup of quantize_extremes looks at
   kMaxQuantizedColumns = 512,
-  kCenterRows = 32,  // whose medians centering takes away
+  kCenterRows = 32,   // whose medians centering takes away
+  kPowersInCell = 5,  // tokens whose powers of 4 a number keeps, 3 bits each
+  kLargestPower = 7,
   kMaxHeadDim = 256,
 };
 
@@ -125,7 +127,7 @@ struct QuantizationParameters {
   int offset_kind;  // OffsetKind
   int is_bfloat16;  // scales and minima, else float32
   int has_center;
-  int padding;
+  int has_powers;  // bfloat16 scales of a block are followed by the powers of its tokens
 };
 
 struct ScoreStrides {
@@ -228,7 +230,8 @@ enum QuantizeBuffer : int {
   kQuantizeScale = 5,         // [B, S', K', H']
   kQuantizeOffset = 6,        // as the scale
   kQuantizeCenter = 7,        // float32 [B, 1, K, H]
-  kQuantizeExtremes = 8,      // float32 [B, K, chunks, 2, H]: scratch where all tokens share scales
+  kQuantizeExtremes = 8,  // float32 [B, K, chunks, 2, H]: scratch where all tokens share scales;
+                          // with powers, [B, K]: squared norms of ordinary tokens
 };
 
 struct QuantizeParameters {
@@ -250,5 +253,5 @@ struct QuantizeParameters {
   int is_rotated;
   int is_bfloat16;  // scales and minima, else float32
   int chunks;       // of tokens, for extremes
-  int padding;
+  int has_powers;   // large tokens are divided by powers of 4
 };

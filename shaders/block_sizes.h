@@ -4,17 +4,18 @@
 // keeps their operands and float32 sums in registers, and takes the other side from tiles in
 // threadgroup memory that its threadgroup loads together. Bytes are those of two tiles, of rows of
 // D elements padded by 16 bytes, which spreads a tile's rows over the banks, and, where codes are
-// dequantized, of the scales and offsets of columns (32 D). Registers are 32-bit, of a thread: a
-// matrix of float takes 2, of half or bfloat 1. No GPU has been asked whether they fit.
+// dequantized, of what is staged of their columns (kColumnParameters: 32 D, and 128 for powers).
+// Registers are 32-bit, of a thread: a matrix of float takes 2, of half or bfloat 1. No GPU has
+// been asked whether they fit.
 //
 // | element | D   | rows | tiles, columns | Q, O, S      | Q, dO, dQ *  | K, V, dK, dV      |
 // |---------|-----|------|----------------|--------------|--------------|-------------------|
 // | 16 bits |  64 | 64   | 18,432         |  8 + 16 + 16 |  8 +  8 + 16 |  8 +  8 + 16 + 16 |
 // | 16 bits | 128 | 32   | 17,408         | 16 + 32 +  8 | 16 + 16 + 32 | 16 + 16 + 32 + 32 |
 // | 16 bits | 256 | 16   | 16,896         | 32 + 64 +  4 | 32 + 32 + 64 | 32 + 32 + 64 + 64 |
-// | float   |  64 | 32   | 17,408 + 2,048 | 16 + 16 +  8 | 16 + 16 + 16 | 16 + 16 + 16 + 16 |
-// | float   | 128 | 16   | 16,896 + 4,096 | 32 + 32 +  4 | 32 + 32 + 32 | 32 + 32 + 32 + 32 |
-// | float   | 256 | 8    | 16,640 + 8,192 | 64 + 64 +  2 | 64 + 64 + 64 | 64 + 64 + 64 + 64 |
+// | float   |  64 | 32   | 17,408 + 2,176 | 16 + 16 +  8 | 16 + 16 + 16 | 16 + 16 + 16 + 16 |
+// | float   | 128 | 16   | 16,896 + 4,224 | 32 + 32 +  4 | 32 + 32 + 32 | 32 + 32 + 32 + 32 |
+// | float   | 256 | 8    | 16,640 + 8,320 | 64 + 64 +  2 | 64 + 64 + 64 | 64 + 64 + 64 + 64 |
 //
 // * And P K, as many as dQ, where delta is refined: for all operands but float32.
 //
@@ -29,14 +30,24 @@
 
 static_assert(kThreads == 32 * kSimdgroups && kBlockRows == 8 * kSimdgroups, "sizes");
 
+// What is staged of a block of tokens: scales and offsets of D columns, and the numbers that keep
+// the powers of up to 40 tokens.
+template <int D>
+struct StagedColumns {
+  static constant constexpr int kCells = 8;
+  static constant constexpr int kFloats = 2 * D + kCells;
+};
+
 template <typename M, int D>
 struct BlockSizes {
   static constant constexpr int kTileRows = kTileBytes / (D * int(sizeof(M)));
   // Elements from a tile's row to the next.
   static constant constexpr int kStride = D + 16 / int(sizeof(M));
   static constant constexpr int kTileElements = kTileRows * kStride;
-  // Scale and offset of each column, for two blocks of tokens: where codes are dequantized.
-  static constant constexpr int kColumnParameters = sizeof(M) == 4 ? 4 * D : 1;
+  // Scale and offset of each column, and powers of tokens, for two blocks of tokens: where codes
+  // are dequantized.
+  static constant constexpr int kColumnParameters =
+      sizeof(M) == 4 ? 2 * StagedColumns<D>::kFloats : 1;
   // Two tiles, and a few numbers for each of their rows and columns.
   static_assert(2 * kTileElements * sizeof(M) + 32 * kTileRows + 8 * kColumnParameters + 256 <=
                     32768,
@@ -47,16 +58,16 @@ struct BlockSizes {
 // time; a slot takes another granule only after a barrier that follows its last use. Logits are
 // bytes of a lane's (of two subtiles where scores are made ahead), those of baseline in brackets;
 // ring is bytes of rows, columns, scales and flags; barriers are those of 64 keys, as many as
-// baseline's, and a walk has no more.
+// baseline's, and a walk has no more, but for one where tokens have powers.
 //
 // | element | D   | granule | subtile | ahead | logits  | ring   | barriers |
 // |---------|-----|---------|---------|-------|---------|--------|----------|
 // | 16 bits |  64 | 32      | 16      | yes   | 32 (64) | 23,948 | 2        |
 // | 16 bits | 128 | 16      | 8       | yes   | 16 (32) | 22,348 | 4        |
 // | 16 bits | 256 | 8       | 8       | no    | 8 (16)  | 17,292 | 8        |
-// | float   |  64 | 16      | 8       | yes   | 16 (32) | 24,900 | 4        |
-// | float   | 128 | 8       | 8       | no    | 8 (16)  | 21,380 | 8        |
-// | float   | 256 | 8       | 8       | no    | 8 (8)   | 25,028 | 16       |
+// | float   |  64 | 16      | 8       | yes   | 16 (32) | 25,060 | 4        |
+// | float   | 128 | 8       | 8       | no    | 8 (16)  | 21,508 | 8        |
+// | float   | 256 | 8       | 8       | no    | 8 (8)   | 25,156 | 16       |
 //
 // Half of baseline's logits are alive, but for float at 256, where a tile has one matrix in a row
 // and there is room for one slot of keys and of values: there a granule is only read ahead, into
@@ -72,9 +83,9 @@ struct BlockSizes {
 // | 16 bits |  64 | 19,212  | 20,488      | 2        |
 // | 16 bits | 128 | 17,932  | 18,696      | 4        |
 // | 16 bits | 256 | 17,292  | 17,800      | 8        |
-// | float   |  64 | 19,972  | 18,696      | 4        |
-// | float   | 128 | 21,380  | 17,800      | 8        |
-// | float   | 256 | 25,028  | 17,096      | 16       |
+// | float   |  64 | 20,100  | 18,696      | 4        |
+// | float   | 128 | 21,508  | 17,800      | 8        |
+// | float   | 256 | 25,156  | 17,096      | 16       |
 template <typename M, int D>
 struct RingSizes {
   static constant constexpr int kTileRows = BlockSizes<M, D>::kTileRows;

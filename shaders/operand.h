@@ -30,6 +30,15 @@ inline float load_float(device const uchar* data, int type, Int64 index) {
   }
 }
 
+// 4^power of a token of a block, from the number that keeps it: see plugin/attention_call.h.
+inline float token_factor(uint cell, int token) {
+  const uint powers = (cell & 0x3fff) | (cell >> 1 & 0x4000);
+  return float(1u << (powers >> 3 * (token % kPowersInCell) & 7) * 2);
+}
+inline ushort power_cell_of(uint powers) {
+  return ushort((powers & 0x3fff) | (powers & 0x4000) << 1 | (~powers & 0x2000) << 1);
+}
+
 inline void store_float(device uchar* data, int type, Int64 index, float x) {
   switch (type) {
     case kF32:
@@ -181,6 +190,21 @@ struct Rows {
     const float minimum = load_float(offset, quantization.is_bfloat16 != 0 ? kBF16 : kF32, index);
     return minimum - min_code * scale;
   }
+  bool has_powers() const thread { return is_code(type) && quantization.has_powers != 0; }
+  int power_cells() const thread {
+    return (quantization.token_block + kPowersInCell - 1) / kPowersInCell;
+  }
+  // Number `cell` of the powers of the block of tokens that `token` is in.
+  uint power_cell(int token, int cell) const thread {
+    const Int64 index = token_block(token) * quantization.scale.block + columns + cell;
+    return reinterpret_cast<device const ushort*>(scale)[index];
+  }
+  // What (code * scale + offset) is multiplied by.
+  float power_at(int token) const thread {
+    if (quantization.has_powers == 0) return 1.0f;
+    const int in_block = token % quantization.token_block;
+    return token_factor(power_cell(token, in_block / kPowersInCell), in_block);
+  }
   int column_block(int column) const thread {
     const int size = quantization.head_block;
     return size == 0 ? 0 : size == 1 ? column : column / size;
@@ -192,7 +216,7 @@ struct Rows {
     const float x = load_element(data, type, token * stride, column);
     if (!is_code(type)) return x;
     const float s = scale_at(token, column_block(column));
-    const float centered = x * s + offset_at(token, column_block(column), s);
+    const float centered = (x * s + offset_at(token, column_block(column), s)) * power_at(token);
     return adds_center ? centered + center_at(column) : centered;
   }
   bool has_center() const thread { return is_code(type) && quantization.has_center != 0; }

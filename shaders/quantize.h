@@ -12,6 +12,9 @@ constant constexpr float kMinScale = 2.35098870164e-38f;  // 2^-125
 // A center above this counts as zero: differences from it might not be finite.
 constant constexpr float kLargestCenter = 0x1p100f;
 
+// A squared norm below this counts as zero: squares of its elements might not be normal.
+constant constexpr float kMinOrdinaryNorm = 0x1p-100f;
+
 // NaN where one is NaN; min and max would drop it.
 inline float lower(float a, float b) { return isnan(a) || isnan(b) ? NAN : min(a, b); }
 inline float higher(float a, float b) { return isnan(a) || isnan(b) ? NAN : max(a, b); }
@@ -60,6 +63,7 @@ struct QuantizeOperands {
   device uchar* scale;
   device uchar* offset;
   device float* center;
+  device float* ordinary_norm;  // of each head, where tokens are divided by powers
 };
 
 // A simdgroup's threadgroup memory.
@@ -107,6 +111,28 @@ struct Quantizer {
     }
   }
 
+  // The squared norm of the row at hand, of whose columns each lane has its own.
+  float norm() const thread {
+    float sum = 0.0f;
+    for (int h = lane; h < operands.parameters->H; h += 32) sum += columns.row[h] * columns.row[h];
+    return simd_sum(sum);
+  }
+  // Divides the row at hand, of head k of entry b, by a power of 4 where it is large beside an
+  // ordinary one, and returns the exponent. What is not finite is not divided.
+  int divide(int b, int k) const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    if (p.has_powers == 0) return 0;
+    const float ordinary = operands.ordinary_norm[Int64(b) * p.K + k], found = norm();
+    if (!(ordinary > 0.0f) || !isfinite(found)) return 0;
+    int power = 0;
+    for (float next = 16.0f * ordinary; power < kLargestPower && found >= next; next *= 16.0f) {
+      ++power;
+    }
+    const float factor = 1.0f / float(1u << power * 2);
+    for (int h = lane; h < p.H; h += 32) columns.row[h] *= factor;
+    return power;
+  }
+
   void clear_extremes() const thread {
     for (int h = lane; h < operands.parameters->H; h += 32) {
       columns.first[h] = INFINITY;
@@ -123,11 +149,24 @@ struct Quantizer {
     }
   }
 
-  Int64 scale_index(int b, int block, int k) const thread {
+  // Of a block of tokens of a head among all that are stored.
+  Int64 block_index(int b, int block, int k) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     const int blocks = p.token_block == 0 ? 1 : (p.S + p.token_block - 1) / p.token_block;
     const int heads = p.is_per_tensor != 0 ? 1 : p.K;
-    return ((Int64(b) * blocks + block) * heads + (p.is_per_tensor != 0 ? 0 : k)) * scales();
+    return (Int64(b) * blocks + block) * heads + (p.is_per_tensor != 0 ? 0 : k);
+  }
+  // Of the first scale of such a block.
+  Int64 scale_index(Int64 block) const thread { return block * (scales() + power_cells()); }
+  Int64 offset_index(Int64 block) const thread { return block * scales(); }
+  int power_cells() const thread {
+    constant QuantizeParameters& p = *operands.parameters;
+    return p.has_powers != 0 ? (p.token_block + kPowersInCell - 1) / kPowersInCell : 0;
+  }
+  void store_power_cell(Int64 block, int cell, uint powers) const thread {
+    if (lane != 0) return;
+    reinterpret_cast<device ushort*>(operands.scale)[scale_index(block) + scales() + cell] =
+        power_cell_of(powers);
   }
   // Scales of a row.
   int scales() const thread {
@@ -137,7 +176,7 @@ struct Quantizer {
 
   // From the extremes of the columns to what is stored for their blocks, which then takes their
   // place.
-  void make_parameters(Int64 index) const thread {
+  void make_parameters(Int64 block) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     if (p.head_block == 0) {
       float min_x = INFINITY, max_x = -INFINITY;
@@ -148,7 +187,7 @@ struct Quantizer {
       const bool is_finite = !simd_any(isnan(min_x) || isnan(max_x));
       min_x = is_finite ? simd_min(min_x) : NAN;
       max_x = is_finite ? simd_max(max_x) : NAN;
-      if (lane == 0) store_parameters(index, 0, min_x, max_x);
+      if (lane == 0) store_parameters(block, 0, min_x, max_x);
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       for (int c0 = 0; c0 < scales(); c0 += 32) {
@@ -160,14 +199,14 @@ struct Quantizer {
         }
         // All have read their columns before the first of them is replaced.
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        if (c < scales()) store_parameters(index + c, c, min_x, max_x);
+        if (c < scales()) store_parameters(block, c, min_x, max_x);
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // Scale and offset of one block, as they are stored.
-  void store_parameters(Int64 index, int c, float min_x, float max_x) const thread {
+  // Scale c of a block and its offset, as they are stored.
+  void store_parameters(Int64 block, int c, float min_x, float max_x) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     const float highest = p.bits == 8 ? 127.0f : 7.0f;
     const float lowest = p.is_symmetric != 0 ? -highest : -highest - 1.0f;
@@ -192,7 +231,8 @@ struct Quantizer {
     }
     if (scale < kMinScale) scale = 0.0f;
     const int type = p.is_bfloat16 != 0 ? kBF16 : kF32;
-    store_float(operands.scale, type, index, scale);
+    store_float(operands.scale, type, scale_index(block) + c, scale);
+    const Int64 index = offset_index(block) + c;
     float offset = minimum;
     if (p.has_minimum != 0) {
       store_float(operands.offset, type, index, minimum);
@@ -204,11 +244,12 @@ struct Quantizer {
     columns.second[c] = offset;
   }
 
-  void load_parameters(Int64 index) const thread {
+  void load_parameters(Int64 block) const thread {
     constant QuantizeParameters& p = *operands.parameters;
     const int type = p.is_bfloat16 != 0 ? kBF16 : kF32;
+    const Int64 index = offset_index(block);
     for (int c = lane; c < scales(); c += 32) {
-      columns.first[c] = load_float(operands.scale, type, index + c);
+      columns.first[c] = load_float(operands.scale, type, scale_index(block) + c);
       if (p.has_minimum != 0) {
         columns.second[c] = load_float(operands.offset, type, index + c);
       } else if (p.is_symmetric == 0) {

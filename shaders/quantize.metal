@@ -17,6 +17,7 @@ using namespace metal;
   device uchar* scale [[buffer(kQuantizeScale)]],                                                  \
   device uchar* offset [[buffer(kQuantizeOffset)]],                                                \
   device float* center [[buffer(kQuantizeCenter)]],                                                    \
+  device float* extremes [[buffer(kQuantizeExtremes)]],                                            \
   uint3 group [[threadgroup_position_in_grid]],                                                    \
   ushort simdgroup [[simdgroup_index_in_threadgroup]],                                             \
   ushort lane [[thread_index_in_simdgroup]]
@@ -26,7 +27,7 @@ using namespace metal;
   threadgroup float* own = memory + simdgroup * 3 * kMaxQuantizedColumns;                                  \
   constant QuantizeParameters& p = parameters;                                                     \
   const Quantizer quantizer{                                                                       \
-      {&parameters, batch_offsets, x, visible, data, scale, offset, center},                         \
+      {&parameters, batch_offsets, x, visible, data, scale, offset, center, extremes},                         \
       {own, own + kMaxQuantizedColumns, own + 2 * kMaxQuantizedColumns},                                           \
       lane}
 // clang-format on
@@ -34,7 +35,7 @@ using namespace metal;
 // The center of each column of a head: the lower median of the finite values of the first tokens
 // that can be seen. Any finite number keeps softmax's invariance exact, and a NaN in one token must
 // not reach the others. A threadgroup has one head; its simdgroups load a row each, and its threads
-// sort a column each as the rows come.
+// sort a column each as the rows come. With powers, the norm of an ordinary token after that.
 kernel void quantize_center(JAX_GLUON_QUANTIZE,
                             ushort thread_index [[thread_index_in_threadgroup]]) {
   static_assert(kSimdgroups * kMaxQuantizedColumns + kCenterRows * kThreads <=
@@ -82,6 +83,27 @@ kernel void quantize_center(JAX_GLUON_QUANTIZE,
       center[(Int64(b) * p.K + k) * p.H + h] = abs(median) <= kLargestCenter ? median : 0.0f;
     }
   }
+  if (p.has_powers == 0) return;
+  threadgroup float norms[kCenterRows];
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);  // the center is stored
+  for (int row = simdgroup; row < count; row += kSimdgroups) {
+    loader.load(b, tokens[row], k);
+    const float norm = loader.norm();
+    if (lane == 0) norms[row] = norm;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // the norms are there
+  if (thread_index != 0) return;
+  int finite = 0;
+  for (int row = 0; row < count; ++row) {
+    const float norm = norms[row];
+    if (!isfinite(norm)) continue;
+    int at = finite++;
+    for (; at > 0 && norms[at - 1] > norm; --at) norms[at] = norms[at - 1];
+    norms[at] = norm;
+  }
+  const float median = finite > 0 ? norms[(finite - 1) / 2] : 0.0f;
+  extremes[Int64(b) * p.K + k] =
+      median >= kMinOrdinaryNorm && median <= kLargestCenter ? median : 0.0f;
 }
 
 // Scales and codes of blocks of tokens: one of a head in each simdgroup.
@@ -93,22 +115,33 @@ kernel void quantize_blocks(JAX_GLUON_QUANTIZE) {
   quantizer.clear_extremes();
   for (int i = begin; i < end; ++i) {
     quantizer.load(b, i, k);
+    quantizer.divide(b, k);
     quantizer.add_extremes(b, i);
   }
-  quantizer.make_parameters(quantizer.scale_index(b, block, k));
+  const Int64 index = quantizer.block_index(b, block, k);
+  quantizer.make_parameters(index);
+  uint powers = 0;  // of a number
   for (int i = begin; i < end; ++i) {
-    if (end - begin > 1) {
+    if (end - begin > 1 || p.has_powers != 0) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       quantizer.load(b, i, k);
+      const int place = (i - begin) % kPowersInCell;
+      powers = (place == 0 ? 0 : powers) | uint(quantizer.divide(b, k)) << 3 * place;
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      if (p.has_powers != 0) {
+        quantizer.store_power_cell(index, (i - begin) / kPowersInCell, powers);
+      }
     }
     quantizer.store_codes(b, i, k);
+  }
+  const int used = (end - begin + kPowersInCell - 1) / kPowersInCell;
+  for (int cell = used; cell < quantizer.power_cells(); ++cell) {
+    quantizer.store_power_cell(index, cell, 0);
   }
 }
 
 // Extremes of the columns of a head over a chunk of tokens.
-kernel void quantize_extremes(JAX_GLUON_QUANTIZE,
-                              device float* extremes [[buffer(kQuantizeExtremes)]]) {
+kernel void quantize_extremes(JAX_GLUON_QUANTIZE) {
   JAX_GLUON_MAKE_QUANTIZER;
   const int chunk = group.x * kSimdgroups + simdgroup, k = group.y, b = group.z;
   if (chunk >= p.chunks) return;
@@ -127,8 +160,7 @@ kernel void quantize_extremes(JAX_GLUON_QUANTIZE,
 
 // Scales of a head from the extremes of its chunks, or of all heads and batch entries that share a
 // tensor's. The first simdgroup works.
-kernel void quantize_parameters(JAX_GLUON_QUANTIZE,
-                                device const float* extremes [[buffer(kQuantizeExtremes)]]) {
+kernel void quantize_parameters(JAX_GLUON_QUANTIZE) {
   JAX_GLUON_MAKE_QUANTIZER;
   if (simdgroup != 0) return;
   const int k = group.x, b = group.y;
@@ -143,7 +175,7 @@ kernel void quantize_parameters(JAX_GLUON_QUANTIZE,
       quantizer.columns.second[h] = higher(quantizer.columns.second[h], from[p.H + h]);
     }
   }
-  quantizer.make_parameters(quantizer.scale_index(b, 0, k));
+  quantizer.make_parameters(quantizer.block_index(b, 0, k));
 }
 
 // Codes of rows whose scales are stored: one row in each simdgroup.
@@ -151,7 +183,7 @@ kernel void quantize_codes(JAX_GLUON_QUANTIZE) {
   JAX_GLUON_MAKE_QUANTIZER;
   const int i = group.x * kSimdgroups + simdgroup, k = group.y, b = group.z;
   if (i >= p.S) return;
-  quantizer.load_parameters(quantizer.scale_index(b, 0, k));
+  quantizer.load_parameters(quantizer.block_index(b, 0, k));
   quantizer.load(b, i, k);
   simdgroup_barrier(mem_flags::mem_threadgroup);
   quantizer.store_codes(b, i, k);

@@ -21,7 +21,7 @@ struct Ring {
     M rows[kSlots * kRows * kStride];
     float scales[kSlots * kRows];
     // Scales and offsets of columns, of the blocks of tokens that granules at hand are in.
-    float columns[kHasColumns && sizeof(M) == 4 ? (kAhead + 1) * 2 * D : 1];
+    float columns[kHasColumns && sizeof(M) == 4 ? (kAhead + 1) * StagedColumns<D>::kFloats : 1];
     bool is_dirty[kIsSummed ? kSlots * kThreads : 1];
   };
 
@@ -73,7 +73,7 @@ struct Ring {
 
  private:
   threadgroup float* columns(thread const Rows& rows, int token) const thread {
-    return memory->columns + rows.token_block(token) % (kAhead + 1) * 2 * D;
+    return memory->columns + rows.token_block(token) % (kAhead + 1) * StagedColumns<D>::kFloats;
   }
 };
 
@@ -117,8 +117,13 @@ struct KeyValueRing {
       for (int i = 0; i <= Values::kAhead; ++i) {
         stage(values, value_rows, stages_values, i, thread_index);
       }
-      // A simdgroup's parts take what it has staged itself: the threadgroup needs no barrier.
-      simdgroup_barrier(mem_flags::mem_threadgroup);  // columns are staged
+      // A simdgroup's parts take the columns that it has staged itself: without powers, the
+      // threadgroup needs no barrier.
+      if (key_rows.has_powers() || value_rows.has_powers()) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // columns and powers are staged
+      } else {
+        simdgroup_barrier(mem_flags::mem_threadgroup);  // columns are staged
+      }
     }
     const TilePart<D> key_part(thread_index, stages_keys);
     for (int i = 0; i < Keys::kAhead && i < count; ++i) {

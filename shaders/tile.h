@@ -52,17 +52,18 @@ constexpr bool has_exact_codes(int type) {
 template <typename M, int D>
 inline bool stages_columns(thread const Rows& rows) {
   return sizeof(M) == 4 && is_code(rows.type) && rows.quantization.head_block == 1 &&
-         rows.quantization.token_block % BlockSizes<M, D>::kTileRows == 0;
+         rows.quantization.token_block % BlockSizes<M, D>::kTileRows == 0 &&
+         (!rows.has_powers() || rows.power_cells() <= StagedColumns<D>::kCells);
 }
 
 // The parameters of columns for a block of tokens; those of the next block have another place.
 template <int D>
 inline threadgroup float* columns_of_block(threadgroup float* columns, int block) {
-  return columns + (block & 1) * 2 * D;
+  return columns + (block & 1) * StagedColumns<D>::kFloats;
 }
 
 // Reads scales and offsets of the block of tokens that `token` is in. A simdgroup reads those of
-// its share of the columns, the one that its parts have `by_columns`.
+// its share of the columns, the one that its parts have `by_columns`; the first one the powers.
 template <int D>
 inline void stage_columns(thread const Rows& rows, int token, threadgroup float* staged,
                           ushort thread_index) {
@@ -73,6 +74,16 @@ inline void stage_columns(thread const Rows& rows, int token, threadgroup float*
     staged[c] = scale;
     staged[D + c] = rows.offset_at(token, c, scale);
   }
+  if (rows.has_powers() && thread_index < rows.power_cells()) {
+    staged[2 * D + thread_index] = float(rows.power_cell(token, thread_index));
+  }
+}
+// What (code * scale + offset) of a token of a staged block is multiplied by.
+template <int D>
+inline float staged_power(thread const Rows& rows, int token, threadgroup const float* staged) {
+  if (!rows.has_powers()) return 1.0f;
+  const int in_block = token % rows.quantization.token_block;
+  return token_factor(uint(staged[2 * D + in_block / kPowersInCell]), in_block);
 }
 
 // The part of a tile's row that a thread brings: eight columns of every kStep-th row. A simdgroup
@@ -158,18 +169,20 @@ inline bool write_part(HeldPart held, thread const Rows& rows, int token, bool i
     }
   } else if (is_code(rows.type) && is_staged) {
     threadgroup const float* staged = columns + column;
+    const float power = staged_power<D>(rows, token, columns);
     for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
-      x[i] = x[i] * staged[i] + staged[D + i];
+      x[i] = (x[i] * staged[i] + staged[D + i]) * power;
     }
   } else if (is_code(rows.type)) {
     if (is_exact && part.chunk == 0) *scale_of_row = 1.0f;
+    const float power = is_inside ? rows.power_at(token) : 1.0f;
     for (int i = 0; is_inside && i < 8 && column + i < rows.columns; ++i) {
       const int block = rows.column_block(column + i);
       if (is_exact) {
         x[i] += rows.code_offset_at(token, block);
       } else {
         const float scale = rows.scale_at(token, block);
-        x[i] = x[i] * scale + rows.offset_at(token, block, scale);
+        x[i] = (x[i] * scale + rows.offset_at(token, block, scale)) * power;
       }
     }
   }

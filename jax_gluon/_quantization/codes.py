@@ -19,6 +19,9 @@ class Blocks(Protocol):
     @property
     def head_block(self) -> int: ...
 
+    @property
+    def power_cells(self) -> int: ...
+
 
 def spread(cells: jax.Array, spec: Blocks, shape: tuple[int, ...]) -> jax.Array:
     """Entries for blocks, `[..., T', N', H']`, spread over `shape` `[..., T, N, H]`."""
@@ -58,6 +61,54 @@ def to_bits(x: jax.Array) -> jax.Array:
 def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
     """The array of `dtype` that `to_bits` took."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+# Tokens that are divided by powers of 4 keep the exponent in 3 bits: those of five tokens are the
+# bits of a bfloat16 number. Two bits of its exponent are never alike, so that it is neither NaN nor
+# subnormal, and passes through XLA as it is.
+
+#: Tokens whose powers are kept in a number.
+POWERS_IN_CELL = 5
+#: The largest exponent of 4.
+LARGEST_POWER = 7
+
+
+def power_cells(powers: jax.Array, spec: Blocks) -> jax.Array:
+    """Exponents of 4 of tokens, int32 `[..., T, N, 1]`, as `[..., T', N, cells]` bfloat16."""
+    *leading, T, N, _ = powers.shape
+    block, cells = spec.token_block, spec.power_cells
+    blocks = -(-T // block)
+    x = jnp.pad(powers, [(0, 0)] * len(leading) + [(0, blocks * block - T), (0, 0), (0, 0)])
+    x = jnp.swapaxes(x.reshape(*leading, blocks, block, N), -1, -2)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, cells * POWERS_IN_CELL - block)])
+    x = x.reshape(*x.shape[:-1], cells, POWERS_IN_CELL)
+    x = jnp.sum(x << _places(x.ndim), axis=-1, dtype=jnp.int32)
+    bits = (x & 0x3FFF) | (x & 0x4000) << 1 | (~x & 0x2000) << 1
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+
+def token_factors(cells: jax.Array, spec: Blocks, T: int) -> jax.Array:
+    """What the tokens that `power_cells` stands for were divided by: float32 `[..., T, N, 1]`."""
+    *leading, blocks, N, count = cells.shape
+    bits = to_bits(cells).astype(jnp.int32)
+    bits = (bits & 0x3FFF) | (bits >> 1 & 0x4000)
+    powers = bits[..., None] >> _places(bits.ndim + 1) & 7
+    powers = powers.reshape(*leading, blocks, N, count * POWERS_IN_CELL)
+    powers = jnp.swapaxes(powers[..., : spec.token_block], -1, -2)
+    powers = powers.reshape(*leading, blocks * spec.token_block, N, 1)[..., :T, :, :]
+    return power_of_four(powers)
+
+
+def _places(ndim: int) -> jax.Array:
+    """The lowest bits of the powers in a number, along the last of `ndim` axes."""
+    places = jnp.arange(0, 3 * POWERS_IN_CELL, 3, dtype=jnp.int32)
+    return places.reshape(*(1,) * (ndim - 1), POWERS_IN_CELL)
+
+
+def power_of_four(exponent: jax.Array) -> jax.Array:
+    """4^exponent as float32, exactly; XLA's own powers may round."""
+    bits = (2 * exponent + 127) << 23
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
 
 
 @functools.cache

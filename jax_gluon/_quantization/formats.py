@@ -13,7 +13,14 @@ from jax.typing import DTypeLike
 
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes
-from jax_gluon._quantization.codes import from_bits, spread, unpack, unrotated
+from jax_gluon._quantization.codes import (
+    POWERS_IN_CELL,
+    from_bits,
+    spread,
+    token_factors,
+    unpack,
+    unrotated,
+)
 
 Preset = Literal["int8", "int4"]
 Granularity = Literal["tensor", "head", "row", "block", "group", "channel", "channel_block"]
@@ -53,6 +60,10 @@ class QuantSpec:
       that divides H), which spreads outliers. `dequantize` undoes it.
     - `float_minimum`: keep each block's smallest element in place of a zero point; needs
       `symmetric=False`.
+    - `token_powers`: divide a token that is 4 times an ordinary one or more by a power of 4 first,
+      so that it does not widen the scales of the tokens that share them with it. Its size is the
+      norm of its centered row; ordinary is the lower median of the tokens that the center is taken
+      from. Powers are 4 to 4^7; `scale` keeps them. Needs granularity channel_block and `center`.
 
     Scales and minima are float32; those of block, group and channel_block bfloat16, with codes
     computed from the rounded values.
@@ -71,9 +82,10 @@ class QuantSpec:
     center: bool = False
     rotate: bool = False
     float_minimum: bool = False
+    token_powers: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("symmetric", "center", "rotate", "float_minimum"):
+        for name in ("symmetric", "center", "rotate", "float_minimum", "token_powers"):
             if not isinstance(getattr(self, name), bool):
                 self._raise(TypeError, name, "True or False")
         for name, allowed in (("bits", "4 or 8"), ("block_size", "an int of at least 1")):
@@ -87,6 +99,9 @@ class QuantSpec:
             self._raise(ValueError, "granularity", ", ".join(GRANULARITIES))
         if self.symmetric and self.float_minimum:
             self._raise(ValueError, "float_minimum", "False where symmetric is True")
+        if self.token_powers and not (self.center and self.granularity == "channel_block"):
+            allowed = "False unless granularity is channel_block and center is True"
+            self._raise(ValueError, "token_powers", allowed)
 
     def _raise(self, error: type[Exception], field: str, allowed: str) -> NoReturn:
         raise error(Checker("QuantSpec").text(field, f"{getattr(self, field)!r}", allowed))
@@ -116,8 +131,18 @@ class QuantSpec:
         half = 1 << (self.bits - 1)
         return (1 - half if self.symmetric else -half), half - 1
 
+    @property
+    def power_cells(self) -> int:
+        """Numbers that keep the powers of a block's tokens."""
+        return -(-self.block_size // POWERS_IN_CELL) if self.token_powers else 0
+
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of an operand of `shape` `[..., T, N, H]`."""
+        """Shape of the scales of an operand of `shape`, and of the powers that follow them."""
+        *blocks, scales = self.block_shape(shape)
+        return (*blocks, scales + self.power_cells)
+
+    def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of an entry for each block of an operand of `shape` `[..., T, N, H]`."""
         *leading, T, N, H = shape
         heads = 1 if self.granularity == "tensor" else N
         return (*leading, _blocks(T, self.token_block), heads, _blocks(H, self.head_block))
@@ -159,7 +184,7 @@ PRESETS: dict[Preset, AttentionQuantization] = {
     "int8": AttentionQuantization(QuantSpec(), QuantSpec(center=True), QuantSpec()),
     "int4": AttentionQuantization(
         QuantSpec(),
-        QuantSpec(bits=4, granularity="channel_block", **_MINIMUM),
+        QuantSpec(bits=4, granularity="channel_block", center=True, token_powers=True, **_MINIMUM),
         QuantSpec(bits=4, granularity="group", block_size=24, **_MINIMUM),
     ),
 }
@@ -178,9 +203,10 @@ class QuantizedTensor:
     checkpointing treat it as they treat an array. Attention's gradient through one is zero.
 
     - `data`: int8 `[..., T, N, H]`, or uint8 `[..., T, N, H // 2]` for 4 bits.
-    - `scale`: `[..., T', N', H']`, an entry for each block that shares one (`spec.scale_shape`).
-      In a cache, bfloat16 scales and minima are their bits, uint16.
-    - `zero_point`: int8, or `minimum`: of `scale`'s shape; whichever the spec asks for.
+    - `scale`: `[..., T', N', H']`, an entry for each block that shares one (`spec.block_shape`).
+      With `spec.token_powers`, the powers of the block's tokens follow along H', five in the bits
+      of a number. In a cache, bfloat16 scales and minima are their bits, uint16.
+    - `zero_point`: int8, or `minimum`: `[..., T', N', H']`; whichever the spec asks for.
     - `center`: float32 `[..., 1, N, H]`, with `spec.center` (of the rotated array, with
       `spec.rotate`).
     - `spec`; `dtype` of the float array; `head_dim`, H.
@@ -302,12 +328,12 @@ def check_parts(x: QuantizedTensor) -> str | None:
     spec, shape = x.spec, x.shape
     width = x.head_dim // 2 if spec.bits == 4 else x.head_dim
     code = np.dtype(np.uint8 if spec.bits == 4 else np.int8)
-    scale = spec.scale_shape(shape)
+    blocks = spec.block_shape(shape)
     needed = {
         "data": ((*shape[:-1], width), code),
-        "scale": (scale, np.dtype(spec.scale_dtype)),
-        "zero_point": (scale, np.dtype(np.int8)) if _has_zero_point(spec) else None,
-        "minimum": (scale, np.dtype(spec.scale_dtype)) if spec.float_minimum else None,
+        "scale": (spec.scale_shape(shape), np.dtype(spec.scale_dtype)),
+        "zero_point": (blocks, np.dtype(np.int8)) if _has_zero_point(spec) else None,
+        "minimum": (blocks, np.dtype(spec.scale_dtype)) if spec.float_minimum else None,
         "center": ((*shape[:-3], 1, *shape[-2:]), np.dtype(np.float32)) if spec.center else None,
     }
     for name, expected in needed.items():
@@ -340,7 +366,8 @@ def dequantize_rotated(x: QuantizedTensor, dtype: Any) -> jax.Array:
         is_bits = cells.dtype == jnp.uint16
         return (from_bits(cells, spec.scale_dtype) if is_bits else cells).astype(dtype)
 
-    scale = spread(floats(x.scale), spec, shape)
+    scales = spec.block_shape(shape)[-1]
+    scale = spread(floats(x.scale[..., :scales]), spec, shape)
     codes = unpack(x.data).astype(dtype) if spec.bits == 4 else x.data.astype(dtype)
     if x.minimum is not None:
         # Halves: the steps may be more than the largest float although their sum is not.
@@ -353,6 +380,8 @@ def dequantize_rotated(x: QuantizedTensor, dtype: Any) -> jax.Array:
         restored = (codes - zero) * scale
     else:
         restored = codes * scale
+    if spec.token_powers:
+        restored = restored * token_factors(x.scale[..., scales:], spec, shape[-3]).astype(dtype)
     # A rounded scale, zero point or minimum may take the last step past the largest float, and so
     # may the center.
     largest = float(np.finfo(np.float32).max)

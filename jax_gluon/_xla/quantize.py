@@ -9,13 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon._quantization.codes import pack, rotated, spread, without_center
+from jax_gluon._quantization.codes import (
+    LARGEST_POWER,
+    pack,
+    power_cells,
+    power_of_four,
+    rotated,
+    spread,
+    without_center,
+)
 from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec
 
 # A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 _MIN_SCALE = 2.0**-125
 # A center above this counts as zero: differences from it might not be finite.
 _LARGEST_CENTER = 2.0**100
+# A squared norm below this counts as zero: squares of its elements might not be normal.
+_MIN_ORDINARY_NORM = 2.0**-100
 
 
 def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) -> QuantizedTensor:
@@ -35,9 +45,14 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) ->
     hidden = None if visible is None else ~visible[..., None, None]
     if hidden is not None:
         x = jnp.where(hidden, jnp.zeros_like(x), x)
+    powers = None
+    if spec.token_powers:
+        x, powers = divide_large_tokens(x, ordinary_norm(x, visible))
     least, most = _extremes(x, hidden, spec)
     scale, zero_point, minimum = _parameters(least, most, spec)
     codes = _codes(x, scale, zero_point, minimum, spec)
+    if powers is not None:
+        scale = jnp.concatenate([scale, power_cells(powers, spec)], axis=-1)
     return QuantizedTensor(
         pack(codes) if spec.bits == 4 else codes, scale, zero_point, minimum, center,
         spec, np.dtype(dtype), H,
@@ -55,16 +70,54 @@ def token_center(x: jax.Array, visible: jax.Array | None) -> jax.Array:
 
     **Returns:** float32 `[..., 1, N, H]`.
     """
-    count = min(CENTER_TOKENS, x.shape[-3])
-    if count == 0:
+    if x.shape[-3] == 0:
         return jnp.zeros((*x.shape[:-3], 1, *x.shape[-2:]), x.dtype)
+    return _lower_median(_first_visible(x, visible))
+
+
+def ordinary_norm(x: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """The squared norm of an ordinary token of `x` `[..., T, N, H]`, `[..., 1, N, 1]`.
+
+    The lower median over the tokens that the center is taken from; 0 where there is none.
+    """
+    if x.shape[-3] == 0:
+        return jnp.zeros((*x.shape[:-3], 1, x.shape[-2], 1), x.dtype)
+    middle = _lower_median(_first_visible(_squared_norms(x), visible))
+    return jnp.where(middle >= _MIN_ORDINARY_NORM, middle, jnp.zeros_like(middle))
+
+
+def divide_large_tokens(x: jax.Array, ordinary: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` `[..., T, N, H]` with each token divided by 4^p, and p, int32 `[..., T, N, 1]`.
+
+    That is the largest power of 4, up to 4^7, that the token is at least, in ordinary ones. A token
+    that is not finite is not divided.
+    """
+    norms = _squared_norms(x)
+    usable = jnp.isfinite(norms) & (ordinary > 0)
+    powers = jnp.zeros(norms.shape, jnp.int32)
+    for power in range(1, LARGEST_POWER + 1):
+        reached = norms >= ordinary * jnp.asarray(16.0**power, norms.dtype)
+        powers += (usable & reached).astype(jnp.int32)
+    return x * power_of_four(-powers), powers
+
+
+def _squared_norms(x: jax.Array) -> jax.Array:
+    return jnp.sum(x * x, axis=-1, keepdims=True)
+
+
+def _first_visible(x: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """The first tokens that can be seen, at least one; infinities where there are fewer."""
+    count = min(CENTER_TOKENS, x.shape[-3])
     if visible is None:
-        x = x[..., :count, :, :]
-    else:
-        first = jnp.argsort(~visible, axis=-1, stable=True)[..., :count]
-        taken = jnp.take_along_axis(visible, first, axis=-1)[..., None, None]
-        x = jnp.take_along_axis(x, first[..., None, None], axis=-3)
-        x = jnp.where(taken, x, jnp.full_like(x, jnp.inf))
+        return x[..., :count, :, :]
+    first = jnp.argsort(~visible, axis=-1, stable=True)[..., :count]
+    taken = jnp.take_along_axis(visible, first, axis=-1)[..., None, None]
+    x = jnp.take_along_axis(x, first[..., None, None], axis=-3)
+    return jnp.where(taken, x, jnp.full_like(x, jnp.inf))
+
+
+def _lower_median(x: jax.Array) -> jax.Array:
+    """Of the finite numbers along the tokens; 0 where there are none, or where it is too large."""
     finite = jnp.isfinite(x)
     ordered = jnp.sort(jnp.where(finite, x, jnp.full_like(x, jnp.inf)), axis=-3)
     number = jnp.sum(finite, axis=-3, keepdims=True, dtype=jnp.int32)
@@ -81,7 +134,7 @@ def _extremes(
 
     Hidden tokens do not count; a block of nothing else has 0 for both.
     """
-    shape = spec.scale_shape(x.shape)
+    shape = spec.block_shape(x.shape)
     if 0 in x.shape:
         return jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
     T, N, H = x.shape[-3:]

@@ -16,6 +16,8 @@ namespace {
 
 const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
                                             ffi::DataType::F16};
+// uint16: bits of bfloat16, as the cache stores them.
+const std::vector<ffi::DataType> kBf16Bits = {ffi::DataType::BF16, ffi::DataType::U16};
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 4;
 // How an operand's rows are stored, as the attributes say: codes are followed by their scale, and
 // by an offset and a center where they have them. Or they come as floats, and the call makes codes
@@ -23,6 +25,7 @@ constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 4;
 struct Format {
   int64_t bits = 0, token_block = 0, head_block = 0, offset = 0;
   bool has_center = false;
+  bool has_powers = false;
   bool is_made = false;
   bool per_tensor = false;  // of codes that are made
 
@@ -34,7 +37,13 @@ struct Format {
     q.token_block = token_block;
     q.head_block = whole_head_block(head_block, shape[3]);
     q.offset_kind = offset_kind();
+    q.has_powers = has_powers;
     return q;
+  }
+  // The shape of the scales, where an entry for each block has `shape`.
+  Shape scales(Shape shape) const {
+    if (has_powers) shape.back() += power_cells(token_block);
+    return shape;
   }
   bool is_float() const { return bits == 0 || is_made; }
   size_t operands() const {
@@ -60,6 +69,10 @@ Format read_format(BufferReader& reader, const std::string& name, bool may_be_ma
   format.head_block = reader.integer(name + "_head_block", 0, kMax);
   format.offset = reader.integer(name + "_offset", 0, 2);
   format.has_center = reader.flag(name + "_has_center");
+  format.has_powers = reader.flag(name + "_has_powers");
+  if (format.has_powers && (format.token_block == 0 || format.head_block != 1)) {
+    reader.fail("attribute " + name + "_has_powers is 1, expected 0 but for blocks of a channel");
+  }
   if (!may_be_made) return format;
   format.is_made = reader.flag(name + "_is_made");
   format.per_tensor = reader.flag(name + "_per_tensor");
@@ -90,12 +103,12 @@ QuantizableOperand read_rows(BufferReader& reader, const std::string& name, cons
       reader.operand_of(name, stored, {packed ? ffi::DataType::U8 : ffi::DataType::S8});
   Quantization& q = x.quantization;
   q = format.quantization(shape);
-  // uint16: bits of bfloat16, as the cache stores them.
   const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16,
                                              ffi::DataType::U16};
   const Shape blocked = {shape[0], blocks_of(shape[1], q.token_block), shape[2],
                          blocks_of(shape[3], q.head_block)};
-  q.scale = reader.operand_of(name + "_scale", blocked, floats, true);
+  q.scale = reader.operand_of(name + "_scale", format.scales(blocked),
+                              format.has_powers ? kBf16Bits : floats, true);
   if (q.offset_kind == Offset::kZeroPoint) {
     q.offset = reader.operand_of(name + "_zero_point", blocked, {ffi::DataType::S8}, true);
   } else if (q.offset_kind == Offset::kMinimum) {
@@ -126,13 +139,15 @@ void read_codes(BufferReader& reader, const std::string& prefix, const Shape& sh
   call.data = reader.result(prefix + "data", stored,
                             {call.bits == 4 ? ffi::DataType::U8 : ffi::DataType::S8});
   const std::vector<ffi::DataType> floats = {ffi::DataType::F32, ffi::DataType::BF16};
-  const Shape scale = {shape[0], blocks_of(call.S, call.token_block), call.per_tensor ? 1 : call.K,
-                       blocks_of(call.H, call.head_block)};
-  call.scale = reader.result(prefix + "scale", scale, floats);
+  const Shape blocked = {shape[0], blocks_of(call.S, call.token_block),
+                         call.per_tensor ? 1 : call.K, blocks_of(call.H, call.head_block)};
+  Shape scale = blocked;
+  if (call.has_powers) scale.back() += power_cells(call.token_block);
+  call.scale = reader.result(prefix + "scale", scale, call.has_powers ? kBf16Bits : floats);
   if (call.float_minimum) {
-    call.offset = reader.result(prefix + "minimum", scale, floats);
+    call.offset = reader.result(prefix + "minimum", blocked, floats);
   } else if (!call.symmetric) {
-    call.offset = reader.result(prefix + "zero_point", scale, {ffi::DataType::S8});
+    call.offset = reader.result(prefix + "zero_point", blocked, {ffi::DataType::S8});
   }
   if (call.is_centered) {
     call.center =
@@ -208,6 +223,7 @@ void read_made_codes(BufferReader& reader, const std::string& name, const Format
   made.head_block = format.head_block;
   made.per_tensor = format.per_tensor;
   made.is_centered = format.has_center;
+  made.has_powers = format.has_powers;
   read_codes(reader, name + "_", shape, made);
   if (reader.failed()) return;
 
@@ -220,7 +236,7 @@ void read_made_codes(BufferReader& reader, const std::string& name, const Format
   static_cast<Operand&>(x) = as_operand(made.data, made, stored);
   Quantization& q = x.quantization;
   q = format.quantization(shape);
-  q.scale = as_operand(made.scale, made, blocked);
+  q.scale = as_operand(made.scale, made, format.scales(blocked));
   if (made.offset) q.offset = as_operand(made.offset, made, blocked);
   if (made.center) q.center = as_operand(made.center, made, {shape[0], 1, made.K, made.H});
 }
@@ -443,6 +459,10 @@ QuantizeCall read_quantize(BufferReader& reader) {
     reader.fail("attribute per_tensor is 1, expected 0 where blocks are not whole axes");
   }
   call.is_centered = reader.flag("center");
+  call.has_powers = reader.flag("token_powers");
+  if (call.has_powers && (call.token_block == 0 || call.head_block != 1 || !call.is_centered)) {
+    reader.fail("attribute token_powers is 1, expected 0 but for centered blocks of a channel");
+  }
   call.rotate = reader.flag("rotate");
   const bool has_visible = reader.flag("has_visible");
   reader.set_leading(4);

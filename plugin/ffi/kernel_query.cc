@@ -41,6 +41,7 @@ QuantizableOperand rows(const KernelQuery& query, const std::string& name, int64
   q.scale.data = &kNothing;
   if (q.offset_kind != Quantization::Offset::kNone) q.offset.data = &kNothing;
   if (number(query, name + "_has_center") != 0) q.center.data = &kNothing;
+  q.has_powers = number(query, name + "_has_powers") != 0;
   return x;
 }
 

@@ -215,7 +215,9 @@ void AttentionEncoder::bind_rows(int slot, int table, const QuantizableOperand& 
                                          : kValueScaleBatch;
   const std::vector<int64_t> blocked = {blocks_of(tokens, q.token_block), heads,
                                         blocks_of(columns, q.head_block)};
-  bind_operand(first, first_table, q.scale, blocked);
+  std::vector<int64_t> scales = blocked;
+  if (q.has_powers) scales.back() += power_cells(q.token_block);
+  bind_operand(first, first_table, q.scale, scales);
   quantization->scale = {q.scale.stride[0], q.scale.stride[1], q.scale.stride[2]};
   if (q.offset) {
     bind_operand(first + 1, first_table + 1, q.offset, blocked);
@@ -229,6 +231,7 @@ void AttentionEncoder::bind_rows(int slot, int table, const QuantizableOperand& 
   quantization->token_block = narrow(q.token_block, "a block of tokens");
   quantization->head_block = static_cast<int>(q.head_block);
   quantization->offset_kind = static_cast<int>(q.offset_kind);
+  quantization->has_powers = q.has_powers;
   quantization->is_bfloat16 = q.scale.dtype == DType::kBF16;
 }
 

@@ -10,7 +10,8 @@
 namespace jax_gluon::metal {
 namespace {
 
-static_assert(kCenterRows == kCenterTokens);
+static_assert(kCenterRows == kCenterTokens && kPowersInCell == jax_gluon::kPowersInCell &&
+              kLargestPower == jax_gluon::kLargestPower);
 
 }  // namespace
 
@@ -39,6 +40,7 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
   p.has_visible = call.visible != nullptr;
   p.is_rotated = call.rotate;
   p.is_bfloat16 = call.scale.dtype == DType::kBF16;
+  p.has_powers = call.has_powers;
   p.chunks = static_cast<int>(ceil_div(call.S, kChunkTokens));
 
   std::vector<Int64> tables(static_cast<size_t>(2 * call.B));
@@ -58,17 +60,20 @@ QuantizeEncoder::QuantizeEncoder(Context& context, Buffers& buffers, const Quant
 
   const int64_t tokens = blocks_of(call.S, call.token_block);
   const int64_t columns = blocks_of(call.H, call.head_block);
-  const int64_t scales = call.B * tokens * (call.per_tensor ? 1 : call.K) * columns;
+  const int64_t blocks = call.B * tokens * (call.per_tensor ? 1 : call.K);
+  const int64_t cells = call.has_powers ? power_cells(call.token_block) : 0;
   const auto write = [&](int slot, const Result& x, int64_t count) {
     if (x) bindings_.write(slot, x.data, static_cast<size_t>(count) * size_of(x.dtype));
   };
   write(kQuantizeData, call.data, call.B * call.S * call.K * call.H / (call.bits == 4 ? 2 : 1));
-  write(kQuantizeScale, call.scale, scales);
-  write(kQuantizeOffset, call.offset, scales);
+  write(kQuantizeScale, call.scale, blocks * (columns + cells));
+  write(kQuantizeOffset, call.offset, blocks * columns);
   write(kQuantizeCenter, call.center, call.B * call.K * call.H);
   if (call.token_block == 0) {
     bindings_.scratch(kQuantizeExtremes,
                       static_cast<size_t>(call.B * call.K * p.chunks * 2 * call.H) * sizeof(float));
+  } else if (call.has_powers) {
+    bindings_.scratch(kQuantizeExtremes, static_cast<size_t>(call.B * call.K) * sizeof(float));
   }
 }
 

@@ -59,6 +59,7 @@ ATTRIBUTES = {
     "token_block": ("key_token_block", np.int64(-3), "is -3, expected 0 to "),
     "head_block": ("query_head_block", np.int64(-(2**63)), f"is {-(2**63)}, expected 0 to "),
     "has_center": ("key_has_center", np.int64(2), "is 2, expected 0 to 1"),
+    "has_powers": ("query_has_powers", np.int64(1), "is 1, expected 0 but for blocks of a channel"),
 }
 
 
@@ -95,7 +96,8 @@ def test_attribute_out_of_range(name, case):
 
 
 @pytest.mark.parametrize(
-    "attribute", ["symmetric", "float_minimum", "per_tensor", "center", "rotate", "has_visible"]
+    "attribute",
+    ["symmetric", "float_minimum", "per_tensor", "center", "token_powers", "rotate", "has_visible"],
 )
 def test_quantize_flag_out_of_range(attribute):
     call = quantize()
@@ -112,6 +114,7 @@ def test_quantize_flag_out_of_range(attribute):
         ("head_block", -1, "attribute head_block is -1, expected 0 to "),
         ("float_minimum", 1, "attribute float_minimum is 1, expected 0 where symmetric is 1"),
         ("per_tensor", 1, "attribute per_tensor is 1, expected 0 where blocks are not whole axes"),
+        ("token_powers", 1, "attribute token_powers is 1, expected 0 but for centered blocks of"),
         ("token_block", 2, "result scale has shape [2, 7, 2, 1], expected [2, 4, 2, 1]"),
         ("head_block", 3, "result scale has shape [2, 7, 2, 1], expected [2, 7, 2, 3]"),
     ],

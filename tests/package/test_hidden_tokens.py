@@ -56,25 +56,48 @@ def test_hidden_keys_change_no_bit(
         assert relative_error(gradient, exact) <= 2 * bound
 
 
+def of_earlier_rows(operands, at, factor, quantization, implementation):
+    """Causal output and gradients of rows before `at`, whose key and value are `factor` larger."""
+    q, k, v, d_out = operands
+
+    def attention(q, k, v):
+        return jax_gluon.dot_product_attention(
+            q, k, v, is_causal=True, quantization=quantization, implementation=implementation
+        )
+
+    out, pullback = jax.vjp(attention, q, k.at[:, at].mul(factor), v.at[:, at].mul(factor))
+    return [x[:, :at] for x in (out, *pullback(d_out.at[:, at:].set(0)))]
+
+
 @pytest.mark.parametrize("outlier", [100.0, 1e4])
 def test_earlier_rows_do_not_notice_a_later_outlier(
     outlier, implementation, relative_error, random_operands
 ):
     """INT8, causal: scales are those of a row, and the center is a median."""
-    q, k, v, d_out = random_operands(B, 50, 50, N, K, H, V)
-    d_out = d_out.at[:, -1].set(0)
-
-    def results(factor):
-        def attention(q, k, v):
-            return jax_gluon.dot_product_attention(
-                q, k, v, is_causal=True, quantization="int8", implementation=implementation
-            )
-
-        operands = q, k.at[:, -1].mul(factor), v.at[:, -1].mul(factor)
-        out, pullback = jax.vjp(attention, *operands)
-        return [x[:, :-1] for x in (out, *pullback(d_out))]
-
+    operands = random_operands(B, 50, 50, N, K, H, V)
+    found, expected = (
+        of_earlier_rows(operands, 49, factor, "int8", implementation) for factor in (outlier, 1.0)
+    )
     # The CPU rounds P to 8 bits in units of the head's largest scale: a few round otherwise.
     bound = 1e-3 if implementation == "cpu" else 1e-5
-    for a, b in zip(results(outlier), results(1.0), strict=True):
+    for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) <= bound
+
+
+@pytest.mark.parametrize(("at", "outlier", "growth"), [(21, 100.0, 1.1), (60, 1e4, 1.03)])
+def test_int4_errors_of_earlier_rows_grow_little(
+    at, growth, outlier, implementation, oracle, relative_error, random_operands
+):
+    """The outlier shares its keys' scales: it is divided by a power of 4 that is kept beside it."""
+    operands = random_operands(B, 64, 64, N, K, H, V)
+    expected = oracle(*operands[:3], is_causal=True, d_out=operands[3].at[:, at:].set(0))
+    exact = [x[:, :at] for x in (expected.out, *expected[2:5])]
+    errors = [
+        [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+        for found in (
+            of_earlier_rows(operands, at, factor, "int4", implementation)
+            for factor in (outlier, 1.0)
+        )
+    ]
+    for a, b in zip(*errors, strict=True):
+        assert a <= growth * b

@@ -61,7 +61,9 @@ def append_all(cache, key, value, pattern):
 
 
 def at_once(cached, x):
-    """The codes of all of `x`, less the mean that `cached` keeps."""
+    """The codes of all of `x`, less the center that `cached` keeps."""
+    if cached.spec.token_powers:
+        return jax_gluon.quantize(x, cached.spec)
     centered = x if cached.center is None else x - np.asarray(cached.center)[: len(x)]
     fresh = jax_gluon.quantize(centered, dataclasses.replace(cached.spec, center=False))
     center = None if cached.center is None else cached.center[: len(x)]
@@ -127,6 +129,22 @@ def test_the_center_does_not_depend_on_how_tokens_came(splits):
     assert_equal(cache.key.center, whole.center)
     assert_equal(cache.key.data[:, :47], whole.data)
     assert_equal(cache.key.scale[:, :47], whole.scale)
+
+
+@pytest.mark.parametrize("splits", [(31, 1, 15), (1, 1, 1, 44), (40, 7), (21, 1, 10, 1, 14)])
+def test_powers_do_not_depend_on_how_tokens_came(splits, oracle, relative_error):
+    """Large tokens among the first, of an unfinished block, and the last of all."""
+    key, value, query = tokens(47)
+    key = key * np.where(np.isin(np.arange(47), (0, 21, 36, 46)), 300, 1)[None, :, None, None]
+    key[:, 40, 0] *= 1e4
+    cache = append_all(create("int4"), key, value, splits)
+    assert_equal(cache.key.center, jax_gluon.quantize(key, PRESETS["int4"].key).center)
+    assert_same_codes(cache.key, key)
+    for tokens_at in (slice(1, 21), slice(37, 40)):
+        exact = np.asarray(stored(cache, 47)[0])[:, tokens_at]
+        assert relative_error(exact, key[:, tokens_at]) < 0.05
+    expected = oracle(query, *stored(cache, 47), is_causal=True).out[:, -1:]
+    assert relative_error(cache.attention(query[:, -1:], quantization=None), expected) < 1e-5
 
 
 def test_rotated_and_centered(relative_error):

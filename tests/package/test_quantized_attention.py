@@ -268,6 +268,24 @@ def test_residuals_are_the_codes():
     assert operand_bytes("int4") <= 0.21 * plain
 
 
+@pytest.mark.parametrize("block_size", [12, 32])
+def test_powers_of_tokens(
+    block_size, implementation, oracle, relative_error, random_operands, seen_lengths
+):
+    """Every seventh token is large; on Metal not of the query, which would need more pipelines."""
+    spec = dataclasses.replace(PRESETS["int4"].key, block_size=block_size)
+    specs = AttentionQuantization(QuantSpec() if implementation == "metal" else spec, spec, spec)
+
+    def draw(**shape):
+        *operands, d_out = random_operands(**shape)
+        return *(x.at[:, 1::7].mul(8) for x in operands), d_out
+
+    check(
+        specs, oracle, relative_error, draw, seen_lengths,
+        implementation=implementation, is_causal=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("specs", ["int8", "int4"])
 def test_array_scale_and_vmap(specs, implementation, random_operands):
     q, k, v, _ = (jnp.stack([x, 2 * x]) for x in random_operands(**SHAPE))

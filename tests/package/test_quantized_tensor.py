@@ -18,6 +18,9 @@ SPECS = {
     "tensor": QuantSpec(granularity="tensor"),
     "channel": QuantSpec(granularity="channel", symmetric=False),
     "int4": QuantSpec(4, granularity="channel_block", block_size=8, **MINIMUM),
+    "powers": QuantSpec(
+        4, granularity="channel_block", block_size=8, center=True, token_powers=True, **MINIMUM
+    ),
     "group": QuantSpec(4, granularity="group", block_size=8, rotate=True, **MINIMUM),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -43,7 +46,7 @@ def test_array_like_properties(spec, x):
     assert quantized.dequantize().dtype == jnp.bfloat16
     assert quantized.dequantize(jnp.float32).dtype == jnp.float32
     assert quantized.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
-    assert quantized.nbytes <= x.nbytes / (2 if spec.bits == 8 else 4)
+    assert quantized.nbytes <= x.nbytes / (2 if spec.bits == 8 else 3)
 
 
 @every_spec
@@ -137,6 +140,10 @@ BAD_SPECS = {
     "symmetric": (dict(symmetric=1), TypeError, "symmetric is 1; allowed: True or False"),
     "center": (dict(center="yes"), TypeError, "center is 'yes'; allowed: True or False"),
     "rotate": (dict(rotate=None), TypeError, "rotate is None; allowed: True or False"),
+    "token_powers": (
+        dict(granularity="channel_block", token_powers=True), ValueError,
+        "token_powers is True; allowed: False unless granularity is channel_block and center",
+    ),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -69,6 +70,7 @@ class Format:
     head_block: int = 0
     offset: int = 0
     has_center: int = 0
+    has_powers: int = 0
     is_made: int = 0
     per_tensor: int = 0
 
@@ -92,10 +94,14 @@ class Format:
             1 if self.per_tensor else heads,
             math.ceil(columns / (self.head_block or columns)),
         )
+        stored = np.full(scale, 0.1 if packed else 0.01, np.float32)
+        if self.has_powers:
+            cells = np.full((*scale[:3], math.ceil(self.token_block / 5)), 2.0)
+            stored = np.concatenate([stored, cells], axis=-1).astype(ml_dtypes.bfloat16)
         width = columns // 2 if packed else columns
         parts = {
             name: draw(batch, tokens, heads, width, dtype=np.uint8 if packed else np.int8),
-            f"{name}_scale": np.full(scale, 0.1 if packed else 0.01, np.float32),
+            f"{name}_scale": stored,
         }
         if self.offset == 1:
             parts[f"{name}_zero_point"] = draw(*scale, dtype=np.int8) // 16
@@ -116,7 +122,7 @@ ROW = Format(8, token_block=1)
 FORMATS = {
     "float": (Format(), Format(), Format()),
     "int8": (ROW, Format(8, token_block=1, has_center=1), ROW),
-    "int4": (Format(8, 2, offset=1), Format(4, 4, 1, 2), Format(4, 1, 4, 1, has_center=1)),
+    "int4": (Format(8, 2, offset=1), Format(4, 4, 1, 2, 1, 1), Format(4, 1, 4, 1, has_center=1)),
     "mixed": (Format(), Format(8, 0, 3, 2, 1), Format(8, 0, 1)),
     "made": (
         Format(8, 2, offset=1, has_center=1, is_made=1),
@@ -202,7 +208,9 @@ def attention(target, formats="float", *, full=True):
     return Call(target, operands, results, attributes)
 
 
-def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, center=1):
+def quantize(
+    *, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, center=1, token_powers=0
+):
     heads = 1 if per_tensor else K
     scale = (B, math.ceil(S / (token_block or S)), heads, math.ceil(H / (head_block or H)))
     results = {
@@ -217,7 +225,7 @@ def quantize(*, bits=8, symmetric=1, token_block=1, head_block=0, per_tensor=0, 
     attributes = dict(
         device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric,
         token_block=token_block, head_block=head_block, per_tensor=per_tensor,
-        center=center, rotate=0, has_visible=1,
+        center=center, token_powers=0, rotate=0, has_visible=1,
     )  # fmt: skip
     return Call(
         QUANTIZE,

@@ -52,6 +52,47 @@ def token_center(x: np.ndarray[Any, Any], visible: Any = None) -> np.ndarray[Any
     return out
 
 
+def token_powers(x: Any, visible: Any) -> Any:
+    """Exponents of 4 `[B, T, N, 1]` that centered tokens are divided by."""
+    norms = np.sum(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
+    powers = np.zeros(norms.shape, np.int32)
+    for b, n in np.ndindex(x.shape[0], x.shape[2]):
+        first = norms[b, :, n, 0][visible[b]][:CENTER_TOKENS]
+        first = np.sort(first[np.isfinite(first)])
+        ordinary = first[(first.size - 1) // 2] if first.size else 0.0
+        if ordinary >= 2.0**-100:
+            with np.errstate(all="ignore"):
+                ratio = np.sqrt(norms[b, :, n, 0] / ordinary)
+                reached = ratio[:, None] >= 4.0 ** np.arange(1, 8)
+            powers[b, :, n, 0] = np.where(np.isfinite(ratio), reached.sum(1), 0)
+    return powers
+
+
+def power_cells(powers: Any, spec: QuantSpec) -> Any:
+    """Five tokens a number, from the lowest bits on; see `jax_gluon._quantization.codes`."""
+    block, (B, T, N, _) = spec.block_size, powers.shape
+    cells = np.zeros((B, -(-T // block), N, spec.power_cells), np.uint16)
+    for b, t, n in np.ndindex(B, T, N):
+        place = t % block
+        cells[b, t // block, n, place // 5] |= int(powers[b, t, n, 0]) << 3 * (place % 5)
+    bits = cells & 0x3FFF | (cells & 0x4000) << 1 | (~cells & 0x2000) << 1
+    return bits.astype(np.uint16).view(ml_dtypes.bfloat16)
+
+
+def powers_of_cells(cells: Any, spec: QuantSpec, x: QuantizedTensor) -> Any:
+    """The inverse of `power_cells`."""
+    B, T, N, _ = x.shape
+    bits = cells.view(np.uint16)
+    bits = bits & 0x3FFF | bits >> 1 & 0x4000
+    powers = np.zeros((B, T, N, 1), np.int32)
+    for b, t, n in np.ndindex(B, T, N):
+        place = t % spec.block_size
+        powers[b, t, n, 0] = (
+            int(bits[b, t // spec.block_size, n, place // 5]) >> 3 * (place % 5) & 7
+        )
+    return powers
+
+
 def quantize(x: Any, spec: QuantSpec, center: Any = None, visible: Any = None) -> QuantizedTensor:
     """Codes of `x` in float32, with `center` in place of the tokens' center where it is given.
 
@@ -69,13 +110,17 @@ def quantize(x: Any, spec: QuantSpec, center: Any = None, visible: Any = None) -
         visible = np.ones(x.shape[:2], bool)
     seen = np.broadcast_to(visible[..., None, None], x.shape)
     x = np.where(seen, x, np.float32(0))
+    powers = np.zeros((*x.shape[:3], 1), np.int32)
+    if spec.token_powers:
+        powers = token_powers(x, visible)
+        x = np.ldexp(x, -2 * powers)
     axes = (0, 1, 2, 3, 4, 5) if spec.granularity == "tensor" else (2, 5)
     least, most = (
         f(_blocks(np.where(seen, x, hidden), spec), axis=axes, keepdims=True)[:, :, 0, ..., 0]
         for f, hidden in ((np.min, np.float32(np.inf)), (np.max, np.float32(-np.inf)))
     )
     least, most = (np.where(least > most, np.float32(0), y) for y in (least, most))
-    least, most = (np.broadcast_to(y, spec.scale_shape(x.shape)) for y in (least, most))
+    least, most = (np.broadcast_to(y, spec.block_shape(x.shape)) for y in (least, most))
     lowest, highest = (np.float32(code) for code in spec.code_range)
     levels, minimum, zero_point = highest - lowest, None, None
     is_bfloat16 = np.dtype(spec.scale_dtype) == ml_dtypes.bfloat16
@@ -108,6 +153,8 @@ def quantize(x: Any, spec: QuantSpec, center: Any = None, visible: Any = None) -
     if spec.bits == 4:
         biased = (codes + 8).astype(np.uint8)
         codes = biased[..., 0::2] | biased[..., 1::2] << 4
+    if spec.token_powers:
+        scale = np.concatenate([scale, power_cells(powers, spec)], axis=-1)
     kept = center if spec.center else None
     return QuantizedTensor(codes, scale, zero_point, minimum, kept, spec, dtype, H)
 
@@ -118,7 +165,8 @@ def dequantize(x: QuantizedTensor) -> np.ndarray[Any, Any]:
     if spec.bits == 4:
         data = np.asarray(x.data)
         codes = np.stack([data & 15, data >> 4], axis=-1).reshape(x.shape).astype(np.float64) - 8
-    scale = spread(np.asarray(x.scale, np.float64), spec, x.shape)
+    scales = spec.block_shape(x.shape)[-1]
+    scale = spread(np.asarray(x.scale, np.float64)[..., :scales], spec, x.shape)
     if x.minimum is not None:
         codes = (codes - spec.code_range[0]) * scale
         codes += spread(np.asarray(x.minimum, np.float64), spec, x.shape)
@@ -126,6 +174,8 @@ def dequantize(x: QuantizedTensor) -> np.ndarray[Any, Any]:
         codes = (codes - spread(np.asarray(x.zero_point, np.float64), spec, x.shape)) * scale
     else:
         codes = codes * scale
+    if spec.token_powers:
+        codes = np.ldexp(codes, 2 * powers_of_cells(np.asarray(x.scale)[..., scales:], spec, x))
     return codes if x.center is None else codes + np.asarray(x.center, np.float64)
 
 

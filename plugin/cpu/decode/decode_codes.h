@@ -181,7 +181,11 @@ class DecodeCodes {
     queries_.each_run(keys, [&](Range run) {
       fold_scales<Key>(b, run.begin, s);
       const int64_t first = run.begin - keys.begin;
-      dot_tokens<Key>(b, run, s.scores.get() + first * queries_.padded_rows, s);
+      float* scores = s.scores.get() + first * queries_.padded_rows;
+      dot_tokens<Key>(b, run, scores, s);
+      for (int64_t k = 0; k < call_.K; ++k) {
+        queries_.apply_powers(b, run, k, scores + k * queries_.head_rows, 1, queries_.padded_rows);
+      }
     });
   }
 

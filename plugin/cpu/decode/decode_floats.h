@@ -201,6 +201,7 @@ class DecodeFloats {
         queries_.template fold_scales<Key>(b, run.begin, k, s);
         const int64_t begin = run.begin - keys.begin;
         Key::dot(rows.part(begin, run.end - keys.begin), queries, s.scores.get() + begin);
+        queries_.apply_powers(b, run, k, s.scores.get() + begin, kSubtile, 1);
       });
     }
     if (scaling != Scaling::kRow) return;

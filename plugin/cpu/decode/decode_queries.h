@@ -133,6 +133,18 @@ class DecodeQueries {
         [&](int64_t h, F) { return Isa::load(offset + h); }, s);
   }
 
+  // Multiplies the products of the rows of kv head k with `keys`, a run that shares scales, by what
+  // the keys were divided by: that of row r and key j is at scores[r * row_step + j * key_step].
+  void apply_powers(int64_t b, Range keys, int64_t k, float* scores, int64_t row_step,
+                    int64_t key_step) const {
+    if (!has_large_tokens(call_.key, b, keys.begin, k, call_.H)) return;
+    for (int64_t j = keys.begin; j < keys.end; ++j, scores += key_step) {
+      const float power = power_of_row(call_.key, b, j, k, call_.H);
+      if (power == 1.0f) continue;
+      for (int64_t r = 0; r < head_rows; ++r) scores[r * row_step] *= power;
+    }
+  }
+
   // Of row i, whose maximum grew.
   void rescale(int64_t i, float factor, Scratch& s) const {
     scale_row<Isa>(s.out.get() + i * value_width, value_width, factor);

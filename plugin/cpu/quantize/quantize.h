@@ -7,25 +7,21 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/quantize/extremes.h"
+#include "cpu/quantize/rotation.h"
 #include "cpu/rows/quantized_rows.h"
 #include "cpu/rows/token_center.h"
+#include "cpu/rows/token_powers.h"
 #include "cpu/rows/visibility.h"
 #include "device.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
-// Signs of the rotation: the lowest bit of SplitMix64 of h + 1; the Python side has the same.
-inline float rotation_sign(int64_t h) {
-  uint64_t z = static_cast<uint64_t>(h + 1) * 0x9E3779B97F4A7C15ull;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return ((z ^ (z >> 31)) & 1) != 0 ? -1.0f : 1.0f;
-}
-
 template <class Isa>
 class Quantize {
   using F = typename Isa::F;
+  using Extremes = ColumnExtremes<Isa>;
   static constexpr int64_t W = Isa::kLanes;
   static constexpr int64_t kTokens = 256;  // of a task
   // A step below this counts as zero: dividing by it, or halving it, might leave the normal
@@ -38,18 +34,16 @@ class Quantize {
         parallel_(parallel),
         width_(round_up(call.H, W)),
         scales_(call.head_block == 0 ? 1 : ceil_div(call.H, call.head_block)),
+        power_cells_(call.has_powers ? power_cells(call.token_block) : 0),
         highest_(call.bits == 8 ? 127.0f : 7.0f),
         lowest_(call.symmetric ? -highest_ : -highest_ - 1.0f) {}
 
   void run() {
-    if (call_.rotate) {
-      sign_.allocate(call_.H);
-      const int64_t block = call_.H & -call_.H;
-      const float norm = 1.0f / std::sqrt(static_cast<float>(block));
-      for (int64_t h = 0; h < call_.H; ++h) sign_[h] = rotation_sign(h) * norm;
-    }
-    if (call_.is_centered)
+    if (call_.rotate) rotation_.prepare(call_.H);
+    if (call_.is_centered) {
+      if (call_.has_powers) ordinary_norm_.allocate(call_.B * call_.K);
       parallel_.run(call_.B * call_.K, [this](int64_t task) { find_center(task); });
+    }
     if (call_.token_block == 0) {
       quantize_whole_axis();
       return;
@@ -73,15 +67,10 @@ class Quantize {
   }
 
  private:
-  // Of each element of the rows that share scales; the probe is NaN where one is not finite.
-  struct Extremes {
-    float *min, *max, *probe;
-  };
-
   struct Scratch {
     explicit Scratch(const Quantize& q) : memory(6 * q.width_), codes(q.width_) {
       row = memory.get();
-      extremes = q.extremes_at(row + q.width_);
+      extremes = {row + q.width_, q.width_};
       divisor = row + 4 * q.width_;
       offset = divisor + q.width_;
     }
@@ -104,7 +93,7 @@ class Quantize {
   void load(int64_t b, int64_t i, int64_t k, float* row) const {
     load_row<Isa>(row_of(call_.x, b, i, k), call_.x.dtype, call_.H, row);
     std::fill(row + call_.H, row + width_, 0.0f);
-    if (call_.rotate) rotate(row);
+    if (call_.rotate) rotation_.apply(row);
   }
 
   // Zeros where the token can't be seen.
@@ -127,6 +116,15 @@ class Quantize {
     }
   }
 
+  // The row as it becomes codes, and the power of 4 that it was divided by.
+  int load_divided(int64_t b, int64_t i, int64_t k, float* row) const {
+    load_centered(b, i, k, row);
+    if (!call_.has_powers) return 0;
+    const int power = token_power(dot<Isa>(row, row, width_), ordinary_norm_[b * call_.K + k]);
+    if (power != 0) scale_row<Isa>(row, width_, std::ldexp(1.0f, -2 * power));
+    return power;
+  }
+
   // x less the center; a difference of two finite numbers is kept finite.
   static F centered(F x, F center) {
     constexpr float kLargest = std::numeric_limits<float>::max();
@@ -137,32 +135,30 @@ class Quantize {
     return Isa::where_less(Isa::abs(x), infinity, difference, x);
   }
 
-  // Signs, then a fast Walsh-Hadamard transform of each block of a power of two.
-  void rotate(float* row) const {
-    const int64_t H = call_.H, block = H & -H;
-    for (int64_t h = 0; h < H; ++h) row[h] *= sign_[h];
-    for (int64_t half = 1; half < block; half *= 2) {
-      for (int64_t h = 0; h < H; h += 2 * half) {
-        for (int64_t i = h; i < h + half; ++i) {
-          const float a = row[i], b = row[i + half];
-          row[i] = a + b;
-          row[i + half] = a - b;
-        }
-      }
-    }
-  }
-
   // Any finite number keeps softmax's invariance exact.
   void find_center(int64_t task) const {
     const int64_t b = task / call_.K, k = task % call_.K;
     Buffer<float> scratch((kCenterTokens + 1) * width_);
     float *rows = scratch.get(), *center = rows + kCenterTokens * width_;
-    int64_t count = 0;
+    int64_t count = 0, tokens[kCenterTokens];
     for (int64_t i = 0; i < call_.S && count < kCenterTokens; ++i) {
-      if (is_visible(b, i)) load(b, i, k, rows + count++ * width_);
+      if (!is_visible(b, i)) continue;
+      load(b, i, k, rows + count * width_);
+      tokens[count++] = i;
     }
     median_of_rows<Isa>(rows, count, width_, width_, center);
     std::copy(center, center + call_.H, center_of(b, k));
+    if (!call_.has_powers) return;
+    // The same of the rows' norms.
+    float norms[kCenterTokens * W];
+    std::fill(norms, norms + kCenterTokens * W, 0.0f);
+    for (int64_t c = 0; c < count; ++c) {
+      load_centered(b, tokens[c], k, rows);
+      norms[c * W] = dot<Isa>(rows, rows, width_);
+    }
+    float median[W];
+    median_of_rows<Isa>(norms, count, W, W, median);
+    ordinary_norm_[task] = median[0] >= kMinOrdinaryNorm ? median[0] : 0.0f;
   }
 
   // Symmetric 8-bit rows, straight from the operand.
@@ -226,30 +222,42 @@ class Quantize {
 
   // Tokens [begin, end) of one head, which share scales.
   void quantize_block(int64_t b, int64_t k, int64_t begin, int64_t end, Scratch& s) const {
-    if (call_.token_block == 1) {
+    if (call_.token_block == 1 && !call_.has_powers) {
       load_centered(b, begin, k, s.row);
-      const int64_t index = scale_index(b, begin, k), size = head_block();
+      const int64_t block = block_index(b, begin, k), size = head_block();
       for (int64_t c = 0; c < scales_; ++c) {
         float low, high;
-        find_extremes(s.row + c * size, std::min(size, call_.H - c * size), &low, &high);
-        store_parameters_of(index + c, low, high);
+        find_extremes<Isa>(s.row + c * size, std::min(size, call_.H - c * size), &low, &high);
+        store_parameters_of(block, c, low, high);
       }
       load_parameters(b, begin, k, s);
       store_codes(b, begin, k, s);
       return;
     }
-    clear(s.extremes);
+    s.extremes.clear();
     for (int64_t i = begin; i < end; ++i) {
       if (!is_visible(b, i)) continue;
-      load_centered(b, i, k, s.row);
-      add(s.row, s.extremes);
+      load_divided(b, i, k, s.row);
+      s.extremes.add(s.row);
     }
     store_parameters(b, begin / call_.token_block, k, s.extremes);
     load_parameters(b, begin / call_.token_block, k, s);
+    uint16_t* cells = power_cells_of(block_index(b, begin / call_.token_block, k));
+    std::fill(cells, cells + power_cells_, static_cast<uint16_t>(0));
     for (int64_t i = begin; i < end; ++i) {
-      if (end - begin > 1) load_centered(b, i, k, s.row);
+      const int power = load_divided(b, i, k, s.row);
+      if (call_.has_powers) add_power(cells, i - begin, power);
       store_codes(b, i, k, s);
     }
+    for (int64_t c = 0; c < power_cells_; ++c) cells[c] = power_cell_of(cells[c]);
+  }
+
+  uint16_t* power_cells_of(int64_t block) const {
+    return static_cast<uint16_t*>(call_.scale.data) + scale_index(block) + scales_;
+  }
+  static void add_power(uint16_t* cells, int64_t token, int power) {
+    cells[token / kPowersInCell] =
+        static_cast<uint16_t>(cells[token / kPowersInCell] | power << 3 * (token % kPowersInCell));
   }
 
   // Scales shared by all tokens: extremes of chunks of tokens, then of heads or of everything, then
@@ -258,37 +266,30 @@ class Quantize {
     const int64_t chunks = std::max<int64_t>(1, ceil_div(call_.S, kTokens)), heads = call_.K;
     Buffer<float> extremes(call_.B * heads * chunks * 3 * width_);
     const auto of = [&](int64_t b, int64_t k, int64_t chunk) {
-      return extremes_at(extremes.get() + ((b * heads + k) * chunks + chunk) * 3 * width_);
+      return Extremes{extremes.get() + ((b * heads + k) * chunks + chunk) * 3 * width_, width_};
     };
     parallel_.run(call_.B * heads * chunks, [&](int64_t task) {
       const int64_t chunk = task % chunks, k = task / chunks % heads, b = task / chunks / heads;
       Buffer<float> row(width_);
       const Extremes x = of(b, k, chunk);
-      clear(x);
+      x.clear();
       for (int64_t i = chunk * kTokens; i < std::min(call_.S, (chunk + 1) * kTokens); ++i) {
         if (!is_visible(b, i)) continue;
         load_centered(b, i, k, row.get());
-        add(row.get(), x);
+        x.add(row.get());
       }
     });
-    const auto merge = [&](const Extremes& into, const Extremes& from) {
-      for (int64_t h = 0; h < width_; ++h) {
-        into.min[h] = std::min(into.min[h], from.min[h]);
-        into.max[h] = std::max(into.max[h], from.max[h]);
-        into.probe[h] += from.probe[h];
-      }
-    };
     const int64_t batch = call_.B / std::max<int64_t>(call_.L, 1);
     for (int64_t b = 0; b < call_.B; ++b) {
       for (int64_t k = 0; k < heads; ++k) {
-        for (int64_t chunk = 1; chunk < chunks; ++chunk) merge(of(b, k, 0), of(b, k, chunk));
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) of(b, k, 0).merge(of(b, k, chunk));
       }
       if (!call_.per_tensor) {
         for (int64_t k = 0; k < heads; ++k) store_parameters(b, 0, k, of(b, k, 0));
         continue;
       }
-      for (int64_t k = 1; k < heads; ++k) merge(of(b, 0, 0), of(b, k, 0));
-      if (b % batch != 0) merge(of(b - b % batch, 0, 0), of(b, 0, 0));
+      for (int64_t k = 1; k < heads; ++k) of(b, 0, 0).merge(of(b, k, 0));
+      if (b % batch != 0) of(b - b % batch, 0, 0).merge(of(b, 0, 0));
     }
     for (int64_t b = 0; call_.per_tensor && heads > 0 && b < call_.B; ++b) {
       store_parameters(b, 0, 0, of(b - b % batch, 0, 0));
@@ -304,71 +305,35 @@ class Quantize {
     });
   }
 
-  Extremes extremes_at(float* x) const { return {x, x + width_, x + 2 * width_}; }
-
-  void clear(const Extremes& x) const {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    std::fill(x.min, x.min + width_, kInfinity);
-    std::fill(x.max, x.max + width_, -kInfinity);
-    std::fill(x.probe, x.probe + width_, 0.0f);
-  }
-
-  void add(const float* row, const Extremes& to) const {
-    const F zero = Isa::zero();
-    for (int64_t h = 0; h < width_; h += W) {
-      const F x = Isa::load(row + h), min = Isa::load(to.min + h);
-      Isa::store(to.min + h, Isa::where_less(x, min, x, min));
-      Isa::store(to.max + h, Isa::max(Isa::load(to.max + h), x));
-      Isa::store(to.probe + h, Isa::fma(x, zero, Isa::load(to.probe + h)));
-    }
-  }
-
-  // Of n elements; NaN where one is not finite.
-  static void find_extremes(const float* row, int64_t n, float* low, float* high) {
-    const F zero = Isa::zero();
-    F max = Isa::set1(row[0]), minus_min = Isa::set1(-row[0]), probe = zero;
-    int64_t h = 0;
-    for (; h + W <= n; h += W) {
-      const F x = Isa::load(row + h);
-      max = Isa::max(max, x);
-      minus_min = Isa::max(minus_min, Isa::sub(zero, x));
-      probe = Isa::fma(x, zero, probe);
-    }
-    *high = Isa::reduce_max(max);
-    *low = -Isa::reduce_max(minus_min);
-    float finite = Isa::reduce_add(probe);
-    for (; h < n; ++h) {
-      *low = std::min(*low, row[h]);
-      *high = std::max(*high, row[h]);
-      finite += 0.0f * row[h];
-    }
-    if (finite != 0.0f) *low = *high = finite;  // NaN
-  }
-
-  int64_t scale_index(int64_t b, int64_t block, int64_t k) const {
+  // Of the block of tokens `block` of a head among all that are stored.
+  int64_t block_index(int64_t b, int64_t block, int64_t k) const {
     const int64_t blocks = call_.token_block == 0 ? 1 : ceil_div(call_.S, call_.token_block);
     const int64_t heads = call_.per_tensor ? 1 : call_.K;
-    return ((b * blocks + block) * heads + (call_.per_tensor ? 0 : k)) * scales_;
+    return (b * blocks + block) * heads + (call_.per_tensor ? 0 : k);
   }
+  // Of the first scale of such a block, and of its first offset.
+  int64_t scale_index(int64_t block) const { return block * (scales_ + power_cells_); }
+  int64_t offset_index(int64_t block) const { return block * scales_; }
 
   void store_parameters(int64_t b, int64_t block, int64_t k, const Extremes& extremes) const {
-    const int64_t index = scale_index(b, block, k), size = head_block();
+    const int64_t index = block_index(b, block, k), size = head_block();
     for (int64_t c = 0; c < scales_; ++c) {
       float low = std::numeric_limits<float>::infinity(), high = -low, finite = 0.0f;
       for (int64_t h = c * size; h < std::min(call_.H, (c + 1) * size); ++h) {
-        low = std::min(low, extremes.min[h]);
-        high = std::max(high, extremes.max[h]);
-        finite += extremes.probe[h];
+        low = std::min(low, extremes.min()[h]);
+        high = std::max(high, extremes.max()[h]);
+        finite += extremes.probe()[h];
       }
       if (finite != 0.0f) low = high = finite;  // NaN
       if (low > high) low = high = 0.0f;        // no tokens
-      store_parameters_of(index + c, low, high);
+      store_parameters_of(index, c, low, high);
     }
   }
 
   int64_t head_block() const { return call_.head_block == 0 ? call_.H : call_.head_block; }
 
-  void store_parameters_of(int64_t index, float low, float high) const {
+  // Of the c-th scale of a block.
+  void store_parameters_of(int64_t block, int64_t c, float low, float high) const {
     const float levels = highest_ - lowest_;
     float scale, minimum = 0.0f;
     if (call_.symmetric) {
@@ -389,7 +354,8 @@ class Quantize {
       scale = call_.bits == 4 ? float_from_bf16(bf16_from_float(scale)) : round_up_to_bf16(scale);
     }
     if (scale < kMinScale) scale = 0.0f;
-    store_float(call_.scale, index, scale);
+    store_float(call_.scale, scale_index(block) + c, scale);
+    const int64_t index = offset_index(block) + c;
     if (call_.float_minimum) {
       store_float(call_.offset, index, minimum);
     } else if (!call_.symmetric) {
@@ -409,17 +375,17 @@ class Quantize {
 
   // What was stored for a block, spread over the elements of a row.
   void load_parameters(int64_t b, int64_t block, int64_t k, Scratch& s) const {
-    const int64_t index = scale_index(b, block, k), size = head_block();
+    const int64_t index = block_index(b, block, k), size = head_block();
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     std::fill(s.divisor, s.divisor + width_, kInfinity);
     std::fill(s.offset, s.offset + width_, 0.0f);
     for (int64_t c = 0; c < scales_; ++c) {
       const int64_t begin = c * size, end = std::min(call_.H, begin + size);
-      const float scale = float_at(call_.scale.data, call_.scale.dtype, index + c);
+      const float scale = float_at(call_.scale.data, call_.scale.dtype, scale_index(index) + c);
       // Codes of a block without a usable scale are 0.
       std::fill(s.divisor + begin, s.divisor + end, scale > 0.0f ? scale : kInfinity);
       if (call_.symmetric) continue;
-      const float offset = float_at(call_.offset.data, call_.offset.dtype, index + c);
+      const float offset = float_at(call_.offset.data, call_.offset.dtype, offset_index(index) + c);
       std::fill(s.offset + begin, s.offset + end, offset);
     }
   }
@@ -487,9 +453,10 @@ class Quantize {
 
   const QuantizeCall& call_;
   Parallel& parallel_;
-  const int64_t width_, scales_;
+  const int64_t width_, scales_, power_cells_;
   const float highest_, lowest_;
-  Buffer<float> sign_;
+  Rotation rotation_;
+  Buffer<float> ordinary_norm_;  // squared, of each head
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cpu/rows/rows.h"
+#include "cpu/rows/token_powers.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -64,6 +65,31 @@ inline ScaleAndOffset scale_at(const QuantizableOperand& x, int64_t b, int64_t i
   return {scale, q.offset ? code_offset(q, scale, read(q.offset)) : 0.0f};
 }
 
+// The powers of the block of tokens that row (b, i, n) is in.
+inline const uint16_t* power_cells_at(const Quantization& q, int64_t b, int64_t i, int64_t n,
+                                      int64_t columns) {
+  return static_cast<const uint16_t*>(q.scale.data) + scale_offset(q.scale, q, b, i, n) + columns;
+}
+
+// What row (b, i, n) of codes is multiplied by beside its scales; `columns` is the scales of a row.
+inline float power_of_row(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
+                          int64_t columns) {
+  const Quantization& q = x.quantization;
+  if (!q.has_powers) return 1.0f;
+  return token_factor(power_cells_at(q, b, i, n, columns), i % q.token_block);
+}
+
+// Whether that may be other than 1 in the block of tokens that row (b, i, n) is in.
+inline bool has_large_tokens(const QuantizableOperand& x, int64_t b, int64_t i, int64_t n,
+                             int64_t columns) {
+  const Quantization& q = x.quantization;
+  if (!q.has_powers) return false;
+  const uint16_t* cells = power_cells_at(q, b, i, n, columns);
+  uint32_t powers = 0;
+  for (int64_t c = 0; c < power_cells(q.token_block); ++c) powers |= powers_of_cell(cells[c]);
+  return powers != 0;
+}
+
 // Whether scales of a row, or what is added to them, lie side by side as bfloat16.
 inline bool has_bf16_rows(const Operand& x) { return x.dtype == DType::kBF16 && x.stride[2] == 1; }
 
@@ -104,6 +130,8 @@ class QuantizedRow {
       multiply_add(out, width, scale_at(x, b, i, n));
     } else if (q.head_block == 1) {
       multiply_add_each(x, b, i, n, width, out);
+      const float power = power_of_row(x, b, i, n, width);
+      if (power != 1.0f) scale_row<Isa>(out, width, power);
     } else {
       for (int64_t h = 0; h < width; h += q.head_block) {
         multiply_add(out + h, std::min(q.head_block, width - h),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_gluon._quantization.codes import rotation
-from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
+from jax_gluon._quantization.formats import GRANULARITIES, PRESETS, QuantSpec
 from tests.support import quantizer
 from tests.support.metal.encoder import quantize
 
@@ -53,6 +54,15 @@ def test_centered(granularity, dtype):
     spec = QuantSpec(symmetric=False, granularity=granularity, block_size=10, center=True)
     x = draw((2, 70, 2, 130), dtype)
     check_equal(quantize(x, spec), quantizer.quantize(x, spec))
+
+
+@pytest.mark.parametrize(("block_size", "tokens"), [(3, 37), (32, 70), (50, 37)])
+def test_powers_of_tokens(block_size, tokens):
+    spec = dataclasses.replace(PRESETS["int4"].key, block_size=block_size)
+    x = draw((2, tokens, 2, 130))
+    x[:, [3, 4, 20, 36]] *= np.float32([30, 1e4, 5, 1e6]).reshape(4, 1, 1)
+    visible = np.random.default_rng(9).random(x.shape[:2]) < 0.8
+    check_equal(quantize(x, spec, visible=visible), quantizer.quantize(x, spec, visible=visible))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -214,6 +214,7 @@ class Encoder:
                 if part is not None:
                     steps = self._bind(f"k{title}{field.title()}", part)
                     q[field]["block"], q[field]["head"], q[field]["column"] = steps[1:]
+            q["has_powers"] = x.spec.token_powers
             if x.center is not None:
                 q["center_head_stride"] = self._bind(f"k{title}Center", x.center)[2]
                 q["has_center"] = 1
@@ -429,12 +430,14 @@ def quantize(
         head_block=spec.head_block, is_per_tensor=spec.granularity == "tensor",
         has_center=spec.center, has_visible=visible is not None, is_rotated=spec.rotate,
         is_bfloat16=spec.scale_dtype == ml_dtypes.bfloat16, chunks=blocks(S, SIZES["kChunkTokens"]),
+        has_powers=spec.token_powers,
     ).items():  # fmt: skip
         p[name] = value
     scale_dtype = np.dtype(spec.scale_dtype)
     scale = nan(spec.scale_shape(x.shape), scale_dtype)
-    minimum = nan(scale.shape, scale_dtype) if spec.float_minimum else None
-    zero_point = None if spec.symmetric or spec.float_minimum else np.full(scale.shape, 99, np.int8)
+    cells = spec.block_shape(x.shape)
+    minimum = nan(cells, scale_dtype) if spec.float_minimum else None
+    zero_point = None if spec.symmetric or spec.float_minimum else np.full(cells, 99, np.int8)
     center = nan((B, 1, K, H)) if spec.center else None
     width, code = (H // 2, np.uint8) if spec.bits == 4 else (H, np.int8)
     data = np.full((B, S, K, width), 99, code)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_gluon._quantization.formats import GRANULARITIES, QuantSpec
+from jax_gluon._quantization.formats import GRANULARITIES, PRESETS, QuantSpec
 from tests.support.metal.encoder import (
     SHADERS,
     Problem,
@@ -85,6 +85,8 @@ def main() -> None:
             written(quantize(x, spec, visible=visible).scale)
     x = rng.standard_normal((2, 40, 2, 64)).astype(np.float32)
     written(quantize(x, QuantSpec(center=True, rotate=True)).scale)
+    x[:, ::7] *= 30
+    written(quantize(x, PRESETS["int4"].key).scale)
     assert library.cache_info().currsize == len(list(SHADERS.glob("*.metal")))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from jax_gluon._quantization.formats import PRESETS, QuantizedTensor, QuantSpec
 from tests.support import quantizer
 from tests.support.metal.encoder import Problem
 
@@ -151,11 +151,12 @@ QUANTIZED: dict[str, tuple[tuple[QuantSpec | None, ...], str, float]] = {
     ),
     "int8_centered_query": ((QuantSpec(center=True), INT8, QuantSpec(center=True)), "float", 2e-6),
     "int4": (
-        (
-            INT8,
-            QuantSpec(4, False, "channel_block", float_minimum=True),
-            QuantSpec(4, False, "group", 24, float_minimum=True),
-        ),
+        (PRESETS["int4"].query, PRESETS["int4"].key, PRESETS["int4"].value),
+        "float",
+        2e-6,
+    ),
+    "int4_channel": (
+        (INT8, *(QuantSpec(4, False, "channel_block", float_minimum=True),) * 2),
         "float",
         2e-6,
     ),
