@@ -15,7 +15,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
-from jax_gluon._dropout import check_key, check_rate, seeds_of, threshold_of
 from jax_gluon._errors import FLOATS, Checker
 from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
 from jax_gluon._problem import AttentionOperands, AttentionProblem, Operands
@@ -27,6 +26,12 @@ from jax_gluon._quantization.formats import (
     QuantSpec,
     check_parts,
     preset,
+)
+from jax_gluon._token_arguments import (
+    dropout_seeds,
+    lengths_of_batch,
+    offset_of_queries,
+    pair_of_tokens,
 )
 
 Implementation = Literal["cpu", "metal", "xla"]
@@ -138,13 +143,13 @@ def check_arguments(
         v,
         _bias(check, bias, (B, N, T, S), is_float64),
         _mask(check, mask, (B, N, T, S)),
-        _lengths(check, "query_seq_lengths", query_seq_lengths, B, T),
-        _lengths(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
-        _query_offset(check, query_offset, B),
+        lengths_of_batch(check, "query_seq_lengths", query_seq_lengths, B, T),
+        lengths_of_batch(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
+        offset_of_queries(check, query_offset, B),
         _sinks(check, sinks, N, is_float64),
-        _of_tokens(check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)),
-        _of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
-        _dropout_seeds(check, dropout_rate, dropout_rng, broadcast_dropout, B),
+        pair_of_tokens(check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)),
+        pair_of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
+        dropout_seeds(check, dropout_rate, dropout_rng, broadcast_dropout, B),
     )
     stands_at_index = operands.query_offset is None and operands.positions is None
     if operands.query_offset is not None and operands.positions is not None:
@@ -240,17 +245,6 @@ def _specs(
         if spec is not None and spec.bits == 4:
             check.even_head_dim(name, arrays[name].shape[-1])
     return left["query"], left["key"], left["value"]
-
-
-def _dropout_seeds(
-    check: Checker, rate: Any, rng: Any, broadcast: Any, batch: int
-) -> jax.Array | None:
-    is_broadcast = check.flag("broadcast_dropout", broadcast)
-    if threshold_of(check_rate(check, "dropout_rate", rate)) == 0:
-        return None
-    if rng is None:
-        check.value_error("dropout_rng", "None", f"a key, where dropout_rate is {rate}")
-    return seeds_of(check_key(check, "dropout_rng", rng), batch, is_broadcast)
 
 
 def _check_ranks(check: Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> int:
@@ -443,51 +437,6 @@ def _expand_to_logits(
         allowed = f"a shape that broadcasts to [B, N, T, S] = {list(extents)}"
         check.value_error(argument, f"of shape {list(array.shape)}", allowed)
     return jnp.expand_dims(array, tuple(range(4 - array.ndim)))
-
-
-def _lengths(
-    check: Checker, argument: str, lengths: Any, batch: int, limit: int
-) -> jax.Array | None:
-    return None if lengths is None else check.lengths(argument, lengths, (batch,), limit)
-
-
-def _query_offset(check: Checker, offset: Any, batch: int) -> jax.Array | None:
-    if offset is None or (isinstance(offset, int) and offset == 0):
-        return None
-    array = check.int32("query_offset", offset)
-    if array.shape not in ((), (batch,)):
-        allowed = f"a scalar, or shape [B] = [{batch}]"
-        check.value_error("query_offset", f"of shape {list(array.shape)}", allowed)
-    return jnp.broadcast_to(array, (batch,))
-
-
-def _of_tokens(
-    check: Checker, what: str, query: Any, key_value: Any, extents: tuple[int, int, int]
-) -> tuple[jax.Array, jax.Array] | None:
-    """int32 `[B, T]` and `[B, S]`; of one array for both sides, where T is S; or neither."""
-    batch, T, S = extents
-    given = {f"query_{what}": query, f"key_value_{what}": key_value}
-    missing = [name for name, x in given.items() if x is None]
-    if len(missing) == 2:
-        return None
-    if missing and T != S:
-        allowed = f"set where query has {T} tokens and key {S}: one array for both needs T = S"
-        check.value_error(missing[0], "None", allowed)
-
-    def of(name: str, x: Any, tokens: int) -> jax.Array:
-        array = check.int32(name, x)
-        fits = 1 <= array.ndim <= 2 and array.shape[-1] == tokens
-        if not fits or (array.ndim == 2 and array.shape[0] not in (1, batch)):
-            letter = "T" if name.startswith("query") else "S"
-            allowed = f"shape [B, {letter}] = [{batch}, {tokens}], or [{letter}]"
-            check.value_error(name, f"of shape {list(array.shape)}", allowed)
-        return jnp.broadcast_to(array, (batch, tokens))
-
-    first, second = (
-        of(name, x if x is not None else key_value if query is None else query, tokens)
-        for (name, x), tokens in zip(given.items(), (T, S), strict=True)
-    )
-    return first, second
 
 
 def _sinks(check: Checker, sinks: Any, heads: int, is_float64: bool) -> jax.Array | None:

@@ -33,15 +33,13 @@ _GRANULARITIES = ("row", "group", "block", "channel_block")
 _CREATE, _APPEND, _ATTENTION = (
     Checker(f"QuantizedKVCache.{name}") for name in ("create", "append", "attention")
 )
-_ARRAYS = (
-    "key", "value", "key_head", "value_head", "key_tail", "value_tail", "length", "dropped",
+_ARRAYS = ("key", "value", "key_head", "value_head", "key_tail", "value_tail", "length", "dropped")
+# The cache itself knows where tokens stand, and which keys a query sees.
+_OWN = (
+    "is_causal", "key_value_seq_lengths", "local_window_size", "query_offset", "query_positions",
+    "key_value_positions", "query_segment_ids", "key_value_segment_ids",
 )  # fmt: skip
-# The cache itself knows which keys a query sees.
-_KEYWORDS = tuple(
-    name
-    for name in KEYWORDS
-    if name not in ("is_causal", "key_value_seq_lengths", "local_window_size")
-)
+_KEYWORDS = tuple(name for name in KEYWORDS if name not in _OWN)
 
 
 @functools.partial(

@@ -60,7 +60,8 @@ struct ForwardRows {
         if (column >= p.V) continue;
         const bool adds_center = !is_empty && !values.adds_center;
         const float center = adds_center ? values.center_at(column) * total.share : 0.0f;
-        store_float(out, p.out_type, index * p.V + column, x[i] * p.dropout_scale + center);
+        const float kept = p.dropout_threshold != 0 ? x[i] * p.dropout_scale : x[i];
+        store_float(out, p.out_type, index * p.V + column, kept + center);
       }
     }
     if (place.column == 0) {

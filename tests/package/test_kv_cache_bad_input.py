@@ -128,6 +128,7 @@ def test_appending_codes():
         ("int4", 15, {}, ValueError, "query is of 15 tokens; allowed: at most 14, for which this"),
         ("int8", None, {}, ValueError, "query is of rank 3; allowed: rank 4 (BTNH)"),
         ("int8", 1, dict(is_causal=True), TypeError, 'unexpected keyword argument "is_causal"; al'),
+        ("int8", 1, dict(query_offset=2), TypeError, 'unexpected keyword argument "query_offset"'),
         ("int8", 1, dict(mask=None), TypeError, 'unexpected keyword argument "mask"; allowed: sca'),
     ],
 )
