@@ -187,3 +187,33 @@ def test_no_rate_needs_no_key_and_changes_nothing(random_operands):
         return jax_gluon.dot_product_attention(q, k, v, dropout_rate=0.3, dropout_rng=KEY).sum()
 
     np.testing.assert_array_equal(jax.grad(jax.checkpoint(loss))(q), jax.grad(loss)(q))
+
+
+@pytest.mark.parametrize("kernel", ["baseline", "gluon"])
+def test_with_sinks_and_segments(kernel, implementation, oracle, relative_error, random_operands):
+    """All that may leave a row less than its keys, at once."""
+    rng = np.random.default_rng(4)
+    q, k, v, d_out = random_operands(B, T, S, N, K, H, V)
+    sinks = jnp.asarray(rng.standard_normal(N), jnp.float32)
+    rules = dict(
+        is_causal=True, query_positions=rng.integers(80, 200, (B, T)),
+        key_value_positions=rng.permutation(S), query_segment_ids=rng.integers(0, 2, (B, T)),
+        key_value_segment_ids=rng.integers(0, 2, (B, S)), logits_soft_cap=4.0,
+        key_value_seq_lengths=np.array([S, 150]),
+    )  # fmt: skip
+    kernel = None if implementation == "xla" else kernel
+
+    def attention(q, k, v, sinks):
+        return jax_gluon.dot_product_attention(
+            q, k, v, sinks=sinks, dropout_rate=0.4, dropout_rng=KEY, kernel=kernel,
+            implementation=implementation, **rules,
+        )  # fmt: skip
+
+    out, pullback = jax.vjp(jax.jit(attention), q, k, v, sinks)
+    mask = jax_gluon.dropout_mask(KEY, (B, N, T, S), 0.4)
+    exact = oracle(q, k, v, sinks=sinks, kept=mask, dropout_rate=0.4, d_out=d_out, **rules)
+    assert relative_error(out, exact.out) <= 2e-6
+    *gradients, d_sinks = pullback(d_out)
+    for gradient, expected in zip(gradients, exact[2:5], strict=True):
+        assert relative_error(gradient, expected) <= 3e-6
+    assert relative_error(d_sinks, exact.d_sinks) <= 3e-6
