@@ -80,15 +80,19 @@ class CheckedArguments:
 
     `kernel` is the caller's wish. `scale`, a scalar or `[N]`, is set where the scale is an array:
     `problem.scale` is then 1.
-    `is_batched` is False for rank-3 arrays, to which `operands` adds a batch axis of extent 1.
+    `batch` are the caller's batch axes, any number of them, which `operands` has as one.
     """
 
     check: Checker
     problem: AttentionProblem
     operands: Operands
     scale: jax.Array | None
-    is_batched: bool
+    batch: tuple[int, ...]
     kernel: KernelWishes
+
+    def unflatten(self, x: jax.Array) -> jax.Array:
+        """A result with the caller's batch axes in place of one."""
+        return x if len(self.batch) == 1 else x.reshape(*self.batch, *x.shape[1:])
 
 
 def check_arguments(
@@ -128,8 +132,8 @@ def check_arguments(
 
     named = (("query", query), ("key", key), ("value", value))
     arrays = {name: _operand(check, name, x) for name, x in named}
-    is_batched = _check_ranks(check, arrays) == 4
-    q, k, v = (x if is_batched else _with_batch_axis(x) for x in arrays.values())
+    batch = _check_batch(check, arrays)
+    q, k, v = (_one_batch_axis(x, batch) for x in arrays.values())
     _check_shapes(check, q, k, v)
     is_float64 = _check_dtypes(check, arrays, implementation)
     specs = _specs(check, quantization, arrays)
@@ -141,14 +145,16 @@ def check_arguments(
         q,
         k,
         v,
-        _bias(check, bias, (B, N, T, S), is_float64),
-        _mask(check, mask, (B, N, T, S)),
-        lengths_of_batch(check, "query_seq_lengths", query_seq_lengths, B, T),
-        lengths_of_batch(check, "key_value_seq_lengths", key_value_seq_lengths, B, S),
-        offset_of_queries(check, query_offset, B),
+        _bias(check, bias, batch, (N, T, S), is_float64),
+        _mask(check, mask, batch, (N, T, S)),
+        lengths_of_batch(check, "query_seq_lengths", query_seq_lengths, batch, T),
+        lengths_of_batch(check, "key_value_seq_lengths", key_value_seq_lengths, batch, S),
+        offset_of_queries(check, query_offset, batch),
         _sinks(check, sinks, N, is_float64),
-        pair_of_tokens(check, "segment_ids", query_segment_ids, key_value_segment_ids, (B, T, S)),
-        pair_of_tokens(check, "positions", query_positions, key_value_positions, (B, T, S)),
+        pair_of_tokens(
+            check, "segment_ids", query_segment_ids, key_value_segment_ids, batch, (T, S)
+        ),
+        pair_of_tokens(check, "positions", query_positions, key_value_positions, batch, (T, S)),
         dropout_seeds(check, dropout_rate, dropout_rng, broadcast_dropout, B),
     )
     stands_at_index = operands.query_offset is None and operands.positions is None
@@ -169,7 +175,7 @@ def check_arguments(
         if isinstance(wish, CpuKernel | MetalKernel) and not concerned(problem, wish):
             found = f"{wish} for implementation {problem.implementation!r}"
             check.value_error("kernel", found, "one of a device that the call may run on")
-    return CheckedArguments(check, problem, operands, scale_array, is_batched, kernel)
+    return CheckedArguments(check, problem, operands, scale_array, batch, kernel)
 
 
 def concerned(problem: AttentionProblem, wish: CpuKernel | MetalKernel) -> bool:
@@ -188,11 +194,16 @@ def _operand(check: Checker, argument: str, x: Any) -> jax.Array | QuantizedTens
     return x
 
 
-def _with_batch_axis(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTensor:
-    def expanded(part: jax.Array) -> jax.Array:
-        return jnp.expand_dims(part, 0)
+def _one_batch_axis(
+    x: jax.Array | QuantizedTensor, batch: tuple[int, ...]
+) -> jax.Array | QuantizedTensor:
+    if len(batch) == 1:
+        return x
 
-    return jax.tree.map(expanded, x)
+    def reshaped(part: jax.Array) -> jax.Array:
+        return part.reshape(math.prod(batch), *part.shape[len(batch) :])
+
+    return jax.tree.map(reshaped, x)
 
 
 def check_metal(check: Checker) -> None:
@@ -247,16 +258,20 @@ def _specs(
     return left["query"], left["key"], left["value"]
 
 
-def _check_ranks(check: Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> int:
+def _check_batch(check: Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> tuple[int, ...]:
+    """The batch axes, which the operands share: unlike ones of equal product are not paired."""
     for name, x in arrays.items():
-        if x.ndim not in (3, 4):
-            layout = "TNH or BTNH" if name == "query" else "SKH or BSKH"
-            check.value_error(name, f"of rank {x.ndim}", f"rank 3 or 4 ({layout})")
-    rank = arrays["query"].ndim
+        if x.ndim < 3:
+            layout = "[..., T, N, H]" if name == "query" else "[..., S, K, H]"
+            check.value_error(name, f"of rank {x.ndim}", f"rank 3 or more, {layout}")
+    query = arrays["query"]
     for name, x in arrays.items():
-        if x.ndim != rank:
-            check.value_error(name, f"of rank {x.ndim}", f"query's rank, {rank}")
-    return rank
+        if x.ndim != query.ndim:
+            check.value_error(name, f"of rank {x.ndim}", f"query's rank, {query.ndim}")
+        if x.shape[:-3] != query.shape[:-3]:
+            own, allowed = list(x.shape[:-3]), list(query.shape[:-3])
+            check.value_error(name, f"of batch axes {own}", f"query's, {allowed}")
+    return tuple(query.shape[:-3])
 
 
 def _check_shapes(
@@ -265,15 +280,12 @@ def _check_shapes(
     k: jax.Array | QuantizedTensor,
     v: jax.Array | QuantizedTensor,
 ) -> None:
-    B, _, N, H = q.shape
+    _, _, N, H = q.shape
     _, S, K, _ = k.shape
     for name, x in (("query", q), ("key", k), ("value", v)):
         for axis, letter in ((2, "heads"), (3, "head dim")):
             if x.shape[axis] == 0:
                 check.value_error(name, f"of {letter} 0 (shape {x.shape})", "at least 1")
-    for name, x in (("key", k), ("value", v)):
-        if x.shape[0] != B:
-            check.value_error(name, f"of batch {x.shape[0]}", f"query's batch, {B}")
     if k.shape[3] != H:
         check.value_error("key", f"of head dim {k.shape[3]}", f"query's head dim, {H}")
     if v.shape[1] != S:
@@ -373,14 +385,18 @@ def _window(check: Checker, size: Any, extents: tuple[int, int] | None) -> tuple
 
 
 def _bias(
-    check: Checker, bias: Any, extents: tuple[int, ...], is_float64: bool
+    check: Checker,
+    bias: Any,
+    batch: tuple[int, ...],
+    extents: tuple[int, ...],
+    is_float64: bool,
 ) -> jax.Array | None:
     if bias is None:
         return None
     array = check.array("bias", bias)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         check.type_error("bias", f"of dtype {array.dtype.name}", "a floating dtype")
-    array = _expand_to_logits(check, "bias", array, extents)
+    array = _expand_to_logits(check, "bias", array, batch, extents)
     if is_float64:
         return array.astype(jnp.float64)
     return array if array.dtype.name in _KERNEL_BIAS_DTYPES else array.astype(jnp.float32)
@@ -418,25 +434,43 @@ def _concrete(x: Any) -> Any:
     return x if isinstance(x, _ARRAYS) else None
 
 
-def _mask(check: Checker, mask: Any, extents: tuple[int, ...]) -> jax.Array | None:
+def _mask(
+    check: Checker, mask: Any, batch: tuple[int, ...], extents: tuple[int, ...]
+) -> jax.Array | None:
     if mask is None:
         return None
     array = check.array("mask", mask)
+    if _is_integer(array):
+        array = array != 0
     if array.dtype != jnp.bool_:
-        check.type_error("mask", f"of dtype {array.dtype.name}", "bool (True: visible)")
-    return _expand_to_logits(check, "mask", array, extents)
+        allowed = "bool (True: visible), or an integer dtype (nonzero: visible)"
+        check.type_error("mask", f"of dtype {array.dtype.name}", allowed)
+    return _expand_to_logits(check, "mask", array, batch, extents)
 
 
 def _expand_to_logits(
-    check: Checker, argument: str, array: jax.Array, extents: tuple[int, ...]
+    check: Checker,
+    argument: str,
+    array: jax.Array,
+    batch: tuple[int, ...],
+    extents: tuple[int, ...],
 ) -> jax.Array:
-    fits = array.ndim <= 4 and all(
-        extent in (1, full) for extent, full in zip(array.shape[::-1], extents[::-1], strict=False)
+    """With one batch axis, of extent 1 where all batch entries share the array."""
+    whole = (*(batch or (1,)), *extents)
+    fits = array.ndim <= len(whole) and all(
+        extent in (1, full) for extent, full in zip(array.shape[::-1], whole[::-1], strict=False)
     )
     if not fits:
-        allowed = f"a shape that broadcasts to [B, N, T, S] = {list(extents)}"
+        axes = "B" if len(batch) < 2 else "..."
+        allowed = f"a shape that broadcasts to [{axes}, N, T, S] = {list(whole)}"
         check.value_error(argument, f"of shape {list(array.shape)}", allowed)
-    return jnp.expand_dims(array, tuple(range(4 - array.ndim)))
+    array = jnp.expand_dims(array, tuple(range(len(whole) - array.ndim)))
+    own = array.shape[:-3]
+    if len(own) == 1:
+        return array
+    if any(extent != 1 for extent in own):
+        array = jnp.broadcast_to(array, (*batch, *array.shape[-3:]))
+    return array.reshape(math.prod(array.shape[:-3]), *array.shape[-3:])
 
 
 def _sinks(check: Checker, sinks: Any, heads: int, is_float64: bool) -> jax.Array | None:

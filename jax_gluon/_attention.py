@@ -101,14 +101,14 @@ def dot_product_attention(
 
     **Arguments:**
 
-    - `query`: `[B, T, N, H]` or `[T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs
-      in the XLA implementation), or a `QuantizedTensor`, through which no gradient flows; so may be
-      key and value.
-    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's rank and dtype. K divides N, and
-      query head n reads kv head `n // (N // K)`.
+    - `query`: `[B, T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs in the XLA
+      implementation), or a `QuantizedTensor`, through which no gradient flows; so may be key and
+      value. Here and everywhere, B may be any number of batch axes, or none.
+    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype. K divides
+      N, and query head n reads kv head `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key, but not under a soft cap.
-    - `mask`: bool, broadcasts to `[B, N, T, S]`; True is visible.
+    - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible.
     - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
       which then takes a gradient; 16-bit operands are then kept for backward in float32.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are, or where key's
@@ -376,7 +376,7 @@ def run(
             operands,
         )
         out = out.astype(dtype)
-    return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
+    return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
 
 # Jitted, because debug_infs looks at every intermediate result outside of jit, constants included.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,28 +13,37 @@ from jax_gluon._errors import Checker
 
 
 def lengths_of_batch(
-    check: Checker, argument: str, lengths: Any, batch: int, limit: int
+    check: Checker, argument: str, lengths: Any, batch: tuple[int, ...], limit: int
 ) -> jax.Array | None:
     """int32 `[B]`, clamped to `[0, limit]`."""
-    return None if lengths is None else check.lengths(argument, lengths, (batch,), limit)
+    return (
+        None if lengths is None else check.lengths(argument, lengths, batch or (1,), limit).ravel()
+    )
 
 
-def offset_of_queries(check: Checker, offset: Any, batch: int) -> jax.Array | None:
+def offset_of_queries(check: Checker, offset: Any, batch: tuple[int, ...]) -> jax.Array | None:
     """int32 `[B]`; None: rows stand at their index."""
     if offset is None or (isinstance(offset, int) and offset == 0):
         return None
     array = check.int32("query_offset", offset)
-    if array.shape not in ((), (batch,)):
-        allowed = f"a scalar, or shape [B] = [{batch}]"
+    whole = batch or (1,)
+    if array.shape not in ((), whole):
+        allowed = f"a scalar, or shape [B] = {list(whole)}"
         check.value_error("query_offset", f"of shape {list(array.shape)}", allowed)
-    return jnp.broadcast_to(array, (batch,))
+    return jnp.broadcast_to(array, whole).ravel()
 
 
 def pair_of_tokens(
-    check: Checker, what: str, query: Any, key_value: Any, extents: tuple[int, int, int]
+    check: Checker,
+    what: str,
+    query: Any,
+    key_value: Any,
+    batch: tuple[int, ...],
+    extents: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array] | None:
     """int32 `[B, T]` and `[B, S]`; of one array for both sides, where T is S; or neither."""
-    batch, T, S = extents
+    T, S = extents
+    whole = batch or (1,)
     given = {f"query_{what}": query, f"key_value_{what}": key_value}
     missing = [name for name, x in given.items() if x is None]
     if len(missing) == 2:
@@ -44,12 +54,16 @@ def pair_of_tokens(
 
     def of(name: str, x: Any, tokens: int) -> jax.Array:
         array = check.int32(name, x)
-        fits = 1 <= array.ndim <= 2 and array.shape[-1] == tokens
-        if not fits or (array.ndim == 2 and array.shape[0] not in (1, batch)):
+        leading = array.shape[:-1]
+        fits = 1 <= array.ndim <= len(whole) + 1 and array.shape[-1] == tokens
+        if not fits or any(
+            extent not in (1, full)
+            for extent, full in zip(leading[::-1], whole[::-1], strict=False)
+        ):
             letter = "T" if name.startswith("query") else "S"
-            allowed = f"shape [B, {letter}] = [{batch}, {tokens}], or [{letter}]"
+            allowed = f"shape [B, {letter}] = {[*whole, tokens]}, or [{letter}]"
             check.value_error(name, f"of shape {list(array.shape)}", allowed)
-        return jnp.broadcast_to(array, (batch, tokens))
+        return jnp.broadcast_to(array, (*whole, tokens)).reshape(math.prod(whole), tokens)
 
     first, second = (
         of(name, x if x is not None else key_value if query is None else query, tokens)

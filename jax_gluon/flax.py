@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -139,19 +138,18 @@ class _AttentionFn:
             common = _common_dtype(query, key, value) if dtype is None else jnp.dtype(dtype)
             query, key, value = (jnp.asarray(x, common) for x in (query, key, value))
 
-        batch = query.shape[:-3]
-        _check_batch_axes(query, key, value)
         if mask is not None:
             # Flax's make_*_mask functions give masks of any type: nonzero is visible.
             mask = jnp.asarray(mask, jnp.bool_)
         is_causal = is_causal or self.is_causal
-        self._check_positions(query.shape[-3], key.shape[-3], is_causal)
-        out = dot_product_attention(
-            _one_batch_axis(query),
-            _one_batch_axis(key),
-            _one_batch_axis(value),
-            _flatten_batch("bias", bias, batch),
-            _flatten_batch("mask", mask, batch),
+        if query.ndim >= 3 and key.ndim >= 3:
+            self._check_positions(query.shape[-3], key.shape[-3], is_causal)
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
             is_causal=is_causal,
             local_window_size=self.local_window_size,
             scale=self.scale,
@@ -164,7 +162,6 @@ class _AttentionFn:
             kernel=self.kernel,
             sinks=_given(self.sinks),
         )
-        return jnp.reshape(out, (*query.shape[:-1], value.shape[-1]))
 
     def _check_positions(self, T: int, S: int, is_causal: bool) -> None:
         """A step of decoding passes one query, whose position only Flax's cache knows."""
@@ -202,41 +199,6 @@ def _common_dtype(*arrays: jax.Array) -> jnp.dtype[Any]:
     """The dtype that Flax promotes to: of integers, float32."""
     dtype = jnp.result_type(*arrays)
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(jnp.float32, dtype)
-
-
-def _check_batch_axes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    """Batch axes are flattened: unlike ones of equal product would be paired wrongly."""
-    for name, x, length in (
-        ("query", query, "T, N"),
-        ("key", key, "S, K"),
-        ("value", value, "S, K"),
-    ):
-        if x.ndim < 3:
-            _CHECK.value_error(name, f"of shape {x.shape}", f"[..., {length}, H]")
-        if x.shape[:-3] != query.shape[:-3]:
-            found, allowed = f"of batch axes {x.shape[:-3]}", f"query's, {query.shape[:-3]}"
-            _CHECK.value_error(name, found, allowed)
-
-
-def _one_batch_axis(x: jax.Array) -> jax.Array:
-    """`[..., T, N, H]` as `[B, T, N, H]`."""
-    return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
-
-
-def _flatten_batch(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
-    """`[..., N, T, S]`, its batch axes broadcastable to `batch`, with one batch axis."""
-    if x is None or x.ndim <= 3:
-        return x
-    own = x.shape[:-3]
-    if len(own) > len(batch) or any(
-        extent not in (1, full) for extent, full in zip(own[::-1], batch[::-1], strict=False)
-    ):
-        allowed = f"batch axes that broadcast to query's, {batch}"
-        _CHECK.value_error(name, f"of shape {x.shape}", allowed)
-    if all(extent == 1 for extent in own):
-        return jnp.reshape(x, (1, *x.shape[-3:]))
-    x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return jnp.reshape(x, (math.prod(batch), *x.shape[-3:]))
 
 
 # Beside the arrays of a state: the rest in words, which a restore compares.

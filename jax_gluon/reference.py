@@ -155,7 +155,7 @@ def _run(
     scale = problem.scale if arguments.scale is None else arguments.scale
     dtype = np.promote_types(operands.query.dtype, np.float32)
     out, log_sum_exp = _attend(problem, operands, jnp.asarray(scale, dtype))
-    return (out, log_sum_exp) if arguments.is_batched else (out[0], log_sum_exp[0])
+    return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
 
 def _jit_with_static_problem(function: _Function) -> _Function:

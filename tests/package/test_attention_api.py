@@ -400,6 +400,38 @@ def test_signature_is_that_of_jax_nn_and_the_design():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_any_number_of_batch_axes(implementation, quantization, random_operands, relative_error):
+    """As with one axis, which they are flattened to: arguments, results and gradients."""
+    rng = np.random.default_rng(2)
+    arrays = random_operands(6, 9, 11, 4, 2, 8, 8)
+    bias = rng.standard_normal((3, 1, 9, 11), np.float32)  # the first axis is shared
+    mask = rng.integers(0, 3, (2, 3, 1, 9, 11))  # nonzero is visible
+    lengths = rng.integers(1, 12, (2, 3))
+    ids, at = rng.integers(0, 2, (2, 1, 9)), rng.integers(0, 2, (2, 3, 11))
+
+    def run(bias, mask, lengths, ids, at, *arrays):
+        def attention(bias, q, k, v):
+            return jax_gluon.attention_with_log_sum_exp(
+                q, k, v, bias, mask, key_value_seq_lengths=lengths, query_segment_ids=ids,
+                key_value_segment_ids=at, quantization=quantization, implementation=implementation,
+            )  # fmt: skip
+
+        (out, log_sum_exp), pullback = jax.vjp(attention, bias, *arrays[:3])
+        return out, log_sum_exp, *pullback((arrays[3], jnp.zeros_like(log_sum_exp)))
+
+    found = run(bias, mask, lengths, ids, at, *(x.reshape(2, 3, *x.shape[1:]) for x in arrays))
+    flat = run(
+        np.tile(bias, (2, 1, 1, 1)), mask.reshape(6, 1, 9, 11) != 0, lengths.ravel(),
+        np.repeat(ids, 3, axis=1).reshape(6, 9), at.reshape(6, 11), *arrays,
+    )  # fmt: skip
+    assert found[2].shape == bias.shape
+    assert relative_error(found[2], flat[2].reshape(2, *bias.shape).sum(0)) <= 1e-6
+    for a, b in zip(found[:2] + found[3:], flat[:2] + flat[3:], strict=True):
+        assert a.shape == (2, 3, *b.shape[1:])
+        np.testing.assert_array_equal(a.reshape(b.shape), b)
+
+
 def test_baseline_kernel_can_be_asked_for(implementation, random_operands):
     q, k, v, _ = random_operands()
     outputs = [

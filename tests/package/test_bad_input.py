@@ -68,13 +68,13 @@ CASES = {
          "key_value_positions": np.zeros(S, int)},
         ValueError, "query_offset", "set beside query_positions", "one of the two",
     ),
-    "query_rank_2": ({"query": ones(T, H)}, ValueError, "query", "of rank 2", "rank 3 or 4"),
+    "query_rank_2": ({"query": ones(T, H)}, ValueError, "query", "of rank 2", "rank 3 or more"),
     "query_rank_5": (
-        {"query": ones(1, B, T, N, H)}, ValueError, "query", "of rank 5", "rank 3 or 4"
+        {"query": ones(1, B, T, N, H)}, ValueError, "key", "of rank 4", "query's rank, 5"
     ),
-    "query_scalar": ({"query": 1.0}, ValueError, "query", "of rank 0", "rank 3 or 4"),
-    "key_rank_2": ({"key": ones(S, H)}, ValueError, "key", "of rank 2", "SKH or BSKH"),
-    "value_rank_1": ({"value": ones(S)}, ValueError, "value", "of rank 1", "SKH or BSKH"),
+    "query_scalar": ({"query": 1.0}, ValueError, "query", "of rank 0", "rank 3 or more"),
+    "key_rank_2": ({"key": ones(S, H)}, ValueError, "key", "of rank 2", "[..., S, K, H]"),
+    "value_rank_1": ({"value": ones(S)}, ValueError, "value", "of rank 1", "[..., S, K, H]"),
     "key_rank_unlike_query": (
         {"key": ones(S, K, H)}, ValueError, "key", "of rank 3", "query's rank, 4"
     ),
@@ -110,9 +110,11 @@ CASES = {
         {"value": ones(B, S, K, H, dtype=jnp.float16)},
         TypeError, "value", "of dtype float16", "query's dtype, float32",
     ),
-    "key_batch": ({"key": ones(1, S, K, H)}, ValueError, "key", "of batch 1", "query's batch, 2"),
+    "key_batch": (
+        {"key": ones(1, S, K, H)}, ValueError, "key", "of batch axes [1]", "query's, [2]"
+    ),
     "value_batch": (
-        {"value": ones(3, S, K, H)}, ValueError, "value", "of batch 3", "query's batch, 2"
+        {"value": ones(3, S, K, H)}, ValueError, "value", "of batch axes [3]", "query's, [2]"
     ),
     "key_head_dim": (
         {"key": ones(B, S, K, 9)}, ValueError, "key", "of head dim 9", "query's head dim, 8"

@@ -182,14 +182,14 @@ def test_integers_become_floats_as_in_flax(implementation, relative_error):
 @pytest.mark.parametrize(
     ("query", "key", "message"),
     [
-        ((2, 3, 5, 1, 4), (3, 2, 5, 1, 4), r"key is of batch axes \(3, 2\); allowed: .* \(2, 3\)"),
-        ((2, 3, 5, 1, 4), (6, 5, 1, 4), r"key is of batch axes \(6,\); allowed: .* \(2, 3\)"),
-        ((5, 4), (5, 4), r"query is of shape \(5, 4\); allowed: \[\.\.\., T, N, H\]"),
-        ((2, 5, 1, 4), (5, 4), r"key is of shape \(5, 4\); allowed"),
+        ((2, 3, 5, 1, 4), (3, 2, 5, 1, 4), r"key is of batch axes \[3, 2\]; allowed: .*\[2, 3\]"),
+        ((2, 3, 5, 1, 4), (6, 5, 1, 4), "key is of rank 4; allowed: query's rank, 5"),
+        ((5, 4), (5, 4), "query is of rank 2; allowed: rank 3 or more"),
+        ((2, 5, 1, 4), (5, 4), "key is of rank 2; allowed"),
     ],
 )
 def test_batch_axes_that_differ_are_refused(query, key, message):
-    with pytest.raises(ValueError, match=f"jax_gluon.flax.attention_fn: {message}"):
+    with pytest.raises(ValueError, match=f"jax_gluon.dot_product_attention: {message}"):
         jax_gluon.flax.attention_fn()(jnp.ones(query), jnp.ones(key), jnp.ones(key))
 
 
@@ -197,7 +197,7 @@ def test_batch_axes_that_differ_are_refused(query, key, message):
 @pytest.mark.parametrize(("batch", "shape"), [((2,), (3, 2, 1, 5, 7)), ((2, 3), (4, 1, 5, 7))])
 def test_a_bias_or_mask_that_does_not_broadcast_is_refused(name, batch, shape):
     query, key = jnp.ones((*batch, 5, 1, 4)), jnp.ones((*batch, 7, 1, 4))
-    with pytest.raises(ValueError, match=rf"jax_gluon.flax.attention_fn: {name} is of shape"):
+    with pytest.raises(ValueError, match=rf"jax_gluon.dot_product_attention: {name} is of shape"):
         jax_gluon.flax.attention_fn()(query, key, key, **{name: jnp.ones(shape)})
 
 
