@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import attention, gluon, implementations, report
+from benchmarks import attention, features, gluon, implementations, report
 from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
 
 TINY = Problem(B=1, N=2, T=40, H=16, is_causal=True)
@@ -70,6 +70,15 @@ def test_the_command_alternates_workers_and_writes_its_files(tmp_path):
     assert all(len(m["times"]) == 4 for m in document["measurements"])
     assert document["measurements"][0]["error"] < 2e-6 < document["measurements"][1]["error"]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_features_cost_is_a_table(capsys):
+    features.main("--length 512 --heads 2 --head-dim 16 --rounds 1 --formats float32".split())
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if "| float32" in line]
+    rows = [row for row in rows if len(row) == 6]
+    assert len(rows) == 2 * len(features.features(512, 2)) == 10
+    assert all(float(row[3]) > 0 < float(row[4]) for row in rows)
 
 
 def test_a_worker_that_dies_is_reported():

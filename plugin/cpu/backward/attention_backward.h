@@ -109,6 +109,7 @@ class AttentionBackward {
     const Visibility visibility(call_, b);
     Buffer<float> zeros(std::max(call_.H, call_.V) + W);
     std::vector<Range> seen_by_part;
+    seen_by_part.reserve(static_cast<size_t>(blocks_.parts));
     for (int64_t p = 0; p < blocks_.parts; ++p) {
       seen_by_part.push_back(visibility.of_rows(blocks_.rows_of_part(p)));
     }

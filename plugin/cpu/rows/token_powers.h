@@ -29,7 +29,11 @@ inline float token_factor(const uint16_t* cells, int64_t token) {
 inline int token_power(float norm, float ordinary) {
   if (!(ordinary > 0.0f) || !(norm <= std::numeric_limits<float>::max())) return 0;
   int power = 0;
-  for (float next = 16.0f * ordinary; power < kLargestPower && norm >= next; next *= 16.0f) ++power;
+  float next = 16.0f * ordinary;
+  while (power < kLargestPower && norm >= next) {
+    next *= 16.0f;
+    ++power;
+  }
   return power;
 }
 
