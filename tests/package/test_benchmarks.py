@@ -73,7 +73,8 @@ def test_the_command_alternates_workers_and_writes_its_files(tmp_path):
 
 
 def test_what_features_cost_is_a_table(capsys):
-    features.main("--length 512 --heads 2 --head-dim 16 --rounds 1 --formats float32".split())
+    size = ["--length", "512", "--heads", "2", "--head-dim", "16"]
+    features.main([*size, "--rounds", "1", "--formats", "float32"])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if "| float32" in line]
     rows = [row for row in rows if len(row) == 6]
