@@ -178,9 +178,6 @@ CASES = {
     "mask_float": (
         {"mask": ones(T, S)}, TypeError, "mask", "of dtype float32", "bool (True: visible)"
     ),
-    "mask_int": (
-        {"mask": ones(T, S, dtype=jnp.int8)}, TypeError, "mask", "of dtype int8", "bool"
-    ),
     "query_seq_lengths_shape": (
         {"query_seq_lengths": ones(3, dtype=jnp.int32)},
         ValueError, "query_seq_lengths", "of shape [3]", "shape [B] = [2]",
