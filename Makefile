@@ -113,7 +113,8 @@ $(STAMPS)/build-requirements: $(STAMPS)/venv pyproject.toml tools/install_build_
 	touch $@
 
 # Editable: Python is read from the source tree, the plugin from where CMake installed it.
-$(STAMPS)/package: $(STAMPS)/build-requirements pyproject.toml CMakeLists.txt $(PLUGIN_SOURCES)
+$(STAMPS)/package: $(STAMPS)/build-requirements pyproject.toml CMakeLists.txt $(PLUGIN_SOURCES) \
+  plugin/metal/interface.cmake
 	$(PIP_BUILD) -e '.[test,demo]'
 	touch $@
 
