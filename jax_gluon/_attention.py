@@ -158,8 +158,8 @@ def dot_product_attention(
     (`attention_with_log_sum_exp` has one that it does flow through).
 
     **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
-    allowed; `NotImplementedError` and `RuntimeError` for choices that this build does not have;
-    `ImportError` where the plugin is needed and can't be loaded.
+    allowed; `RuntimeError` for a device that there is not; `ImportError` where the plugin is needed
+    and can't be loaded.
 
     >>> import jax, jax.numpy as jnp, jax_gluon
     >>> query = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))

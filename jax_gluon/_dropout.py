@@ -6,7 +6,7 @@ stands, and on nothing that a kernel, a device or a sharding chooses. Backward m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,9 @@ def dropout_mask(
     ((2, 4, 128, 128), True)
     """
     check = Checker("dropout_mask")
-    if len(tuple(shape)) != 4:
-        check.value_error("shape", f"{shape!r}", "(B, N, T, S)")
+    given = cast(Any, shape)
+    if not isinstance(given, tuple) or len(shape) != 4:
+        check.value_error("shape", f"{given!r}", "(B, N, T, S)")
     for name, extent in zip("BNTS", shape, strict=True):
         check.integer(f"shape[{name}]", extent, 0, "an int of at least 0")
     rate = check_rate(check, "rate", rate)

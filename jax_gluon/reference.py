@@ -249,7 +249,9 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
         visible &= query_ids[:, None, :, None] == key_ids[:, None, None, :]
     at, key_at = row, key
     if operands.query_offset is not None:
-        at = row + operands.query_offset[:, None, None, None]
+        # As far as this past any sequence, and small enough for a sum.
+        offset = jnp.clip(operands.query_offset, -(2**29), 2**29)
+        at = row + offset[:, None, None, None]
     if operands.positions is not None:
         at = operands.positions[0][:, None, :, None]
         key_at = operands.positions[1][:, None, None, :]

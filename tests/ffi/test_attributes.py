@@ -148,37 +148,21 @@ def test_made_codes_whose_attributes_contradict(attribute, setting, complaint):
     assert complaint in call.error()
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "has_bias",
-        "has_mask",
-        "has_query_seq_lengths",
-        "has_query_offset",
-        "has_segment_ids",
-        "has_positions",
-        "dropout_threshold",
-        "has_d_log_sum_exp",
-    ],
-)
+# Of operands that both passes may have.
+FLAGS = (
+    "has_bias", "has_mask", "has_query_seq_lengths", "has_query_offset", "has_sinks",
+    "has_segment_ids", "has_positions",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, "dropout_threshold", "has_d_log_sum_exp"])
 def test_flags_that_deny_an_operand_which_is_there(flag):
     call = attention(BACKWARD)
     call.attributes[flag] = np.int64(0)
     call.error()
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "has_bias",
-        "has_mask",
-        "has_query_seq_lengths",
-        "has_query_offset",
-        "has_segment_ids",
-        "has_positions",
-        "has_query_visible",
-    ],
-)
+@pytest.mark.parametrize("flag", [*FLAGS, "has_query_visible"])
 def test_flags_that_announce_an_operand_which_is_not_there(flag):
     call = attention(FORWARD, full=False)
     call.attributes[flag] = np.int64(1)

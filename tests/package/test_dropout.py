@@ -52,16 +52,48 @@ def test_what_is_dropped_is_independent(rate):
     mask = np.asarray(jax_gluon.dropout_mask(KEY, shape, rate), np.float64)
     deviation = np.sqrt(rate * (1 - rate))
     assert abs(mask.mean() - (1 - rate)) <= 4 * deviation / np.sqrt(mask.size)
-    x = (mask - (1 - rate)) / deviation
-    for axis in range(4):
-        for shift in (1, 2, 3) if axis < 2 else (1, 2, 7, 8, 16, 64, 128):
-            moved = x * np.roll(x, shift, axis)
-            assert abs(moved.mean()) <= 5 / np.sqrt(x.size), (axis, shift)
-    for axes in ((2, 3), (1, 2), (0, 1)):
-        moved = x * np.roll(x, (1, 1), axes)
-        assert abs(moved.mean()) <= 5 / np.sqrt(x.size)
+    assert largest_correlation(mask, rate) <= 5
     other = np.asarray(jax_gluon.dropout_mask(jax.random.key(8), shape, rate), np.float64)
-    assert abs((x * (other - (1 - rate)) / deviation).mean()) <= 5 / np.sqrt(x.size)
+    product = (mask - (1 - rate)) * (other - (1 - rate)) / deviation**2
+    assert abs(product.mean()) <= 5 / np.sqrt(mask.size)
+
+
+def largest_correlation(mask, rate):
+    """Of a mask with itself moved along one axis, or two, in standard deviations."""
+    x = (mask - (1 - rate)) / np.sqrt(rate * (1 - rate))
+    moves = [(axis, shift) for axis in (0, 1) for shift in (1, 2, 3)]
+    moves += [(axis, shift) for axis in (2, 3) for shift in (1, 2, 7, 8, 16, 64, 128)]
+    moves += [(axes, (1, 1)) for axes in ((2, 3), (1, 2), (0, 1))]
+    means = [abs((x * np.roll(x, shift, axis)).mean()) for axis, shift in moves]
+    return max(means) * np.sqrt(x.size)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, (2, 3)])
+def test_a_stream_that_repeats_or_is_shifted_is_found(axis):
+    """The measure sees a second half that is the first, and rows that are the row before, moved."""
+    mask = np.random.default_rng(0).random((4, 4, 256, 256)) >= 0.5
+    if axis == (2, 3):
+        mask[:, :, 1::2] = np.roll(mask[:, :, ::2], 1, 3)
+    else:
+        first, second = np.split(np.moveaxis(mask, axis, 0), 2)
+        second[:] = first
+    moved = largest_correlation(mask.astype(np.float64), 0.5)
+    assert moved > 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "complaint"),
+    [
+        ((KEY, 7, 0.1), ValueError, r"shape is 7; allowed: \(B, N, T, S\)"),
+        ((KEY, (2, 3, 4), 0.1), ValueError, r"shape is \(2, 3, 4\); allowed: \(B, N, T, S\)"),
+        ((KEY, (2, 3, -4, 5), 0.1), ValueError, r"shape\[T\] is -4; allowed: an int of at least 0"),
+        ((KEY, (2, 3, 4, 5), 1.0), ValueError, r"rate is 1.0; allowed: a number in \[0, 1\)"),
+        ((3, (2, 3, 4, 5), 0.1), TypeError, "key is a int; allowed: a key of jax.random"),
+    ],
+)  # fmt: skip
+def test_a_bad_mask_is_refused(arguments, error, complaint):
+    with pytest.raises(error, match=f"jax_gluon.dropout_mask: {complaint}"):
+        jax_gluon.dropout_mask(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

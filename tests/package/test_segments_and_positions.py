@@ -197,3 +197,13 @@ def test_packed_sequences_are_separate_rows(implementation, random_operands, rel
         )
         for a, b in zip(packed, alone, strict=True):
             assert relative_error(a[:, rows], b) <= 2e-6
+
+
+def test_the_reference_takes_any_offset(oracle, relative_error, random_operands):
+    """As far as int32 goes, where an index and it have no sum."""
+    q, k, v, _ = random_operands(B, 5, 40, 4, 2, 16, 16)
+    offset = np.array([_FAR, -_FAR - 1])
+    found = jax_gluon.reference.dot_product_attention(q, k, v, query_offset=offset, is_causal=True)
+    expected = oracle(q, k, v, query_offset=offset, is_causal=True)
+    assert np.asarray(found[0]).any()
+    assert relative_error(found, expected.out) <= 2e-6

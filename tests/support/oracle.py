@@ -16,16 +16,10 @@ class OracleResult(NamedTuple):
     d_bias: np.ndarray | None
 
 
-class OracleResultOfSinks(NamedTuple):
-    """Of a call that has sinks: their gradient too."""
-
-    out: np.ndarray
-    log_sum_exp: np.ndarray
-    d_query: np.ndarray
-    d_key: np.ndarray
-    d_value: np.ndarray
-    d_bias: np.ndarray | None
-    d_sinks: np.ndarray
+#: Of a call that has sinks: their gradient too.
+OracleResultOfSinks = NamedTuple(
+    "OracleResultOfSinks", [*OracleResult.__annotations__.items(), ("d_sinks", np.ndarray)]
+)
 
 
 def visible_keys(
