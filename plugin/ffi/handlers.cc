@@ -7,6 +7,7 @@
 #include "device.h"
 #include "ffi/buffer_reader.h"
 #include "ffi/call_reader.h"
+#include "ffi/codes_reader.h"
 #include "ffi/xla_parallel.h"
 #include "metal/metal.h"
 #include "numerics.h"
