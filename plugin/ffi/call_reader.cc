@@ -206,6 +206,38 @@ AttentionBackwardCall read_backward(BufferReader& reader) {
   return call;
 }
 
+AttentionTangentCall read_tangent(BufferReader& reader) {
+  AttentionTangentCall call;
+  const bool has_query = reader.flag("has_query_tangent");
+  const bool has_key = reader.flag("has_key_tangent");
+  const bool has_value = reader.flag("has_value_tangent");
+  const bool has_bias = reader.flag("has_bias_tangent");
+  const bool has_sinks = reader.flag("has_sinks_tangent");
+  const int64_t batch = read_call(reader, call, nullptr, nullptr);
+  if (has_bias && !call.bias) reader.fail("attribute has_bias is 0, expected 1");
+  if (has_sinks && !call.sinks) reader.fail("attribute has_sinks is 0, expected 1");
+  if (has_query) {
+    call.query_tangent = reader.float_operand("query_tangent", {batch, call.T, call.N, call.H});
+  }
+  if (has_key)
+    call.key_tangent = reader.float_operand("key_tangent", {batch, call.S, call.K, call.H});
+  if (has_value) {
+    call.value_tangent = reader.float_operand("value_tangent", {batch, call.S, call.K, call.V});
+  }
+  if (has_bias) {
+    call.bias_tangent = reader.float_operand("bias_tangent", {batch, call.N, call.T, call.S}, true);
+  }
+  if (has_sinks) {
+    call.sinks_tangent =
+        reader.operand_of("sinks_tangent", {batch, call.N}, {ffi::DataType::F32}, true);
+  }
+  read_forward_results(reader, call, batch);
+  call.tangent_out = reader.result("tangent_out", {batch, call.T, call.N, call.V}, kFloats);
+  call.tangent_log_sum_exp =
+      reader.result("tangent_log_sum_exp", {batch, call.T, call.N}, {ffi::DataType::F32});
+  return call;
+}
+
 AttentionBackwardBiasCall read_backward_bias(BufferReader& reader) {
   AttentionBackwardBiasCall call;
   bool has_d_log_sum_exp = false;
