@@ -104,8 +104,9 @@ def dot_product_attention(
     - `query`: `[B, T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs in the XLA
       implementation), or a `QuantizedTensor`, through which no gradient flows; so may be key and
       value. Here and everywhere, B may be any number of batch axes, or none.
-    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype. K divides
-      N, and query head n reads kv head `n // (N // K)`.
+    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype (unlike
+      dtypes are refused with the cast to write). K divides N, and query head n reads kv head
+      `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key, but not under a soft cap.
     - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible.

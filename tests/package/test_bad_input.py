@@ -104,11 +104,14 @@ CASES = {
     ),
     "key_dtype": (
         {"key": ones(B, S, K, H, dtype=jnp.bfloat16)},
-        TypeError, "key", "of dtype bfloat16", "query's dtype, float32",
+        TypeError, "key", "of dtype bfloat16",
+        "query's dtype, float32; write key.astype(jnp.float32)",
     ),
     "value_dtype": (
-        {"value": ones(B, S, K, H, dtype=jnp.float16)},
-        TypeError, "value", "of dtype float16", "query's dtype, float32",
+        {"query": ones(B, T, N, H, dtype=jnp.bfloat16), "key": ones(B, S, K, H, dtype=jnp.bfloat16),
+         "value": ones(B, S, K, H, dtype=jnp.float16)},
+        TypeError, "value", "of dtype float16",
+        "write query.astype(jnp.float32) and key.astype(jnp.float32) and value.astype(jnp.float32)",
     ),
     "key_batch": (
         {"key": ones(1, S, K, H)}, ValueError, "key", "of batch axes [1]", "query's, [2]"
