@@ -40,6 +40,7 @@ from jax_gluon._quantization.formats import (
 from jax_gluon._token_arguments import (
     dropout_seeds,
     lengths_of_batch,
+    mask_of_keys,
     offset_of_queries,
     pair_of_tokens,
 )
@@ -60,6 +61,7 @@ class AttentionKeywords(TypedDict, total=False):
     is_causal: bool
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
+    key_value_mask: ArrayLike | None
     local_window_size: int | tuple[int, int] | None
     query_offset: ArrayLike | None
     query_segment_ids: ArrayLike | None
@@ -112,6 +114,7 @@ def check_arguments(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
+    key_value_mask: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_offset: ArrayLike | None = None,
     query_segment_ids: ArrayLike | None = None,
@@ -154,6 +157,7 @@ def check_arguments(
         mask_of(check, mask, batch, (N, T, S)),
         lengths_of_batch(check, "query_seq_lengths", query_seq_lengths, batch, T),
         lengths_of_batch(check, "key_value_seq_lengths", key_value_seq_lengths, batch, S),
+        mask_of_keys(check, key_value_mask, batch, S),
         offset_of_queries(check, query_offset, batch),
         sinks_of(check, sinks, N, is_float64),
         pair_of_tokens(

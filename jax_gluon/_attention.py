@@ -78,6 +78,7 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
+    key_value_mask: ArrayLike | None = None,
     query_offset: ArrayLike | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
@@ -116,6 +117,8 @@ def dot_product_attention(
       position is at most query's.
     - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
       `[0, S]`; rows and keys at and past them are hidden.
+    - `key_value_mask`: bool or integers, `[B, S]` or `[S]`, as a tokenizer's attention mask; keys
+      that it has False or 0 for, such as padding, are hidden, and blocks of them are skipped.
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
       `i - left <= j <= i + right`, or where their positions are so.
     - `query_offset`: an int, or integers `[B]`: row i stands at position `i + query_offset`.
@@ -181,6 +184,7 @@ def dot_product_attention(
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
+        key_value_mask=key_value_mask,
         local_window_size=local_window_size,
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,

@@ -44,12 +44,7 @@ def mask_of(
 ) -> jax.Array | None:
     if mask is None:
         return None
-    array = check.array("mask", mask)
-    if _is_integer(array):
-        array = array != 0
-    if array.dtype != jnp.bool_:
-        allowed = "bool (True: visible), or an integer dtype (nonzero: visible)"
-        check.type_error("mask", f"of dtype {array.dtype.name}", allowed)
+    array = check.visibility("mask", mask)
     return _expand_to_logits(check, "mask", array, batch, extents)
 
 
