@@ -78,6 +78,7 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
+    key_value_mask: ArrayLike | None = None,
     query_offset: ArrayLike | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
@@ -104,8 +105,9 @@ def dot_product_attention(
     - `query`: `[B, T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs in the XLA
       implementation), or a `QuantizedTensor`, through which no gradient flows; so may be key and
       value. Here and everywhere, B may be any number of batch axes, or none.
-    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype. K divides
-      N, and query head n reads kv head `n // (N // K)`.
+    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype (unlike
+      dtypes are refused with the cast to write). K divides N, and query head n reads kv head
+      `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key, but not under a soft cap.
     - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible.
@@ -115,6 +117,8 @@ def dot_product_attention(
       position is at most query's.
     - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
       `[0, S]`; rows and keys at and past them are hidden.
+    - `key_value_mask`: bool or integers, `[B, S]` or `[S]`, as a tokenizer's attention mask; keys
+      that it has False or 0 for, such as padding, are hidden, and blocks of them are skipped.
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
       `i - left <= j <= i + right`, or where their positions are so.
     - `query_offset`: an int, or integers `[B]`: row i stands at position `i + query_offset`.
@@ -180,6 +184,7 @@ def dot_product_attention(
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
+        key_value_mask=key_value_mask,
         local_window_size=local_window_size,
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,

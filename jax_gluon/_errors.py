@@ -66,6 +66,16 @@ class Checker:
             self.type_error(argument, f"of dtype {array.dtype.name}", ", ".join(FLOATS))
         return array
 
+    def visibility(self, argument: str, x: Any) -> jax.Array:
+        """`x` as a bool array, of bools or of integers."""
+        array = self.array(argument, x)
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            array = array != 0
+        if array.dtype != jnp.bool_:
+            allowed = "bool (True: visible), or an integer dtype (nonzero: visible)"
+            self.type_error(argument, f"of dtype {array.dtype.name}", allowed)
+        return array
+
     def float_dtype(self, argument: str, dtype: Any) -> np.dtype[Any]:
         """One of `FLOATS`."""
         try:

@@ -81,6 +81,8 @@ def _apply_xla(
 ) -> _Result:
     operands = _float_operands(residuals.operands, residuals.out.dtype)
     dtype = operands.query.dtype
+    # Where a cotangent is constant, as a sum's is, XLA on the CPU reads rows in a wrong layout.
+    d_out, d_log_sum_exp = cast(Any, jax.lax.optimization_barrier)((d_out, d_log_sum_exp))
     return backward(
         problem,
         operands,

@@ -15,7 +15,7 @@ import numpy as np
 from jax_gluon import _dropout as dropout
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
 from jax_gluon._quantization.codes import from_bits, to_bits
-from jax_gluon._visible_tokens import lowered
+from jax_gluon._visible_tokens import lowered, mask_as_segments
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
 # operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache
@@ -122,7 +122,7 @@ class Tiles:
         self.query_seq_lengths = operands.query_seq_lengths
         self.key_value_seq_lengths = operands.key_value_seq_lengths
         self.query_offset = operands.query_offset
-        self.segment_ids = operands.segment_ids
+        self.segment_ids = mask_as_segments(operands).segment_ids
         self.positions = operands.positions
         self.dropout_seeds = operands.dropout_seeds
         self.sinks = None
