@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/rows/mask_tiles.h"
 #include "cpu/rows/rows.h"
 #include "cpu/rows/visibility.h"
 #include "numerics.h"
@@ -44,8 +45,8 @@ typename Isa::F tanh(typename Isa::F x) {
 template <class Isa, int kBlock>
 class LogitRules {
  public:
-  LogitRules(const AttentionCall& call, int64_t b, int64_t n)
-      : call_(call), cap_(call.soft_cap * kLog2E) {
+  LogitRules(const AttentionCall& call, int64_t b, int64_t n, MaskPlane tiles = {})
+      : call_(call), tiles_(tiles), cap_(call.soft_cap * kLog2E) {
     if (call.bias) {
       bias_ = static_cast<const char*>(call.bias.data) +
               (call.bias.batch_offset[static_cast<size_t>(b)] + n * call.bias.stride[0]) *
@@ -61,24 +62,20 @@ class LogitRules {
   }
 
   // Whether rows need more than masking outside their interval.
-  bool any() const { return bias_ || mask_ || ranked_ || cap_ != 0.0f; }
+  bool any() const { return mask_ || any_but_mask(); }
+  // Likewise, of their logits of `keys`.
+  bool any(Range rows, Range keys) const {
+    return any_but_mask() || (mask_ && !(tiles_ && tiles_.shows_all(rows, keys)));
+  }
 
-  // Whether the mask shows any of `keys` to any of `rows`.
-  bool any_visible(Range rows, Range keys) const {
-    if (!mask_) return true;
-    const int64_t ts = call_.mask_stride[1], ss = call_.mask_stride[2];
-    if (ts == 0) rows.end = rows.begin + 1;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const uint8_t* row = mask_ + i * ts;
-      if (ss == 0) {
-        if (row[0]) return true;
-        continue;
-      }
-      uint8_t any = 0;
-      for (int64_t j = keys.begin; j < keys.end; ++j) any |= row[j];
-      if (any) return true;
-    }
-    return false;
+  // The first of `keys` that the mask shows to any of the rows, and those after it up to the first
+  // that it shows to none: in whole steps.
+  Range first_run(Range rows, Range keys, int64_t step) const {
+    return tiles_ && !keys.empty() ? tiles_.first_run(rows, keys, step) : keys;
+  }
+  // From the first to the last of `keys` that the mask shows to any of the rows.
+  Range seen(Range rows, Range keys) const {
+    return tiles_ && !keys.empty() ? tiles_.seen(rows, keys) : keys;
   }
 
   // Turns scaled products s[begin..end), which stand for keys key0 + begin.., into logits: adds
@@ -140,6 +137,8 @@ class LogitRules {
   }
 
  private:
+  bool any_but_mask() const { return bias_ || ranked_ || cap_ != 0.0f; }
+
   void read_bias(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
     std::fill(out, out + (end - begin), 0.0f);
     const DType dtype = call_.bias.dtype;
@@ -183,6 +182,7 @@ class LogitRules {
   }
 
   const AttentionCall& call_;
+  const MaskPlane tiles_;
   const VisibleKeys* ranked_ = nullptr;  // where ranges say too little
   const char* bias_ = nullptr;
   const uint8_t* mask_ = nullptr;
