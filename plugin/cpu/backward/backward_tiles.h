@@ -236,6 +236,8 @@ class BackwardTiles {
 
   void load_keys(const Part& part, Range keys, Scratch& s) const {
     const int64_t H = call_.H, V = call_.V, packed = keys.begin - part.first_key;
+    touch_rows(call_.key, part.b, keys.begin, keys.end, part.k, H);
+    touch_rows(call_.value, part.b, keys.begin, keys.end, part.k, V);
     float* key = s.rows.get();
     float* value = key + C * H;
     for (int64_t j0 = 0; j0 < round_up(keys.end - keys.begin, C); j0 += C) {
