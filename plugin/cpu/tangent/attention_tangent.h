@@ -40,12 +40,14 @@ class AttentionTangent {
         moves_logits_(product_lanes_ != 0 || call.bias_tangent),
         key_values_(call, true),
         packed_(call, key_values_),
+        mask_tiles_(call),
         rows_(call, key_values_),
         softmax_(call),
         scratch_(parallel.threads()) {}
 
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
+    mask_tiles_.find(parallel_);
     const int64_t heads = call_.B * call_.K;
     const int64_t slots = std::min(
         heads,
@@ -103,7 +105,7 @@ class AttentionTangent {
   void attend(Keys keys, int64_t n, int64_t row_block) {
     const int64_t b = keys.b;
     const Visibility visibility(call_, b);
-    const Rules rules(call_, b, n);
+    const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
     const BiasRows<Isa> bias_tangent(call_.bias_tangent, b, n);
     const DropoutRow<Isa> dropout(call_, b, n);
     const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
@@ -127,9 +129,11 @@ class AttentionTangent {
             g,          state};
         const Range seen =
             intersect(visibility.of_rows(group.rows), {keys.first, keys.first + kKeys});
-        if (seen.empty() || !rules.any_visible(group.rows, seen)) continue;
-        attend_group(group, bias_tangent, keys, {seen.begin - keys.first, seen.end - keys.first},
-                     s);
+        for (Range run = rules.first_run(group.rows, seen, C); !run.empty();
+             run = rules.first_run(group.rows, {run.end, seen.end}, C)) {
+          attend_group(group, bias_tangent, keys, {run.begin - keys.first, run.end - keys.first},
+                       s);
+        }
       }
     }
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) store(b, n, rows.begin + r, r, state, s);
@@ -196,7 +200,7 @@ class AttentionTangent {
     float* logits = scores.scores + r * kBlockKeys;
     float* tangents = logits + kKeys;
     alignas(kAlignment) float slope[kKeys], bias[kKeys];
-    if (group.rules.any() || !contains(visible, all)) {
+    if (group.rules.any(group.rows, all) || !contains(visible, all)) {
       group.rules.apply(logits, i, keys.first, begin, end, visible, slope);
     }
     softmax_.template run<false>(r, row, columns, group.state, scores);
@@ -317,6 +321,7 @@ class AttentionTangent {
   const bool moves_logits_;      // whether logits have tangents
   KeyValueRows<Core> key_values_;
   TangentKeyValues<Isa> packed_;
+  MaskTiles mask_tiles_;
   const ForwardRows<Core> rows_;
   const Softmax softmax_;
   ScratchPool<Scratch> scratch_;
