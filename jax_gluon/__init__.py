@@ -7,6 +7,7 @@ from jax_gluon._attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
@@ -28,6 +29,7 @@ __all__ = [
     "QuantizedTensor",
     "attention_with_log_sum_exp",
     "debug",
+    "default_differentiation",
     "dot_product_attention",
     "dropout_mask",
     "explain",

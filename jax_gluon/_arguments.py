@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
+from jax_gluon._derivative_modes import Differentiation, differentiation_of
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
 from jax_gluon._logit_arguments import (
@@ -76,6 +77,7 @@ class AttentionKeywords(TypedDict, total=False):
     sinks: ArrayLike | None
     implementation: Implementation | None
     kernel: KernelWishes
+    differentiation: Differentiation | None
 
 
 KEYWORDS = tuple(AttentionKeywords.__annotations__)
@@ -96,6 +98,7 @@ class CheckedArguments:
     scale: jax.Array | None
     batch: tuple[int, ...]
     kernel: KernelWishes
+    differentiation: Differentiation
 
     def unflatten(self, x: jax.Array) -> jax.Array:
         """A result with the caller's batch axes in place of one."""
@@ -129,6 +132,7 @@ def check_arguments(
     sinks: ArrayLike | None = None,
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
+    differentiation: Differentiation | None = None,
 ) -> CheckedArguments:
     """Check the arguments of the public function that `check` names.
 
@@ -184,7 +188,8 @@ def check_arguments(
         if isinstance(wish, CpuKernel | MetalKernel) and not concerned(problem, wish):
             found = f"{wish} for implementation {problem.implementation!r}"
             check.value_error("kernel", found, "one of a device that the call may run on")
-    return CheckedArguments(check, problem, operands, scale_array, batch, kernel)
+    mode = differentiation_of(check, differentiation)
+    return CheckedArguments(check, problem, operands, scale_array, batch, kernel, mode)
 
 
 def concerned(problem: AttentionProblem, wish: CpuKernel | MetalKernel) -> bool:
