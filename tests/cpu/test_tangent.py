@@ -208,7 +208,7 @@ def test_mapped_axes_and_what_ran(use, relative_error):
         return differentiate(checked.problem, "float32", operands, {"key": key_tangent})
 
     jax_gluon.debug.kernels()
-    found = jax.vmap(call)(queries, moved)
+    found = jax.block_until_ready(jax.vmap(call)(queries, moved))
     runs = jax_gluon.debug.kernels()
     assert [(x["pass"], x["kernel"], x["arithmetic"]) for x in runs] == [
         ("tangent", "baseline", "float32")

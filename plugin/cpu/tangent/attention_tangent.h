@@ -9,7 +9,8 @@
 #include <algorithm>
 
 #include "cpu/forward/forward_rows.h"
-#include "cpu/forward/online_softmax.h"
+#include "cpu/forward/row_group.h"
+#include "cpu/forward/subtile_softmax.h"
 #include "cpu/rows/sink.h"
 #include "cpu/tangent/tangent_key_values.h"
 #include "cpu/tiles/microkernel.h"
@@ -23,8 +24,9 @@ class AttentionTangent {
   using KeyValues = TangentKeyValues<Isa>;
   static constexpr int64_t R = Core::kTileRows, C = Core::kTileColumns, W = Isa::kLanes;
   static constexpr int64_t kGroupRows = Core::kGroupRows, kKeys = KeyValues::kKeys;
+  static constexpr int64_t kStride = 2 * kKeys;  // of rows of scores
   using Rules = LogitRules<Isa, kKeys>;
-  using Softmax = OnlineSoftmax<Core>;
+  using Softmax = SubtileSoftmax<Core>;
   using Group = RowGroup<Isa, Rules>;
   // Kv heads are packed some at a time: up to this many floats, or one for each thread.
   static constexpr int64_t kPackedSize = int64_t{1} << 23;
@@ -42,7 +44,6 @@ class AttentionTangent {
         packed_(call, key_values_),
         mask_tiles_(call),
         rows_(call, key_values_),
-        softmax_(call),
         scratch_(parallel.threads()) {}
 
   void run() {
@@ -62,10 +63,11 @@ class AttentionTangent {
   struct Scratch {
     RowScratch<Core> load;
     typename KeyValues::Scratch key_values;
-    Buffer<float> rows;              // queries of a tile beside their tangents
-    Buffer<float> query, tangent;    // row tiles: of logits, and of their tangents
-    Buffer<float> scores;            // [kGroupRows][logits, tangents][kKeys]; then p and p dx
-    Buffer<float> sums;              // [kBlockRows]: of p dx
+    Buffer<float> rows;                // queries of a tile beside their tangents
+    Buffer<float> query, tangent;      // row tiles: of logits, and of their tangents
+    Buffer<float> scores;              // [kGroupRows][logits, tangents][kKeys]; then p and p dx
+    Buffer<float> sums, tangent_sums;  // [kBlockRows][W]: of p and of p dx
+    Buffer<typename Softmax::Group> group;
     Buffer<float> out, tangent_out;  // [kBlockRows][value_columns]: sums of p v, of p (dx v + dv)
   };
 
@@ -81,8 +83,11 @@ class AttentionTangent {
     s.rows.allocate(R * product_lanes_);
     s.query.allocate(kBlockRows * call_.H);
     s.tangent.allocate(kBlockRows * product_lanes_);
-    s.scores.allocate(kGroupRows * 2 * kKeys);
-    s.sums.allocate(kBlockRows);
+    s.scores.allocate(kGroupRows * kStride);
+    s.sums.allocate(kBlockRows * W);
+    s.tangent_sums.allocate(kBlockRows * W);
+    s.group.allocate(1);
+    s.group[0] = {};
     s.out.allocate(kBlockRows * value_columns_);
     s.tangent_out.allocate(kBlockRows * value_columns_);
   }
@@ -116,7 +121,8 @@ class AttentionTangent {
     RowState state;
     rows_.load(b, n, rows, s.load, s.query.get(), state);
     load_tangents(b, n, rows, s);
-    std::fill(s.sums.get(), s.sums.get() + kBlockRows, 0.0f);
+    std::fill(s.sums.get(), s.sums.get() + kBlockRows * W, 0.0f);
+    std::fill(s.tangent_sums.get(), s.tangent_sums.get() + kBlockRows * W, 0.0f);
     std::fill(s.out.get(), s.out.get() + kBlockRows * value_columns_, 0.0f);
     std::fill(s.tangent_out.get(), s.tangent_out.get() + kBlockRows * value_columns_, 0.0f);
     const Range visible = visibility.of_rows(rows);
@@ -143,6 +149,7 @@ class AttentionTangent {
   void load_tangents(int64_t b, int64_t n, Range rows, Scratch& s) const {
     const int64_t H = call_.H, lanes = product_lanes_;
     if (lanes == 0) return;
+    if (call_.query_tangent) touch_rows(call_.query_tangent, b, rows.begin, rows.end, n, H);
     for (int64_t t = 0; t < round_up(rows.end - rows.begin, kGroupRows); t += R) {
       for (int64_t r = 0; r < R; ++r) {
         float* out = s.rows.get() + r * lanes;
@@ -171,53 +178,65 @@ class AttentionTangent {
     for (int64_t j = columns.begin; j < columns.end; j += C) {
       const float* panel = packed_.key_panels(keys.slot, keys.first + j);
       for (int64_t t = 0; t < kGroupRows; t += R) {
-        float* scores = s.scores.get() + t * kBlockKeys + j;
-        score_tile<Core>(s.query.get() + (group.first + t) * H, panel, H, scores, kBlockKeys);
+        float* scores = s.scores.get() + t * kStride + j;
+        score_tile<Core>(s.query.get() + (group.first + t) * H, panel, H, scores, kStride);
         if (product_lanes_ == 0) continue;
         score_tile<Core>(s.tangent.get() + (group.first + t) * product_lanes_,
                          call_.query_tangent ? panel : panel + H * C, product_lanes_,
-                         scores + kKeys, kBlockKeys);
+                         scores + kKeys, kStride);
       }
     }
-    typename Softmax::Scores scores;
-    scores.scores = scores.probabilities = s.scores.get();
-    for (int64_t r = group.count(); r < kGroupRows; ++r) scores.rescale[r] = 1.0f;
     for (int64_t r = 0; r < group.count(); ++r) {
-      find_probabilities(group, r, bias_tangent, keys, columns, scores, s.sums.get());
+      find_probabilities(group, r, bias_tangent, keys, columns, s);
     }
+    Softmax::finish(group.state.maximum + group.first, s.sums.get() + group.first * W,
+                    s.tangent_sums.get() + group.first * W, s.group[0]);
     if (group.dropout.any()) drop(group, keys, columns, s.scores.get());
-    multiply_values(group, keys, columns, scores, s);
+    multiply_values(group, keys, columns, s);
     add_unpacked_values(group, keys, seen, s);
   }
 
   // Of row r of the group: p and p dx, in place of products.
   void find_probabilities(const Group& group, int64_t r, const BiasRows<Isa>& bias_tangent,
-                          const Keys& keys, Range columns, typename Softmax::Scores& scores,
-                          float* sums) const {
-    const int64_t begin = columns.begin, end = columns.end, row = group.first + r;
-    const int64_t i = group.rows.begin + r;
+                          const Keys& keys, Range columns, Scratch& s) const {
+    const int64_t begin = columns.begin, end = columns.end, i = group.rows.begin + r;
     const Range visible = group.visible(r), all{keys.first + begin, keys.first + end};
-    float* logits = scores.scores + r * kBlockKeys;
+    float* logits = s.scores.get() + r * kStride;
     float* tangents = logits + kKeys;
-    alignas(kAlignment) float slope[kKeys], bias[kKeys];
+    alignas(kAlignment) float slope[kKeys];
     if (group.rules.any(group.rows, all) || !contains(visible, all)) {
       group.rules.apply(logits, i, keys.first, begin, end, visible, slope);
     }
-    softmax_.template run<false>(r, row, columns, group.state, scores);
+    const float* maximum = group.state.maximum + group.first + r;
+    Softmax::template run_row<false>({logits + begin, logits + begin, nullptr, maximum, nullptr},
+                                     end - begin, r, s.group[0]);
     if (!moves_logits_) return;
-    if (bias_tangent) bias_tangent.read(i, intersect(all, visible), all.begin, all.end, bias);
+    if (bias_tangent) add_bias(bias_tangent, i, all, intersect(all, visible), tangents + begin);
+    if (call_.soft_cap != 0.0f) {
+      for (int64_t j = begin; j < end; j += W) {
+        Isa::store(tangents + j, Isa::mul(Isa::load(tangents + j), Isa::load(slope + j)));
+      }
+    }
     auto sum = Isa::zero();
     for (int64_t j = begin; j < end; j += W) {
-      const auto p = Isa::load(logits + j);
-      auto x = product_lanes_ == 0 ? Isa::zero() : Isa::load(tangents + j);
-      if (bias_tangent) x = Isa::add(x, Isa::load(bias + j - begin));
-      if (call_.soft_cap != 0.0f) x = Isa::mul(x, Isa::load(slope + j));
       // Hidden keys have p = 0 exactly; their tangents may be NaN.
-      x = Isa::where_nonzero(p, Isa::mul(p, x));
+      const auto p = Isa::load(logits + j);
+      const auto x = Isa::where_nonzero(p, Isa::mul(p, Isa::load(tangents + j)));
       sum = Isa::add(sum, x);
       Isa::store(tangents + j, x);
     }
-    sums[row] = sums[row] * scores.rescale[r] + Isa::reduce_add(sum);
+    Isa::store(s.group[0].offset_sums + r * W, sum);
+  }
+
+  // Adds the tangents of the bias to those of products, of the keys of `all`.
+  void add_bias(const BiasRows<Isa>& bias_tangent, int64_t i, Range all, Range visible,
+                float* tangents) const {
+    alignas(kAlignment) float bias[kKeys];
+    bias_tangent.read(i, visible, all.begin, all.end, bias);
+    for (int64_t j = 0; j < all.end - all.begin; j += W) {
+      const auto products = product_lanes_ == 0 ? Isa::zero() : Isa::load(tangents + j);
+      Isa::store(tangents + j, Isa::add(products, Isa::load(bias + j)));
+    }
   }
 
   void drop(const Group& group, const Keys& keys, Range columns, float* scores) const {
@@ -226,7 +245,7 @@ class AttentionTangent {
     for (int64_t r = 0; r < group.count(); ++r) {
       const uint8_t* keep = group.dropout.find(group.rows.begin + r, keys.first + columns.begin,
                                                keys.first + columns.end, scratch);
-      float* row = scores + r * kBlockKeys + columns.begin;
+      float* row = scores + r * kStride + columns.begin;
       zero_dropped<Isa>(keep, count, row);
       if (moves_logits_) zero_dropped<Isa>(keep, count, row + kKeys);
     }
@@ -234,8 +253,7 @@ class AttentionTangent {
 
   // Adds p v, and p dx v + p dv, of `columns`. Of a whole block, [p, p dx] times [dv, v] is one
   // product.
-  void multiply_values(const Group& group, const Keys& keys, Range columns,
-                       const typename Softmax::Scores& scores, Scratch& s) const {
+  void multiply_values(const Group& group, const Keys& keys, Range columns, Scratch& s) const {
     const int64_t begin = columns.begin, count = columns.end - begin;
     const bool has_tangent = static_cast<bool>(call_.value_tangent);
     const bool is_whole = has_tangent && moves_logits_ && count == kKeys;
@@ -245,9 +263,9 @@ class AttentionTangent {
       const float* tangents = packed_.value_panel(keys.slot, keys.first / kKeys, p) + begin * C;
       const float* values = tangents + packed_.value_offset();
       for (int64_t t = 0; t < kGroupRows; t += R) {
-        const float* row = scores.scores + t * kBlockKeys + begin;
+        const float* row = s.scores.get() + t * kStride + begin;
         const int64_t at = (group.first + t) * value_columns_ + p * C;
-        const float* factor = scores.rescale + t;
+        const float* factor = s.group[0].rescale + t;
         multiply(row, values, count, s.out.get() + at, factor);
         if (is_whole) {
           multiply(row, tangents, 2 * count, s.tangent_out.get() + at, factor);
@@ -263,7 +281,7 @@ class AttentionTangent {
   }
   void multiply(const float* p, const float* panel, int64_t keys, float* out,
                 const float* factor) const {
-    value_tile<Core, kBlockKeys>(p, panel, keys, out, value_columns_, factor);
+    value_tile<Core, kStride>(p, panel, keys, out, value_columns_, factor);
   }
 
   // Of the keys whose values are packed as zeros.
@@ -273,7 +291,7 @@ class AttentionTangent {
       if (!has_zeros[c]) continue;
       packed_.load_values(keys.b, keys.first + c, keys.k, s.key_values);
       for (int64_t r = 0; r < group.count(); ++r) {
-        const float* row = s.scores.get() + r * kBlockKeys + c;
+        const float* row = s.scores.get() + r * kStride + c;
         const float p = row[0], moved = moves_logits_ ? row[kKeys] : 0.0f;
         if (p == 0.0f) continue;
         float* out = s.out.get() + (group.first + r) * value_columns_;
@@ -288,13 +306,15 @@ class AttentionTangent {
   }
 
   // Writes row i of query head n, row r of its block.
-  void store(int64_t b, int64_t n, int64_t i, int64_t r, const RowState& state, Scratch& s) const {
+  void store(int64_t b, int64_t n, int64_t i, int64_t r, RowState& state, Scratch& s) const {
     const int64_t index = (b * call_.T + i) * call_.N + n;
     float* out = s.out.get() + r * value_columns_;
     float* tangent = s.tangent_out.get() + r * value_columns_;
+    state.sum[r] = Isa::reduce_add(Isa::load(s.sums.get() + r * W));
+    const float tangent_sum = Isa::reduce_add(Isa::load(s.tangent_sums.get() + r * W));
     const RowTotal total = rows_.store(b, n, i, r, out, state);
     const bool empty = total.divisor == 0.0f;
-    const float mean = (empty ? 0.0f : s.sums[r] / total.divisor) + of_sink(b, n, empty, total);
+    const float mean = (empty ? 0.0f : tangent_sum / total.divisor) + of_sink(b, n, empty, total);
     const float factor = empty ? 0.0f : call_.dropout.scale / total.divisor;
     // Without tangents of logits none is taken out, even if the output is not finite.
     if (!empty && mean != 0.0f) {
@@ -323,7 +343,6 @@ class AttentionTangent {
   TangentKeyValues<Isa> packed_;
   MaskTiles mask_tiles_;
   const ForwardRows<Core> rows_;
-  const Softmax softmax_;
   ScratchPool<Scratch> scratch_;
 };
 

@@ -22,9 +22,9 @@ class TangentKeyValues {
   static constexpr int64_t C = Core::kTileColumns;
 
  public:
-  // Keys of a block: scores of a group beside their tangents (12 x 2 x 128 x 4 bytes) stay in L1,
-  // and so do a panel of values and one of tangents (2 x 8 KiB).
-  static constexpr int64_t kKeys = kBlockKeys / 2;
+  // Keys of a block, whose softmax is taken at once: with AVX2, scores of a group beside their
+  // tangents (12 x 2 x 128 x 4 bytes) and a panel of values beside theirs (2 x 8 KiB) fit in L1.
+  static constexpr int64_t kKeys = ForwardBlocks<Core>::kSubtileColumns;
   static_assert(kKeys % C == 0);
 
   struct Scratch {
@@ -60,6 +60,10 @@ class TangentKeyValues {
     s.panel.allocate(panel_);
     s.row.allocate(call_.V);
     s.tangent_row.allocate(call_.V);
+    touch_rows(call_.key, b, begin, end, k, H);
+    touch_rows(call_.value, b, begin, end, k, call_.V);
+    if (call_.key_tangent) touch_rows(call_.key_tangent, b, begin, end, k, H);
+    if (call_.value_tangent) touch_rows(call_.value_tangent, b, begin, end, k, call_.V);
     pack_score_panels<Core>(begin, end, panel_ / C, s.panel.get(), key_panels(slot, begin),
                             [&](int64_t j, float* out) {
                               key_values_.keys().load(b, j, k, out);
