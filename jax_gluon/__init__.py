@@ -9,6 +9,7 @@ from jax_gluon._attention import (
 )
 from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
+from jax_gluon._export import export_checks
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._lowering import CHECKPOINT_NAMES
@@ -33,6 +34,7 @@ __all__ = [
     "dot_product_attention",
     "dropout_mask",
     "explain",
+    "export_checks",
     "pin",
     "quantize",
     "reference",

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jax_gluon import _native
 from jax_gluon._derivative_modes import Differentiation, differentiation_of
+from jax_gluon._dimensions import is_static
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
 from jax_gluon._logit_arguments import (
@@ -268,5 +269,5 @@ def _window(check: Checker, size: Any, extents: tuple[int, int] | None) -> tuple
         if window[-1] < 0:
             check.value_error("local_window_size", f"{size}", allowed)
     # A longer window hides nothing more; clipped, indices plus window fit into 32 bits.
-    left, right = extents or (_INT32_MAX, _INT32_MAX)
+    left, right = extents if extents and is_static(*extents) else (_INT32_MAX, _INT32_MAX)
     return min(window[0], left), min(window[1], right)

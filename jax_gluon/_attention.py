@@ -19,6 +19,7 @@ from jax_gluon._arguments import (
 )
 from jax_gluon._derivative_modes import Differentiation, naming_the_argument
 from jax_gluon._differentiation import any_order, reverse
+from jax_gluon._dimensions import assumed
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
 from jax_gluon._meshes import on_meshes
@@ -400,8 +401,8 @@ def _show_empty_rows(log_sum_exp: jax.Array) -> jax.Array:
 def _device_by_size(arguments: CheckedArguments) -> tuple[Device, str]:
     """What the plugin's handlers take where they may choose, and why."""
     query, key, value = arguments.operands[:3]
-    B, T, N, H = query.shape
-    S, V = key.shape[1], value.shape[-1]
+    B, T, N, H = map(assumed, query.shape)
+    S, V = assumed(key.shape[1]), value.shape[-1]
     products = B * N * T * S * (H + V)
     if _native.plugin().prefers_metal(products, max(H, V)) and _native.metal_device()[0]:
         return "metal", f"{products} multiply-accumulates are enough for the GPU"

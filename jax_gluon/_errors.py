@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import is_static, number
+
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 # NumPy's scalars beside Python's, as `Any`: their own generic types say nothing here.
@@ -175,6 +177,11 @@ class Checker:
         if array.shape != shape:
             allowed = f"shape [B] = {list(shape)}" if shape else "a scalar"
             self.value_error(argument, f"of shape {list(array.shape)}", allowed)
-        most = min(limit, int(np.iinfo(array.dtype).max))
+        if not is_static(limit):
+            narrow = self._clipped(array, min(_INT32_MAX, int(np.iinfo(array.dtype).max)))
+            return jnp.minimum(narrow, number(limit))
+        return self._clipped(array, min(limit, int(np.iinfo(array.dtype).max)))
+
+    def _clipped(self, array: Any, limit: int) -> jax.Array:
         clip = jnp.clip if isinstance(array, jax.Array) else np.clip
-        return jnp.asarray(clip(array, 0, most).astype(np.int32))
+        return jnp.asarray(clip(array, 0, limit).astype(np.int32))

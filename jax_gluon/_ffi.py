@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
@@ -101,7 +102,7 @@ def kernel_query(
         given = jax.eval_shape(_unrotated, given)
     _, T, N, H = given.query.shape
     _, S, K, _ = given.key.shape
-    extents = {"T": T, "S": S, "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
+    extents = {"T": assumed(T), "S": assumed(S), "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
     attributes = _problem_attributes(problem, given)
     names = {
         f"{name}_dtype": (x.data if isinstance(x, QuantizedTensor) else x).dtype.name

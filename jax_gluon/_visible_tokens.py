@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import is_static, min_extent, number
 from jax_gluon._problem import MIN_LOGIT, AttentionOperands, AttentionProblem, Operands
 from jax_gluon._quantization.formats import QuantizedTensor
 
@@ -40,12 +41,14 @@ def visible_tokens(
     if operands.query_seq_lengths is not None:
         query = tokens_within(operands.query_seq_lengths, T)
     conditions: list[jax.Array] = []
-    reach = 0 if problem.is_causal else S
+    reach = S
     if problem.local_window is not None:
-        reach = min(reach, problem.local_window[1])
+        reach = min_extent(problem.local_window[1], S)
+    if problem.is_causal:
+        reach = 0
     stands_at_index = operands.query_offset is None and operands.positions is None
-    if T + reach < S and stands_at_index:
-        conditions.append(tokens_within(jnp.full((B,), T + reach, jnp.int32), S))
+    if stands_at_index and (T + reach < S if is_static(T, S) else reach is not S):
+        conditions.append(tokens_within(jnp.full((B,), number(T + reach), jnp.int32), S))
     if operands.key_value_seq_lengths is not None:
         conditions.append(tokens_within(operands.key_value_seq_lengths, S))
     if operands.key_value_mask is not None:
@@ -84,8 +87,8 @@ def mask_as_segments(operands: AttentionOperands[_Rows]) -> AttentionOperands[_R
         # T rows leave one of T + 1 numbers free.
         is_used = jnp.zeros_like(query_ids, jnp.bool_, (B, T + 1))
         entry = jnp.arange(B, dtype=jnp.int32)[:, None]
-        number = jnp.where(query_ids < 0, T + 1, query_ids)
-        is_used = is_used.at[entry, number].set(True, mode="drop")
+        inside = jnp.where(query_ids < 0, number(T + 1), query_ids)
+        is_used = is_used.at[entry, inside].set(True, mode="drop")
         outside = jnp.argmin(is_used, axis=1, keepdims=True).astype(jnp.int32)
     segment_ids = query_ids, jnp.where(mask, key_ids, outside)
     return operands._replace(key_value_mask=None, segment_ids=segment_ids)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import is_static, number
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     MIN_LOGIT,
@@ -92,7 +93,7 @@ def forward(
         )
 
     results = (to_bits(out), row_maximum, log_sum)
-    out, row_maximum, log_sum = _loop(0, tiles.queries.count, query_block, results)
+    out, row_maximum, log_sum = _loop(0, number(tiles.queries.count), query_block, results)
     return from_bits(out, operands.query.dtype), row_maximum[..., 0], log_sum[..., 0]
 
 
@@ -158,7 +159,7 @@ def backward(
         jnp.zeros_like(tiles.value, tiles.dtype),
         _room(tiles, cotangent) if keeps_rows else None,
     )
-    d_query, d_key, d_value, _ = _loop(0, tiles.queries.count, query_block, results)
+    d_query, d_key, d_value, _ = _loop(0, number(tiles.queries.count), query_block, results)
     return (
         from_bits(d_query, query.dtype),
         swap_tokens_and_heads((problem.scale * d_key).astype(key.dtype)),
@@ -204,7 +205,9 @@ def backward_bias(
         return _loop(*tiles.chunk_range(i), key_chunk, d_bias)
 
     zeros = to_bits(jnp.zeros_like(bias, dtype))
-    return from_bits(_loop(0, tiles.queries.count, query_block, zeros), dtype).astype(bias.dtype)
+    return from_bits(_loop(0, number(tiles.queries.count), query_block, zeros), dtype).astype(
+        bias.dtype
+    )
 
 
 def _with_sinks(
@@ -282,6 +285,8 @@ _MAX_KEPT, _MAX_KEPT_ROWS, _MIN_KEPT_ROWS = 2**24, 64, 16
 def _kept_rows(query: jax.Array, key: jax.Array) -> int:
     """Rows of a block whose P and dP are kept; 0 where there is no room."""
     B, _, N, _ = query.shape
+    if not is_static(B, key.shape[1]):
+        return 0
     rows = _MAX_KEPT // (B * N * key.shape[1])
     return min(rows, _MAX_KEPT_ROWS) if rows >= _MIN_KEPT_ROWS else 0
 
