@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
@@ -30,7 +31,7 @@ from jax_gluon._problem import (
 )
 from jax_gluon._quantization.codes import rotated, unrotated
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
-from jax_gluon._visible_tokens import visible_tokens
+from jax_gluon._visible_tokens import mask_as_segments, visible_tokens
 
 _Result = TypeVar("_Result")
 
@@ -61,7 +62,9 @@ def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[s
         "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
         "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
         "has_query_offset": np.int64(operands.query_offset is not None),
-        "has_segment_ids": np.int64(operands.segment_ids is not None),
+        "has_segment_ids": np.int64(
+            operands.segment_ids is not None or operands.key_value_mask is not None
+        ),
         "has_positions": np.int64(operands.positions is not None),
         "dropout_threshold": np.int64(threshold_of(problem.dropout_rate)),
         **_format_attributes("query", operands.query),
@@ -99,7 +102,7 @@ def kernel_query(
         given = jax.eval_shape(_unrotated, given)
     _, T, N, H = given.query.shape
     _, S, K, _ = given.key.shape
-    extents = {"T": T, "S": S, "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
+    extents = {"T": assumed(T), "S": assumed(S), "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
     attributes = _problem_attributes(problem, given)
     names = {
         f"{name}_dtype": (x.data if isinstance(x, QuantizedTensor) else x).dtype.name
@@ -166,7 +169,7 @@ def forward(
             problem, operands, functools.partial(quantize, problem.implementation or "cpu")
         )
         specs = [None] * 3
-    given = _unrotated(operands)
+    given = _unrotated(mask_as_segments(operands))
     rows = given.query.shape[:-1]
     results = [
         jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype),
@@ -202,7 +205,7 @@ def _backward_call(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
-    operands = _unrotated(residuals.operands)
+    operands = _unrotated(mask_as_segments(residuals.operands))
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
     return _ffi_call(f"jax_gluon.attention_{direction}", results)(
         *_arguments(operands),

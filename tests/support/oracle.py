@@ -34,6 +34,7 @@ def visible_keys(
     query_offset=None,
     segment_ids=None,
     positions=None,
+    key_value_mask=None,
 ):
     """Which key each row sees: bool [B, N, T, S]."""
     B, _, T, S = shape
@@ -58,6 +59,8 @@ def visible_keys(
         visible &= (i < np.asarray(query_lengths)[:, None, None])[:, None]
     if key_lengths is not None:
         visible &= (j < np.asarray(key_lengths)[:, None, None])[:, None]
+    if key_value_mask is not None:
+        visible &= np.broadcast_to(np.asarray(key_value_mask) != 0, (B, S))[:, None, None]
     if bias is not None and soft_cap is None:
         visible &= ~(np.asarray(bias, np.float64) < -2.35e38)  # NaN is visible
     return visible
@@ -112,6 +115,7 @@ def _softmax(
     is_causal=False,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
+    key_value_mask=None,
     local_window_size=None,
     query_offset=None,
     query_segment_ids=None,
@@ -132,7 +136,7 @@ def _softmax(
         (B, N, T, S), bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths,
         local_window_size, logits_soft_cap, query_offset,
         _pair(query_segment_ids, key_value_segment_ids),
-        _pair(query_positions, key_value_positions),
+        _pair(query_positions, key_value_positions), key_value_mask,
     )  # fmt: skip
     logits = np.where(visible, q @ k.swapaxes(2, 3), 0.0) * scale
     if bias is not None:

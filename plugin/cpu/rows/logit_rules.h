@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/rows/mask_tiles.h"
 #include "cpu/rows/rows.h"
 #include "cpu/rows/visibility.h"
 #include "numerics.h"
@@ -78,8 +79,8 @@ class BiasRows {
 template <class Isa, int kBlock>
 class LogitRules {
  public:
-  LogitRules(const AttentionCall& call, int64_t b, int64_t n)
-      : call_(call), bias_(call.bias, b, n), cap_(call.soft_cap * kLog2E) {
+  LogitRules(const AttentionCall& call, int64_t b, int64_t n, MaskPlane tiles = {})
+      : call_(call), tiles_(tiles), bias_(call.bias, b, n), cap_(call.soft_cap * kLog2E) {
     if (call.mask) {
       mask_ = call.mask + call.mask_batch_offset[static_cast<size_t>(b)] + n * call.mask_stride[0];
     }
@@ -90,24 +91,20 @@ class LogitRules {
   }
 
   // Whether rows need more than masking outside their interval.
-  bool any() const { return bias_ || mask_ || ranked_ || cap_ != 0.0f; }
+  bool any() const { return mask_ || any_but_mask(); }
+  // Likewise, of their logits of `keys`.
+  bool any(Range rows, Range keys) const {
+    return any_but_mask() || (mask_ && !(tiles_ && tiles_.shows_all(rows, keys)));
+  }
 
-  // Whether the mask shows any of `keys` to any of `rows`.
-  bool any_visible(Range rows, Range keys) const {
-    if (!mask_) return true;
-    const int64_t ts = call_.mask_stride[1], ss = call_.mask_stride[2];
-    if (ts == 0) rows.end = rows.begin + 1;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const uint8_t* row = mask_ + i * ts;
-      if (ss == 0) {
-        if (row[0]) return true;
-        continue;
-      }
-      uint8_t any = 0;
-      for (int64_t j = keys.begin; j < keys.end; ++j) any |= row[j];
-      if (any) return true;
-    }
-    return false;
+  // The first of `keys` that the mask shows to any of the rows, and those after it up to the first
+  // that it shows to none: in whole steps.
+  Range first_run(Range rows, Range keys, int64_t step) const {
+    return tiles_ && !keys.empty() ? tiles_.first_run(rows, keys, step) : keys;
+  }
+  // From the first to the last of `keys` that the mask shows to any of the rows.
+  Range seen(Range rows, Range keys) const {
+    return tiles_ && !keys.empty() ? tiles_.seen(rows, keys) : keys;
   }
 
   // Turns scaled products s[begin..end), which stand for keys key0 + begin.., into logits: adds
@@ -169,6 +166,8 @@ class LogitRules {
   }
 
  private:
+  bool any_but_mask() const { return bias_ || ranked_ || cap_ != 0.0f; }
+
   void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
     std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
     if (inside.empty()) return;
@@ -197,6 +196,7 @@ class LogitRules {
   }
 
   const AttentionCall& call_;
+  const MaskPlane tiles_;
   const VisibleKeys* ranked_ = nullptr;  // where ranges say too little
   const BiasRows<Isa> bias_;
   const uint8_t* mask_ = nullptr;

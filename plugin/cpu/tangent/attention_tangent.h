@@ -44,11 +44,13 @@ class AttentionTangent {
         moves_logits_(product_lanes_ != 0 || call.bias_tangent),
         key_values_(call, true),
         packed_(call, key_values_),
+        mask_tiles_(call),
         rows_(call, key_values_),
         scratch_(parallel.threads()) {}
 
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
+    mask_tiles_.find(parallel_);
     const int64_t heads = call_.B * call_.K;
     const int64_t slots = std::min(
         heads,
@@ -131,7 +133,7 @@ class AttentionTangent {
   void attend(Keys keys, int64_t n, Range rows) {
     const int64_t b = keys.b;
     const Visibility visibility(call_, b);
-    const Rules rules(call_, b, n);
+    const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
     const BiasRows<Isa> bias_tangent(call_.bias_tangent, b, n);
     const DropoutRow<Isa> dropout(call_, b, n);
     auto lease = scratch_.acquire();
@@ -158,9 +160,11 @@ class AttentionTangent {
         const Group group{visibility, rules, dropout, queries, i - block.rows.begin, states[u]};
         i = queries.end;
         const Range seen = intersect(visibility.of_rows(queries), {keys.first, keys.first + kKeys});
-        if (seen.empty() || !rules.any_visible(queries, seen)) continue;
-        attend_group(group, bias_tangent, keys, {seen.begin - keys.first, seen.end - keys.first},
-                     block, s);
+        for (Range run = rules.first_run(queries, seen, C); !run.empty();
+             run = rules.first_run(queries, {run.end, seen.end}, C)) {
+          attend_group(group, bias_tangent, keys, {run.begin - keys.first, run.end - keys.first},
+                       block, s);
+        }
       }
     }
     for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -229,7 +233,7 @@ class AttentionTangent {
     float* logits = s.scores.get() + r * kStride;
     float* tangents = logits + kKeys;
     alignas(kAlignment) float slope[kKeys];
-    if (group.rules.any() || !contains(visible, all)) {
+    if (group.rules.any(group.rows, all) || !contains(visible, all)) {
       group.rules.apply(logits, i, keys.first, begin, end, visible, slope);
     }
     const float* maximum = group.state.maximum + group.first + r;
@@ -368,6 +372,7 @@ class AttentionTangent {
   const bool moves_logits_;      // whether logits have tangents
   KeyValueRows<Core> key_values_;
   TangentKeyValues<Isa> packed_;
+  MaskTiles mask_tiles_;
   const ForwardRows<Core> rows_;
   ScratchPool<Scratch> scratch_;
 };
