@@ -38,6 +38,8 @@ CASES = {
         T=110, S=290, query_seq_lengths=np.array([0, 105], np.int32), V=33,
         sinks=np.array([1.5, -9.0, 6.0, -np.inf], np.float32),
     ),
+    # More than is packed at a time, where threads are few.
+    "packed_in_parts": dict(B=1, T=20, S=2500, N=6, K=6, H=40, V=60),
 } | {
     name: cases.CASES[name]
     for name in ("blocks", "odd", "causal", "scattered", "packed", "head_dim_1", "one", "no_keys",
