@@ -39,7 +39,7 @@ CASES = {
         sinks=np.array([1.5, -9.0, 6.0, -np.inf], np.float32),
     ),
     # More than is packed at a time, where threads are few.
-    "packed_in_parts": dict(B=1, T=20, S=2500, N=6, K=6, H=40, V=60),
+    "packed_in_parts": dict(B=1, T=4, S=2500, N=6, K=6, H=40, V=60),
 } | {
     name: cases.CASES[name]
     for name in ("blocks", "odd", "causal", "scattered", "packed", "head_dim_1", "one", "no_keys",
@@ -90,7 +90,12 @@ def of_oracle(tangents):
 @pytest.mark.parametrize(
     ("variant", "dtype", "name"),
     [
-        *((variant, "float32", name) for variant in VARIANTS for name in CASES),
+        *(
+            (variant, "float32", name)
+            for variant in VARIANTS
+            for name in CASES
+            if variant != "metal" or name != "packed_in_parts"
+        ),
         *((variant, "bfloat16", "everything") for variant in VARIANTS),
         *((variant, "float16", "odd") for variant in VARIANTS if variant != "metal"),
     ],
