@@ -7,6 +7,7 @@ from jax_gluon._attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon._block_mask import BlockMask, block_mask
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
@@ -19,6 +20,7 @@ from jax_gluon._version import __version__ as __version__
 __all__ = [
     "CHECKPOINT_NAMES",
     "AttentionQuantization",
+    "BlockMask",
     "CpuKernel",
     "MetalKernel",
     "Pin",
@@ -27,6 +29,7 @@ __all__ = [
     "QuantizedKVCache",
     "QuantizedTensor",
     "attention_with_log_sum_exp",
+    "block_mask",
     "debug",
     "dot_product_attention",
     "dropout_mask",

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
+from jax_gluon._block_mask import BlockMask, fitting
 from jax_gluon._errors import FLOATS, Checker
 from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
 from jax_gluon._problem import AttentionOperands, AttentionProblem, Operands
@@ -101,7 +102,7 @@ def check_arguments(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None,
-    mask: ArrayLike | None,
+    mask: ArrayLike | BlockMask | None,
     *,
     scale: ArrayLike | None = None,
     is_causal: bool = False,
@@ -436,9 +437,11 @@ def _concrete(x: Any) -> Any:
 
 def _mask(
     check: Checker, mask: Any, batch: tuple[int, ...], extents: tuple[int, ...]
-) -> jax.Array | None:
+) -> jax.Array | BlockMask | None:
     if mask is None:
         return None
+    if isinstance(mask, BlockMask):
+        return fitting(check, mask, (math.prod(batch), *extents))
     array = check.array("mask", mask)
     if _is_integer(array):
         array = array != 0

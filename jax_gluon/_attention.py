@@ -18,6 +18,7 @@ from jax_gluon._arguments import (
     Implementation,
     check_arguments,
 )
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
 from jax_gluon._meshes import on_meshes
@@ -45,7 +46,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: Literal[False] = False,
     **keywords: Unpack[AttentionKeywords],
@@ -58,7 +59,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: Literal[True],
     **keywords: Unpack[AttentionKeywords],
@@ -70,7 +71,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     scale: ArrayLike | None = None,
     is_causal: bool = False,
@@ -108,7 +109,8 @@ def dot_product_attention(
       N, and query head n reads kv head `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key, but not under a soft cap.
-    - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible.
+    - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible. Or a
+      `BlockMask`, as `block_mask` makes of a predicate.
     - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
       which then takes a gradient; 16-bit operands are then kept for backward in float32.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are, or where key's
@@ -207,7 +209,7 @@ def attention_with_log_sum_exp(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     **keywords: Unpack[AttentionKeywords],
 ) -> tuple[jax.Array, jax.Array]:
     """Attention and its differentiable log-sum-exp, which merging partial results needs.
@@ -257,7 +259,7 @@ def explain(
     key: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
     value: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
     bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
-    mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    mask: ArrayLike | BlockMask | jax.ShapeDtypeStruct | None = None,
     *,
     return_residual: bool = False,
     **keywords: Any,
