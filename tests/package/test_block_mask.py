@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
+from jax_gluon._block_mask import _Blocks
+from jax_gluon._errors import Checker
 from tests.support import cases
 
 
@@ -57,6 +59,12 @@ def test_a_predicate_may_read_arrays_and_is_read_anew_each_time():
     ids = ids[::-1]
     second = jax_gluon.block_mask(is_same, 100, 100, block_size=16)
     np.testing.assert_array_equal(second.to_dense()[0, 0], ids[:, None] == ids)
+
+
+def test_no_array_of_all_rows_and_keys_is_made():
+    blocks = _Blocks(Checker("block_mask"), lambda b, h, i, j: j <= i, (1, 1), (8192, 8192), 128)
+    compiled = jax.jit(lambda: blocks.index()).lower().compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8192**2 / 8
 
 
 @pytest.mark.parametrize(
