@@ -8,7 +8,9 @@ from jax_gluon._attention import (
     explain,
 )
 from jax_gluon._block_mask import BlockMask, block_mask
+from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
+from jax_gluon._export import export_checks
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._lowering import CHECKPOINT_NAMES
@@ -31,9 +33,11 @@ __all__ = [
     "attention_with_log_sum_exp",
     "block_mask",
     "debug",
+    "default_differentiation",
     "dot_product_attention",
     "dropout_mask",
     "explain",
+    "export_checks",
     "pin",
     "quantize",
     "reference",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack, cast, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +18,16 @@ from jax_gluon._arguments import (
     check_arguments,
 )
 from jax_gluon._block_mask import BlockMask
+from jax_gluon._derivative_modes import Differentiation, naming_the_argument
+from jax_gluon._differentiation import any_order, reverse
+from jax_gluon._dimensions import assumed
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
 from jax_gluon._meshes import on_meshes
 from jax_gluon._plan.choice import KernelQuery, choose_kernel, kernels_of
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
-    AttentionOperands,
-    AttentionProblem,
     Operands,
-    Residuals,
     compute_dtype,
 )
 from jax_gluon._problem import log_sum_exp as natural_log_sum_exp
@@ -36,7 +35,6 @@ from jax_gluon._quantization.formats import (
     AttentionQuantization,
     Preset,
     QuantizedTensor,
-    QuantSpec,
 )
 
 
@@ -79,6 +77,7 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
+    key_value_mask: ArrayLike | None = None,
     query_offset: ArrayLike | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
@@ -92,6 +91,7 @@ def dot_product_attention(
     sinks: ArrayLike | None = None,
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
+    differentiation: Differentiation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention `softmax(scale * query key^T + bias) value`, as `jax.nn.dot_product_attention`.
 
@@ -105,8 +105,9 @@ def dot_product_attention(
     - `query`: `[B, T, N, H]`, float32, bfloat16, float16 or float64 (float64 runs in the XLA
       implementation), or a `QuantizedTensor`, through which no gradient flows; so may be key and
       value. Here and everywhere, B may be any number of batch axes, or none.
-    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype. K divides
-      N, and query head n reads kv head `n // (N // K)`.
+    - `key`, `value`: `[B, S, K, H]` and `[B, S, K, V]`, of query's batch axes and dtype (unlike
+      dtypes are refused with the cast to write). K divides N, and query head n reads kv head
+      `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key, but not under a soft cap.
     - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible. Or a
@@ -117,6 +118,8 @@ def dot_product_attention(
       position is at most query's.
     - `query_seq_lengths`, `key_value_seq_lengths`: integers `[B]`, clamped to `[0, T]` and
       `[0, S]`; rows and keys at and past them are hidden.
+    - `key_value_mask`: bool or integers, `[B, S]` or `[S]`, as a tokenizer's attention mask; keys
+      that it has False or 0 for, such as padding, are hidden, and blocks of them are skipped.
     - `local_window_size`: `(left, right)`, or one int for both: key j is visible to query i where
       `i - left <= j <= i + right`, or where their positions are so.
     - `query_offset`: an int, or integers `[B]`: row i stands at position `i + query_offset`.
@@ -150,6 +153,10 @@ def dot_product_attention(
       JAX_GLUON_KERNEL, by the problem where a kernel is made for it, by the table of
       `jax-gluon tune`, else by the size of the problem. `explain` says which and why.
 
+    - `differentiation`: `"reverse"`, first derivatives, by `jax.custom_vjp`; or `"any"`, forward
+      mode and every order, by primitives. None takes that of `default_differentiation`, else
+      `"reverse"`.
+
     Under `jax.checkpoint` backward runs forward again, but for what a policy saves by name:
     `jax.checkpoint_policies.save_only_these_names(*jax_gluon.CHECKPOINT_NAMES)` saves all that
     backward takes from forward, which then runs once.
@@ -182,6 +189,7 @@ def dot_product_attention(
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
+        key_value_mask=key_value_mask,
         local_window_size=local_window_size,
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,
@@ -196,6 +204,7 @@ def dot_product_attention(
         sinks=sinks,
         implementation=implementation,
         kernel=kernel,
+        differentiation=differentiation,
     )
     out, log_sum_exp = run(arguments, False)
     if not return_residual:
@@ -371,12 +380,15 @@ def run(
         if problem.implementation != "xla" and _native.has_plugin():
             kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)
             problem = replace(problem, kernels=kernels)
-        out, log_sum_exp = on_meshes(
-            _attend,
-            (problem, differentiates_log_sum_exp),
-            query.data if isinstance(query, QuantizedTensor) else query,
-            operands,
-        )
+        is_any = arguments.differentiation == "any"
+        attend = any_order.attend if is_any else reverse.attend
+        with naming_the_argument():
+            out, log_sum_exp = on_meshes(
+                attend,
+                (problem, differentiates_log_sum_exp),
+                query.data if isinstance(query, QuantizedTensor) else query,
+                operands,
+            )
         out = out.astype(dtype)
     return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
@@ -388,63 +400,11 @@ def _show_empty_rows(log_sum_exp: jax.Array) -> jax.Array:
     return jnp.where(empty, jnp.full_like(log_sum_exp, -jnp.inf), log_sum_exp)
 
 
-# The log-sum-exp is an output of both forms, for the residual; only where the static flag is set
-# does its cotangent reach the backward call.
-
-
-def _attend_primal(
-    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
-) -> tuple[jax.Array, jax.Array]:
-    return _attend_forward(problem, differentiates_log_sum_exp, operands)[0]
-
-
-def _attend_forward(
-    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    del differentiates_log_sum_exp
-    log_sum_exp, residuals = _lowering.forward(problem, operands.query.dtype, operands)
-    return (residuals.out, log_sum_exp), residuals
-
-
-def _attend_backward(
-    problem: AttentionProblem,
-    differentiates_log_sum_exp: bool,
-    residuals: Residuals,
-    cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[Any]:
-    d_out, d_natural = cotangents
-    d_log_sum_exp = d_natural if differentiates_log_sum_exp else None
-    gradients = _lowering.backward(problem, residuals, d_out, d_log_sum_exp)
-
-    def of(
-        x: jax.Array | QuantizedTensor, spec: QuantSpec | None, gradient: jax.Array
-    ) -> jax.Array | None:
-        # None, which is zero, for operands that came as codes.
-        is_given = isinstance(x, QuantizedTensor) and spec is None
-        return None if is_given else gradient.astype(x.dtype)
-
-    d_query, d_key, d_value = map(of, residuals.operands[:3], problem.quantization, gradients)
-    d_bias = d_sinks = None
-    if residuals.operands.bias is not None:
-        d_bias = _lowering.backward_bias(problem, residuals, d_out, d_log_sum_exp)
-    if residuals.operands.sinks is not None:
-        d_sinks = _lowering.backward_sinks(problem, residuals, d_out, d_log_sum_exp)
-    return (cast(Any, AttentionOperands)(d_query, d_key, d_value, d_bias, sinks=d_sinks),)
-
-
-_with_gradient = cast(Any, jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1)))
-_with_gradient.defvjp(_attend_forward, _attend_backward)
-_attend = cast(
-    Callable[[AttentionProblem, bool, Operands], tuple[jax.Array, jax.Array]],
-    _with_gradient,
-)
-
-
 def _device_by_size(arguments: CheckedArguments) -> tuple[Device, str]:
     """What the plugin's handlers take where they may choose, and why."""
     query, key, value = arguments.operands[:3]
-    B, T, N, H = query.shape
-    S, V = key.shape[1], value.shape[-1]
+    B, T, N, H = map(assumed, query.shape)
+    S, V = assumed(key.shape[1]), value.shape[-1]
     products = B * N * T * S * (H + V)
     if _native.plugin().prefers_metal(products, max(H, V)) and _native.metal_device()[0]:
         return "metal", f"{products} multiply-accumulates are enough for the GPU"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import is_static, number
+
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 # NumPy's scalars beside Python's, as `Any`: their own generic types say nothing here.
@@ -64,6 +66,16 @@ class Checker:
         array = self.array(argument, x)
         if array.dtype.name not in FLOATS:
             self.type_error(argument, f"of dtype {array.dtype.name}", ", ".join(FLOATS))
+        return array
+
+    def visibility(self, argument: str, x: Any) -> jax.Array:
+        """`x` as a bool array, of bools or of integers."""
+        array = self.array(argument, x)
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            array = array != 0
+        if array.dtype != jnp.bool_:
+            allowed = "bool (True: visible), or an integer dtype (nonzero: visible)"
+            self.type_error(argument, f"of dtype {array.dtype.name}", allowed)
         return array
 
     def float_dtype(self, argument: str, dtype: Any) -> np.dtype[Any]:
@@ -165,6 +177,11 @@ class Checker:
         if array.shape != shape:
             allowed = f"shape [B] = {list(shape)}" if shape else "a scalar"
             self.value_error(argument, f"of shape {list(array.shape)}", allowed)
-        most = min(limit, int(np.iinfo(array.dtype).max))
+        if not is_static(limit):
+            narrow = self._clipped(array, min(_INT32_MAX, int(np.iinfo(array.dtype).max)))
+            return jnp.minimum(narrow, number(limit))
+        return self._clipped(array, min(limit, int(np.iinfo(array.dtype).max)))
+
+    def _clipped(self, array: Any, limit: int) -> jax.Array:
         clip = jnp.clip if isinstance(array, jax.Array) else np.clip
-        return jnp.asarray(clip(array, 0, most).astype(np.int32))
+        return jnp.asarray(clip(array, 0, limit).astype(np.int32))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gluon._block_mask import BlockMask
+from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
 from jax_gluon._meshes import vary_like
@@ -25,12 +26,13 @@ from jax_gluon._problem import (
     AttentionProblem,
     Operands,
     Residuals,
+    Tangents,
     log_sum_exp,
     sinks_gradient,
 )
-from jax_gluon._quantization.codes import unrotated
+from jax_gluon._quantization.codes import rotated, unrotated
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
-from jax_gluon._visible_tokens import visible_tokens
+from jax_gluon._visible_tokens import mask_as_segments, visible_tokens
 
 _Result = TypeVar("_Result")
 
@@ -64,7 +66,9 @@ def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[s
         "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
         "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
         "has_query_offset": np.int64(operands.query_offset is not None),
-        "has_segment_ids": np.int64(operands.segment_ids is not None),
+        "has_segment_ids": np.int64(
+            operands.segment_ids is not None or operands.key_value_mask is not None
+        ),
         "has_positions": np.int64(operands.positions is not None),
         "dropout_threshold": np.int64(threshold_of(problem.dropout_rate)),
         **_format_attributes("query", operands.query),
@@ -102,7 +106,7 @@ def kernel_query(
         given = jax.eval_shape(_unrotated, given)
     _, T, N, H = given.query.shape
     _, S, K, _ = given.key.shape
-    extents = {"T": T, "S": S, "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
+    extents = {"T": assumed(T), "S": assumed(S), "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
     attributes = _problem_attributes(problem, given)
     names = {
         f"{name}_dtype": (x.data if isinstance(x, QuantizedTensor) else x).dtype.name
@@ -170,7 +174,7 @@ def forward(
             problem, operands, functools.partial(quantize, problem.implementation or "cpu")
         )
         specs = [None] * 3
-    given = _unrotated(operands)
+    given = _unrotated(mask_as_segments(operands))
     rows = given.query.shape[:-1]
     results = [
         jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype),
@@ -206,7 +210,7 @@ def _backward_call(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
-    operands = _unrotated(residuals.operands)
+    operands = _unrotated(mask_as_segments(residuals.operands))
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
     return _ffi_call(f"jax_gluon.attention_{direction}", results)(
         *_arguments(operands),
@@ -254,6 +258,48 @@ def backward_sinks(
     residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None
 ) -> jax.Array:
     return sinks_gradient(residuals, d_out, d_log_sum_exp, math.log(2.0))
+
+
+def tangent(
+    problem: AttentionProblem,
+    dtype: np.dtype[Any],
+    operands: Operands,
+    tangents: Tangents,
+) -> tuple[jax.Array, Residuals, jax.Array, jax.Array]:
+    """What forward returns, and the tangents of the output and of the natural log-sum-exp.
+
+    Codes are made already; tangents are those of what they stand for.
+    """
+    given = _unrotated(operands)
+
+    def of_rows(x: jax.Array | QuantizedTensor, tangent: jax.Array | None) -> jax.Array | None:
+        if tangent is None:
+            return None
+        if isinstance(x, QuantizedTensor) and x.spec.rotate:
+            tangent = rotated(tangent.astype(jnp.float32))
+        return tangent.astype(dtype)
+
+    leaves = dict(
+        query=of_rows(given.query, tangents.query),
+        key=of_rows(given.key, tangents.key),
+        value=of_rows(given.value, tangents.value),
+        bias=tangents.bias,
+        sinks=tangents.sinks,
+    )
+    rows = given.query.shape[:-1]
+    out = jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype)
+    row = jax.ShapeDtypeStruct(rows, jnp.float32)
+    out, row_maximum, log2_sum, tangent_out, tangent_log_sum_exp = _ffi_call(
+        "jax_gluon.attention_tangent", [out, row, row, out, row]
+    )(
+        *_arguments(given),
+        *(x for x in leaves.values() if x is not None),
+        **_attributes(problem, Kernels(), given),
+        **{f"has_{name}_tangent": np.int64(x is not None) for name, x in leaves.items()},
+    )
+    residuals = Residuals(operands, out, row_maximum, log2_sum)
+    natural = log_sum_exp(row_maximum, log2_sum, operands.sinks, math.log(2.0))
+    return natural, residuals, tangent_out, tangent_log_sum_exp
 
 
 def quantize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -17,8 +18,9 @@ import numpy as np
 from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
+from jax_gluon._derivative_modes import not_differentiated
 from jax_gluon._operands import with_codes
-from jax_gluon._problem import AttentionProblem, Operands, Residuals
+from jax_gluon._problem import AttentionProblem, Operands, Residuals, Tangents
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._xla import implementation as xla
 from jax_gluon._xla import quantize as xla_quantize
@@ -79,8 +81,15 @@ def forward(
         problem.implementation,
         functools.partial(_ffi.forward, problem, dtype),
         functools.partial(xla.forward, problem, dtype),
-        operands,
+        not_differentiated(operands),
     )
+    return with_names(problem, log_sum_exp, residuals)
+
+
+def with_names(
+    problem: AttentionProblem, log_sum_exp: jax.Array, residuals: Residuals
+) -> tuple[jax.Array, Residuals]:
+    """What forward returns, each under its name of `CHECKPOINT_NAMES`."""
     codes = [
         None if spec is None else _named(CODES_NAME, cast(QuantizedTensor, x))
         for x, spec in zip(residuals.operands[:3], problem.quantization, strict=True)
@@ -118,9 +127,7 @@ def backward(
         problem.implementation,
         functools.partial(_ffi.backward, problem),
         functools.partial(xla.backward, problem),
-        residuals,
-        d_out,
-        d_log_sum_exp,
+        *not_differentiated((residuals, d_out, d_log_sum_exp)),
     )
 
 
@@ -136,9 +143,7 @@ def backward_bias(
         problem.implementation,
         functools.partial(_ffi.backward_bias, problem),
         functools.partial(xla.backward_bias, problem),
-        residuals,
-        d_out,
-        d_log_sum_exp,
+        *not_differentiated((residuals, d_out, d_log_sum_exp)),
     )
 
 
@@ -154,10 +159,33 @@ def backward_sinks(
         problem.implementation,
         _ffi.backward_sinks,
         xla.backward_sinks,
-        residuals,
-        d_out,
-        d_log_sum_exp,
+        *not_differentiated((residuals, d_out, d_log_sum_exp)),
     )
+
+
+@jit(0)
+def tangent(
+    problem: AttentionProblem,
+    log_sum_exp: jax.Array,
+    residuals: Residuals,
+    tangents: Tangents,
+) -> tuple[jax.Array, Residuals, jax.Array, jax.Array]:
+    """What forward keeps, and tangents of the output and of the natural log-sum-exp.
+
+    `tangents` are those of query, key and value (of what codes stand for), bias and sinks; None:
+    zero. The plugin computes anew what forward kept, in the same pass.
+    """
+
+    def in_plugin(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
+        if problem.implementation == "metal":
+            tangent = xla.tangent(problem, residuals, tangents, math.log(2.0))
+            return log_sum_exp, residuals, *tangent
+        return _ffi.tangent(problem, residuals.out.dtype, residuals.operands, tangents)
+
+    def in_xla(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
+        return log_sum_exp, residuals, *xla.tangent(problem, residuals, tangents)
+
+    return _on_platform(problem.implementation, in_plugin, in_xla, log_sum_exp, residuals, tangents)
 
 
 def _on_platform(

@@ -52,7 +52,7 @@ class AttentionProblem:
 MIN_LOGIT = -2.35e38
 
 
-_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor, covariant=True)
+_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor | None, covariant=True)
 
 
 class AttentionOperands(NamedTuple, Generic[_Rows]):
@@ -61,7 +61,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
     or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
     extent 1 or the full one; a mask of several rows may also be a `BlockMask`; the lengths are
-    int32 `[B]`, clamped to `[0, T]` and `[0, S]` where they are used. Row i stands at position
+    int32 `[B]`, clamped to `[0, T]` and `[0, S]` where they are used; `key_value_mask` (bool
+    `[B, S]`, True: visible) hides keys from all rows. Row i stands at position
     `i + query_offset[b]` (int32 `[B]`; None: 0), in which causal and window are meant; or rows and
     keys stand at `positions` (int32 `[B, T]` and `[B, S]`). A row sees keys of its segment only,
     where there are `segment_ids` (likewise). `sinks` `[1, N]`, float32 (float64 for float64
@@ -76,6 +77,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     mask: jax.Array | BlockMask | None = None
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
+    key_value_mask: jax.Array | None = None
     query_offset: jax.Array | None = None
     sinks: jax.Array | None = None
     segment_ids: tuple[jax.Array, jax.Array] | None = None
@@ -85,6 +87,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
 
 Operands = AttentionOperands[jax.Array | QuantizedTensor]
 FloatOperands = AttentionOperands[jax.Array]
+#: Tangents of query, key, value, bias and sinks; None is zero.
+Tangents = AttentionOperands[jax.Array | None]
 
 
 class Residuals(NamedTuple):

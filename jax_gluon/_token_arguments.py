@@ -43,7 +43,6 @@ def pair_of_tokens(
 ) -> tuple[jax.Array, jax.Array] | None:
     """int32 `[B, T]` and `[B, S]`; of one array for both sides, where T is S; or neither."""
     T, S = extents
-    whole = batch or (1,)
     given = {f"query_{what}": query, f"key_value_{what}": key_value}
     missing = [name for name, x in given.items() if x is None]
     if len(missing) == 2:
@@ -53,23 +52,39 @@ def pair_of_tokens(
         check.value_error(missing[0], "None", allowed)
 
     def of(name: str, x: Any, tokens: int) -> jax.Array:
-        array = check.int32(name, x)
-        leading = array.shape[:-1]
-        fits = 1 <= array.ndim <= len(whole) + 1 and array.shape[-1] == tokens
-        if not fits or any(
-            extent not in (1, full)
-            for extent, full in zip(leading[::-1], whole[::-1], strict=False)
-        ):
-            letter = "T" if name.startswith("query") else "S"
-            allowed = f"shape [B, {letter}] = {[*whole, tokens]}, or [{letter}]"
-            check.value_error(name, f"of shape {list(array.shape)}", allowed)
-        return jnp.broadcast_to(array, (*whole, tokens)).reshape(math.prod(whole), tokens)
+        return _of_tokens(check, name, check.int32(name, x), batch, tokens)
 
     first, second = (
         of(name, x if x is not None else key_value if query is None else query, tokens)
         for (name, x), tokens in zip(given.items(), (T, S), strict=True)
     )
     return first, second
+
+
+def mask_of_keys(
+    check: Checker, mask: Any, batch: tuple[int, ...], extent: int
+) -> jax.Array | None:
+    """Bool `[B, S]`."""
+    if mask is None:
+        return None
+    array = check.visibility("key_value_mask", mask)
+    return _of_tokens(check, "key_value_mask", array, batch, extent)
+
+
+def _of_tokens(
+    check: Checker, name: str, array: jax.Array, batch: tuple[int, ...], tokens: int
+) -> jax.Array:
+    """`[B, tokens]` of an array that may lack batch axes, or have them of extent 1."""
+    whole = batch or (1,)
+    leading = array.shape[:-1]
+    fits = 1 <= array.ndim <= len(whole) + 1 and array.shape[-1] == tokens
+    if not fits or any(
+        extent not in (1, full) for extent, full in zip(leading[::-1], whole[::-1], strict=False)
+    ):
+        letter = "T" if name.startswith("query") else "S"
+        allowed = f"shape [B, {letter}] = {[*whole, tokens]}, or [{letter}]"
+        check.value_error(name, f"of shape {list(array.shape)}", allowed)
+    return jnp.broadcast_to(array, (*whole, tokens)).reshape(math.prod(whole), tokens)
 
 
 def dropout_seeds(

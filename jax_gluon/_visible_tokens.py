@@ -1,14 +1,19 @@
-"""Which tokens of an operand can be seen at all: what its codes may know of."""
+"""Which tokens can be seen at all: what codes may know of, and what masks of keys hide."""
 
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
+from jax_gluon._dimensions import is_static, min_extent, number
+from jax_gluon._problem import MIN_LOGIT, AttentionOperands, AttentionProblem, Operands
+from jax_gluon._quantization.formats import QuantizedTensor
+
+_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor)
 
 
 def tokens_within(lengths: jax.Array, extent: int) -> jax.Array:
@@ -36,14 +41,18 @@ def visible_tokens(
     if operands.query_seq_lengths is not None:
         query = tokens_within(operands.query_seq_lengths, T)
     conditions: list[jax.Array] = []
-    reach = 0 if problem.is_causal else S
+    reach = S
     if problem.local_window is not None:
-        reach = min(reach, problem.local_window[1])
+        reach = min_extent(problem.local_window[1], S)
+    if problem.is_causal:
+        reach = 0
     stands_at_index = operands.query_offset is None and operands.positions is None
-    if T + reach < S and stands_at_index:
-        conditions.append(tokens_within(jnp.full((B,), T + reach, jnp.int32), S))
+    if stands_at_index and (T + reach < S if is_static(T, S) else reach is not S):
+        conditions.append(tokens_within(jnp.full((B,), number(T + reach), jnp.int32), S))
     if operands.key_value_seq_lengths is not None:
         conditions.append(tokens_within(operands.key_value_seq_lengths, S))
+    if operands.key_value_mask is not None:
+        conditions.append(operands.key_value_mask)
     by_head: list[jax.Array] = []
     if isinstance(operands.mask, jax.Array) and operands.mask.shape[2] == 1:
         by_head.append(operands.mask)
@@ -56,3 +65,30 @@ def visible_tokens(
     if conditions:
         keys = jnp.broadcast_to(functools.reduce(jnp.logical_and, conditions), (B, S))
     return query, keys
+
+
+def mask_as_segments(operands: AttentionOperands[_Rows]) -> AttentionOperands[_Rows]:
+    """The operands with keys that `key_value_mask` hides in segments of which no row is.
+
+    Kernels then skip blocks of such keys, as they skip those of other segments.
+    """
+    mask = operands.key_value_mask
+    if mask is None:
+        return operands
+    B, T = operands.query.shape[:2]
+    if operands.segment_ids is None:
+        # Segments that follow each other need no sorting: padding before the first real token
+        # comes before it, as padding after the last comes after.
+        first = jnp.argmax(mask, axis=1, keepdims=True)
+        outside = jnp.where(jnp.arange(mask.shape[1])[None, :] < first, jnp.int32(-1), jnp.int32(1))
+        query_ids, key_ids = jnp.zeros_like(outside, shape=(B, T)), jnp.zeros_like(outside)
+    else:
+        query_ids, key_ids = operands.segment_ids
+        # T rows leave one of T + 1 numbers free.
+        is_used = jnp.zeros_like(query_ids, jnp.bool_, (B, T + 1))
+        entry = jnp.arange(B, dtype=jnp.int32)[:, None]
+        inside = jnp.where(query_ids < 0, number(T + 1), query_ids)
+        is_used = is_used.at[entry, inside].set(True, mode="drop")
+        outside = jnp.argmin(is_used, axis=1, keepdims=True).astype(jnp.int32)
+    segment_ids = query_ids, jnp.where(mask, key_ids, outside)
+    return operands._replace(key_value_mask=None, segment_ids=segment_ids)

@@ -266,6 +266,8 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
         visible &= row < operands.query_seq_lengths[:, None, None, None]
     if operands.key_value_seq_lengths is not None:
         visible &= key < operands.key_value_seq_lengths[:, None, None, None]
+    if operands.key_value_mask is not None:
+        visible &= operands.key_value_mask[:, None, None, :]
     return visible
 
 

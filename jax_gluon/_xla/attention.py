@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import is_static, number
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     MIN_LOGIT,
@@ -34,6 +35,7 @@ from jax_gluon._xla.tiles import (
     keys_first,
     swap_tokens_and_heads,
 )
+from jax_gluon._xla.visible import hide, sum_visible
 
 _State = TypeVar("_State")
 
@@ -66,13 +68,13 @@ def forward(
             weighted, maximum, total = state
             logits, visible, _ = tiles.scores(query, i, c, QUERIES_FIRST)
             raised = jnp.maximum(maximum, jnp.max(logits, axis=-1, keepdims=True))
-            p = _hide(jnp.exp(logits - raised), visible)
+            p = hide(jnp.exp(logits - raised), visible)
             decay = jnp.exp(maximum - raised)
             total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
             if (kept := tiles.kept(i, c)) is not None:
                 p = jnp.where(kept, p, 0.0) / (1.0 - problem.dropout_rate)
                 visible = kept if visible is None else visible & kept
-            products = _sum_visible(
+            products = sum_visible(
                 "bkgts,bksv->bkgtv", p, tiles.values(c), visible, value_is_finite
             )
             return weighted * decay + products, raised, total
@@ -91,7 +93,7 @@ def forward(
         )
 
     results = (to_bits(out), row_maximum, log_sum)
-    out, row_maximum, log_sum = _loop(0, tiles.queries.count, query_block, results)
+    out, row_maximum, log_sum = _loop(0, number(tiles.queries.count), query_block, results)
     return from_bits(out, operands.query.dtype), row_maximum[..., 0], log_sum[..., 0]
 
 
@@ -130,13 +132,13 @@ def backward(
             tile = kept.chunk(c) if kept else _probabilities(tiles, rows, i, c, KEYS_FIRST)
             p, d_scores, visible = _backward_tile(rows, tile, KEYS_FIRST)
             p = _dropped(tiles, tile, p)
-            d_columns += _sum_visible(
+            d_columns += sum_visible(
                 "bksgt,bksh->bkhgt", d_scores, tiles.keys(c), visible, key_is_finite
             )
-            d_key_chunk = _sum_visible(
+            d_key_chunk = sum_visible(
                 "bksgt,bkgth->bksh", d_scores, rows.query, visible, query_is_finite
             )
-            d_value_chunk = _sum_visible(
+            d_value_chunk = sum_visible(
                 "bksgt,bkgtv->bksv", p, rows.d_out, visible, d_out_is_finite
             )
             start = tiles.chunks.start(c)
@@ -157,7 +159,7 @@ def backward(
         jnp.zeros_like(tiles.value, tiles.dtype),
         _room(tiles, cotangent) if keeps_rows else None,
     )
-    d_query, d_key, d_value, _ = _loop(0, tiles.queries.count, query_block, results)
+    d_query, d_key, d_value, _ = _loop(0, number(tiles.queries.count), query_block, results)
     return (
         from_bits(d_query, query.dtype),
         swap_tokens_and_heads((problem.scale * d_key).astype(key.dtype)),
@@ -203,7 +205,9 @@ def backward_bias(
         return _loop(*tiles.chunk_range(i), key_chunk, d_bias)
 
     zeros = to_bits(jnp.zeros_like(bias, dtype))
-    return from_bits(_loop(0, tiles.queries.count, query_block, zeros), dtype).astype(bias.dtype)
+    return from_bits(_loop(0, number(tiles.queries.count), query_block, zeros), dtype).astype(
+        bias.dtype
+    )
 
 
 def _with_sinks(
@@ -281,6 +285,8 @@ _MAX_KEPT, _MAX_KEPT_ROWS, _MIN_KEPT_ROWS = 2**24, 64, 16
 def _kept_rows(query: jax.Array, key: jax.Array) -> int:
     """Rows of a block whose P and dP are kept; 0 where there is no room."""
     B, _, N, _ = query.shape
+    if not is_static(B, key.shape[1]):
+        return 0
     rows = _MAX_KEPT // (B * N * key.shape[1])
     return min(rows, _MAX_KEPT_ROWS) if rows >= _MIN_KEPT_ROWS else 0
 
@@ -335,7 +341,7 @@ def _mean_d_probability(
     def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, _Kept]):
         weighted, total, kept = state
         tile = _probabilities(tiles, rows, i, c, KEYS_FIRST)
-        weighted += jnp.sum(_hide(tile.p * tile.d_p, tile.visible), axis=2, keepdims=True)
+        weighted += jnp.sum(hide(tile.p * tile.d_p, tile.visible), axis=2, keepdims=True)
         total += jnp.sum(tile.p, axis=2, keepdims=True)
         if kept is not None:
             kept = kept.with_chunk(c, tile)
@@ -356,7 +362,7 @@ def _probabilities(
     logits, visible, slope = tiles.scores(rows.query, i, c, order)
     # In this order: the logarithm of the sum would vanish in a large maximum.
     below_maximum = logits - arrange(rows.maximum, order)
-    p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
+    p = hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
     d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
     kept = tiles.kept(i, c)
     if kept is not None:
@@ -379,45 +385,7 @@ def _backward_tile(
     d_scores = tile.p * (tile.d_p - arrange(rows.delta, order))
     if tile.slope is not None:
         d_scores *= tile.slope
-    return tile.p, _hide(d_scores, tile.visible), tile.visible
-
-
-def _hide(x: jax.Array, visible: jax.Array | None) -> jax.Array:
-    return x if visible is None else jnp.where(visible, x, 0.0)
-
-
-def _sum_visible(
-    subscripts: str,
-    weights: jax.Array,
-    rows: jax.Array,
-    visible: jax.Array | None,
-    rows_are_finite: jax.Array,
-) -> jax.Array:
-    """`einsum(subscripts, weights, rows)` over visible weights; hidden weights are 0."""
-
-    def multiply(weights: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, weights.astype(rows.dtype), rows)
-
-    if visible is None:
-        return multiply(weights, rows)
-    everywhere = jnp.broadcast_to(visible, weights.shape)
-
-    def ieee_sum() -> jax.Array:
-        """The IEEE sum of the visible terms: a hidden one is absent instead of `0 * x`."""
-        finite = multiply(weights, jnp.where(jnp.isfinite(rows), rows, 0.0))
-        # Terms are counted by products too: infinite ones with their signs and without, and all
-        # that are not finite. NaN and 0 times infinity are what the last has more.
-        infinity = jnp.where(jnp.isinf(rows), jnp.sign(rows), 0.0)
-        sign = jnp.sign(weights)
-        balance, infinite = multiply(sign, infinity), multiply(jnp.abs(sign), jnp.abs(infinity))
-        not_finite = multiply(
-            everywhere.astype(rows.dtype), (~jnp.isfinite(rows)).astype(rows.dtype)
-        )
-        is_nan = (not_finite > infinite) | (jnp.abs(balance) < infinite)
-        limit = jnp.where(is_nan, jnp.nan, jnp.sign(balance) * jnp.inf)
-        return jnp.where(not_finite > 0, limit, finite)
-
-    return cast(Any, jax.lax.cond)(rows_are_finite, lambda: multiply(weights, rows), ieee_sum)
+    return tile.p, hide(d_scores, tile.visible), tile.visible
 
 
 def _loop(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._dimensions import ceil_div, min_extent
 from jax_gluon._quantization.codes import (
     LARGEST_POWER,
     pack,
@@ -107,7 +108,7 @@ def _squared_norms(x: jax.Array) -> jax.Array:
 
 def _first_visible(x: jax.Array, visible: jax.Array | None) -> jax.Array:
     """The first tokens that can be seen, at least one; infinities where there are fewer."""
-    count = min(CENTER_TOKENS, x.shape[-3])
+    count = min_extent(CENTER_TOKENS, x.shape[-3])
     if visible is None:
         return x[..., :count, :, :]
     first = jnp.argsort(~visible, axis=-1, stable=True)[..., :count]
@@ -149,7 +150,8 @@ def _extremes(
         if hidden is not None:
             x = jnp.where(hidden, jnp.full_like(x, neutral), x)
         # A short last block is filled up with what changes nothing.
-        widths = [(0, 0)] * (x.ndim - 3) + [(0, -T % token), (0, 0), (0, -H % head)]
+        missing = ceil_div(T, token) * token - T, 0, ceil_div(H, head) * head - H
+        widths = [(0, 0)] * (x.ndim - 3) + [(0, extent) for extent in missing]
         x = jnp.pad(x, widths, constant_values=neutral)
         return jnp.broadcast_to(reduce(x.reshape(blocked), axis=axes), shape)
 

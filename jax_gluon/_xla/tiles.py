@@ -14,9 +14,10 @@ import numpy as np
 
 from jax_gluon import _dropout as dropout
 from jax_gluon._block_mask import BlockMask
+from jax_gluon._dimensions import ceil_div, is_static, max_extent, min_extent, number
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
 from jax_gluon._quantization.codes import from_bits, to_bits
-from jax_gluon._visible_tokens import lowered
+from jax_gluon._visible_tokens import lowered, mask_as_segments
 
 # A tile of 256 x 256 float32 scores is 256 KiB a head, which a core's L2 cache holds beside its
 # operands. Smaller ones pay more for each step of XLA's loops; larger ones fall out of the cache
@@ -47,17 +48,19 @@ class Blocks:
     @staticmethod
     def of(length: int, most: int) -> Blocks:
         """Blocks of about equal size, at most `most` rounded up to the alignment."""
+        if not is_static(length, most):
+            return Blocks(length, min_extent(length, most))
         even = math.ceil(length / math.ceil(length / most))
         return Blocks(length, min(length, math.ceil(even / _ALIGNMENT) * _ALIGNMENT))
 
     @property
     def count(self) -> int:
         """How many blocks the axis has."""
-        return math.ceil(self.length / self.size)
+        return ceil_div(self.length, self.size)
 
     def start(self, index: jax.Array) -> jax.Array:
         """The first position of a block."""
-        return jnp.minimum(index * self.size, self.length - self.size)
+        return jnp.minimum(index * number(self.size), number(self.length - self.size))
 
     def positions(self, index: jax.Array) -> jax.Array:
         """The positions in a block, int32 `[size]`."""
@@ -67,7 +70,7 @@ class Blocks:
         """Which positions no earlier block has, bool `[size]`; None: all."""
         if self.length % self.size == 0:
             return None
-        return self.positions(index) >= index * self.size
+        return self.positions(index) >= index * number(self.size)
 
 
 # Axes of a tile. Backward sums over the queries of each key: there a matrix with a row per key is
@@ -123,7 +126,7 @@ class Tiles:
         self.query_seq_lengths = operands.query_seq_lengths
         self.key_value_seq_lengths = operands.key_value_seq_lengths
         self.query_offset = operands.query_offset
-        self.segment_ids = operands.segment_ids
+        self.segment_ids = mask_as_segments(operands).segment_ids
         self.positions = operands.positions
         self.dropout_seeds = operands.dropout_seeds
         self.sinks = None
@@ -132,8 +135,8 @@ class Tiles:
         if 0 in (B, T, S):
             return
         self.chunks = Blocks.of(S, _KEY_CHUNK)
-        fit = max(_MIN_QUERY_BLOCK, _TILE_SCORES // (B * N * self.chunks.size))
-        self.queries = Blocks.of(T, min(_QUERY_BLOCK, fit, most_rows or _QUERY_BLOCK))
+        fit = max_extent(_MIN_QUERY_BLOCK, _TILE_SCORES // (B * N * self.chunks.size))
+        self.queries = Blocks.of(T, min_extent(fit, min(_QUERY_BLOCK, most_rows or _QUERY_BLOCK)))
         self._chunks_of_blocks = self._find_chunks_of_blocks()
 
     def _find_chunks_of_blocks(self) -> tuple[jax.Array, jax.Array] | None:
@@ -178,7 +181,7 @@ class Tiles:
         seen = jnp.any(functools.reduce(jnp.logical_and, conditions), axis=0)
         chunk = jnp.arange(self.chunks.count, dtype=jnp.int32)
         return (
-            jnp.min(jnp.where(seen, chunk, self.chunks.count), axis=1),
+            jnp.min(jnp.where(seen, chunk, number(self.chunks.count)), axis=1),
             jnp.max(jnp.where(seen, chunk + 1, 0), axis=1),
         )
 
@@ -202,21 +205,23 @@ class Tiles:
 
     def keys(self, c: jax.Array) -> jax.Array:
         """Chunk c of the keys, `[B, K, s, H]`."""
-        return self._tokens(self.key, c)
+        return self.tokens(self.key, c)
 
     def values(self, c: jax.Array) -> jax.Array:
         """Chunk c of the values, `[B, K, s, V]`."""
-        return self._tokens(self.value, c)
+        return self.tokens(self.value, c)
 
-    def _tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        """Chunk c of `[B, K, S, X]`."""
         return _slice(x, self.chunks.start(c), self.chunks.size, 2).astype(self.dtype)
 
     def chunk_range(self, i: jax.Array) -> tuple[int | jax.Array, int | jax.Array]:
         """The chunks of keys, begin and end, that any row of query block i may see."""
         begin: int | jax.Array = 0
-        end: int | jax.Array = self.chunks.length
-        first_row = i * self.queries.size
-        end_row = jnp.minimum(first_row + self.queries.size, self.queries.length)
+        rows, keys = number(self.queries.size), number(self.chunks.size)
+        end: int | jax.Array = number(self.chunks.length)
+        first_row = i * rows
+        end_row = jnp.minimum(first_row + rows, number(self.queries.length))
         first_position, end_position = first_row, end_row
         if (offset := self._offset()) is not None:
             first_position -= _largest(-offset)
@@ -226,13 +231,13 @@ class Tiles:
             end = jnp.minimum(end, end_position)
         if self.problem.local_window is not None and stands_at_index:
             left, right = self._window(self.problem.local_window)
-            begin = jnp.maximum(first_position - left, 0) // self.chunks.size
+            begin = jnp.maximum(first_position - left, 0) // keys
             end = jnp.minimum(end, end_position + right)
         if self.key_value_seq_lengths is not None:
             end = jnp.minimum(end, _largest(self.key_value_seq_lengths))
         if self.query_seq_lengths is not None:
             end = jnp.where(first_row < _largest(self.query_seq_lengths), end, 0)
-        end = (jnp.maximum(end, 0) + self.chunks.size - 1) // self.chunks.size
+        end = (jnp.maximum(end, 0) + keys - 1) // keys
         if self._chunks_of_blocks is not None:
             first, last = (x[i] for x in self._chunks_of_blocks)
             begin = jnp.maximum(begin, -_largest(-first))
@@ -244,7 +249,9 @@ class Tiles:
     def _window(self, window: tuple[int, int]) -> tuple[int, int]:
         if self.positions is not None:
             return window
-        most = _FAR if self.query_offset is not None else self.queries.length + self.chunks.length
+        most = self.queries.length + self.chunks.length
+        if self.query_offset is not None or not is_static(most):
+            most = _FAR
         return min(window[0], most), min(window[1], most)
 
     def _offset(self) -> jax.Array | None:
@@ -254,7 +261,7 @@ class Tiles:
         """The tile of query block i, `[B, K, G, t, H]`, and chunk c of the keys."""
         products = jnp.einsum(f"bkgth,bksh->{order}", query, self.keys(c))
         logits = self.problem.scale * products
-        bias = self._tile(self.bias, i, c)
+        bias = self.tile(self.bias, i, c)
         if bias is not None:
             bias = bias.astype(self.dtype)
             logits += arrange(bias, order)
@@ -272,13 +279,13 @@ class Tiles:
             logits = jnp.where(visible, logits, MIN_LOGIT)
         return Scores(logits, visible, slope)
 
-    def _tile(self, x: jax.Array | None, i: jax.Array, c: jax.Array) -> jax.Array | None:
+    def tile(self, x: jax.Array | None, i: jax.Array, c: jax.Array) -> jax.Array | None:
         """The tile of `[b, n, t, s]`, `[b, k, g, t, s]`, of extent 1 where `x` is."""
         if x is None:
             return None
         # Heads are grouped after the cut: XLA would copy all of `x` to group them before.
         for axis, blocks, index in ((2, self.queries, i), (3, self.chunks, c)):
-            if x.shape[axis] > 1:
+            if x.shape[axis] != 1:
                 x = _slice(x, blocks.start(index), blocks.size, axis)
         b, n, t, s = x.shape
         return x.reshape(b, *((1, 1) if n == 1 else self.groups), t, s)
@@ -334,7 +341,7 @@ class Tiles:
             part = self.mask.part(row.ravel(), key.ravel())
             b, n, t, s = part.shape
             conditions.append(part.reshape(b, *((1, 1) if n == 1 else self.groups), t, s))
-        elif (mask := self._tile(self.mask, i, c)) is not None:
+        elif (mask := self.tile(self.mask, i, c)) is not None:
             conditions.append(mask)
         if bias is not None and self.problem.soft_cap is None:
             conditions.append(~(bias < MIN_LOGIT))  # NaN is visible

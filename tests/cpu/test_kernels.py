@@ -31,6 +31,7 @@ def _dequantized(arrays, keywords):
     specs = PRESETS["int8"]
     lengths = keywords.get("key_value_seq_lengths")
     seen = np.arange(S) < (np.full(B, S) if lengths is None else np.asarray(lengths))[:, None]
+    seen = seen & (np.asarray(keywords.get("key_value_mask", True)) != 0)
     mask = keywords.get("mask")
     if mask is not None and mask.shape[2] == 1:
         seen = seen & mask.any((1, 2))

@@ -142,6 +142,11 @@ def check_transformations() -> None:
     check("implementation xla", jax.jit(by_xla)(query, key, value), out, 2e-6)
     for gradient, expected in zip(found, exact, strict=True):
         check("gradient of implementation xla", gradient, expected, 3e-6)
+    # A cotangent that is constant, by which XLA simplifies.
+    found = jax.jit(jax.grad(lambda *x: jnp.sum(by_xla(*x)), (0, 1, 2)))(query, key, value)
+    exact = attention(query, key, value, np.ones_like(d_out), causal=True)[1:]
+    for gradient, expected in zip(found, exact, strict=True):
+        check("gradient of the sum by implementation xla", gradient, expected, 3e-6)
 
 
 def check_metal() -> None:

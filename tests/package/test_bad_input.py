@@ -44,6 +44,14 @@ CASES = {
         {"query_segment_ids": np.zeros(T, int), "key_value_segment_ids": np.zeros((3, S), int)},
         ValueError, "key_value_segment_ids", "of shape [3, 7]", "shape [B, S] = [2, 7], or [S]",
     ),
+    "key_value_mask_shape": (
+        {"key_value_mask": np.ones((B, T), bool)},
+        ValueError, "key_value_mask", "of shape [2, 5]", "shape [B, S] = [2, 7], or [S]",
+    ),
+    "key_value_mask_float": (
+        {"key_value_mask": np.ones(S, np.float32)},
+        TypeError, "key_value_mask", "of dtype float32", "an integer dtype (nonzero: visible)",
+    ),
     "positions_float": (
         {"query_positions": np.zeros(T), "key_value_positions": np.zeros(S, int)},
         TypeError, "query_positions", "of dtype float64", "an integer dtype",
@@ -104,11 +112,14 @@ CASES = {
     ),
     "key_dtype": (
         {"key": ones(B, S, K, H, dtype=jnp.bfloat16)},
-        TypeError, "key", "of dtype bfloat16", "query's dtype, float32",
+        TypeError, "key", "of dtype bfloat16",
+        "query's dtype, float32; write key.astype(jnp.float32)",
     ),
     "value_dtype": (
-        {"value": ones(B, S, K, H, dtype=jnp.float16)},
-        TypeError, "value", "of dtype float16", "query's dtype, float32",
+        {"query": ones(B, T, N, H, dtype=jnp.bfloat16), "key": ones(B, S, K, H, dtype=jnp.bfloat16),
+         "value": ones(B, S, K, H, dtype=jnp.float16)},
+        TypeError, "value", "of dtype float16",
+        "write query.astype(jnp.float32) and key.astype(jnp.float32) and value.astype(jnp.float32)",
     ),
     "key_batch": (
         {"key": ones(1, S, K, H)}, ValueError, "key", "of batch axes [1]", "query's, [2]"

@@ -212,3 +212,26 @@ def test_a_block_mask_of_other_lengths_or_heads_is_refused():
         text = r"mask is a BlockMask of \[.*; allowed: one of .*\[2, 4, 64, 64\]"
         with pytest.raises(ValueError, match=text):
             jax_gluon.dot_product_attention(x, x, x, mask=mask)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_every_derivative_takes_a_block_mask(implementation):
+    mask = jax_gluon.block_mask(_sees, 60, 90, heads=2, block_size=32)
+    rng = np.random.default_rng(0)
+    draw = lambda T: jnp.asarray(rng.standard_normal((1, T, 2, 16), np.float32))  # noqa: E731
+    point, tangents = ((draw(60), draw(90), draw(90)) for _ in range(2))
+
+    def run(mask):
+        def attention(*x):
+            return jax_gluon.dot_product_attention(
+                *x, mask=mask, implementation=implementation, differentiation="any"
+            )
+
+        def gradient(*x):
+            return jax.grad(lambda *y: jnp.sum(jnp.sin(attention(*y))))(*x)
+
+        return jax.jvp(attention, point, tangents), jax.jvp(gradient, point, tangents)
+
+    found, expected = jax.tree.leaves(run(mask)), jax.tree.leaves(run(mask.to_dense()))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

@@ -18,6 +18,8 @@ def hidden_by(way):
     if way == "lengths":
         return hidden, dict(key_value_seq_lengths=LENGTHS)
     hidden = hidden | (np.random.default_rng(7).random((B, S)) < 0.3)
+    if way == "key_value_mask":
+        return hidden, dict(key_value_mask=jnp.asarray(~hidden, jnp.int32))
     if way == "mask":
         return hidden, dict(mask=jnp.asarray(~hidden[:, None, None, :]))
     # Of two rules, each hides keys of every head.
@@ -25,7 +27,10 @@ def hidden_by(way):
     return hidden, dict(bias=jnp.asarray(bias), key_value_seq_lengths=np.array([70, S], np.int32))
 
 
-@pytest.mark.parametrize(("way", "poison"), [("lengths", np.nan), ("mask", np.inf), ("bias", 1e30)])
+@pytest.mark.parametrize(
+    ("way", "poison"),
+    [("lengths", np.nan), ("key_value_mask", np.nan), ("mask", np.inf), ("bias", 1e30)],
+)
 @pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.02), ("int4", 0.2)])
 def test_hidden_keys_change_no_bit(
     quantization, bound, way, poison, implementation, oracle, relative_error, random_operands

@@ -68,6 +68,12 @@ RULES: dict[str, dict[str, Any]] = {
         key_value_segment_ids=_RNG.integers(0, 3, (2, 310)),
         query_positions=_RNG.permutation(130), key_value_positions=_RNG.permutation(310),
     ),
+    # Padding at the left alone, and within: ranges, and ranks.
+    "padded": dict(
+        T=150, S=310, N=2, query_offset=160, is_causal=True,
+        key_value_mask=np.arange(310) >= np.array([[200], [3]]),
+    ),
+    "holes": dict(T=110, S=310, N=2, key_value_mask=_RNG.integers(0, 3, (2, 310))),
     "soft_cap": dict(T=100, S=290, N=2, scale=1.0, logits_soft_cap=2.0),
     "sinks": dict(T=110, S=290, sinks=np.array([1.5, -9.0, 6.0, -np.inf], np.float32)),
     "everything": dict(

@@ -41,17 +41,46 @@ typename Isa::F tanh(typename Isa::F x) {
                          Isa::where_less(x, Isa::zero(), minus_far, far));
 }
 
+// The bias of one (batch, head), or a tangent of it: a number for each row and key.
+template <class Isa>
+class BiasRows {
+ public:
+  BiasRows(const Operand& bias, int64_t b, int64_t n) : bias_(bias) {
+    if (!bias) return;
+    data_ = static_cast<const char*>(bias.data) +
+            (bias.batch_offset[static_cast<size_t>(b)] + n * bias.stride[0]) *
+                static_cast<int64_t>(size_of(bias.dtype));
+  }
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  // Of the keys from `begin` to `end`: 0 outside of `inside`.
+  void read(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
+    std::fill(out, out + (end - begin), 0.0f);
+    const DType dtype = bias_.dtype;
+    const int64_t ss = bias_.stride[2], at = row * bias_.stride[1];
+    if (inside.empty()) return;
+    if (ss == 1) {
+      const char* p = data_ + (at + inside.begin) * static_cast<int64_t>(size_of(dtype));
+      load_row<Isa>(p, dtype, inside.end - inside.begin, out + (inside.begin - begin));
+    } else {
+      for (int64_t j = inside.begin; j < inside.end; ++j) {
+        out[j - begin] = float_at(data_, dtype, at + j * ss);
+      }
+    }
+  }
+
+ private:
+  const Operand& bias_;
+  const char* data_ = nullptr;
+};
+
 // Bias, soft cap and masks of one (batch, head), applied to rows of a tile of scores.
 template <class Isa, int kBlock>
 class LogitRules {
  public:
   LogitRules(const AttentionCall& call, int64_t b, int64_t n, MaskPlane tiles = {})
-      : call_(call), tiles_(tiles), cap_(call.soft_cap * kLog2E) {
-    if (call.bias) {
-      bias_ = static_cast<const char*>(call.bias.data) +
-              (call.bias.batch_offset[static_cast<size_t>(b)] + n * call.bias.stride[0]) *
-                  static_cast<int64_t>(size_of(call.bias.dtype));
-    }
+      : call_(call), tiles_(tiles), bias_(call.bias, b, n), cap_(call.soft_cap * kLog2E) {
     has_mask_ = call.has_mask();
     if (call.block_mask) mask_blocks_ = call.block_mask.of(b, n);
     if (call.mask) {
@@ -90,7 +119,7 @@ class LogitRules {
     const Range inside = intersect({key0 + begin, key0 + end}, visible);
     if (bias_) {
       alignas(kAlignment) float bias[kBlock];
-      read_bias(row, inside, key0 + begin, key0 + end, bias);
+      bias_.read(row, inside, key0 + begin, key0 + end, bias);
       const F log2e = Isa::set1(kLog2E), hidden = Isa::set1(kHidden);
       const F lowest = Isa::set1(cap_ == 0.0f ? kMinBias : kHidden);
       for (int64_t j = begin; j < end; j += W) {
@@ -141,21 +170,6 @@ class LogitRules {
  private:
   bool any_but_mask() const { return bias_ || ranked_ || cap_ != 0.0f; }
 
-  void read_bias(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
-    std::fill(out, out + (end - begin), 0.0f);
-    const DType dtype = call_.bias.dtype;
-    const int64_t ss = call_.bias.stride[2], at = row * call_.bias.stride[1];
-    if (inside.empty()) return;
-    if (ss == 1) {
-      const char* p = bias_ + (at + inside.begin) * static_cast<int64_t>(size_of(dtype));
-      load_row<Isa>(p, dtype, inside.end - inside.begin, out + (inside.begin - begin));
-    } else {
-      for (int64_t j = inside.begin; j < inside.end; ++j) {
-        out[j - begin] = float_at(bias_, dtype, at + j * ss);
-      }
-    }
-  }
-
   void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
     std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
     if (inside.empty()) return;
@@ -190,7 +204,7 @@ class LogitRules {
   const AttentionCall& call_;
   const MaskPlane tiles_;
   const VisibleKeys* ranked_ = nullptr;  // where ranges say too little
-  const char* bias_ = nullptr;
+  const BiasRows<Isa> bias_;
   // Bytes, else blocks.
   bool has_mask_ = false;
   const uint8_t* mask_ = nullptr;
