@@ -64,7 +64,7 @@ struct KeyValueGradientRows {
         bool2(head_rules.row(p, own).sees(p, key), head_rules.row(p, own + 1).sees(p, key));
     if (p.has_mask != 0 && !simd_any(made.is_seen.x || made.is_seen.y)) return made;
     made.is_used = true;
-    multiply_scores<M, D>(p, keys, queries, values, gradients, made);
+    multiply_scores<M, D>(p, keys, queries, values, gradients, Place(lane), made);
     return made;
   }
 
@@ -95,11 +95,11 @@ struct KeyValueGradientRows {
     for (int d = 0; d < D / 8; ++d) {
       Matrix<M> right;
       if (8 * d < p.V) {
-        simdgroup_load(right, gradient_tile + 8 * d, kStride, ulong2(0), false);
+        right = matrix_at<false>(gradient_tile + 8 * d, kStride, Place(lane));
         simdgroup_multiply_accumulate(value_sum[d], left, right, value_sum[d]);
       }
       if (8 * d < p.H) {
-        simdgroup_load(right, query_tile + 8 * d, kStride, ulong2(0), false);
+        right = matrix_at<false>(query_tile + 8 * d, kStride, Place(lane));
         simdgroup_multiply_accumulate(key_sum[d], left_gradient, right, key_sum[d]);
       }
     }

@@ -77,8 +77,8 @@ struct QueryGradientRows {
     if (refines_delta()) left_weights = matrix_of<M>(weights[0], weights[1]);
     for (int d = 0; d < D / 8; ++d) {
       if (8 * d >= p.H) continue;
-      Matrix<M> right;
-      simdgroup_load(right, key_rows + 8 * d, BlockSizes<M, D>::kStride, ulong2(0), false);
+      const Matrix<M> right =
+          matrix_at<false>(key_rows + 8 * d, BlockSizes<M, D>::kStride, Place(lane));
       simdgroup_multiply_accumulate(sum[d], left, right, sum[d]);
       if (refines_delta()) {
         simdgroup_multiply_accumulate(probability_sum[d], left_weights, right, probability_sum[d]);

@@ -93,12 +93,11 @@ struct TangentRows {
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
         const int at = 8 * t * kStride + 8 * d;
-        Matrix<float> right;
-        simdgroup_load(right, keys + at, kStride, ulong2(0), true);
+        Matrix<float> right = matrix_at<true>(keys + at, kStride, place);
         simdgroup_multiply_accumulate(product, query[d], right, product);
         if (has_query) simdgroup_multiply_accumulate(tangent, query_tangent[d], right, tangent);
         if (!has_key) continue;
-        simdgroup_load(right, key_tangents + at, kStride, ulong2(0), true);
+        right = matrix_at<true>(key_tangents + at, kStride, place);
         simdgroup_multiply_accumulate(tangent, query[d], right, tangent);
       }
       for (int i = 0; i < 2; ++i) {
@@ -165,14 +164,13 @@ struct TangentRows {
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.V) continue;
         const int at = 8 * t * kStride + 8 * d;
-        Matrix<float> right;
-        simdgroup_load(right, values + at, kStride, ulong2(0), false);
+        Matrix<float> right = matrix_at<false>(values + at, kStride, place);
         simdgroup_multiply_accumulate(out[d], left, right, out[d]);
         if (moves_logits()) {
           simdgroup_multiply_accumulate(out_tangent[d], left_tangent, right, out_tangent[d]);
         }
         if (!has_value) continue;
-        simdgroup_load(right, value_tangents + at, kStride, ulong2(0), false);
+        right = matrix_at<false>(value_tangents + at, kStride, place);
         simdgroup_multiply_accumulate(out_tangent[d], left, right, out_tangent[d]);
       }
       if (!is_dirty) continue;

@@ -109,18 +109,19 @@ struct ScoreProducts {
 template <typename M, int D>
 inline void multiply_scores(thread const AttentionParameters& p, thread const Matrix<M>* left,
                             threadgroup const M* right_rows, thread const Matrix<M>* left_gradient,
-                            threadgroup const M* right_gradient_rows, thread ScoreProducts& made) {
+                            threadgroup const M* right_gradient_rows, Place place,
+                            thread ScoreProducts& made) {
   constexpr int kStride = BlockSizes<M, D>::kStride;
   Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   Matrix<float> gradient = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   for (int d = 0; d < D / 8; ++d) {
     Matrix<M> right;
     if (8 * d < p.H) {
-      simdgroup_load(right, right_rows + 8 * d, kStride, ulong2(0), true);
+      right = matrix_at<true>(right_rows + 8 * d, kStride, place);
       simdgroup_multiply_accumulate(product, left[d], right, product);
     }
     if (8 * d < p.V) {
-      simdgroup_load(right, right_gradient_rows + 8 * d, kStride, ulong2(0), true);
+      right = matrix_at<true>(right_gradient_rows + 8 * d, kStride, place);
       simdgroup_multiply_accumulate(gradient, left_gradient[d], right, gradient);
     }
   }
@@ -216,7 +217,7 @@ struct BackwardRows {
     made.is_seen = bool2(rules.sees(p, own), rules.sees(p, own + 1));
     if (p.has_mask != 0 && !simd_any(made.is_seen.x || made.is_seen.y)) return made;
     made.is_used = true;
-    multiply_scores<M, D>(p, query, keys, out_gradient, values, made);
+    multiply_scores<M, D>(p, query, keys, out_gradient, values, Place(lane), made);
     return made;
   }
 };

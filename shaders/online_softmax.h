@@ -101,8 +101,7 @@ struct OnlineSoftmax {
       Matrix<float> product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.H) continue;
-        Matrix<M> right;
-        simdgroup_load(right, tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), true);
+        const Matrix<M> right = matrix_at<true>(tile + 8 * t * kStride + 8 * d, kStride, place);
         simdgroup_multiply_accumulate(product, query[d], right, product);
       }
       for (int i = 0; i < 2; ++i) {
@@ -179,8 +178,7 @@ struct OnlineSoftmax {
       const Matrix<M> left = matrix_of<M>(weights[0], weights[1]);
       for (int d = 0; d < D / 8; ++d) {
         if (8 * d >= p.V) continue;
-        Matrix<M> right;
-        simdgroup_load(right, tile + 8 * t * kStride + 8 * d, kStride, ulong2(0), false);
+        const Matrix<M> right = matrix_at<false>(tile + 8 * t * kStride + 8 * d, kStride, place);
         simdgroup_multiply_accumulate(out[d], left, right, out[d]);
       }
       if (is_dirty) add_nonfinite<D>(values, key0 + 8 * t, p.S, weights, out, lane);

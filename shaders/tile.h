@@ -40,6 +40,24 @@ inline Matrix<M> matrix_of(float first, float second) {
   return result;
 }
 
+// The matrix of eight tile rows from `tile` on, which are its columns where it is transposed: each
+// lane reads its two elements, which is no operation of the simdgroup.
+template <bool kIsTransposed, typename M>
+inline Matrix<M> matrix_at(threadgroup const M* tile, int stride, Place place) {
+  const int row = place.row, column = place.column;
+  Matrix<M> held;
+  if (kIsTransposed) {
+    held.thread_elements()[0] = tile[column * stride + row];
+    held.thread_elements()[1] = tile[(column + 1) * stride + row];
+  } else {
+    held.thread_elements()[0] = tile[row * stride + column];
+    held.thread_elements()[1] = tile[row * stride + column + 1];
+  }
+  Matrix<M> result;
+  result = held;
+  return result;
+}
+
 // Whether rows of codes enter products as codes, with scales outside: matrices of half hold the
 // difference of a code and a zero point exactly. Else they are dequantized while they are loaded.
 template <typename M>

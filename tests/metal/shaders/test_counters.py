@@ -116,6 +116,15 @@ def test_products_of_a_long_causal_head(H):
     check_products(problem, None, with_backward=False)
 
 
+def test_operations_of_a_simdgroup():
+    """Products, and a few shuffles for each tile: fewer than MLX's steel attention counts, 328 k."""
+    problem, _ = problem_of("float16", T=1024, S=1024, H=64, V=64)
+    for pipeline in ("baseline", "gluon"):
+        counters = forward(problem, pipeline=pipeline, **COUNT).counters
+        products = matrices(problem) * 2 * 64 // 8
+        assert products < counters.simdgroup_operations < 1.15 * products
+
+
 def bytes_per_key(kind, H):
     """Device bytes that one more key costs a forward pass, over as many query blocks as passes."""
     T, S = 64, 128
