@@ -6,6 +6,7 @@ nothing is copied to broadcast it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -19,10 +20,12 @@ import numpy as np
 from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
+from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._meshes import vary_like
 from jax_gluon._operands import quantize_operands, with_codes
 from jax_gluon._problem import (
     AttentionProblem,
+    Layout,
     Operands,
     Residuals,
     log_sum_exp,
@@ -82,6 +85,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "metal_kernel": kernels.metal.name,
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
+        "head_major": np.int64(_stored(problem).layout == "BNTH"),
         "dropout_scale": np.float32(1.0 / (1.0 - problem.dropout_rate)),
         **_problem_attributes(problem, operands),
         "has_sinks": np.int64(operands.sinks is not None),
@@ -92,6 +96,8 @@ def kernel_query(
     problem: AttentionProblem, operands: Operands
 ) -> tuple[dict[str, int], dict[str, str]]:
     """The numbers and names by which the plugin says what kernels it has: of what is multiplied."""
+    if problem.layout != "BTNH":
+        operands = jax.eval_shape(functools.partial(swapped_operands, problem), operands)
     codes = [
         None if spec is None else _codes(spec, cast(jax.Array, x))
         for x, spec in zip(operands[:3], problem.quantization, strict=True)
@@ -148,14 +154,26 @@ def _unrotated(operands: Operands) -> Operands:
     return operands._replace(query=query, key=key, value=plain(value))
 
 
+def _stored(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with the layout in which the calls read and write floats.
+
+    That of the caller, but for Metal's kernels, which write tokens before heads.
+    """
+    return dataclasses.replace(problem, layout="BTNH") if _may_be_metal(problem) else problem
+
+
 def _makes_codes(problem: AttentionProblem) -> bool:
     """Whether the forward call quantizes too: one command buffer instead of up to four.
 
     Codes of an operand that vmap does not map are then copied to each entry, so the CPU, which
     gains nothing, quantizes in calls of its own.
     """
-    may_be_metal = problem.implementation is None and sys.platform == "darwin"
-    return may_be_metal or problem.implementation == "metal"
+    return _may_be_metal(problem)
+
+
+def _may_be_metal(problem: AttentionProblem) -> bool:
+    may_choose = problem.implementation is None and sys.platform == "darwin"
+    return may_choose or problem.implementation == "metal"
 
 
 def forward(
@@ -165,16 +183,21 @@ def forward(
     # Rotated rows may have to be made floats again, which the call does not do.
     if not _makes_codes(problem) or any(spec is not None and spec.rotate for spec in specs):
         operands = quantize_operands(
-            problem, operands, functools.partial(quantize, problem.implementation or "cpu")
+            problem,
+            operands,
+            functools.partial(
+                quantize, problem.implementation or "cpu", layout=_stored(problem).layout
+            ),
         )
         specs = [None] * 3
     given = _unrotated(mask_as_segments(operands))
     rows = given.query.shape[:-1]
-    results = [
+    results = _shapes_as_stored(
+        problem,
         jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype),
         jax.ShapeDtypeStruct(rows, jnp.float32),
         jax.ShapeDtypeStruct(rows, jnp.float32),
-    ]
+    )
     codes = [
         None if spec is None else _codes(spec, cast(jax.Array, x))
         for x, spec in zip(given[:3], specs, strict=True)
@@ -189,9 +212,11 @@ def forward(
     visible = visible_tokens(problem, operands) if any(specs) else (None, None)
     for name, tokens in zip(("query", "key_value"), visible, strict=True):
         attributes[f"has_{name}_visible"] = np.int64(tokens is not None)
+    stored = swapped_operands(_stored(problem), given)
     out, row_maximum, log2_sum, *made = _ffi_call(_ATTENTION_FORWARD, [*results, *made])(
-        *_arguments(given), *(x for x in visible if x is not None), **attributes
+        *_arguments(stored), *(x for x in visible if x is not None), **attributes
     )
+    out, row_maximum, log2_sum = swapped(_stored(problem), (out, row_maximum, log2_sum))
     residuals = Residuals(with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
     return log_sum_exp(row_maximum, log2_sum, operands.sinks, math.log(2.0)), residuals
 
@@ -205,9 +230,11 @@ def _backward_call(
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
     operands = _unrotated(mask_as_segments(residuals.operands))
+    residuals = swapped_residuals(_stored(problem), residuals._replace(operands=operands))
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
+    cotangents = swapped(_stored(problem), cotangents)
     return _ffi_call(f"jax_gluon.attention_{direction}", results)(
-        *_arguments(operands),
+        *_arguments(residuals.operands),
         residuals.out,
         residuals.row_maximum,
         residuals.log_sum,
@@ -224,8 +251,11 @@ def backward(
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     dtype = residuals.out.dtype
-    results = [jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3]]
+    results = _shapes_as_stored(
+        problem, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3])
+    )
     gradients = _backward_call("backward", results, problem, residuals, d_out, d_log_sum_exp)
+    gradients = swapped(_stored(problem), gradients)
     # The gradient of a rotated array, back to the array.
     d_query, d_key, d_value = (
         unrotated(gradient.astype(jnp.float32)).astype(dtype)
@@ -255,10 +285,18 @@ def backward_sinks(
 
 
 def quantize(
-    implementation: str | None, x: jax.Array, spec: QuantSpec, visible: jax.Array | None
+    implementation: str | None,
+    x: jax.Array,
+    spec: QuantSpec,
+    visible: jax.Array | None,
+    layout: Layout = "BTNH",
 ) -> QuantizedTensor:
-    """The codes of float `x`; `visible` (bool `[B, T]`): tokens that can be seen."""
+    """The codes of float `x`; `visible` (bool `[B, T]`): tokens that can be seen.
+
+    The call reads `x` in `layout`.
+    """
     results, unflatten = _flatten(_codes(spec, x))
+    x = jnp.swapaxes(x, 1, 2) if layout == "BNTH" else x
     leaves = _ffi_call(_QUANTIZE, results)(
         *([x] if visible is None else [x, visible]),
         device=_DEVICES[implementation],
@@ -271,9 +309,16 @@ def quantize(
         center=np.int64(spec.center),
         token_powers=np.int64(spec.token_powers),
         rotate=np.int64(spec.rotate),
+        head_major=np.int64(layout == "BNTH"),
         has_visible=np.int64(visible is not None),
     )
     return unflatten(leaves)
+
+
+def _shapes_as_stored(
+    problem: AttentionProblem, *shapes: jax.ShapeDtypeStruct
+) -> list[jax.ShapeDtypeStruct]:
+    return jax.eval_shape(functools.partial(swapped, _stored(problem)), list(shapes))
 
 
 def _flatten(tree: _Result) -> tuple[list[Any], Callable[[Any], _Result]]:

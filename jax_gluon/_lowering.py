@@ -17,6 +17,7 @@ import numpy as np
 from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
+from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._operands import with_codes
 from jax_gluon._problem import AttentionProblem, Operands, Residuals
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
@@ -79,8 +80,10 @@ def forward(
         problem.implementation,
         functools.partial(_ffi.forward, problem, dtype),
         functools.partial(xla.forward, problem, dtype),
-        operands,
+        swapped_operands(problem, operands),
     )
+    log_sum_exp = swapped(problem, log_sum_exp)
+    residuals = swapped_residuals(problem, residuals)
     codes = [
         None if spec is None else _named(CODES_NAME, cast(QuantizedTensor, x))
         for x, spec in zip(residuals.operands[:3], problem.quantization, strict=True)
@@ -114,14 +117,13 @@ def backward(
 
     `d_log_sum_exp` is the cotangent of the natural-log form.
     """
-    return _on_platform(
+    gradients = _on_platform(
         problem.implementation,
         functools.partial(_ffi.backward, problem),
         functools.partial(xla.backward, problem),
-        residuals,
-        d_out,
-        d_log_sum_exp,
+        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
     )
+    return swapped(problem, gradients)
 
 
 @jit(0)
@@ -136,9 +138,7 @@ def backward_bias(
         problem.implementation,
         functools.partial(_ffi.backward_bias, problem),
         functools.partial(xla.backward_bias, problem),
-        residuals,
-        d_out,
-        d_log_sum_exp,
+        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
     )
 
 
@@ -154,10 +154,17 @@ def backward_sinks(
         problem.implementation,
         _ffi.backward_sinks,
         xla.backward_sinks,
-        residuals,
-        d_out,
-        d_log_sum_exp,
+        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
     )
+
+
+def _swapped_cotangents(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> tuple[Residuals, jax.Array, jax.Array | None]:
+    return swapped_residuals(problem, residuals), *swapped(problem, (d_out, d_log_sum_exp))
 
 
 def _on_platform(

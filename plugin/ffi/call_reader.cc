@@ -5,6 +5,7 @@
 #include <map>
 #include <utility>
 
+#include "ffi/row_reader.h"
 #include "kernels.h"
 #include "numerics.h"
 #include "xla/ffi/api/ffi.h"
@@ -87,15 +88,11 @@ Format read_format(BufferReader& reader, const std::string& name, bool may_be_ma
   return format;
 }
 
-// Rows of `shape` [batch, tokens, heads, columns].
-QuantizableOperand read_rows(BufferReader& reader, const std::string& name, const Format& format,
-                             const Shape& shape) {
+// Codes of rows of `shape` [batch, tokens, heads, columns].
+QuantizableOperand read_codes_of(BufferReader& reader, const std::string& name,
+                                 const Format& format, const Shape& shape) {
   using Offset = Quantization::Offset;
   QuantizableOperand x;
-  if (format.is_float()) {
-    static_cast<Operand&>(x) = reader.float_operand(name, shape);
-    return x;
-  }
   const bool packed = format.bits == 4;
   Shape stored = shape;
   if (packed) stored.back() /= 2;
@@ -273,6 +270,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
     reader.fail("attribute soft_cap is " + std::to_string(call.soft_cap) +
                 ", expected 0 (none) or more");
   }
+  call.head_major = reader.flag("head_major");
   call.causal = reader.flag("causal");
   call.window_left = reader.integer("window_left", -1, kMax);
   call.window_right = reader.integer("window_right", -1, kMax);
@@ -296,9 +294,14 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   reader.set_leading(4);
   if (bias_shape && !has_bias) reader.fail("attribute has_bias is 0, expected 1");
   const size_t key_at = formats[0].operands(), value_at = key_at + formats[1].operands();
-  const Shape query = formats[0].elements(reader.peek_shape(0, "query", 4));
-  const Shape key = formats[1].elements(reader.peek_shape(key_at, "key", 4));
-  const Shape value = formats[2].elements(reader.peek_shape(value_at, "value", 4));
+  // Codes have tokens before heads, whatever floats have.
+  RowReader floats(reader, call.head_major), codes(reader, false);
+  const auto elements = [&](const Format& format, size_t at, const char* name) {
+    return format.elements((format.is_float() ? floats : codes).peek_shape(at, name, 4));
+  };
+  const Shape query = elements(formats[0], 0, "query");
+  const Shape key = elements(formats[1], key_at, "key");
+  const Shape value = elements(formats[2], value_at, "value");
   if (reader.failed()) return 0;
   const int64_t batch = query[0];
   call.B = reader.flat_batch(batch);
@@ -320,9 +323,15 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   }
   const Shape key_shape = {batch, call.S, call.K, call.H};
   const Shape value_shape = {batch, call.S, call.K, call.V};
-  call.query = read_rows(reader, "query", formats[0], query);
-  call.key = read_rows(reader, "key", formats[1], key_shape);
-  call.value = read_rows(reader, "value", formats[2], value_shape);
+  const auto read_rows = [&](const char* name, const Format& format, const Shape& shape) {
+    if (!format.is_float()) return read_codes_of(reader, name, format, shape);
+    QuantizableOperand x;
+    static_cast<Operand&>(x) = floats.float_operand(name, shape);
+    return x;
+  };
+  call.query = read_rows("query", formats[0], query);
+  call.key = read_rows("key", formats[1], key_shape);
+  call.value = read_rows("value", formats[2], value_shape);
   const Shape logits = {batch, call.N, call.T, call.S};
   if (has_bias) call.bias = reader.float_operand("bias", logits, true, bias_shape);
   ffi::DataType dtype;
@@ -372,12 +381,13 @@ template <class Call>
 void read_cotangents(BufferReader& reader, Call& call, int64_t batch, bool has_d_log_sum_exp) {
   const Shape rows = {batch, call.T, call.N};
   const Shape out = {batch, call.T, call.N, call.V};
-  call.out = reader.float_operand("out", out);
-  call.row_maximum = reader.operand_of("row_maximum", rows, {ffi::DataType::F32});
-  call.log2_sum = reader.operand_of("log2_sum", rows, {ffi::DataType::F32});
-  call.d_out = reader.float_operand("d_out", out);
+  RowReader floats(reader, call.head_major);
+  call.out = floats.float_operand("out", out);
+  call.row_maximum = floats.operand_of("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = floats.operand_of("log2_sum", rows, {ffi::DataType::F32});
+  call.d_out = floats.float_operand("d_out", out);
   if (has_d_log_sum_exp) {
-    call.d_log_sum_exp = reader.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
+    call.d_log_sum_exp = floats.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
   }
 }
 
@@ -387,10 +397,11 @@ AttentionForwardCall read_forward(BufferReader& reader) {
   AttentionForwardCall call;
   std::vector<Format> formats;
   const int64_t batch = read_call(reader, call, nullptr, nullptr, &formats);
-  call.out = reader.result("out", {batch, call.T, call.N, call.V}, kFloats);
+  RowReader floats(reader, call.head_major);
+  call.out = floats.result("out", {batch, call.T, call.N, call.V}, kFloats);
   const Shape rows = {batch, call.T, call.N};
-  call.row_maximum = reader.result("row_maximum", rows, {ffi::DataType::F32});
-  call.log2_sum = reader.result("log2_sum", rows, {ffi::DataType::F32});
+  call.row_maximum = floats.result("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = floats.result("log2_sum", rows, {ffi::DataType::F32});
   if (reader.failed()) return call;
   QuantizeCall query, key_value;  // for who can be seen alone
   if (reader.flag("has_query_visible")) {
@@ -420,9 +431,10 @@ AttentionBackwardCall read_backward(BufferReader& reader) {
   bool has_d_log_sum_exp = false;
   const int64_t batch = read_call(reader, call, &has_d_log_sum_exp, nullptr);
   read_cotangents(reader, call, batch, has_d_log_sum_exp);
-  call.d_query = reader.result("d_query", {batch, call.T, call.N, call.H}, kFloats);
-  call.d_key = reader.result("d_key", {batch, call.S, call.K, call.H}, kFloats);
-  call.d_value = reader.result("d_value", {batch, call.S, call.K, call.V}, kFloats);
+  RowReader floats(reader, call.head_major);
+  call.d_query = floats.result("d_query", {batch, call.T, call.N, call.H}, kFloats);
+  call.d_key = floats.result("d_key", {batch, call.S, call.K, call.H}, kFloats);
+  call.d_value = floats.result("d_value", {batch, call.S, call.K, call.V}, kFloats);
   return call;
 }
 
@@ -464,15 +476,16 @@ QuantizeCall read_quantize(BufferReader& reader) {
     reader.fail("attribute token_powers is 1, expected 0 but for centered blocks of a channel");
   }
   call.rotate = reader.flag("rotate");
+  RowReader floats(reader, reader.flag("head_major"));
   const bool has_visible = reader.flag("has_visible");
   reader.set_leading(4);
-  const Shape shape = reader.peek_shape(0, "x", 4);
+  const Shape shape = floats.peek_shape(0, "x", 4);
   call.L = reader.leading_count();
   call.B = reader.flat_batch(shape[0]);
   call.S = shape[1];
   call.K = shape[2];
   call.H = shape[3];
-  call.x = reader.float_operand("x", shape);
+  call.x = floats.float_operand("x", shape);
   if (has_visible) {
     read_visible(reader, "visible", shape[0], call.S, &call.visible, &call.visible_offset);
   }
