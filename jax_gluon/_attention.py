@@ -147,7 +147,7 @@ def dot_product_attention(
       all batch entries drop alike.
     - `layout`: `"BTNH"`, or `"BNTH"` for heads before tokens: query `[B, N, T, H]`, key and value
       `[B, K, S, H]`, the output like query, the log-sum-exp `[B, N, T]`. Nothing else changes, and
-      nothing is transposed on the CPU: kernels read and write through strides.
+      the plugin transposes nothing: kernels read and write through strides.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.

@@ -6,7 +6,6 @@ nothing is copied to broadcast it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import sys
@@ -85,7 +84,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "metal_kernel": kernels.metal.name,
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
-        "head_major": np.int64(_stored(problem).layout == "BNTH"),
+        "head_major": np.int64(problem.layout == "BNTH"),
         "dropout_scale": np.float32(1.0 / (1.0 - problem.dropout_rate)),
         **_problem_attributes(problem, operands),
         "has_sinks": np.int64(operands.sinks is not None),
@@ -154,26 +153,14 @@ def _unrotated(operands: Operands) -> Operands:
     return operands._replace(query=query, key=key, value=plain(value))
 
 
-def _stored(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with the layout in which the calls read and write floats.
-
-    That of the caller, but for Metal's kernels, which write tokens before heads.
-    """
-    return dataclasses.replace(problem, layout="BTNH") if _may_be_metal(problem) else problem
-
-
 def _makes_codes(problem: AttentionProblem) -> bool:
     """Whether the forward call quantizes too: one command buffer instead of up to four.
 
     Codes of an operand that vmap does not map are then copied to each entry, so the CPU, which
     gains nothing, quantizes in calls of its own.
     """
-    return _may_be_metal(problem)
-
-
-def _may_be_metal(problem: AttentionProblem) -> bool:
-    may_choose = problem.implementation is None and sys.platform == "darwin"
-    return may_choose or problem.implementation == "metal"
+    may_be_metal = problem.implementation is None and sys.platform == "darwin"
+    return may_be_metal or problem.implementation == "metal"
 
 
 def forward(
@@ -185,9 +172,7 @@ def forward(
         operands = quantize_operands(
             problem,
             operands,
-            functools.partial(
-                quantize, problem.implementation or "cpu", layout=_stored(problem).layout
-            ),
+            functools.partial(quantize, problem.implementation or "cpu", layout=problem.layout),
         )
         specs = [None] * 3
     given = _unrotated(mask_as_segments(operands))
@@ -212,11 +197,11 @@ def forward(
     visible = visible_tokens(problem, operands) if any(specs) else (None, None)
     for name, tokens in zip(("query", "key_value"), visible, strict=True):
         attributes[f"has_{name}_visible"] = np.int64(tokens is not None)
-    stored = swapped_operands(_stored(problem), given)
+    stored = swapped_operands(problem, given)
     out, row_maximum, log2_sum, *made = _ffi_call(_ATTENTION_FORWARD, [*results, *made])(
         *_arguments(stored), *(x for x in visible if x is not None), **attributes
     )
-    out, row_maximum, log2_sum = swapped(_stored(problem), (out, row_maximum, log2_sum))
+    out, row_maximum, log2_sum = swapped(problem, (out, row_maximum, log2_sum))
     residuals = Residuals(with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
     return log_sum_exp(row_maximum, log2_sum, operands.sinks, math.log(2.0)), residuals
 
@@ -230,9 +215,9 @@ def _backward_call(
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
     operands = _unrotated(mask_as_segments(residuals.operands))
-    residuals = swapped_residuals(_stored(problem), residuals._replace(operands=operands))
+    residuals = swapped_residuals(problem, residuals._replace(operands=operands))
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
-    cotangents = swapped(_stored(problem), cotangents)
+    cotangents = swapped(problem, cotangents)
     return _ffi_call(f"jax_gluon.attention_{direction}", results)(
         *_arguments(residuals.operands),
         residuals.out,
@@ -255,7 +240,7 @@ def backward(
         problem, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3])
     )
     gradients = _backward_call("backward", results, problem, residuals, d_out, d_log_sum_exp)
-    gradients = swapped(_stored(problem), gradients)
+    gradients = swapped(problem, gradients)
     # The gradient of a rotated array, back to the array.
     d_query, d_key, d_value = (
         unrotated(gradient.astype(jnp.float32)).astype(dtype)
@@ -318,7 +303,7 @@ def quantize(
 def _shapes_as_stored(
     problem: AttentionProblem, *shapes: jax.ShapeDtypeStruct
 ) -> list[jax.ShapeDtypeStruct]:
-    return jax.eval_shape(functools.partial(swapped, _stored(problem)), list(shapes))
+    return jax.eval_shape(functools.partial(swapped, problem), list(shapes))
 
 
 def _flatten(tree: _Result) -> tuple[list[Any], Callable[[Any], _Result]]:

@@ -116,8 +116,8 @@ struct AttentionCall {
   KernelChoice cpu_kernel;
   Kernel metal_kernel = Kernel::kBaseline;
 
-  // Whether float rows, and the numbers for each row, lie head by head: [B, N, T, H]. Strides tell
-  // the CPU's kernels; Metal's have none for results.
+  // Whether float rows, and the numbers for each row, lie head by head: [B, N, T, H]. Strides of
+  // operands and results say so too.
   bool head_major = false;
 
   // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.

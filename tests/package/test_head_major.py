@@ -36,6 +36,7 @@ def _parameters():
     for implementation in ("metal", "xla"):
         yield implementation, None, "few", None
         yield implementation, None, "few", "int8"
+    yield "metal", "gluon", "many", None
 
 
 @pytest.mark.parametrize(("implementation", "kernel", "shape", "quantization"), list(_parameters()))
@@ -70,15 +71,17 @@ def test_the_same_bits_as_tokens_first(
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_nothing_is_transposed_on_the_cpu(quantization, require, random_operands):
+@pytest.mark.parametrize("implementation", ["cpu", "metal"])
+def test_nothing_is_transposed(implementation, quantization, require, random_operands):
     """Operands, results and residuals of a training step keep the caller's layout."""
-    require("cpu")
+    require(implementation)
     arrays = tuple(map(_swap, random_operands(B, 70, 90, N, K, 32, 24)))
 
     def step(q, k, v, d_out):
         out, pullback = jax.vjp(
             lambda *x: jax_gluon.dot_product_attention(
-                *x, layout="BNTH", quantization=quantization, implementation="cpu"
+                *x, layout="BNTH", quantization=quantization,
+                implementation=implementation,
             ),
             q, k, v,
         )  # fmt: skip
