@@ -7,6 +7,7 @@ from jax_gluon._attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._export import export_checks
 from jax_gluon._kernels import CpuKernel, MetalKernel
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedTensor",
     "attention_with_log_sum_exp",
     "debug",
+    "default_differentiation",
     "dot_product_attention",
     "dropout_mask",
     "explain",

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
+from jax_gluon._derivative_modes import Differentiation, differentiation_of
 from jax_gluon._dimensions import is_static
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import KERNEL_NAMES, CpuKernel, KernelWishes, MetalKernel
@@ -79,6 +80,7 @@ class AttentionKeywords(TypedDict, total=False):
     layout: Layout
     implementation: Implementation | None
     kernel: KernelWishes
+    differentiation: Differentiation | None
 
 
 KEYWORDS = tuple(AttentionKeywords.__annotations__)
@@ -99,6 +101,7 @@ class CheckedArguments:
     scale: jax.Array | None
     batch: tuple[int, ...]
     kernel: KernelWishes
+    differentiation: Differentiation
 
     def unflatten(self, x: jax.Array) -> jax.Array:
         """A result with the caller's batch axes in place of one."""
@@ -133,6 +136,7 @@ def check_arguments(
     layout: Layout = "BTNH",
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
+    differentiation: Differentiation | None = None,
 ) -> CheckedArguments:
     """Check the arguments of the public function that `check` names.
 
@@ -193,7 +197,8 @@ def check_arguments(
         if isinstance(wish, CpuKernel | MetalKernel) and not concerned(problem, wish):
             found = f"{wish} for implementation {problem.implementation!r}"
             check.value_error("kernel", found, "one of a device that the call may run on")
-    return CheckedArguments(check, problem, operands, scale_array, batch, kernel)
+    mode = differentiation_of(check, differentiation)
+    return CheckedArguments(check, problem, operands, scale_array, batch, kernel, mode)
 
 
 def concerned(problem: AttentionProblem, wish: CpuKernel | MetalKernel) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack, cast, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +17,19 @@ from jax_gluon._arguments import (
     Implementation,
     check_arguments,
 )
+from jax_gluon._derivative_modes import Differentiation, naming_the_argument
+from jax_gluon._differentiation import any_order, reverse
 from jax_gluon._dimensions import assumed
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
-from jax_gluon._layouts import swapped
+from jax_gluon._layouts import swapped, swapped_operands
 from jax_gluon._meshes import on_meshes
 from jax_gluon._operand_arguments import shape_of
 from jax_gluon._plan.choice import KernelQuery, choose_kernel, kernels_of
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
-    AttentionOperands,
-    AttentionProblem,
     Layout,
     Operands,
-    Residuals,
     compute_dtype,
 )
 from jax_gluon._problem import log_sum_exp as natural_log_sum_exp
@@ -39,7 +37,6 @@ from jax_gluon._quantization.formats import (
     AttentionQuantization,
     Preset,
     QuantizedTensor,
-    QuantSpec,
 )
 
 
@@ -97,6 +94,7 @@ def dot_product_attention(
     layout: Layout = "BTNH",
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
+    differentiation: Differentiation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention `softmax(scale * query key^T + bias) value`, as `jax.nn.dot_product_attention`.
 
@@ -160,6 +158,10 @@ def dot_product_attention(
       JAX_GLUON_KERNEL, by the problem where a kernel is made for it, by the table of
       `jax-gluon tune`, else by the size of the problem. `explain` says which and why.
 
+    - `differentiation`: `"reverse"`, first derivatives, by `jax.custom_vjp`; or `"any"`, forward
+      mode and every order, by primitives. None takes that of `default_differentiation`, else
+      `"reverse"`.
+
     Under `jax.checkpoint` backward runs forward again, but for what a policy saves by name:
     `jax.checkpoint_policies.save_only_these_names(*jax_gluon.CHECKPOINT_NAMES)` saves all that
     backward takes from forward, which then runs once.
@@ -208,6 +210,7 @@ def dot_product_attention(
         layout=layout,
         implementation=implementation,
         kernel=kernel,
+        differentiation=differentiation,
     )
     out, log_sum_exp = run(arguments, False)
     if not return_residual:
@@ -383,16 +386,25 @@ def run(
         log_sum_exp = natural_log_sum_exp(jnp.zeros_like(empty), empty, operands.sinks, 1.0)
         out, log_sum_exp = swapped(arguments.problem, (out, log_sum_exp))
     else:
-        query, problem = operands.query, arguments.problem
+        problem = arguments.problem
+        is_any = arguments.differentiation == "any"
+        if is_any:  # its formulas know of one layout
+            operands = swapped_operands(problem, operands)
+            problem = replace(problem, layout="BTNH")
+        query = operands.query
         if problem.implementation != "xla" and _native.has_plugin():
             kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)
             problem = replace(problem, kernels=kernels)
-        out, log_sum_exp = on_meshes(
-            _attend,
-            (problem, differentiates_log_sum_exp),
-            query.data if isinstance(query, QuantizedTensor) else query,
-            operands,
-        )
+        attend = any_order.attend if is_any else reverse.attend
+        with naming_the_argument():
+            out, log_sum_exp = on_meshes(
+                attend,
+                (problem, differentiates_log_sum_exp),
+                query.data if isinstance(query, QuantizedTensor) else query,
+                operands,
+            )
+        if is_any:
+            out, log_sum_exp = swapped(arguments.problem, (out, log_sum_exp))
         out = out.astype(dtype)
     return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
@@ -402,58 +414,6 @@ def run(
 def _show_empty_rows(log_sum_exp: jax.Array) -> jax.Array:
     empty = log_sum_exp == jnp.asarray(EMPTY_ROW_LOG_SUM_EXP, log_sum_exp.dtype)
     return jnp.where(empty, jnp.full_like(log_sum_exp, -jnp.inf), log_sum_exp)
-
-
-# The log-sum-exp is an output of both forms, for the residual; only where the static flag is set
-# does its cotangent reach the backward call.
-
-
-def _attend_primal(
-    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
-) -> tuple[jax.Array, jax.Array]:
-    return _attend_forward(problem, differentiates_log_sum_exp, operands)[0]
-
-
-def _attend_forward(
-    problem: AttentionProblem, differentiates_log_sum_exp: bool, operands: Operands
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    del differentiates_log_sum_exp
-    log_sum_exp, residuals = _lowering.forward(problem, operands.query.dtype, operands)
-    return (residuals.out, log_sum_exp), residuals
-
-
-def _attend_backward(
-    problem: AttentionProblem,
-    differentiates_log_sum_exp: bool,
-    residuals: Residuals,
-    cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[Any]:
-    d_out, d_natural = cotangents
-    d_log_sum_exp = d_natural if differentiates_log_sum_exp else None
-    gradients = _lowering.backward(problem, residuals, d_out, d_log_sum_exp)
-
-    def of(
-        x: jax.Array | QuantizedTensor, spec: QuantSpec | None, gradient: jax.Array
-    ) -> jax.Array | None:
-        # None, which is zero, for operands that came as codes.
-        is_given = isinstance(x, QuantizedTensor) and spec is None
-        return None if is_given else gradient.astype(x.dtype)
-
-    d_query, d_key, d_value = map(of, residuals.operands[:3], problem.quantization, gradients)
-    d_bias = d_sinks = None
-    if residuals.operands.bias is not None:
-        d_bias = _lowering.backward_bias(problem, residuals, d_out, d_log_sum_exp)
-    if residuals.operands.sinks is not None:
-        d_sinks = _lowering.backward_sinks(problem, residuals, d_out, d_log_sum_exp)
-    return (cast(Any, AttentionOperands)(d_query, d_key, d_value, d_bias, sinks=d_sinks),)
-
-
-_with_gradient = cast(Any, jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1)))
-_with_gradient.defvjp(_attend_forward, _attend_backward)
-_attend = cast(
-    Callable[[AttentionProblem, bool, Operands], tuple[jax.Array, jax.Array]],
-    _with_gradient,
-)
 
 
 def _device_by_size(arguments: CheckedArguments) -> tuple[Device, str]:

@@ -27,10 +27,11 @@ from jax_gluon._problem import (
     Layout,
     Operands,
     Residuals,
+    Tangents,
     log_sum_exp,
     sinks_gradient,
 )
-from jax_gluon._quantization.codes import unrotated
+from jax_gluon._quantization.codes import rotated, unrotated
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._visible_tokens import mask_as_segments, visible_tokens
 
@@ -267,6 +268,48 @@ def backward_sinks(
     residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None
 ) -> jax.Array:
     return sinks_gradient(residuals, d_out, d_log_sum_exp, math.log(2.0))
+
+
+def tangent(
+    problem: AttentionProblem,
+    dtype: np.dtype[Any],
+    operands: Operands,
+    tangents: Tangents,
+) -> tuple[jax.Array, Residuals, jax.Array, jax.Array]:
+    """What forward returns, and the tangents of the output and of the natural log-sum-exp.
+
+    Codes are made already; tangents are those of what they stand for.
+    """
+    given = _unrotated(mask_as_segments(operands))
+
+    def of_rows(x: jax.Array | QuantizedTensor, tangent: jax.Array | None) -> jax.Array | None:
+        if tangent is None:
+            return None
+        if isinstance(x, QuantizedTensor) and x.spec.rotate:
+            tangent = rotated(tangent.astype(jnp.float32))
+        return tangent.astype(dtype)
+
+    leaves = dict(
+        query=of_rows(given.query, tangents.query),
+        key=of_rows(given.key, tangents.key),
+        value=of_rows(given.value, tangents.value),
+        bias=tangents.bias,
+        sinks=tangents.sinks,
+    )
+    rows = given.query.shape[:-1]
+    out = jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype)
+    row = jax.ShapeDtypeStruct(rows, jnp.float32)
+    out, row_maximum, log2_sum, tangent_out, tangent_log_sum_exp = _ffi_call(
+        "jax_gluon.attention_tangent", [out, row, row, out, row]
+    )(
+        *_arguments(given),
+        *(x for x in leaves.values() if x is not None),
+        **_attributes(problem, Kernels(), given),
+        **{f"has_{name}_tangent": np.int64(x is not None) for name, x in leaves.items()},
+    )
+    residuals = Residuals(operands, out, row_maximum, log2_sum)
+    natural = log_sum_exp(row_maximum, log2_sum, operands.sinks, math.log(2.0))
+    return natural, residuals, tangent_out, tangent_log_sum_exp
 
 
 def quantize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -17,9 +18,10 @@ import numpy as np
 from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
+from jax_gluon._derivative_modes import not_differentiated
 from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._operands import with_codes
-from jax_gluon._problem import AttentionProblem, Operands, Residuals
+from jax_gluon._problem import AttentionProblem, Operands, Residuals, Tangents
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._xla import implementation as xla
 from jax_gluon._xla import quantize as xla_quantize
@@ -80,10 +82,15 @@ def forward(
         problem.implementation,
         functools.partial(_ffi.forward, problem, dtype),
         functools.partial(xla.forward, problem, dtype),
-        swapped_operands(problem, operands),
+        swapped_operands(problem, not_differentiated(operands)),
     )
-    log_sum_exp = swapped(problem, log_sum_exp)
-    residuals = swapped_residuals(problem, residuals)
+    return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
+
+
+def with_names(
+    problem: AttentionProblem, log_sum_exp: jax.Array, residuals: Residuals
+) -> tuple[jax.Array, Residuals]:
+    """What forward returns, each under its name of `CHECKPOINT_NAMES`."""
     codes = [
         None if spec is None else _named(CODES_NAME, cast(QuantizedTensor, x))
         for x, spec in zip(residuals.operands[:3], problem.quantization, strict=True)
@@ -164,7 +171,33 @@ def _swapped_cotangents(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[Residuals, jax.Array, jax.Array | None]:
+    residuals, d_out, d_log_sum_exp = not_differentiated((residuals, d_out, d_log_sum_exp))
     return swapped_residuals(problem, residuals), *swapped(problem, (d_out, d_log_sum_exp))
+
+
+@jit(0)
+def tangent(
+    problem: AttentionProblem,
+    log_sum_exp: jax.Array,
+    residuals: Residuals,
+    tangents: Tangents,
+) -> tuple[jax.Array, Residuals, jax.Array, jax.Array]:
+    """What forward keeps, and tangents of the output and of the natural log-sum-exp.
+
+    `tangents` are those of query, key and value (of what codes stand for), bias and sinks; None:
+    zero. The plugin computes anew what forward kept, in the same pass.
+    """
+
+    def in_plugin(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
+        if problem.implementation == "metal":
+            tangent = xla.tangent(problem, residuals, tangents, math.log(2.0))
+            return log_sum_exp, residuals, *tangent
+        return _ffi.tangent(problem, residuals.out.dtype, residuals.operands, tangents)
+
+    def in_xla(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
+        return log_sum_exp, residuals, *xla.tangent(problem, residuals, tangents)
+
+    return _on_platform(problem.implementation, in_plugin, in_xla, log_sum_exp, residuals, tangents)
 
 
 def _on_platform(

@@ -56,7 +56,7 @@ class AttentionProblem:
 MIN_LOGIT = -2.35e38
 
 
-_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor, covariant=True)
+_Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor | None, covariant=True)
 
 
 class AttentionOperands(NamedTuple, Generic[_Rows]):
@@ -92,6 +92,8 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
 
 Operands = AttentionOperands[jax.Array | QuantizedTensor]
 FloatOperands = AttentionOperands[jax.Array]
+#: Tangents of query, key, value, bias and sinks; None is zero.
+Tangents = AttentionOperands[jax.Array | None]
 
 
 class Residuals(NamedTuple):

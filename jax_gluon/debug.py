@@ -17,10 +17,10 @@ def kernels(reset: bool = True) -> list[dict[str, Any]]:
 
     - `reset`: forget what is returned.
 
-    **Returns:** dicts of `pass` (`"forward"`, `"backward"` or `"backward_bias"`), `device`
-    (`"cpu"` or `"metal"`), `kernel` (the name that `explain` gives), `arithmetic` (what was
-    multiplied), `variant` (the CPU's instruction set, or the functions of shaders), and the sizes
-    `block_k`, `subtile` and `stages`, 0 where the kernel has none.
+    **Returns:** dicts of `pass` (`"forward"`, `"backward"`, `"backward_bias"` or `"tangent"`),
+    `device` (`"cpu"` or `"metal"`), `kernel` (the name that `explain` gives), `arithmetic` (what
+    was multiplied), `variant` (the CPU's instruction set, or the functions of shaders), and the
+    sizes `block_k`, `subtile` and `stages`, 0 where the kernel has none.
 
     >>> import jax, jax.numpy as jnp, jax_gluon
     >>> x = jnp.ones((1, 40, 2, 64))

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon._arguments import Implementation
 from jax_gluon._attention import dot_product_attention
+from jax_gluon._derivative_modes import Differentiation
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import KernelWishes
 from jax_gluon._kv_cache import QuantizedKVCache
@@ -39,6 +40,7 @@ def attention_fn(
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
     sinks: ArrayLike | Callable[[], ArrayLike] | None = None,
+    differentiation: Differentiation | None = None,
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.linen` and `flax.nnx` multi-head attention modules.
 
@@ -76,7 +78,7 @@ def attention_fn(
         window = tuple(cast(list[int], window))
     return _AttentionFn(
         is_causal, window, scale, logits_soft_cap, quantization, implementation, kernel,
-        _hashable(sinks),
+        _hashable(sinks), differentiation,
     )  # fmt: skip
 
 
@@ -92,6 +94,7 @@ class _AttentionFn:
     implementation: Implementation | None
     kernel: KernelWishes
     sinks: tuple[float, ...] | Callable[[], ArrayLike] | None
+    differentiation: Differentiation | None
 
     # Linen passes only the keywords that it finds in the signature, by name: each is spelled out.
     def __call__(
@@ -161,6 +164,7 @@ class _AttentionFn:
             implementation=self.implementation,
             kernel=self.kernel,
             sinks=_given(self.sinks),
+            differentiation=self.differentiation,
         )
 
     def _check_positions(self, T: int, S: int, is_causal: bool) -> None:

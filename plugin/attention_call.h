@@ -218,6 +218,15 @@ struct AttentionForwardCall : AttentionCall {
   Result row_maximum, log2_sum;  // [B, T, N], float32, sinks included: see kEmptyRowLog2Sum
 };
 
+// The forward pass and its derivative along tangents of the operands, of what codes stand for. A
+// tangent that is not there is zero.
+struct AttentionTangentCall : AttentionForwardCall {
+  Operand query_tangent, key_tangent, value_tangent;  // as query, key and value, but float
+  Operand bias_tangent, sinks_tangent;                // as bias and sinks
+  Result tangent_out;                                 // [B, T, N, V], float
+  Result tangent_log_sum_exp;  // [B, T, N], float32: of the natural-log value
+};
+
 struct AttentionBackwardCall : AttentionCall {
   Operand out;                    // [B, T, N, V], strides T, N, V
   Operand row_maximum, log2_sum;  // [B, T, N], strides T, N: as the forward call wrote them

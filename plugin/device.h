@@ -35,6 +35,7 @@ class Device {
                           KernelRun& run) = 0;
   virtual Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel,
                                KernelRun& run) = 0;
+  virtual Status tangent(const AttentionTangentCall& call, Parallel& parallel, KernelRun& run) = 0;
   virtual Status quantize(const QuantizeCall& call, Parallel& parallel) = 0;
 
   // The kernels for a call, of which everything but the data counts; by the rules that the passes

@@ -35,6 +35,7 @@ from jax_gluon._xla.tiles import (
     keys_first,
     swap_tokens_and_heads,
 )
+from jax_gluon._xla.visible import hide, sum_visible
 
 _State = TypeVar("_State")
 
@@ -67,13 +68,13 @@ def forward(
             weighted, maximum, total = state
             logits, visible, _ = tiles.scores(query, i, c, QUERIES_FIRST)
             raised = jnp.maximum(maximum, jnp.max(logits, axis=-1, keepdims=True))
-            p = _hide(jnp.exp(logits - raised), visible)
+            p = hide(jnp.exp(logits - raised), visible)
             decay = jnp.exp(maximum - raised)
             total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
             if (kept := tiles.kept(i, c)) is not None:
                 p = jnp.where(kept, p, 0.0) / (1.0 - problem.dropout_rate)
                 visible = kept if visible is None else visible & kept
-            products = _sum_visible(
+            products = sum_visible(
                 "bkgts,bksv->bkgtv", p, tiles.values(c), visible, value_is_finite
             )
             return weighted * decay + products, raised, total
@@ -131,13 +132,13 @@ def backward(
             tile = kept.chunk(c) if kept else _probabilities(tiles, rows, i, c, KEYS_FIRST)
             p, d_scores, visible = _backward_tile(rows, tile, KEYS_FIRST)
             p = _dropped(tiles, tile, p)
-            d_columns += _sum_visible(
+            d_columns += sum_visible(
                 "bksgt,bksh->bkhgt", d_scores, tiles.keys(c), visible, key_is_finite
             )
-            d_key_chunk = _sum_visible(
+            d_key_chunk = sum_visible(
                 "bksgt,bkgth->bksh", d_scores, rows.query, visible, query_is_finite
             )
-            d_value_chunk = _sum_visible(
+            d_value_chunk = sum_visible(
                 "bksgt,bkgtv->bksv", p, rows.d_out, visible, d_out_is_finite
             )
             start = tiles.chunks.start(c)
@@ -340,7 +341,7 @@ def _mean_d_probability(
     def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, _Kept]):
         weighted, total, kept = state
         tile = _probabilities(tiles, rows, i, c, KEYS_FIRST)
-        weighted += jnp.sum(_hide(tile.p * tile.d_p, tile.visible), axis=2, keepdims=True)
+        weighted += jnp.sum(hide(tile.p * tile.d_p, tile.visible), axis=2, keepdims=True)
         total += jnp.sum(tile.p, axis=2, keepdims=True)
         if kept is not None:
             kept = kept.with_chunk(c, tile)
@@ -361,7 +362,7 @@ def _probabilities(
     logits, visible, slope = tiles.scores(rows.query, i, c, order)
     # In this order: the logarithm of the sum would vanish in a large maximum.
     below_maximum = logits - arrange(rows.maximum, order)
-    p = _hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
+    p = hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
     d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
     kept = tiles.kept(i, c)
     if kept is not None:
@@ -384,45 +385,7 @@ def _backward_tile(
     d_scores = tile.p * (tile.d_p - arrange(rows.delta, order))
     if tile.slope is not None:
         d_scores *= tile.slope
-    return tile.p, _hide(d_scores, tile.visible), tile.visible
-
-
-def _hide(x: jax.Array, visible: jax.Array | None) -> jax.Array:
-    return x if visible is None else jnp.where(visible, x, 0.0)
-
-
-def _sum_visible(
-    subscripts: str,
-    weights: jax.Array,
-    rows: jax.Array,
-    visible: jax.Array | None,
-    rows_are_finite: jax.Array,
-) -> jax.Array:
-    """`einsum(subscripts, weights, rows)` over visible weights; hidden weights are 0."""
-
-    def multiply(weights: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, weights.astype(rows.dtype), rows)
-
-    if visible is None:
-        return multiply(weights, rows)
-    everywhere = jnp.broadcast_to(visible, weights.shape)
-
-    def ieee_sum() -> jax.Array:
-        """The IEEE sum of the visible terms: a hidden one is absent instead of `0 * x`."""
-        finite = multiply(weights, jnp.where(jnp.isfinite(rows), rows, 0.0))
-        # Terms are counted by products too: infinite ones with their signs and without, and all
-        # that are not finite. NaN and 0 times infinity are what the last has more.
-        infinity = jnp.where(jnp.isinf(rows), jnp.sign(rows), 0.0)
-        sign = jnp.sign(weights)
-        balance, infinite = multiply(sign, infinity), multiply(jnp.abs(sign), jnp.abs(infinity))
-        not_finite = multiply(
-            everywhere.astype(rows.dtype), (~jnp.isfinite(rows)).astype(rows.dtype)
-        )
-        is_nan = (not_finite > infinite) | (jnp.abs(balance) < infinite)
-        limit = jnp.where(is_nan, jnp.nan, jnp.sign(balance) * jnp.inf)
-        return jnp.where(not_finite > 0, limit, finite)
-
-    return cast(Any, jax.lax.cond)(rows_are_finite, lambda: multiply(weights, rows), ieee_sum)
+    return tile.p, hide(d_scores, tile.visible), tile.visible
 
 
 def _loop(

@@ -15,12 +15,13 @@ from jax_gluon._problem import (
     FloatOperands,
     Operands,
     Residuals,
+    Tangents,
     compute_dtype,
     log_sum_exp,
     sinks_gradient,
 )
 from jax_gluon._quantization.formats import QuantizedTensor
-from jax_gluon._xla import attention
+from jax_gluon._xla import attention, forward_mode
 from jax_gluon._xla.quantize import quantize
 
 _Result = TypeVar("_Result")
@@ -64,6 +65,26 @@ def backward_bias(
     d_log_sum_exp: jax.Array | None,
 ) -> jax.Array:
     return _apply_xla(attention.backward_bias, problem, residuals, d_out, d_log_sum_exp)
+
+
+def compute_operands(operands: Operands) -> FloatOperands:
+    """The operands as floats that sums are made of, codes dequantized."""
+    dtype = compute_dtype(operands.query.dtype)
+    floats = _float_operands(operands, dtype)
+    query, key, value = (x.astype(dtype) for x in floats[:3])
+    bias = None if floats.bias is None else floats.bias.astype(dtype)
+    return floats._replace(query=query, key=key, value=value, bias=bias)
+
+
+def tangent(
+    problem: AttentionProblem, residuals: Residuals, tangents: Tangents, unit: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Tangents of the output and of the natural log-sum-exp, whose parts are in that unit."""
+    operands = _float_operands(residuals.operands, residuals.out.dtype)
+    d_out, d_log_sum_exp = forward_mode.tangent(
+        problem, residuals._replace(operands=operands), tangents, unit
+    )
+    return d_out.astype(residuals.out.dtype), d_log_sum_exp
 
 
 def backward_sinks(

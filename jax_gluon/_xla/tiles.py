@@ -196,13 +196,14 @@ class Tiles:
 
     def keys(self, c: jax.Array) -> jax.Array:
         """Chunk c of the keys, `[B, K, s, H]`."""
-        return self._tokens(self.key, c)
+        return self.tokens(self.key, c)
 
     def values(self, c: jax.Array) -> jax.Array:
         """Chunk c of the values, `[B, K, s, V]`."""
-        return self._tokens(self.value, c)
+        return self.tokens(self.value, c)
 
-    def _tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        """Chunk c of `[B, K, S, X]`."""
         return _slice(x, self.chunks.start(c), self.chunks.size, 2).astype(self.dtype)
 
     def chunk_range(self, i: jax.Array) -> tuple[int | jax.Array, int | jax.Array]:
@@ -251,7 +252,7 @@ class Tiles:
         """The tile of query block i, `[B, K, G, t, H]`, and chunk c of the keys."""
         products = jnp.einsum(f"bkgth,bksh->{order}", query, self.keys(c))
         logits = self.problem.scale * products
-        bias = self._tile(self.bias, i, c)
+        bias = self.tile(self.bias, i, c)
         if bias is not None:
             bias = bias.astype(self.dtype)
             logits += arrange(bias, order)
@@ -269,7 +270,7 @@ class Tiles:
             logits = jnp.where(visible, logits, MIN_LOGIT)
         return Scores(logits, visible, slope)
 
-    def _tile(self, x: jax.Array | None, i: jax.Array, c: jax.Array) -> jax.Array | None:
+    def tile(self, x: jax.Array | None, i: jax.Array, c: jax.Array) -> jax.Array | None:
         """The tile of `[b, n, t, s]`, `[b, k, g, t, s]`, of extent 1 where `x` is."""
         if x is None:
             return None
@@ -327,7 +328,7 @@ class Tiles:
             conditions.append(row < self.query_seq_lengths.reshape(-1, 1, 1, 1, 1))
         if self.key_value_seq_lengths is not None:
             conditions.append(key < self.key_value_seq_lengths.reshape(-1, 1, 1, 1, 1))
-        if (mask := self._tile(self.mask, i, c)) is not None:
+        if (mask := self.tile(self.mask, i, c)) is not None:
             conditions.append(mask)
         if bias is not None and self.problem.soft_cap is None:
             conditions.append(~(bias < MIN_LOGIT))  # NaN is visible

@@ -79,6 +79,9 @@ class CpuDevice : public Device {
                        KernelRun& run) override {
     return run_pass(&Kernels::backward_bias, call, parallel, run);
   }
+  Status tangent(const AttentionTangentCall& call, Parallel& parallel, KernelRun& run) override {
+    return run_pass(&Kernels::tangent, call, parallel, run);
+  }
   Status quantize(const QuantizeCall& call, Parallel& parallel) override {
     const Kernels* kernels = selected();
     return kernels ? kernels->quantize(call, parallel) : unsupported();

@@ -11,6 +11,7 @@ struct Kernels {
   Status (*forward)(const AttentionForwardCall&, Parallel&, KernelRun&);
   Status (*backward)(const AttentionBackwardCall&, Parallel&, KernelRun&);
   Status (*backward_bias)(const AttentionBackwardBiasCall&, Parallel&, KernelRun&);
+  Status (*tangent)(const AttentionTangentCall&, Parallel&, KernelRun&);
   Status (*quantize)(const QuantizeCall&, Parallel&);
   KernelOffers (*forward_offers)(const AttentionForwardCall&);
   KernelOffers (*backward_offers)(const AttentionBackwardCall&);

@@ -10,6 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/quantize/quantize.h"
 #include "cpu/small/attention_small.h"
+#include "cpu/tangent/attention_tangent.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -119,13 +120,23 @@ struct Variant {
     return wrong;
   }
 
+  static Status tangent(const AttentionTangentCall& call, Parallel& parallel, KernelRun& run) {
+    KernelOffers offers;
+    offers.add({Kernel::kBaseline, name_of(Arithmetic::kF32), {}, {}, {}, {}});
+    Status wrong = check("the CPU", call.cpu_kernel, offers);
+    if (wrong) return wrong;
+    describe(call, offers, run);
+    AttentionTangent<Isa>(call, parallel).run();
+    return wrong;
+  }
+
   static Status quantize(const QuantizeCall& call, Parallel& parallel) {
     Quantize<Isa>(call, parallel).run();
     return {};
   }
 
   static Kernels kernels(const char* isa) {
-    return {isa,      forward,        backward,        backward_bias,
+    return {isa,      forward,        backward,        backward_bias,       tangent,
             quantize, forward_offers, backward_offers, backward_bias_offers};
   }
 };

@@ -10,6 +10,6 @@ namespace jax_gluon {
 AttentionForwardCall read_forward(BufferReader& reader);
 AttentionBackwardCall read_backward(BufferReader& reader);
 AttentionBackwardBiasCall read_backward_bias(BufferReader& reader);
-QuantizeCall read_quantize(BufferReader& reader);
+AttentionTangentCall read_tangent(BufferReader& reader);
 
 }  // namespace jax_gluon

@@ -7,6 +7,7 @@
 #include "device.h"
 #include "ffi/buffer_reader.h"
 #include "ffi/call_reader.h"
+#include "ffi/codes_reader.h"
 #include "ffi/xla_parallel.h"
 #include "metal/metal.h"
 #include "numerics.h"
@@ -152,6 +153,15 @@ ffi::Error attention_backward_bias(ffi::ThreadPool pool, ffi::RemainingArgs args
       });
 }
 
+ffi::Error attention_tangent(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                             ffi::RemainingRets results, ffi::Dictionary attributes) {
+  return handle("jax_gluon.attention_tangent", pool, args, results, attributes, read_tangent,
+                [](const AttentionTangentCall& call, Wanted wanted, Parallel& parallel) -> Status {
+                  if (call.B * call.T * call.N == 0) return {};
+                  return run_pass("tangent", &Device::tangent, wanted, call, parallel);
+                });
+}
+
 ffi::Error quantize(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
                     ffi::Dictionary attributes) {
   return handle("jax_gluon.quantize", pool, args, results, attributes, read_quantize,
@@ -173,5 +183,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionForward, jax_gluon::attention_for
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionBackward, jax_gluon::attention_backward,
                               JAX_GLUON_BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionBackwardBias, jax_gluon::attention_backward_bias,
+                              JAX_GLUON_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonAttentionTangent, jax_gluon::attention_tangent,
                               JAX_GLUON_BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxGluonQuantize, jax_gluon::quantize, JAX_GLUON_BINDING);

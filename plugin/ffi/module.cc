@@ -20,6 +20,7 @@ PYBIND11_MODULE(_plugin, module) {
         handlers["jax_gluon.attention_forward"] = capsule(JaxGluonAttentionForward);
         handlers["jax_gluon.attention_backward"] = capsule(JaxGluonAttentionBackward);
         handlers["jax_gluon.attention_backward_bias"] = capsule(JaxGluonAttentionBackwardBias);
+        handlers["jax_gluon.attention_tangent"] = capsule(JaxGluonAttentionTangent);
         handlers["jax_gluon.quantize"] = capsule(JaxGluonQuantize);
         return handlers;
       },

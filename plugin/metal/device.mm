@@ -136,6 +136,10 @@ class MetalDevice : public Device {
     });
   }
 
+  Status tangent(const AttentionTangentCall&, Parallel&, KernelRun&) override {
+    return "Metal has no kernel for tangents";
+  }
+
   Status quantize(const QuantizeCall& call, Parallel&) override {
     return run([&](Buffers& buffers, Commands& commands) {
       QuantizeEncoder(context_, buffers, call).dispatch(commands);

@@ -109,6 +109,37 @@ def test_a_logit_of_minus_infinity_and_the_least_bias_hide(use, variant, T, S, d
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("variant", plugin.cpu_isas_supported())
+@pytest.mark.parametrize("kernel", ["baseline", "gluon"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_blocks_that_a_mask_hides_are_as_if_they_were_not_there(use, variant, kernel, quantization):
+    """The same bits without their keys, whatever these hold: where steps of the softmax agree."""
+    implementation = use(variant)
+    arrays, _, d_out, _ = cases.operands(dict(T=150, S=704, N=2, K=1, H=16, V=16))
+    query, key, value = map(np.array, arrays)
+    shown = np.repeat([True, False, True], (128, 448, 128))
+    key[:, ~shown], value[:, ~shown] = np.nan, np.inf
+    mask = np.broadcast_to(shown, (150, 704)).copy()
+    mask[:64, 640:] = False
+
+    def run(key, value, mask):
+        def attention(*x):
+            return jax_gluon.dot_product_attention(
+                *x, mask=mask, implementation=implementation, kernel=kernel,
+                quantization=quantization,
+            )  # fmt: skip
+
+        out, pullback = jax.vjp(attention, *map(jnp.asarray, (query, key, value)))
+        return out, *pullback(d_out)
+
+    out, dq, dk, dv = run(key, value, mask)
+    expected = run(key[:, shown], value[:, shown], mask[:, shown])
+    for x, y in zip((out, dq, dk[:, shown], dv[:, shown]), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert not dk[:, ~shown].any()
+    assert not dv[:, ~shown].any()
+
+
 @pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
 @pytest.mark.parametrize(
     ("quantization", "T", "S"),

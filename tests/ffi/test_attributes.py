@@ -14,6 +14,7 @@ from tests.support.ffi_calls import (
     CALLS,
     FORWARD,
     QUANTIZE,
+    TANGENT,
     B,
     K,
     S,
@@ -23,7 +24,7 @@ from tests.support.ffi_calls import (
 )
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "backward_bias", "quantize"])
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_bias", "tangent", "quantize"])
 def test_every_attribute_must_be_there_and_of_its_type(name):
     attributes = CALLS[name]().attributes
     for i, (attribute, setting) in enumerate(attributes.items()):
@@ -63,7 +64,7 @@ ATTRIBUTES = {
 }
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "backward_bias"])
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_bias", "tangent"])
 def test_a_kernel_that_there_is_not(name):
     """Names are checked against what the CPU has for the call, and its sizes must be there."""
 
@@ -79,14 +80,14 @@ def test_a_kernel_that_there_is_not(name):
         refused = error("forward_int8", cpu_kernel="small")
     assert 'the call is for the kernel "' in refused
     assert 'the CPU has for it "' in refused
-    if name == "backward_bias":
+    if name in ("backward_bias", "tangent"):
         return
     assert 'has no block_k for the kernel "baseline"' in error(name, cpu_block_k=np.int64(0))
     gluon = error(name, cpu_kernel="gluon", cpu_block_k=np.int64(512))
     assert 'the call has no subtile for the kernel "gluon"' in gluon
 
 
-@pytest.mark.parametrize("name", ["forward_int4", "backward", "backward_bias"])
+@pytest.mark.parametrize("name", ["forward_int4", "backward", "backward_bias", "tangent"])
 @pytest.mark.parametrize("case", ATTRIBUTES)
 def test_attribute_out_of_range(name, case):
     attribute, setting, complaint = ATTRIBUTES[case]
@@ -183,7 +184,21 @@ def test_bias_gradient_without_bias():
     assert "attribute has_bias is 0, expected 1" in call.error()
 
 
-@pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS])
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "sinks"])
+def test_tangents_and_their_flags_must_agree(name):
+    call = attention(TANGENT)
+    call.attributes[f"has_{name}_tangent"] = np.int64(0)
+    call.error()
+    call = attention(TANGENT, full=False)
+    call.attributes |= {f"has_{name}_tangent": np.int64(1)}
+    if name in ("bias", "sinks"):
+        assert f"attribute has_{name} is 0, expected 1" in call.error()
+    else:
+        del call.operands[f"{name}_tangent"]
+        call.error()
+
+
+@pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS, TANGENT])
 def test_bits_and_operands_must_agree(target):
     call = attention(target, full=False)
     call.attributes["query_bits"] = np.int64(8)
@@ -196,7 +211,7 @@ def test_bits_and_operands_must_agree(target):
     call.error()
 
 
-@pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS, QUANTIZE])
+@pytest.mark.parametrize("target", [FORWARD, BACKWARD, BACKWARD_BIAS, TANGENT, QUANTIZE])
 def test_an_unknown_instruction_set_fails_every_call_and_kills_nothing(target):
     program = (
         "import sys, jax\n"

@@ -33,7 +33,9 @@ def test_every_extent_is_checked(name, part, of):
         assert any(str(n) in message for n in longer)
 
 
-BROADCAST = ("bias", "mask", "scale", "zero_point", "minimum", "sinks")
+BROADCAST = (
+    "bias", "mask", "scale", "zero_point", "minimum", "sinks", "bias_tangent", "sinks_tangent",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

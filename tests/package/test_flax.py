@@ -388,3 +388,19 @@ def test_a_state_of_another_format_is_refused():
             flax.serialization.from_state_dict(values[other], state)
     with pytest.raises(ValueError, match=r"jax_gluon\.flax: data .*\[2, 40, 2, 16\]; .*\[2, 8"):
         flax.serialization.from_state_dict(values["rows"][:, :8], state)
+
+
+def test_a_module_has_forward_mode(relative_error):
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 5, 16)), jnp.float32)
+
+    def derivative(**keywords):
+        module = linen.MultiHeadDotProductAttention(num_heads=2, **keywords)
+        weights = module.init(jax.random.key(0), x)
+        return jax.jvp(lambda x: module.apply(weights, x), (x,), (x,))
+
+    given = jax_gluon.flax.attention_fn(differentiation="any", implementation="xla")
+    actual, expected = derivative(attention_fn=given), derivative()
+    assert relative_error(actual[1], expected[1]) < 1e-5
+    by_default = jax_gluon.flax.attention_fn(implementation="xla")
+    with jax_gluon.default_differentiation("any"):
+        np.testing.assert_array_equal(derivative(attention_fn=by_default)[1], actual[1])

@@ -97,10 +97,11 @@ def test_vmap_batch_axes_and_float64(implementation, random_operands, relative_e
     q, k, v, _ = random_operands(6, 9, 11, N, K, 8, 8)
     head_major = tuple(map(_swap, (q, k, v)))
 
-    def attention(*arrays, layout="BNTH"):
+    def attention(*arrays, layout="BNTH", differentiation=None):
         return jax_gluon.dot_product_attention(
-            *arrays, is_causal=True, layout=layout, implementation=implementation
-        )
+            *arrays, is_causal=True, layout=layout, implementation=implementation,
+            differentiation=differentiation,
+        )  # fmt: skip
 
     expected = _swap(attention(q, k, v, layout="BTNH"))
     assert relative_error(attention(*head_major), expected) <= 1e-6
@@ -116,6 +117,8 @@ def test_vmap_batch_axes_and_float64(implementation, random_operands, relative_e
     assert relative_error(mapped, jnp.stack(each, 2)) <= 1e-6
     assert relative_error(attention(*(x[0] for x in head_major)), expected[0]) <= 1e-6
     assert attention(head_major[0], *(x[:, :, :0] for x in head_major[1:])).shape == expected.shape
+    any_order = attention(*head_major, differentiation="any")
+    assert relative_error(any_order, expected) <= 1e-6
     reference = jax_gluon.reference.dot_product_attention(
         *head_major, is_causal=True, layout="BNTH"
     )

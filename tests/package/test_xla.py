@@ -12,6 +12,7 @@ from jax_gluon import reference
 from jax_gluon._problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, AttentionProblem
 from jax_gluon._xla import attention as xla
 from jax_gluon._xla import tiles as xla_tiles
+from jax_gluon._xla import visible
 
 
 @pytest.fixture
@@ -336,7 +337,7 @@ def test_sum_over_visible_terms_is_the_ieee_sum():
     with np.errstate(invalid="ignore"):
         expected = np.where(seen, w * x, 0).sum(-1)
     # One batch entry for each pair: B = len(w), one row, two keys, one feature.
-    actual = xla._sum_visible(
+    actual = visible.sum_visible(
         "bkgts,bksv->bkgtv",
         jnp.asarray(w[:, None, None, None], jnp.float32),
         jnp.asarray(x[:, None, :, None], jnp.float32),

@@ -17,6 +17,13 @@ def _mask(B, N, T, S):
     return mask
 
 
+def _mask_in_blocks(B, N, T, S):
+    """Blocks that show all, none or some of their keys; of no size that a kernel has."""
+    kinds = _RNG.integers(0, 3, (B, N, -(-T // 45), -(-S // 75)))
+    kinds = kinds.repeat(45, -2)[:, :, :T].repeat(75, -1)[..., :S]
+    return (kinds == 1) | ((kinds == 2) & (_RNG.random((B, N, T, S)) < 0.7))
+
+
 def _bias(*shape):
     return _RNG.standard_normal(shape, np.float32)
 
@@ -42,6 +49,12 @@ RULES: dict[str, dict[str, Any]] = {
     "bias_keys": dict(T=100, S=270, bias=_bias(1, 4, 1, 270)),
     "bias_rows": dict(T=100, S=70, bias=_bias(2, 1, 100, 1)),
     "mask": dict(T=100, S=300, mask=_mask(2, 4, 100, 300)),
+    "mask_in_blocks": dict(T=211, S=1170, H=16, V=16, mask=_mask_in_blocks(2, 1, 211, 1170)),
+    "mask_in_blocks_of_heads": dict(
+        T=130, S=290, is_causal=True, query_offset=170, mask=_mask_in_blocks(1, 4, 130, 290),
+        query_segment_ids=np.arange(130) // 75, key_value_segment_ids=np.arange(290) // 160,
+        key_value_seq_lengths=np.array([290, 221], np.int32),
+    ),
     # Ranges alone, which fall back to the first key of each sequence; and ranks within ranges.
     "packed": dict(
         T=310, S=310, N=2, is_causal=True, query_segment_ids=np.arange(310) // 130,

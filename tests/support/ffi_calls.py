@@ -19,6 +19,7 @@ B, T, S, N, K, H, V = 2, 5, 7, 4, 2, 8, 6
 FORWARD = "jax_gluon.attention_forward"
 BACKWARD = "jax_gluon.attention_backward"
 BACKWARD_BIAS = "jax_gluon.attention_backward_bias"
+TANGENT = "jax_gluon.attention_tangent"
 QUANTIZE = "jax_gluon.quantize"
 
 
@@ -189,7 +190,15 @@ def attention(target, formats="float", *, full=True):
     results = {"out": result(B, T, N, V), "row_maximum": row, "log2_sum": row}
     for format_, (name, shape) in zip(FORMATS[formats], shapes.items(), strict=True):
         results |= format_.results(name, shape)
-    if target != FORWARD:
+    if target == TANGENT:
+        names = ("query", "key", "value", *(("bias", "sinks") if full else ()))
+        logits = {"bias": (B, N, T, S), "sinks": (B, N)}
+        operands |= {f"{name}_tangent": draw(*(shapes | logits)[name]) for name in names}
+        attributes |= {
+            f"has_{name}_tangent": np.int64(name in names) for name in (*shapes, *logits)
+        }
+        results |= {"tangent_out": result(B, T, N, V), "tangent_log_sum_exp": row}
+    elif target != FORWARD:
         operands |= {
             "out": draw(B, T, N, V),
             "row_maximum": draw(B, T, N),
@@ -247,6 +256,8 @@ CALLS = {
     "backward": lambda: attention(BACKWARD),
     "backward_int4": lambda: attention(BACKWARD, "int4"),
     "backward_bias": lambda: attention(BACKWARD_BIAS),
+    "tangent": lambda: attention(TANGENT),
+    "tangent_int4": lambda: attention(TANGENT, "int4"),
     "quantize": quantize,
     "quantize_int4": lambda: quantize(bits=4, symmetric=0, token_block=3, head_block=2),
     "quantize_tensor": lambda: quantize(token_block=0, per_tensor=1),

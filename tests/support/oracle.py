@@ -89,13 +89,27 @@ def _pair(of_query, of_key_value):
     )
 
 
-@np.errstate(invalid="ignore")
-def attention(
+class _Softmax(NamedTuple):
+    """All that is between logits and probabilities; heads stand before tokens, [B, N, T, S]."""
+
+    query: np.ndarray
+    key: np.ndarray  # of each query head, as value
+    value: np.ndarray
+    scale: float
+    visible: np.ndarray
+    slope: np.ndarray  # of the soft cap
+    p: np.ndarray
+    p_sink: np.ndarray  # [B, N, T, 1]
+    log_sum_exp: np.ndarray  # [B, N, T]
+    share: np.ndarray  # what dropout multiplies p by
+
+
+def _softmax(
     query,
     key,
     value,
-    bias=None,
-    mask=None,
+    bias,
+    mask,
     *,
     scale=None,
     is_causal=False,
@@ -112,13 +126,7 @@ def attention(
     sinks=None,
     kept=None,
     dropout_rate=0.0,
-    d_out=None,
-    d_log_sum_exp=None,
-) -> OracleResult | OracleResultOfSinks:
-    """Attention and its gradients; cotangents default to zeros. `kept`: of dropout, [B, N, T, S].
-
-    Operands that are not finite are for small shapes only: their sums take B N T S H numbers.
-    """
+):
     q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value))
     B, N, T, H = q.shape
     _, K, S, _ = k.shape
@@ -145,8 +153,25 @@ def attention(
     total = exponentials.sum(-1, keepdims=True) + np.exp(sink - maximum)
     empty = total == 0
     p = exponentials / np.where(empty, 1.0, total)
+    p_sink = np.exp(sink - maximum) / np.where(empty, 1.0, total)
     log_sum_exp = np.where(empty, -np.inf, maximum + np.log(np.where(empty, 1.0, total)))[..., 0]
     share = np.ones_like(p) if kept is None else np.asarray(kept) / (1 - dropout_rate)
+    return _Softmax(q, k, v, scale, visible, slope, p, p_sink, log_sum_exp, share)
+
+
+@np.errstate(invalid="ignore")
+def attention(
+    query, key, value, bias=None, mask=None, *, d_out=None, d_log_sum_exp=None, **keywords
+) -> OracleResult | OracleResultOfSinks:
+    """Attention and its gradients; cotangents default to zeros. `kept`: of dropout, [B, N, T, S].
+
+    Operands that are not finite are for small shapes only: their sums take B N T S H numbers.
+    """
+    q, k, v, scale, visible, slope, p, p_sink, log_sum_exp, share = _softmax(
+        query, key, value, bias, mask, **keywords
+    )
+    B, N, T, _ = q.shape
+    S, K = k.shape[2], np.shape(key)[2]
     out = _weighted_sum(p * share, v, visible)
 
     d_out = np.zeros_like(out) if d_out is None else np.asarray(d_out, np.float64).swapaxes(1, 2)
@@ -176,11 +201,49 @@ def attention(
         over_group(p * share, d_out),
         d_bias,
     )
-    if sinks is None:
+    if keywords.get("sinks") is None:
         return result
-    p_sink = np.exp(sink - maximum) / np.where(empty, 1.0, total)
     d_sinks = np.where(p_sink == 0, 0.0, -p_sink * delta).sum((0, 2, 3))
     return OracleResultOfSinks(*result, d_sinks)
+
+
+class TangentResult(NamedTuple):
+    out: np.ndarray
+    log_sum_exp: np.ndarray
+    tangent_out: np.ndarray
+    tangent_log_sum_exp: np.ndarray
+
+
+@np.errstate(invalid="ignore")
+def tangent(query, key, value, bias=None, mask=None, *, tangents, **keywords) -> TangentResult:
+    """Attention and its derivative along `tangents`, by the operands' names; others are zero."""
+    q, k, v, scale, visible, slope, p, p_sink, log_sum_exp, share = _softmax(
+        query, key, value, bias, mask, **keywords
+    )
+
+    def of(name, operand, like):
+        if name not in tangents:
+            return np.zeros_like(like)
+        x = np.asarray(tangents[name], np.float64).swapaxes(1, 2)
+        return np.repeat(x, like.shape[1] // operand.shape[2], axis=1)
+
+    dq, dk, dv = of("query", query, q), of("key", key, k), of("value", value, v)
+    dx = scale * (dq @ k.swapaxes(2, 3) + q @ dk.swapaxes(2, 3))
+    if "bias" in tangents:
+        dx = dx + np.asarray(tangents["bias"], np.float64)
+    dx = np.where(visible, dx * slope, 0.0)
+    mean = np.sum(p * dx, -1, keepdims=True)
+    if "sinks" in tangents:
+        d_sinks = np.asarray(tangents["sinks"], np.float64)[:, None, None]
+        mean += np.where(p_sink == 0, 0.0, p_sink * d_sinks)
+    tangent_out = _weighted_sum(p * share * (dx - mean), v, visible)
+    tangent_out += _weighted_sum(p * share, dv, visible)
+    return TangentResult(
+        _weighted_sum(p * share, v, visible).swapaxes(1, 2),
+        log_sum_exp.swapaxes(1, 2),
+        tangent_out.swapaxes(1, 2),
+        mean[..., 0].swapaxes(1, 2),
+    )
 
 
 def fake_quantize(x, *, center=False, lengths=None):

@@ -32,7 +32,8 @@ class AttentionBackward {
         parallel_(parallel),
         rows_(call),
         blocks_(call, rows_.output_is_exact()),
-        tiles_(call, rows_, blocks_),
+        mask_tiles_(call),
+        tiles_(call, rows_, blocks_, mask_tiles_),
         scratch_(parallel.threads()) {}
 
   static KernelOffer offer(const AttentionBackwardCall& call) { return Blocks::offer(call); }
@@ -41,6 +42,7 @@ class AttentionBackward {
   void run() {
     if (call_.B * call_.N == 0) return;
     rows_.find_centers(parallel_);
+    mask_tiles_.find(parallel_);
     const int64_t heads = call_.B * call_.K;
     if (blocks_.parts > 1) {
       d_key_parts_.allocate(heads * blocks_.parts * blocks_.part_keys * blocks_.head_columns);
@@ -196,6 +198,7 @@ class AttentionBackward {
   Parallel& parallel_;
   BackwardRows<Isa, AttentionBackwardCall> rows_;
   const Blocks blocks_;
+  MaskTiles mask_tiles_;
   const Tiles tiles_;
   Buffer<float> d_key_parts_, d_value_parts_;
   ScratchPool<Scratch> scratch_;

@@ -27,10 +27,12 @@ class AttentionBackwardBias {
         rows_(call),
         row_blocks_(call.t == 1 ? 1 : ceil_div(call.T, kRows)),
         tiles_(ceil_div(call.S, kKeys) + 1),
+        mask_tiles_(call),
         scratch_(parallel.threads()) {}
 
   void run() {
     rows_.find_centers(parallel_);
+    mask_tiles_.find(parallel_);
     const int64_t tasks = call_.L * call_.b * call_.n * row_blocks_;
     parallel_.run(tasks, [this](int64_t task) { differentiate(task); });
   }
@@ -91,7 +93,7 @@ class AttentionBackwardBias {
 
   void add_rows(int64_t b, int64_t n, Range rows, Scratch& s) const {
     const Visibility visibility(call_, b);
-    const Rules rules(call_, b, n);
+    const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
     const DropoutRow<Isa> dropout(call_, b, n);
     const Range keys = visibility.of_rows(rows);
     if (keys.empty()) return;
@@ -103,7 +105,7 @@ class AttentionBackwardBias {
     const auto each_tile = [&](const auto& body) {
       for (int64_t key0 = first; key0 < keys.end; key0 += kKeys) {
         const Range block{key0, std::min(key0 + kKeys, call_.S)};
-        if (rules.any_visible(rows, intersect(keys, block))) body(block, (key0 - first) / kKeys);
+        if (!rules.seen(rows, intersect(keys, block)).empty()) body(block, (key0 - first) / kKeys);
       }
     };
     each_tile([&](Range block, int64_t tile) {
@@ -225,6 +227,7 @@ class AttentionBackwardBias {
   Parallel& parallel_;
   Rows rows_;
   const int64_t row_blocks_, tiles_;
+  MaskTiles mask_tiles_;
   ScratchPool<Scratch> scratch_;
 };
 

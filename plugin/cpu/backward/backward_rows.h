@@ -126,7 +126,8 @@ void probability_row(const Rules& rules, const Statistics& statistics, const Til
       Isa::store(scores + j, Isa::add(Isa::load(scores + j), Isa::set1(statistics.center)));
     }
   }
-  if (rules.any() || !contains(row.visible, {row.key0 + begin, row.key0 + end})) {
+  const Range keys{row.key0 + begin, row.key0 + end};
+  if (rules.any({row.query, row.query + 1}, keys) || !contains(row.visible, keys)) {
     rules.apply(scores, row.query, row.key0, begin, end, row.visible, row.cap_slope);
   }
   const auto maximum = Isa::set1(statistics.maximum);

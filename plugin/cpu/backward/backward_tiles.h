@@ -27,8 +27,9 @@ class BackwardTiles {
   using Rules = LogitRules<Isa, kMaxTileKeys>;
 
  public:
-  BackwardTiles(const AttentionBackwardCall& call, const Rows& rows, const Blocks& blocks)
-      : call_(call), rows_(rows), blocks_(blocks) {}
+  BackwardTiles(const AttentionBackwardCall& call, const Rows& rows, const Blocks& blocks,
+                const MaskTiles& mask_tiles)
+      : call_(call), rows_(rows), blocks_(blocks), mask_tiles_(mask_tiles) {}
 
   struct Scratch {
     Buffer<float> query_tiles, query_panels;  // of a block of rows, scaled and plain
@@ -139,17 +140,19 @@ class BackwardTiles {
   void find_probabilities(const Block& block, const Part& part, int64_t t, int64_t kept,
                           Scratch& s) const {
     const int64_t packed = t * blocks_.tile_keys, key0 = part.first_key + packed;
-    const Rules rules(call_, part.b, block.n);
+    // Heads that share a block may see different keys.
+    const Rules rules =
+        block.heads == 1 ? rules_of(part.b, block.n) : Rules(call_, part.b, block.n);
     for (int64_t g = 0; g < block.count(); g += kGroupRows) {
       const Range queries = block.queries_of(g);
-      const Range seen =
-          intersect(part.visibility.of_rows(queries), {key0, key0 + blocks_.tile_keys});
+      const Range seen = rules.seen(
+          queries, intersect(part.visibility.of_rows(queries), {key0, key0 + blocks_.tile_keys}));
       Range& columns = columns_of(kept, g, s);
       columns = {};
-      if (seen.empty() || (block.heads == 1 && !rules.any_visible(queries, seen))) continue;
+      if (seen.empty()) continue;
       columns = {(seen.begin - key0) / C * C, round_up(seen.end - key0, C)};
       const Range padded{key0 + columns.begin, key0 + columns.end};
-      if (Blocks::kGluon && !rules.any() && !call_.dropout &&
+      if (Blocks::kGluon && !call_.dropout && !rules.any(queries, padded) &&
           sees_all(block, part.visibility, g, padded, s)) {
         multiply_subtiles(g, columns, packed, kept, s);
       } else {
@@ -190,9 +193,10 @@ class BackwardTiles {
       }
       if (!columns.empty()) accumulate_d_query(g, columns, packed, kept, s);
     }
-    const int64_t depth = used.end - used.begin;
     for (int64_t j = seen.begin; j < seen.end; j += R) {
-      const int64_t at = row_offset(kept, used.begin) + j;
+      used = groups_of({j, j + R}, kept, groups, s);
+      if (used.empty()) continue;
+      const int64_t at = row_offset(kept, used.begin) + j, depth = used.end - used.begin;
       float* dv = part.d_value + (packed + j) * blocks_.value_columns;
       float* dk = part.d_key + (packed + j) * blocks_.head_columns;
       for (int64_t c = 0; c < blocks_.value_columns; c += C) {
@@ -210,6 +214,8 @@ class BackwardTiles {
   }
 
  private:
+  Rules rules_of(int64_t b, int64_t n) const { return Rules(call_, b, n, mask_tiles_.plane(b, n)); }
+
   // Where row r of a tile starts.
   int64_t row_offset(int64_t tile, int64_t r) const {
     return (tile * blocks_.block_rows + r) * kMaxTileKeys;
@@ -218,8 +224,20 @@ class BackwardTiles {
     return s.columns[tile * (blocks_.block_rows / kGroupRows) + g / kGroupRows];
   }
 
+  // From the first to the last of `groups` rows whose group uses any of `columns` of a tile.
+  Range groups_of(Range columns, int64_t tile, int64_t groups, Scratch& s) const {
+    Range used{groups, 0};
+    for (int64_t g = 0; g < groups; g += kGroupRows) {
+      if (intersect(columns_of(tile, g, s), columns).empty()) continue;
+      used = {std::min(used.begin, g), g + kGroupRows};
+    }
+    return used;
+  }
+
   void load_keys(const Part& part, Range keys, Scratch& s) const {
     const int64_t H = call_.H, V = call_.V, packed = keys.begin - part.first_key;
+    touch_rows(call_.key, part.b, keys.begin, keys.end, part.k, H);
+    touch_rows(call_.value, part.b, keys.begin, keys.end, part.k, V);
     float* key = s.rows.get();
     float* value = key + C * H;
     for (int64_t j0 = 0; j0 < round_up(keys.end - keys.begin, C); j0 += C) {
@@ -306,7 +324,7 @@ class BackwardTiles {
         zero_row(row, columns);
         continue;
       }
-      const Rules rules(call_, part.b, block.head_of(r));
+      const Rules rules = rules_of(part.b, block.head_of(r));
       const DropoutRow<Isa> dropout(call_, part.b, block.head_of(r));
       const uint8_t* keep = nullptr;
       if (dropout.any()) {
@@ -353,6 +371,7 @@ class BackwardTiles {
   const AttentionBackwardCall& call_;
   const Rows& rows_;
   const Blocks& blocks_;
+  const MaskTiles& mask_tiles_;
 };
 
 }  // namespace

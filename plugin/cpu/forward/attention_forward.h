@@ -43,6 +43,7 @@ class AttentionForward {
                         call.B * call.K >= kMinHeads * parallel.threads()),
         key_values_(call),
         packed_(call, key_values_),
+        mask_tiles_(call),
         rows_(call, key_values_),
         softmax_(call),
         scratch_(parallel.threads()) {}
@@ -50,6 +51,7 @@ class AttentionForward {
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
     key_values_.prepare(parallel_);
+    mask_tiles_.find(parallel_);
     if (!packs_in_tasks_) packed_.pack_all(parallel_);
     parallel_.run(call_.B * call_.N * row_blocks_, [this](int64_t task) {
       // Last rows first: with causal masking they are the longest.
@@ -82,7 +84,7 @@ class AttentionForward {
   void attend(int64_t bn, int64_t row_block) {
     const int64_t b = bn / call_.N, n = bn % call_.N, k = n / (call_.N / call_.K);
     const Visibility visibility(call_, b);
-    const Rules rules(call_, b, n);
+    const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
     const DropoutRow<Isa> dropout(call_, b, n);
     const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
     auto lease = scratch_.acquire();
@@ -110,8 +112,10 @@ class AttentionForward {
             dropout,    {rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)},
             g,          state};
         const Range seen = intersect(visibility.of_rows(group.rows), {key0, key0 + block_keys_});
-        if (seen.empty() || !rules.any_visible(group.rows, seen)) continue;
-        attend_group(group, keys, keys.columns(seen), s);
+        for (Range run = rules.first_run(group.rows, seen, kStep); !run.empty();
+             run = rules.first_run(group.rows, {run.end, seen.end}, kStep)) {
+          attend_group(group, keys, keys.columns(run), s);
+        }
       }
     }
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
@@ -119,7 +123,7 @@ class AttentionForward {
     }
   }
 
-  // `seen`: the columns of the block that any row of the group sees.
+  // `seen`: adjacent columns of the block that any row of the group sees.
   void attend_group(const Group& group, const KeyBlock<Core>& keys, Range seen, Scratch& s) const {
     const Range columns{seen.begin / kStep * kStep, round_up(seen.end, kStep)};
     const Lane* query = s.query.get() + group.first * head_lanes_;
@@ -149,22 +153,25 @@ class AttentionForward {
   void find_probabilities(const Group& group, int64_t r, const KeyBlock<Core>& keys, Range columns,
                           typename Softmax::Scores& scores) const {
     const int64_t row = group.first + r;
-    const bool edit_all = group.rules.any() || key_values_.has_offsets();
-    // Columns that all of the row sees, and whose products need nothing else.
-    const Range products = edit_all ? Range{} : keys.columns(group.visible(r));
-    const bool edit = !contains(products, columns);
+    const Range seen = keys.columns(group.visible(r));
     // Where probabilities have 8 bits the last bit of a logit can decide, so it is made in the same
     // way whatever the block is: subtile by subtile.
     const int64_t step = kInt8 ? kSubtileKeys : columns.end - columns.begin;
-    for (int64_t j = columns.begin; edit && j < columns.end; j += step) {
-      if (contains(products, {j, j + step})) continue;
-      softmax_.edit(group, r, keys, {j, j + step}, scores.scores + r * kBlockKeys);
+    uint32_t edited = 0;
+    for (int64_t j = columns.begin; j < columns.end; j += step) {
+      const Range part{j, j + step};
+      if (contains(seen, part) && !key_values_.has_offsets() &&
+          !group.rules.any(group.rows, keys.keys(part))) {
+        continue;
+      }
+      softmax_.edit(group, r, keys, part, scores.scores + r * kBlockKeys);
+      edited |= 1u << (j / kSubtileKeys);
     }
     if constexpr (kInt8) {
       const auto run = key_values_.has_value_offsets() ? &Softmax::template run_int8<true>
                                                        : &Softmax::template run_int8<false>;
-      (softmax_.*run)(r, row, keys.scales(), columns, products, group.state, scores);
-    } else if (kBf16 && !edit) {
+      (softmax_.*run)(r, row, keys.scales(), columns, edited, group.state, scores);
+    } else if (kBf16 && edited == 0) {
       softmax_.template run<true>(r, row, columns, group.state, scores);
     } else {
       softmax_.template run<false>(r, row, columns, group.state, scores);
@@ -233,6 +240,7 @@ class AttentionForward {
   const bool packs_in_tasks_;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> packed_;
+  MaskTiles mask_tiles_;
   const ForwardRows<Core> rows_;
   const Softmax softmax_;
   ScratchPool<Scratch> scratch_;

@@ -51,6 +51,7 @@ class AttentionForwardGluon {
         subtile_keys_(ForwardBlocks<Core>::subtile_keys(call)),
         key_values_(call),
         shared_(call, key_values_),
+        mask_tiles_(call),
         rows_(call, key_values_),
         block_softmax_(call),
         scratch_(parallel.threads()) {
@@ -66,6 +67,7 @@ class AttentionForwardGluon {
   void run() {
     if (call_.B * call_.T * call_.N == 0) return;
     key_values_.prepare(parallel_);
+    mask_tiles_.find(parallel_);
     if (shares_) shared_.pack_all(parallel_);
     const int64_t tasks = ceil_div(head_blocks_, task_blocks_);
     parallel_.run(call_.B * call_.K * tasks, [this, tasks](int64_t task) {
@@ -154,29 +156,35 @@ class AttentionForwardGluon {
     RowBlock& block = s.blocks[u];
     const Range rows = block.rows, all = keys.keys({0, s.ring->block_keys()});
     if (intersect(visibility.of_rows(rows), all).empty()) return;
-    const Rules rules(call_, keys.b, block.n);
+    const Rules rules(call_, keys.b, block.n, mask_tiles_.plane(keys.b, block.n));
     const DropoutRow<Isa> dropout(call_, keys.b, block.n);
     for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
       const Range queries{rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)};
       const Group group{{visibility, rules, dropout, queries, g, block.state}, u * kBlockRows + g};
       const Range seen = intersect(visibility.of_rows(queries), all);
-      if (seen.empty() || !rules.any_visible(queries, seen)) continue;
-      const Range columns{(seen.begin - keys.first) / kStep * kStep,
-                          round_up(seen.end - keys.first, kStep)};
-      float* scores = s.scores.get();
-      float* next_scores = scores + kGroupRows * kKeys;
-      const Lane* query = s.query.get() + group.row * head_lanes_;
-      const auto subtile_at = [&](int64_t j) {
-        return Range{j, std::min(j + subtile_keys_, columns.end)};
-      };
-      multiply_keys(query, keys, subtile_at(columns.begin), scores);
-      for (int64_t j = columns.begin; j < columns.end;
-           j += subtile_keys_, std::swap(scores, next_scores)) {
-        const int64_t next = j + subtile_keys_;
-        if (next < columns.end) multiply_keys(query, keys, subtile_at(next), next_scores);
-        const Range subtile = subtile_at(j);
-        attend_subtile(group, keys.from(j), subtile.end - j, keys.keys(columns), scores, s);
+      for (Range run = rules.first_run(queries, seen, kStep); !run.empty();
+           run = rules.first_run(queries, {run.end, seen.end}, kStep)) {
+        attend_run(group, keys, keys.columns(run), s);
       }
+    }
+  }
+
+  // `seen`: adjacent columns of the block that any row of the group sees.
+  void attend_run(const Group& group, const KeyBlock<Core>& keys, Range seen, Scratch& s) const {
+    const Range columns{seen.begin / kStep * kStep, round_up(seen.end, kStep)};
+    float* scores = s.scores.get();
+    float* next_scores = scores + kGroupRows * kKeys;
+    const Lane* query = s.query.get() + group.row * head_lanes_;
+    const auto subtile_at = [&](int64_t j) {
+      return Range{j, std::min(j + subtile_keys_, columns.end)};
+    };
+    multiply_keys(query, keys, subtile_at(columns.begin), scores);
+    for (int64_t j = columns.begin; j < columns.end;
+         j += subtile_keys_, std::swap(scores, next_scores)) {
+      const int64_t next = j + subtile_keys_;
+      if (next < columns.end) multiply_keys(query, keys, subtile_at(next), next_scores);
+      const Range subtile = subtile_at(j);
+      attend_subtile(group, keys.from(j), subtile.end - j, keys.keys(columns), scores, s);
     }
   }
 
@@ -190,8 +198,8 @@ class AttentionForwardGluon {
     }
   }
 
-  // Softmax and values of a subtile, the first `columns` of `keys`; `seen` are the keys of the
-  // block that the group computes, `scores` the subtile's products.
+  // Softmax and values of a subtile, the first `columns` of `keys`; `seen` are the keys of the run
+  // that the group computes, `scores` the subtile's products.
   void attend_subtile(const Group& group, const KeyBlock<Core>& keys, int64_t columns, Range seen,
                       float* scores, Scratch& s) const {
     RowState& state = group.state;
@@ -202,7 +210,8 @@ class AttentionForwardGluon {
     const bool has_zeros =
         std::memchr(keys.has_zeros(), 1, static_cast<size_t>(columns)) != nullptr;
     const KeyScales scales = keys.scales();
-    const bool edit_all = group.rules.any() || key_values_.has_offsets();
+    const bool edit_all =
+        group.rules.any(group.rows, keys.keys({0, columns})) || key_values_.has_offsets();
     const bool inside = !edit_all && group.visibility.all_see(group.rows, seen);
     s.group[0].rescales = false;
     int64_t done = 0;
@@ -330,6 +339,7 @@ class AttentionForwardGluon {
   bool shares_ = false;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> shared_;  // all keys and values, where tasks share them
+  MaskTiles mask_tiles_;
   const ForwardRows<Core> rows_;
   const OnlineSoftmax<Core> block_softmax_;
   ScratchPool<Scratch> scratch_;

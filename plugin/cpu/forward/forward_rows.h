@@ -83,8 +83,10 @@ class ForwardRows {
     }
   }
 
-  // Writes row i of query head n, row r of its block: `out` takes what values share, divided.
-  void store(int64_t b, int64_t n, int64_t i, int64_t r, float* out, const RowState& state) const {
+  // Writes row i of query head n, row r of its block: `out` takes what values share, divided. The
+  // divisor of a row that sees no key is 0.
+  RowTotal store(int64_t b, int64_t n, int64_t i, int64_t r, float* out,
+                 const RowState& state) const {
     const float sum = state.sum[r];
     const bool empty = sum == 0.0f;
     const int64_t k = n / (call_.N / call_.K);
@@ -105,6 +107,7 @@ class ForwardRows {
     const int64_t index = call_.row_maximum.at(b, i, n);
     static_cast<float*>(call_.row_maximum.data)[index] = total.maximum;
     static_cast<float*>(call_.log2_sum.data)[index] = total.log2_sum;
+    return total;
   }
 
  private:

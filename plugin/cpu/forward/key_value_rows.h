@@ -19,13 +19,14 @@ class KeyValueRows {
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8;
 
  public:
-  // What is dropped has no part in a center of values, which is then no constant of a row.
-  explicit KeyValueRows(const AttentionForwardCall& call)
+  // What is dropped has no part in a center of values, which is then no constant of a row. With
+  // `keeps_centers` all rows come with theirs.
+  explicit KeyValueRows(const AttentionForwardCall& call, bool keeps_centers = false)
       : call_(call),
         has_offsets_(kInt8 && (has_offset(call.query) || has_offset(call.key))),
         has_value_offsets_(kInt8 && has_offset(call.value)),
-        keys_(call, call.key, call.H),
-        values_(call, call.value, call.V, static_cast<bool>(call.dropout)) {}
+        keys_(call, call.key, call.H, keeps_centers),
+        values_(call, call.value, call.V, keeps_centers || call.dropout) {}
 
   // INT8: finds centers and units.
   void prepare(Parallel& parallel) {

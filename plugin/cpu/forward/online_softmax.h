@@ -109,11 +109,11 @@ class OnlineSoftmax {
     state.sum[row] = state.sum[row] * rescale + Isa::reduce_add(Isa::add(l0, l1));
   }
 
-  // 8-bit probabilities: integer scores, or logits where a subtile is not in `products`, become
+  // 8-bit probabilities: integer scores, or logits in subtiles that have a bit in `edited`, become
   // logit + log2(value scale) in place; each subtile of keys is rounded against its own maximum of
   // them; the normaliser, and the sum of value offsets, take the unrounded probabilities.
   template <bool kValueOffsets>
-  void run_int8(int64_t r, int64_t row, const KeyScales& keys, Range columns, Range products,
+  void run_int8(int64_t r, int64_t row, const KeyScales& keys, Range columns, uint32_t edited,
                 RowState& state, Scores& out) const {
     const int64_t begin = columns.begin, end = columns.end;
     float* scores = out.scores + r * kBlockKeys;
@@ -129,7 +129,7 @@ class OnlineSoftmax {
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       if (call_.bias) move_origin(j0, j0 + kSubtileKeys, scores, row, state, now);
       origin[j0 / kSubtileKeys] = state.origin[row];
-      const bool are_logits = !contains(products, {j0, j0 + kSubtileKeys});
+      const bool are_logits = edited >> (j0 / kSubtileKeys) & 1;
       F m = Isa::set1(kEmptySubtileMaximum);
       for (int64_t j = j0; j < j0 + kSubtileKeys; j += W) {
         const F x = are_logits ? Isa::add(Isa::load(scores + j), Isa::load(fold + j))

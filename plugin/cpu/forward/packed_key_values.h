@@ -87,6 +87,8 @@ class PackedKeyValues {
     const Range seen = Visibility(call_, b).keys();
     const int64_t end = std::min(seen.end, keys.end);
     if (begin >= end || seen.empty() || keys.end <= seen.begin) return;
+    touch_rows(call_.key, b, begin, end, k, call_.H);
+    touch_rows(call_.value, b, begin, end, k, call_.V);
     pack_score_panels<Core>(begin, end, call_.H, s.rows.get(),
                             key_panels(to.slot, begin - to.first),
                             [&](int64_t j, Lane* out) { load_key(to, b, j, k, s, out); });

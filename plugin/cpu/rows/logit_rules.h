@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/rows/mask_tiles.h"
 #include "cpu/rows/rows.h"
 #include "cpu/rows/visibility.h"
 #include "numerics.h"
@@ -40,17 +41,46 @@ typename Isa::F tanh(typename Isa::F x) {
                          Isa::where_less(x, Isa::zero(), minus_far, far));
 }
 
+// The bias of one (batch, head), or a tangent of it: a number for each row and key.
+template <class Isa>
+class BiasRows {
+ public:
+  BiasRows(const Operand& bias, int64_t b, int64_t n) : bias_(bias) {
+    if (!bias) return;
+    data_ = static_cast<const char*>(bias.data) +
+            (bias.batch_offset[static_cast<size_t>(b)] + n * bias.stride[0]) *
+                static_cast<int64_t>(size_of(bias.dtype));
+  }
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  // Of the keys from `begin` to `end`: 0 outside of `inside`.
+  void read(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
+    std::fill(out, out + (end - begin), 0.0f);
+    const DType dtype = bias_.dtype;
+    const int64_t ss = bias_.stride[2], at = row * bias_.stride[1];
+    if (inside.empty()) return;
+    if (ss == 1) {
+      const char* p = data_ + (at + inside.begin) * static_cast<int64_t>(size_of(dtype));
+      load_row<Isa>(p, dtype, inside.end - inside.begin, out + (inside.begin - begin));
+    } else {
+      for (int64_t j = inside.begin; j < inside.end; ++j) {
+        out[j - begin] = float_at(data_, dtype, at + j * ss);
+      }
+    }
+  }
+
+ private:
+  const Operand& bias_;
+  const char* data_ = nullptr;
+};
+
 // Bias, soft cap and masks of one (batch, head), applied to rows of a tile of scores.
 template <class Isa, int kBlock>
 class LogitRules {
  public:
-  LogitRules(const AttentionCall& call, int64_t b, int64_t n)
-      : call_(call), cap_(call.soft_cap * kLog2E) {
-    if (call.bias) {
-      bias_ = static_cast<const char*>(call.bias.data) +
-              (call.bias.batch_offset[static_cast<size_t>(b)] + n * call.bias.stride[0]) *
-                  static_cast<int64_t>(size_of(call.bias.dtype));
-    }
+  LogitRules(const AttentionCall& call, int64_t b, int64_t n, MaskPlane tiles = {})
+      : call_(call), tiles_(tiles), bias_(call.bias, b, n), cap_(call.soft_cap * kLog2E) {
     if (call.mask) {
       mask_ = call.mask + call.mask_batch_offset[static_cast<size_t>(b)] + n * call.mask_stride[0];
     }
@@ -61,24 +91,20 @@ class LogitRules {
   }
 
   // Whether rows need more than masking outside their interval.
-  bool any() const { return bias_ || mask_ || ranked_ || cap_ != 0.0f; }
+  bool any() const { return mask_ || any_but_mask(); }
+  // Likewise, of their logits of `keys`.
+  bool any(Range rows, Range keys) const {
+    return any_but_mask() || (mask_ && !(tiles_ && tiles_.shows_all(rows, keys)));
+  }
 
-  // Whether the mask shows any of `keys` to any of `rows`.
-  bool any_visible(Range rows, Range keys) const {
-    if (!mask_) return true;
-    const int64_t ts = call_.mask_stride[1], ss = call_.mask_stride[2];
-    if (ts == 0) rows.end = rows.begin + 1;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const uint8_t* row = mask_ + i * ts;
-      if (ss == 0) {
-        if (row[0]) return true;
-        continue;
-      }
-      uint8_t any = 0;
-      for (int64_t j = keys.begin; j < keys.end; ++j) any |= row[j];
-      if (any) return true;
-    }
-    return false;
+  // The first of `keys` that the mask shows to any of the rows, and those after it up to the first
+  // that it shows to none: in whole steps.
+  Range first_run(Range rows, Range keys, int64_t step) const {
+    return tiles_ && !keys.empty() ? tiles_.first_run(rows, keys, step) : keys;
+  }
+  // From the first to the last of `keys` that the mask shows to any of the rows.
+  Range seen(Range rows, Range keys) const {
+    return tiles_ && !keys.empty() ? tiles_.seen(rows, keys) : keys;
   }
 
   // Turns scaled products s[begin..end), which stand for keys key0 + begin.., into logits: adds
@@ -91,7 +117,7 @@ class LogitRules {
     const Range inside = intersect({key0 + begin, key0 + end}, visible);
     if (bias_) {
       alignas(kAlignment) float bias[kBlock];
-      read_bias(row, inside, key0 + begin, key0 + end, bias);
+      bias_.read(row, inside, key0 + begin, key0 + end, bias);
       const F log2e = Isa::set1(kLog2E), hidden = Isa::set1(kHidden);
       const F lowest = Isa::set1(cap_ == 0.0f ? kMinBias : kHidden);
       for (int64_t j = begin; j < end; j += W) {
@@ -140,20 +166,7 @@ class LogitRules {
   }
 
  private:
-  void read_bias(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
-    std::fill(out, out + (end - begin), 0.0f);
-    const DType dtype = call_.bias.dtype;
-    const int64_t ss = call_.bias.stride[2], at = row * call_.bias.stride[1];
-    if (inside.empty()) return;
-    if (ss == 1) {
-      const char* p = bias_ + (at + inside.begin) * static_cast<int64_t>(size_of(dtype));
-      load_row<Isa>(p, dtype, inside.end - inside.begin, out + (inside.begin - begin));
-    } else {
-      for (int64_t j = inside.begin; j < inside.end; ++j) {
-        out[j - begin] = float_at(bias_, dtype, at + j * ss);
-      }
-    }
-  }
+  bool any_but_mask() const { return bias_ || ranked_ || cap_ != 0.0f; }
 
   void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
     std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
@@ -183,8 +196,9 @@ class LogitRules {
   }
 
   const AttentionCall& call_;
+  const MaskPlane tiles_;
   const VisibleKeys* ranked_ = nullptr;  // where ranges say too little
-  const char* bias_ = nullptr;
+  const BiasRows<Isa> bias_;
   const uint8_t* mask_ = nullptr;
   float cap_;
 };

@@ -1,0 +1,1 @@
+"""Derivatives of attention: reverse mode alone, or of every mode and order."""
