@@ -41,6 +41,8 @@ def features(tokens: int, heads: int) -> dict[str, tuple[Side, Side]]:
     at = np.arange(tokens, dtype=np.int32)
     blocks = np.random.default_rng(1).random((tokens // 128, tokens // 128)) < 0.1
     mask = jnp.asarray(np.kron(blocks, np.ones((128, 128), bool))[None, None])
+    shown = jnp.asarray(blocks)
+    block_mask = jax_gluon.block_mask(lambda b, h, i, j: shown[i // 128, j // 128], tokens, tokens)
     key = jax.random.key(0)
     causal = dict(is_causal=True)
     packed = dict(is_causal=True, query_segment_ids=at // 512, query_positions=at % 512)
@@ -51,6 +53,7 @@ def features(tokens: int, heads: int) -> dict[str, tuple[Side, Side]]:
             Side(dict(local_window_size=(256, 0))),
         ),
         "a tenth of mask blocks": (Side(dict(mask=mask)), Side({})),
+        "a tenth, a BlockMask": (Side(dict(mask=block_mask)), Side({})),
         "dropout": (Side(dict(dropout_rate=0.1, dropout_rng=key)), Side({})),
         "sinks": (Side(dict(sinks=jnp.zeros(heads))), Side({})),
     }

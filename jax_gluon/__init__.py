@@ -7,6 +7,7 @@ from jax_gluon._attention import (
     dot_product_attention,
     explain,
 )
+from jax_gluon._block_mask import BlockMask, block_mask
 from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._export import export_checks
@@ -21,6 +22,7 @@ from jax_gluon._version import __version__ as __version__
 __all__ = [
     "CHECKPOINT_NAMES",
     "AttentionQuantization",
+    "BlockMask",
     "CpuKernel",
     "MetalKernel",
     "Pin",
@@ -29,6 +31,7 @@ __all__ = [
     "QuantizedKVCache",
     "QuantizedTensor",
     "attention_with_log_sum_exp",
+    "block_mask",
     "debug",
     "default_differentiation",
     "dot_product_attention",

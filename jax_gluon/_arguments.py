@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_gluon import _native
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._derivative_modes import Differentiation, differentiation_of
 from jax_gluon._dimensions import is_static
 from jax_gluon._errors import Checker
@@ -114,7 +115,7 @@ def check_arguments(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None,
-    mask: ArrayLike | None,
+    mask: ArrayLike | BlockMask | None,
     *,
     scale: ArrayLike | None = None,
     is_causal: bool = False,

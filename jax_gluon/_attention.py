@@ -17,6 +17,7 @@ from jax_gluon._arguments import (
     Implementation,
     check_arguments,
 )
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._derivative_modes import Differentiation, naming_the_argument
 from jax_gluon._differentiation import any_order, reverse
 from jax_gluon._dimensions import assumed
@@ -46,7 +47,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: Literal[False] = False,
     **keywords: Unpack[AttentionKeywords],
@@ -59,7 +60,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: Literal[True],
     **keywords: Unpack[AttentionKeywords],
@@ -71,7 +72,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     scale: ArrayLike | None = None,
     is_causal: bool = False,
@@ -113,7 +114,8 @@ def dot_product_attention(
       `n // (N // K)`.
     - `bias`: float, broadcasts to `[B, N, T, S]`, in logit units; -inf, or float32's least number,
       hides a key, but not under a soft cap.
-    - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible.
+    - `mask`: bool or integers, broadcasts to `[B, N, T, S]`; True and nonzero are visible. Or a
+      `BlockMask`, as `block_mask` makes of a predicate.
     - `scale`: default `1 / sqrt(H)`; may be an array, a scalar or one for each query head, `[N]`,
       which then takes a gradient; 16-bit operands are then kept for backward in float32.
     - `is_causal`: key j is visible to query i where `j <= i`, whatever T and S are, or where key's
@@ -224,7 +226,7 @@ def attention_with_log_sum_exp(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     **keywords: Unpack[AttentionKeywords],
 ) -> tuple[jax.Array, jax.Array]:
     """Attention and its differentiable log-sum-exp, which merging partial results needs.
@@ -274,7 +276,7 @@ def explain(
     key: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
     value: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
     bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
-    mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    mask: ArrayLike | BlockMask | jax.ShapeDtypeStruct | None = None,
     *,
     return_residual: bool = False,
     **keywords: Any,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
@@ -61,6 +62,9 @@ def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[s
         "window_right": np.int64(right),
         "has_bias": np.int64(operands.bias is not None),
         "has_mask": np.int64(operands.mask is not None),
+        "mask_block": np.int64(
+            operands.mask.block_size if isinstance(operands.mask, BlockMask) else 0
+        ),
         "has_query_seq_lengths": np.int64(operands.query_seq_lengths is not None),
         "has_key_value_seq_lengths": np.int64(operands.key_value_seq_lengths is not None),
         "has_query_offset": np.int64(operands.query_offset is not None),
@@ -131,7 +135,8 @@ def _format_attributes(name: str, x: jax.Array | QuantizedTensor) -> dict[str, n
 
 
 def _arguments(operands: Operands) -> list[jax.Array]:
-    # The leaves of a QuantizedTensor are data, scale, zero point or minimum, center.
+    # The leaves of a QuantizedTensor are data, scale, zero point or minimum, center; those of a
+    # BlockMask index and tiles.
     return jax.tree.leaves(operands)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_gluon._block_mask import BlockMask, fitting
 from jax_gluon._errors import Checker
 
 _KERNEL_BIAS_DTYPES = ("float32", "bfloat16", "float16")
@@ -41,9 +42,11 @@ def bias_of(
 
 def mask_of(
     check: Checker, mask: Any, batch: tuple[int, ...], extents: tuple[int, ...]
-) -> jax.Array | None:
+) -> jax.Array | BlockMask | None:
     if mask is None:
         return None
+    if isinstance(mask, BlockMask):
+        return fitting(check, mask, (math.prod(batch), *extents))
     array = check.visibility("mask", mask)
     return _expand_to_logits(check, "mask", array, batch, extents)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -189,9 +188,6 @@ def tangent(
     """
 
     def in_plugin(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
-        if problem.implementation == "metal":
-            tangent = xla.tangent(problem, residuals, tangents, math.log(2.0))
-            return log_sum_exp, residuals, *tangent
         return _ffi.tangent(problem, residuals.out.dtype, residuals.operands, tangents)
 
     def in_xla(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:

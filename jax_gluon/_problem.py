@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._kernels import PassKernels
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 
@@ -66,20 +67,21 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
 
     query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
     or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each
-    extent 1 or the full one; the lengths are int32 `[B]`, clamped to `[0, T]` and `[0, S]` where
-    they are used; `key_value_mask` (bool `[B, S]`, True: visible) hides keys from all rows. Row i
-    stands at position `i + query_offset[b]` (int32 `[B]`; None: 0), in which causal and window are
-    meant; or rows and keys stand at `positions` (int32 `[B, T]` and `[B, S]`). A row sees keys of
-    its segment only, where there are `segment_ids` (likewise). `sinks` `[1, N]`, float32 (float64
-    for float64 operands), are logits that are in the denominator alone. `dropout_seeds` (int32
-    `[B, 4]`) are there where the problem's `dropout_rate` is not 0.
+    extent 1 or the full one; a mask of several rows may also be a `BlockMask`; the lengths are
+    int32 `[B]`, clamped to `[0, T]` and `[0, S]` where they are used; `key_value_mask` (bool
+    `[B, S]`, True: visible) hides keys from all rows. Row i stands at position
+    `i + query_offset[b]` (int32 `[B]`; None: 0), in which causal and window are meant; or rows and
+    keys stand at `positions` (int32 `[B, T]` and `[B, S]`). A row sees keys of its segment only,
+    where there are `segment_ids` (likewise). `sinks` `[1, N]`, float32 (float64 for float64
+    operands), are logits that are in the denominator alone. `dropout_seeds` (int32 `[B, 4]`) are
+    there where the problem's `dropout_rate` is not 0.
     """
 
     query: _Rows
     key: _Rows
     value: _Rows
     bias: jax.Array | None = None
-    mask: jax.Array | None = None
+    mask: jax.Array | BlockMask | None = None
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
     key_value_mask: jax.Array | None = None

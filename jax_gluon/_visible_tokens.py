@@ -54,7 +54,7 @@ def visible_tokens(
     if operands.key_value_mask is not None:
         conditions.append(operands.key_value_mask)
     by_head: list[jax.Array] = []
-    if operands.mask is not None and operands.mask.shape[2] == 1:
+    if isinstance(operands.mask, jax.Array) and operands.mask.shape[2] == 1:
         by_head.append(operands.mask)
     if operands.bias is not None and operands.bias.shape[2] == 1 and problem.soft_cap is None:
         wide = operands.bias.astype(jnp.promote_types(operands.bias.dtype, jnp.float32))

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon._arguments import Implementation
 from jax_gluon._attention import dot_product_attention
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._derivative_modes import Differentiation
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import KernelWishes
@@ -103,7 +104,7 @@ class _AttentionFn:
         key: jax.Array,
         value: jax.Array,
         bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        mask: jax.Array | BlockMask | None = None,
         broadcast_dropout: bool = True,
         dropout_rng: jax.Array | None = None,
         dropout_rate: float = 0.0,
@@ -141,7 +142,7 @@ class _AttentionFn:
             common = _common_dtype(query, key, value) if dtype is None else jnp.dtype(dtype)
             query, key, value = (jnp.asarray(x, common) for x in (query, key, value))
 
-        if mask is not None:
+        if mask is not None and not isinstance(mask, BlockMask):
             # Flax's make_*_mask functions give masks of any type: nonzero is visible.
             mask = jnp.asarray(mask, jnp.bool_)
         is_causal = is_causal or self.is_causal

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jax_gluon import _dropout as dropout
 from jax_gluon._arguments import KEYWORDS, AttentionKeywords, check_arguments
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._errors import Checker
 from jax_gluon._layouts import swapped, swapped_operands
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
@@ -38,7 +39,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: Literal[False] = False,
     **keywords: Unpack[AttentionKeywords],
@@ -51,7 +52,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: Literal[True],
     **keywords: Unpack[AttentionKeywords],
@@ -63,7 +64,7 @@ def dot_product_attention(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     return_residual: bool = False,
     **keywords: Unpack[AttentionKeywords],
@@ -92,7 +93,7 @@ def attention_with_log_sum_exp(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     **keywords: Unpack[AttentionKeywords],
 ) -> tuple[jax.Array, jax.Array]:
     """What `jax_gluon.attention_with_log_sum_exp` should return.
@@ -147,7 +148,7 @@ def _run(
     key: ArrayLike | QuantizedTensor,
     value: ArrayLike | QuantizedTensor,
     bias: ArrayLike | None,
-    mask: ArrayLike | None,
+    mask: ArrayLike | BlockMask | None,
     keywords: AttentionKeywords,
 ) -> tuple[jax.Array, jax.Array]:
     check.keywords(keywords, KEYWORDS)
@@ -241,8 +242,9 @@ def _visible(problem: AttentionProblem, operands: Operands) -> jax.Array:
     row = jnp.arange(T, dtype=jnp.int32)[None, None, :, None]
     key = jnp.arange(S, dtype=jnp.int32)[None, None, None, :]
     visible = _to_scores(operands, jnp.ones((1, 1, 1, 1), bool))
-    if operands.mask is not None:
-        visible &= operands.mask
+    mask = operands.mask
+    if mask is not None:
+        visible &= mask.to_dense() if isinstance(mask, BlockMask) else mask
     if operands.bias is not None and problem.soft_cap is None:
         bias = operands.bias.astype(np.promote_types(operands.bias.dtype, np.float32))
         visible &= ~(bias < MIN_LOGIT)  # NaN is visible

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "block_mask.h"
 #include "visible_keys.h"
 
 namespace jax_gluon {
@@ -139,6 +140,7 @@ struct AttentionCall {
   const uint8_t* mask = nullptr;           // optional, 1: visible, [B, N, T, S]
   std::vector<int64_t> mask_batch_offset;  // as Operand::batch_offset
   int64_t mask_stride[3] = {0, 0, 0};      // strides N, T, S
+  BlockMask block_mask;
   // Optional; entry b at seq_lengths[offset[b]]. Values outside [0, T] or [0, S] are clamped.
   const int32_t* query_seq_lengths = nullptr;
   std::vector<int64_t> query_seq_lengths_offset;
@@ -158,6 +160,8 @@ struct AttentionCall {
   Dropout dropout;
   // What all of these let rows see, where there are segments or positions: what kernels read.
   std::vector<std::shared_ptr<const VisibleKeys>> visible_keys;
+
+  bool has_mask() const { return mask || block_mask; }
 };
 
 // The center of a head and channel is the lower median of the finite values among this many of the

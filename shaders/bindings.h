@@ -31,6 +31,9 @@ enum BlockSize : int {
 // two codes biased by 8 in a byte, low nibble first; its strides count bytes.
 enum ElementType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kS8 = 3, kU4x2 = 4 };
 
+// In place of the ElementType of a tangent that is zero.
+#define JAX_GLUON_NO_TANGENT (-1)
+
 // element = code * scale + offset, where offset is 0, -zero_point * scale, or the minimum that the
 // smallest code stands for.
 enum OffsetKind : int { kNoOffset = 0, kZeroPoint = 1, kMinimum = 2 };
@@ -38,7 +41,8 @@ enum OffsetKind : int { kNoOffset = 0, kZeroPoint = 1, kMinimum = 2 };
 enum AttentionBuffer : int {
   kParameters = 0,    // AttentionParameters
   kBatchOffsets = 1,  // Int64 [kBatchTables][B]: where batch entry b of each operand starts. Then,
-                      // where there are sinks, these: float32 [B, N]; Metal has no slot after 30
+                      // where there are sinks, these: float32 [B, N]; then their tangents, where
+                      // there are any, likewise. Metal has no slot after 30
   kQuery = 2,         // [B, T, N, H]
   kKey = 3,           // [B, S, K, H]
   kValue = 4,         // [B, S, K, V]
@@ -69,6 +73,13 @@ enum AttentionBuffer : int {
   kPartialOut = 28,         // float32 [B, K, parts, rows, V]: scratch of decode, where parts are
                             // kSimdgroups for each split, and rows T * N / K
   kPartialStatistics = 29,  // PartialStatistics [B, K, parts, rows]
+  // Forward mode has no gradients, whose slots its tangents take.
+  kOutTangent = 21,        // [B, T, N, V]
+  kLogSumExpTangent = 22,  // float32 [B, T, N]: of the natural-log value
+  kQueryTangent = 24,      // [B, T, N, H]
+  kKeyTangent = 25,        // [B, S, K, H]
+  kValueTangent = 26,      // [B, S, K, V]
+  kBiasTangent = 27,       // float [B, N, T, S]
 };
 
 // Rows of the table at kBatchOffsets.
@@ -92,7 +103,11 @@ enum BatchTable : int {
   kLog2SumBatch = 16,
   kOutGradientBatch = 17,
   kLogSumExpGradientBatch = 18,
-  kBatchTables = 19,
+  kQueryTangentBatch = 19,
+  kKeyTangentBatch = 20,
+  kValueTangentBatch = 21,
+  kBiasTangentBatch = 22,
+  kBatchTables = 23,
 };
 
 // Function constants: all that a pipeline is specialised by, besides its name.
@@ -167,6 +182,10 @@ struct AttentionParameters {
   RowStrides query;
   RowStrides key;
   RowStrides value;
+  RowStrides query_tangent;
+  RowStrides key_tangent;
+  RowStrides value_tangent;
+  ScoreStrides bias_tangent;
   ScoreStrides bias;
   ScoreStrides mask;
   QuantizationParameters query_quantization;
@@ -202,6 +221,12 @@ struct AttentionParameters {
   int bias_keys;         // s: 1 or S
   int batch_per_map;     // B / L, where L is the product of the axes of vmap
   int finds_statistics;  // the bias kernel: it writes statistics of rows, and no gradient
+  int query_tangent_type;  // ElementType, or JAX_GLUON_NO_TANGENT
+  int key_tangent_type;
+  int value_tangent_type;
+  int bias_tangent_type;
+  int has_sinks_tangent;
+  int out_tangent_type;  // ElementType
   int splits;            // decode: parts of the keys
   int split_keys;        // keys in each
   FirstGroup first_group;

@@ -78,6 +78,8 @@ struct Operands {
     return sinks[Int64(b) * parameters->N + n];
   }
 
+  float sink_tangent(int b, int n) const thread { return sink(parameters->B + b, n); }
+
   // Of the three, the query alone comes with its center; and values, where what is dropped keeps
   // theirs from being the same for all rows.
   Rows query_rows(int b, int n) const thread {

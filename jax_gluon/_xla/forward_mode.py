@@ -39,20 +39,19 @@ class _Sums(NamedTuple):
 
 
 def tangent(
-    problem: AttentionProblem, residuals: Residuals, tangents: Tangents, unit: float
+    problem: AttentionProblem, residuals: Residuals, tangents: Tangents
 ) -> tuple[jax.Array, jax.Array]:
     """Tangents of the output `[B, T, N, V]` and of the natural log-sum-exp `[B, T, N]`.
 
-    `residuals` are of float operands; the parts of the log-sum-exp are in multiples of `unit`.
-    `tangents` are those of query, key, value, bias and sinks; None: zero. They are computed, and
-    returned, in float32, or float64 for float64 operands.
+    `residuals` are of float operands. `tangents` are those of query, key, value, bias and sinks;
+    None: zero. They are computed, and returned, in float32, or float64 for float64 operands.
     """
     operands = cast(FloatOperands, residuals.operands)
     tiles = Tiles(problem, operands)
     count = tiles.queries.count
 
     def block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _block(tiles, residuals, tangents, unit, i)
+        return _block(tiles, residuals, tangents, i)
 
     index = jnp.arange(count, dtype=jnp.int32)
     blocks = cast(Any, jax.lax.map)(_recomputed(block), index)
@@ -78,14 +77,14 @@ def _join(tiles: Tiles, blocks: jax.Array) -> jax.Array:
 
 
 def _block(
-    tiles: Tiles, residuals: Residuals, tangents: Tangents, unit: float, i: jax.Array
+    tiles: Tiles, residuals: Residuals, tangents: Tangents, i: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     operands = cast(FloatOperands, residuals.operands)
     query = tiles.rows(operands.query, i)
-    maximum = unit * tiles.rows(residuals.row_maximum[..., None], i)
+    maximum = tiles.rows(residuals.row_maximum[..., None], i)
     log_sum = tiles.rows(residuals.log_sum[..., None], i)
     is_empty = log_sum == EMPTY_ROW_LOG_SUM_EXP
-    log_sum = unit * jnp.where(is_empty, 0.0, log_sum)
+    log_sum = jnp.where(is_empty, 0.0, log_sum)
     is_rounded = residuals.out.dtype != tiles.dtype
     d_query = None if tangents.query is None else tiles.rows(tangents.query, i)
     d_key, d_value = (

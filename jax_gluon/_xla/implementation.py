@@ -77,12 +77,12 @@ def compute_operands(operands: Operands) -> FloatOperands:
 
 
 def tangent(
-    problem: AttentionProblem, residuals: Residuals, tangents: Tangents, unit: float = 1.0
+    problem: AttentionProblem, residuals: Residuals, tangents: Tangents
 ) -> tuple[jax.Array, jax.Array]:
-    """Tangents of the output and of the natural log-sum-exp, whose parts are in that unit."""
+    """Tangents of the output and of the natural log-sum-exp."""
     operands = _float_operands(residuals.operands, residuals.out.dtype)
     d_out, d_log_sum_exp = forward_mode.tangent(
-        problem, residuals._replace(operands=operands), _of_any_values(tangents), unit
+        problem, residuals._replace(operands=operands), _of_any_values(tangents)
     )
     return d_out.astype(residuals.out.dtype), d_log_sum_exp
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gluon import _dropout as dropout
+from jax_gluon._block_mask import BlockMask
 from jax_gluon._dimensions import ceil_div, is_static, max_extent, min_extent, number
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, FloatOperands
 from jax_gluon._quantization.codes import from_bits, to_bits
@@ -139,9 +140,10 @@ class Tiles:
         self._chunks_of_blocks = self._find_chunks_of_blocks()
 
     def _find_chunks_of_blocks(self) -> tuple[jax.Array, jax.Array] | None:
-        """The first chunk that segments and positions let each query block see, and past the last.
+        """The first chunk that each query block sees and past the last: None where all may be.
 
-        By the least and largest number of a block and a chunk, which may show more than there is.
+        By segments, positions and blocks of a mask; by the least and largest number of a block
+        and a chunk, which may show more than there is.
         """
 
         def ranges(x: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -167,6 +169,13 @@ class Tiles:
                 conditions.append(
                     (lowered(least, left) <= last) & (lowered(first, right) <= largest)
                 )
+        if isinstance(self.mask, BlockMask):
+            seen = jnp.any(self.mask.index > 0, axis=(0, 1))
+            for axis, blocks in enumerate((self.queries, self.chunks)):
+                index = jnp.arange(blocks.count, dtype=jnp.int32)
+                block = jax.vmap(blocks.positions)(index) // self.mask.block_size
+                seen = jnp.any(jnp.take(seen, block, axis), axis=axis + 1)
+            conditions.append(seen[None])
         if not conditions:
             return None
         seen = jnp.any(functools.reduce(jnp.logical_and, conditions), axis=0)
@@ -328,7 +337,11 @@ class Tiles:
             conditions.append(row < self.query_seq_lengths.reshape(-1, 1, 1, 1, 1))
         if self.key_value_seq_lengths is not None:
             conditions.append(key < self.key_value_seq_lengths.reshape(-1, 1, 1, 1, 1))
-        if (mask := self.tile(self.mask, i, c)) is not None:
+        if isinstance(self.mask, BlockMask):
+            part = self.mask.part(row.ravel(), key.ravel())
+            b, n, t, s = part.shape
+            conditions.append(part.reshape(b, *((1, 1) if n == 1 else self.groups), t, s))
+        elif (mask := self.tile(self.mask, i, c)) is not None:
             conditions.append(mask)
         if bias is not None and self.problem.soft_cap is None:
             conditions.append(~(bias < MIN_LOGIT))  # NaN is visible

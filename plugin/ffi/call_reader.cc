@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include "ffi/block_mask_reader.h"
 #include "ffi/codes_reader.h"
 #include "ffi/row_reader.h"
 #include "kernels.h"
@@ -17,6 +18,7 @@ namespace {
 const std::vector<ffi::DataType> kFloats = {ffi::DataType::F32, ffi::DataType::BF16,
                                             ffi::DataType::F16};
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 4;
+constexpr int64_t kMaxMaskBlock = int64_t{1} << 20;
 
 Kernel read_kernel(BufferReader& reader, const std::string& attribute) {
   const std::string name = reader.text(attribute);
@@ -56,6 +58,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   call.window_right = reader.integer("window_right", -1, kMax);
   const bool has_bias = reader.flag("has_bias");
   const bool has_mask = reader.flag("has_mask");
+  const int64_t mask_block = reader.integer("mask_block", 0, kMaxMaskBlock);
   const bool has_query_seq_lengths = reader.flag("has_query_seq_lengths");
   const bool has_query_offset = reader.flag("has_query_offset");
   const bool has_sinks = reader.flag("has_sinks");
@@ -116,7 +119,9 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   if (has_bias) call.bias = reader.float_operand("bias", logits, true, bias_shape);
   ffi::DataType dtype;
   std::vector<int64_t> strides;
-  if (has_mask) {
+  if (has_mask && mask_block != 0) {
+    read_block_mask(reader, mask_block, batch, call);
+  } else if (has_mask) {
     call.mask = static_cast<const uint8_t*>(reader.operand(
         "mask", logits, true, {ffi::DataType::PRED}, &dtype, &call.mask_batch_offset, &strides));
     std::copy(strides.begin(), strides.begin() + 3, call.mask_stride);

@@ -44,8 +44,14 @@ Status run_pass(const char* name, Status (Device::*pass)(const Call&, Parallel&,
                 Wanted wanted, const Call& call, Parallel& parallel) {
   KernelRun run;
   run.pass = name;
-  const Status status = run_on(wanted, products_of(call), std::max(call.H, call.V),
-                               [&](Device& device) { return (device.*pass)(call, parallel, run); });
+  const auto run_call = [&](Device& device) {
+    if (!call.block_mask || &device == &cpu_device()) return (device.*pass)(call, parallel, run);
+    Call expanded = call;
+    std::vector<uint8_t> mask;
+    expand_block_mask(expanded, mask);
+    return (device.*pass)(expanded, parallel, run);
+  };
+  const Status status = run_on(wanted, products_of(call), std::max(call.H, call.V), run_call);
   if (!status) keep(run);
   return status;
 }

@@ -32,6 +32,7 @@ class AttentionEncoder {
   // Before `bind_bias_gradient`: the run of the bias kernel that finds the statistics of the rows.
   void bind_bias_statistics();
   void bind_bias_gradient(const AttentionBackwardBiasCall& call);
+  void bind_tangents(const AttentionTangentCall& call);
   void bind_decode(int64_t splits);
 
   // Kernel `name` of shaders/`stem`.metal, whose grid makes as many multiply-accumulates as
@@ -46,7 +47,8 @@ class AttentionEncoder {
 
  private:
   void bind_entries();
-  void add_sinks();
+  // Numbers of heads behind the tables: sinks, then their tangents.
+  void add_heads(const Operand& x);
   void bind_row_statistics();
   void bind_operand(int slot, int table, const Operand& x, const std::vector<int64_t>& extents);
   void bind_rows(int slot, int table, const QuantizableOperand& x, int64_t tokens, int64_t heads,

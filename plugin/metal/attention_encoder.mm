@@ -127,7 +127,8 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.dropout_threshold = static_cast<int>(call.dropout.threshold);
   p.dropout_scale = call.dropout.scale;
   if (p.has_entries) bind_entries();
-  if (call.sinks) add_sinks();
+  p.has_sinks = static_cast<bool>(call.sinks);
+  if (call.sinks) add_heads(call.sinks);
 }
 
 void AttentionEncoder::bind_entries() {
@@ -174,17 +175,17 @@ void AttentionEncoder::bind_entries() {
   if (!lists.empty()) bindings_.copy(kVisibleKeys, lists.data(), lists.size() * sizeof(int32_t));
 }
 
-// Behind the tables.
-void AttentionEncoder::add_sinks() {
-  parameters_.has_sinks = 1;
-  const size_t first = tables_.size();
-  tables_.resize(first + static_cast<size_t>(ceil_div(call_.B * call_.N, 2)));
-  auto* to = reinterpret_cast<char*>(tables_.data() + first);
-  const Operand& sinks = call_.sinks;
+void AttentionEncoder::add_heads(const Operand& x) {
+  const size_t count = static_cast<size_t>(call_.B * call_.N) * sizeof(float);
+  const size_t tables = static_cast<size_t>(kBatchTables * call_.B);
+  // Sinks stand before them if anything does.
+  const size_t first = tables * sizeof(Int64) + (tables_.size() > tables ? count : 0);
+  tables_.resize(ceil_div(static_cast<int64_t>(first + count), int64_t{sizeof(Int64)}));
+  auto* to = reinterpret_cast<char*>(tables_.data()) + first;
   for (int64_t b = 0; b < call_.B; ++b) {
     for (int64_t n = 0; n < call_.N; ++n, to += sizeof(float)) {
-      const int64_t at = sinks.batch_offset[static_cast<size_t>(b)] + n * sinks.stride[0];
-      std::memcpy(to, static_cast<const float*>(sinks.data) + at, sizeof(float));
+      const int64_t at = x.batch_offset[static_cast<size_t>(b)] + n * x.stride[0];
+      std::memcpy(to, static_cast<const float*>(x.data) + at, sizeof(float));
     }
   }
 }
@@ -248,6 +249,38 @@ void AttentionEncoder::bind_results(const AttentionForwardCall& call) {
   bind_result(kOut, kOutBatch, call.out, call.T * call.N * call.V);
   bind_result(kRowMaximum, kRowMaximumBatch, call.row_maximum, call.T * call.N);
   bind_result(kLog2Sum, kLog2SumBatch, call.log2_sum, call.T * call.N);
+}
+
+void AttentionEncoder::bind_tangents(const AttentionTangentCall& call) {
+  AttentionParameters& p = parameters_;
+  const auto bind = [&](int slot, int table, const Operand& x,
+                        const std::vector<int64_t>& extents) {
+    if (!x) return JAX_GLUON_NO_TANGENT;
+    bind_operand(slot, table, x, extents);
+    return static_cast<int>(element_type(x.dtype));
+  };
+  const auto bind_rows = [&](int slot, int table, const Operand& x,
+                             const std::vector<int64_t>& extents, RowStrides* strides) {
+    *strides = {x.stride[0], x.stride[1]};
+    return bind(slot, table, x, extents);
+  };
+  p.query_tangent_type = bind_rows(kQueryTangent, kQueryTangentBatch, call.query_tangent,
+                                   {call.T, call.N, call.H}, &p.query_tangent);
+  p.key_tangent_type = bind_rows(kKeyTangent, kKeyTangentBatch, call.key_tangent,
+                                 {call.S, call.K, call.H}, &p.key_tangent);
+  p.value_tangent_type = bind_rows(kValueTangent, kValueTangentBatch, call.value_tangent,
+                                   {call.S, call.K, call.V}, &p.value_tangent);
+  const Operand& bias = call.bias_tangent;
+  p.bias_tangent_type = bind(kBiasTangent, kBiasTangentBatch, bias, {call.N, call.T, call.S});
+  p.bias_tangent = {bias.stride[0], bias.stride[1], bias.stride[2]};
+  p.has_sinks_tangent = static_cast<bool>(call.sinks_tangent);
+  if (call.sinks_tangent) add_heads(call.sinks_tangent);
+  p.out_tangent_type = element_type(call.tangent_out.dtype);
+  const int64_t rows = call.B * call.T * call.N;
+  bindings_.write(kOutTangent, call.tangent_out.data,
+                  static_cast<size_t>(rows * call.V) * size_of(call.tangent_out.dtype));
+  bindings_.write(kLogSumExpTangent, call.tangent_log_sum_exp.data,
+                  static_cast<size_t>(rows) * sizeof(float));
 }
 
 template <class Call>

@@ -66,11 +66,8 @@ class MetalDevice : public Device {
     add_pipelines(arithmetic(backward_matrices(call)), offers);
     return offers;
   }
-  KernelOffers offers(const AttentionBackwardBiasCall&) const override {
-    KernelOffers offers;
-    offers.add({Kernel::kBaseline, "float32", {}, {}, {}, {}});
-    return offers;
-  }
+  KernelOffers offers(const AttentionBackwardBiasCall&) const override { return one_kernel(); }
+  KernelOffers offers(const AttentionTangentCall&) const { return one_kernel(); }
 
   Status forward(const AttentionForwardCall& call, Parallel&, KernelRun& ran) override {
     return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
@@ -136,8 +133,16 @@ class MetalDevice : public Device {
     });
   }
 
-  Status tangent(const AttentionTangentCall&, Parallel&, KernelRun&) override {
-    return "Metal has no kernel for tangents";
+  Status tangent(const AttentionTangentCall& call, Parallel&, KernelRun& ran) override {
+    return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
+      AttentionEncoder encoder(context_, buffers, call);
+      encoder.bind_results(call);
+      encoder.bind_tangents(call);
+      const std::string stem = "attention_tangent";
+      encoder.dispatch(commands, stem, stem + "_" + encoder.suffix(DType::kF32),
+                       grid(ceil_div(call.T, kBlockRows), call.N, call.B), 3);
+      return DType::kF32;
+    });
   }
 
   Status quantize(const QuantizeCall& call, Parallel&) override {
@@ -158,6 +163,15 @@ class MetalDevice : public Device {
   }
   static bool has(const AttentionBackwardBiasCall&, Kernel kernel) {
     return kernel == Kernel::kBaseline;
+  }
+  static bool has(const AttentionTangentCall&, Kernel kernel) {
+    return kernel == Kernel::kBaseline;
+  }
+  // Of a pass that has no other.
+  static KernelOffers one_kernel() {
+    KernelOffers offers;
+    offers.add({Kernel::kBaseline, "float32", {}, {}, {}, {}});
+    return offers;
   }
 
   // Between a kernel's stem and its suffix.

@@ -1,6 +1,6 @@
 # JAX_GLUON_METAL_INTERFACE: what the plugin and the library of Metal host code both compile in,
 # where they are built apart. It changes with the headers whose structs and classes they share.
-set(interface_headers attention_call.h device.h kernels.h metal/metal.h visible_keys.h)
+set(interface_headers attention_call.h block_mask.h device.h kernels.h metal/metal.h visible_keys.h)
 list(TRANSFORM interface_headers PREPEND ${CMAKE_CURRENT_LIST_DIR}/../)
 set(JAX_GLUON_METAL_INTERFACE "")
 foreach(header IN LISTS interface_headers)

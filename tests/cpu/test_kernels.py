@@ -20,7 +20,7 @@ CASES = cases.RULES | cases.SHAPES
 # Of variants that share all but what these reach: the emulated one is slow.
 FEW = [
     "odd", "causal", "everything", "head_dim_1", "head_dim_257", "one_key", "bias_rows", "one",
-    "small_everything", "stacked_everything",
+    "mask_in_blocks_of_heads", "small_everything", "stacked_everything",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Forward mode in the plugin: every variant against float64, along random tangents."""
+"""Forward mode in the plugin: every variant, Metal's too, along random tangents."""
 
 import functools
 
@@ -22,7 +22,7 @@ plugin = pytest.importorskip("jax_gluon._plugin")
 pytestmark = pytest.mark.usefixtures("poison")
 
 RNG = np.random.default_rng(11)
-VARIANTS = plugin.cpu_isas_supported()
+VARIANTS = [*plugin.cpu_isas_supported(), "metal"]
 OPERANDS = ("query", "key", "value", "bias", "sinks")
 # Of the output and of its tangent, relative L2.
 BARS = {"float32": (2e-6, 5e-6), "bfloat16": (7e-3, 1e-2), "float16": (8e-4, 1.2e-3)}
@@ -84,10 +84,14 @@ def of_oracle(tangents):
     return {name: x[0] if name == "sinks" else x for name, x in tangents.items()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# On Metal each type of operands is a pipeline.
 @pytest.mark.parametrize(
-    ("dtype", "name"),
-    [*(("float32", name) for name in CASES), ("bfloat16", "everything"), ("float16", "odd")],
+    ("variant", "dtype", "name"),
+    [
+        *((variant, "float32", name) for variant in VARIANTS for name in CASES),
+        *((variant, "bfloat16", "everything") for variant in VARIANTS),
+        *((variant, "float16", "odd") for variant in VARIANTS if variant != "metal"),
+    ],
 )
 def test_tangents_match_float64(use, relative_error, variant, dtype, name):
     implementation = use(variant)
@@ -139,8 +143,13 @@ def test_tangents_of_dropout(use, relative_error, variant):
     assert_close(found, exact, BARS["float32"], relative_error)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("quantization", ["int8", "int4", ROTATED], ids=["int8", "int4", "rotated"])
+@pytest.mark.parametrize(
+    ("variant", "quantization"),
+    [
+        *((variant, "int4") for variant in VARIANTS),
+        *((v, x) for v in VARIANTS if v != "metal" for x in ("int8", ROTATED)),
+    ],
+)
 def test_tangents_at_what_codes_stand_for(use, relative_error, variant, quantization):
     implementation = use(variant)
     arrays, keywords, *_ = cases.operands(CAUSAL | dict(logits_soft_cap=3.0))

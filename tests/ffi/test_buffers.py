@@ -153,6 +153,44 @@ def test_bias_and_mask_must_broadcast(name, shape):
     assert f"operand {name} has shape {list(shape)}, expected {[B, N, T, S]}" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "complaint"),
+    [
+        (
+            "mask_index",
+            np.zeros((B, N, 2, 1), np.int32),
+            "expected [2, 4, 1, 1] or 1 on any",
+        ),
+        ("mask_index", np.zeros((B, 2, 1, 1), np.int32), "expected [2, 4, 1, 1] or 1 on any axis"),
+        (
+            "mask_index",
+            np.zeros((B, N, 1, 1), np.int8),
+            "mask_index is int8, expected int32",
+        ),
+        ("mask_index", np.full((B, 1, 1, 1), 5, np.int32), "mask_index has 5, expected 0 to 4"),
+        ("mask_index", np.full((1, 1, 1, 1), -1, np.int32), "mask_index has -1, expected 0 to 4"),
+        ("mask_tiles", np.zeros((1, 3, 16, 1), np.uint8), "expected tiles of [16, 2]"),
+        ("mask_tiles", np.zeros((1, 3, 32, 2), np.uint8), "expected [2, 3, 16, 2]"),
+        ("mask_tiles", np.zeros((1, 3, 16, 2), np.int32), "mask_tiles is int32, expected"),
+        ("mask_block", 24, "attribute mask_block is 24, expected a multiple of 16"),
+        ("mask_block", -16, "attribute mask_block is -16, expected 0 to"),
+    ],
+)
+def test_block_masks_must_fit(name, changed, complaint):
+    call = attention(FORWARD, full=False)
+    call.attributes |= {"has_mask": np.int64(1), "mask_block": np.int64(16)}
+    call.operands |= {
+        "mask_index": np.full((B, N, 1, 1), 4, np.int32),
+        "mask_tiles": np.zeros((1, 3, 16, 2), np.uint8),
+    }
+    call.run()
+    if name == "mask_block":
+        call.attributes[name] = np.int64(changed)
+    else:
+        call.operands[name] = changed
+    assert complaint in call.error()
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.int64])
 def test_64_bit_operands(configure, dtype):
     with configure(jax_enable_x64=True):

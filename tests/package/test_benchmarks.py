@@ -78,7 +78,7 @@ def test_what_features_cost_is_a_table(capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if "| float32" in line]
     rows = [row for row in rows if len(row) == 6]
-    assert len(rows) == 2 * len(features.features(512, 2)) == 10
+    assert len(rows) == 2 * len(features.features(512, 2)) == 12
     assert all(float(row[3]) > 0 < float(row[4]) for row in rows)
 
 

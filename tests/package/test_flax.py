@@ -62,6 +62,15 @@ def test_linen_forward_and_gradients(implementation, relative_error, mask):
     assert_close(*results, relative_error, 1e-5)
 
 
+def test_linen_takes_a_block_mask(relative_error):
+    mask = jax_gluon.block_mask(lambda b, h, i, j: j <= i, T, T)
+    module = linen.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn("cpu"))
+    parameters = module.init(jax.random.key(0), X)
+    found = module.apply(parameters, X, mask=mask)
+    expected = module.apply(parameters, X, mask=MASKS["causal"])
+    assert relative_error(found, expected) <= 1e-6
+
+
 def test_linen_cross_attention(implementation, relative_error):
     make = lambda **keywords: linen.MultiHeadAttention(HEADS, **keywords)  # noqa: E731
     ours, default = make(attention_fn=attention_fn(implementation)), make()

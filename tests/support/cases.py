@@ -49,7 +49,9 @@ RULES: dict[str, dict[str, Any]] = {
     "bias_keys": dict(T=100, S=270, bias=_bias(1, 4, 1, 270)),
     "bias_rows": dict(T=100, S=70, bias=_bias(2, 1, 100, 1)),
     "mask": dict(T=100, S=300, mask=_mask(2, 4, 100, 300)),
-    "mask_in_blocks": dict(T=211, S=1170, H=16, V=16, mask=_mask_in_blocks(2, 1, 211, 1170)),
+    "mask_in_blocks": dict(
+        B=1, T=171, S=1170, N=2, K=1, H=16, V=16, mask=_mask_in_blocks(1, 1, 171, 1170)
+    ),
     "mask_in_blocks_of_heads": dict(
         T=130, S=290, is_causal=True, query_offset=170, mask=_mask_in_blocks(1, 4, 130, 290),
         query_segment_ids=np.arange(130) // 75, key_value_segment_ids=np.arange(290) // 160,

@@ -177,6 +177,7 @@ def attention(target, formats="float", *, full=True):
         "window_right": np.int64(-1),
         "has_bias": np.int64(full),
         "has_mask": np.int64(full),
+        "mask_block": np.int64(0),
         "has_query_seq_lengths": np.int64(full),
         "has_key_value_seq_lengths": np.int64(full),
         "has_query_offset": np.int64(full),

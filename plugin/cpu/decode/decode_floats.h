@@ -312,7 +312,7 @@ class DecodeFloats {
         gather_rows<Value>(call_.value, b, k, keys, call_.V, scaling == Scaling::kLoose, s);
     // Floats of a hidden key may be NaN, which a weight of 0 does not take away.
     const bool are_floats = scaling == Scaling::kNone || scaling == Scaling::kLoose;
-    const bool guards = are_floats && (!finite || call_.mask || call_.bias ||
+    const bool guards = are_floats && (!finite || call_.has_mask() || call_.bias ||
                                        !visibility.all_see({0, call_.T}, visibility.keys()));
     const int64_t head_rows = queries_.head_rows, width = queries_.value_width;
     Value::add_rows(rows,

@@ -81,6 +81,8 @@ class LogitRules {
  public:
   LogitRules(const AttentionCall& call, int64_t b, int64_t n, MaskPlane tiles = {})
       : call_(call), tiles_(tiles), bias_(call.bias, b, n), cap_(call.soft_cap * kLog2E) {
+    has_mask_ = call.has_mask();
+    if (call.block_mask) mask_blocks_ = call.block_mask.of(b, n);
     if (call.mask) {
       mask_ = call.mask + call.mask_batch_offset[static_cast<size_t>(b)] + n * call.mask_stride[0];
     }
@@ -91,10 +93,10 @@ class LogitRules {
   }
 
   // Whether rows need more than masking outside their interval.
-  bool any() const { return mask_ || any_but_mask(); }
+  bool any() const { return has_mask_ || any_but_mask(); }
   // Likewise, of their logits of `keys`.
   bool any(Range rows, Range keys) const {
-    return any_but_mask() || (mask_ && !(tiles_ && tiles_.shows_all(rows, keys)));
+    return any_but_mask() || (has_mask_ && !(tiles_ && tiles_.shows_all(rows, keys)));
   }
 
   // The first of `keys` that the mask shows to any of the rows, and those after it up to the first
@@ -137,7 +139,7 @@ class LogitRules {
         }
       }
     }
-    if (mask_ || ranked_) {
+    if (has_mask_ || ranked_) {
       alignas(kAlignment) uint8_t seen[kBlock];
       read_mask(row, inside, key0 + begin, key0 + end, seen);
       if (ranked_) hide_other_ranks(row, inside, seen + (inside.begin - key0 - begin));
@@ -171,8 +173,12 @@ class LogitRules {
   void read_mask(int64_t row, Range inside, int64_t begin, int64_t end, uint8_t* out) const {
     std::memset(out, 0, static_cast<size_t>(std::max<int64_t>(end - begin, 0)));
     if (inside.empty()) return;
-    if (!mask_) {
+    if (!has_mask_) {
       std::memset(out + (inside.begin - begin), 1, static_cast<size_t>(inside.end - inside.begin));
+      return;
+    }
+    if (!mask_) {
+      mask_blocks_.read(row, inside.begin, inside.end, out + (inside.begin - begin));
       return;
     }
     const uint8_t* p = mask_ + row * call_.mask_stride[1];
@@ -199,7 +205,10 @@ class LogitRules {
   const MaskPlane tiles_;
   const VisibleKeys* ranked_ = nullptr;  // where ranges say too little
   const BiasRows<Isa> bias_;
+  // Bytes, else blocks.
+  bool has_mask_ = false;
   const uint8_t* mask_ = nullptr;
+  MaskBlocks mask_blocks_ = {};
   float cap_;
 };
 

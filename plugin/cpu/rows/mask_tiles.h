@@ -94,71 +94,91 @@ class MaskTiles {
  public:
   explicit MaskTiles(const AttentionCall& call)
       : call_(call),
-        rows_(call.mask_stride[1] == 0 ? 1 : call.T),
-        plane_bytes_(std::max<int64_t>(rows_ * (call.mask_stride[2] == 0 ? 1 : call.S), 1)),
-        bands_(ceil_div(rows_, kRows)),
+        has_one_row_(call.mask && call.mask_stride[1] == 0),
+        bands_(has_one_row_ ? 1 : ceil_div(call.T, kRows)),
         // One more, which is read with the last.
         band_words_(ceil_div(call.S, kKeys * kWordTiles) + 1) {}
 
   void find(Parallel& parallel) {
-    if (!call_.mask) return;
+    if (!call_.has_mask()) return;
+    const int64_t heads = call_.B * call_.N;
     int64_t planes = 0;
-    for (int64_t b = 0; b < call_.B; ++b) {
-      planes = std::max(planes, plane_index(b, call_.N - 1) + 1);
-    }
+    for (int64_t bn = 0; bn < heads; ++bn) planes = std::max(planes, index_of(bn) + 1);
+    // A head that has each plane.
+    Buffer<int64_t> owners(planes);
+    for (int64_t bn = 0; bn < heads; ++bn) owners[index_of(bn)] = bn;
     visible_.allocate(planes * bands_ * band_words_);
     hidden_.allocate(planes * bands_ * band_words_);
     const int64_t tasks = ceil_div(bands_, kTaskBands);
-    parallel.run(planes * tasks, [this, tasks](int64_t task) {
+    parallel.run(planes * tasks, [&](int64_t task) {
+      const int64_t plane = task / tasks, bn = owners[plane];
       const int64_t first = task % tasks * kTaskBands;
       for (int64_t band = first; band < std::min(first + kTaskBands, bands_); ++band) {
-        find_band(task / tasks, band);
+        find_band(bn / call_.N, bn % call_.N, band, (plane * bands_ + band) * band_words_);
       }
     });
   }
 
   // False where there is no mask.
   MaskPlane plane(int64_t b, int64_t n) const {
-    if (!call_.mask) return {};
+    if (!call_.has_mask()) return {};
     const int64_t at = plane_index(b, n) * bands_ * band_words_;
-    return {visible_.get() + at, hidden_.get() + at, call_.mask_stride[1] == 0 ? 0 : band_words_};
+    return {visible_.get() + at, hidden_.get() + at, has_one_row_ ? 0 : band_words_};
   }
 
  private:
+  int64_t index_of(int64_t bn) const { return plane_index(bn / call_.N, bn % call_.N); }
+
+  // Masks are dense: their planes are numbered by where they start.
   int64_t plane_index(int64_t b, int64_t n) const {
-    return (call_.mask_batch_offset[static_cast<size_t>(b)] + n * call_.mask_stride[0]) /
-           plane_bytes_;
-  }
-
-  void find_band(int64_t plane, int64_t band) const {
-    const int64_t at = (plane * bands_ + band) * band_words_;
-    const int64_t count = std::min(kRows, rows_ - band * kRows);
-    const uint8_t* rows = call_.mask + plane * plane_bytes_ + band * kRows * call_.mask_stride[1];
-    for (int64_t w = 0; w < band_words_; ++w) {
-      Bytes tiles[kWordTiles];
-      const Range keys{w * kWordTiles * kKeys, std::min((w + 1) * kWordTiles * kKeys, call_.S)};
-      for (int64_t r = 0; r < count; ++r) read(rows + r * call_.mask_stride[1], keys, tiles);
-      uint64_t visible = 0, hidden = 0;
-      for (int64_t t = 0; t < kWordTiles; ++t) {
-        visible |= uint64_t{tiles[t].any != 0} << t;
-        hidden |= uint64_t{tiles[t].all != kOnes} << t;
-      }
-      visible_[at + w] = visible;
-      hidden_[at + w] = hidden;
+    const auto entry = static_cast<size_t>(b);
+    if (call_.mask) {
+      const int64_t size = (has_one_row_ ? 1 : call_.T) * (call_.mask_stride[2] == 0 ? 1 : call_.S);
+      return (call_.mask_batch_offset[entry] + n * call_.mask_stride[0]) /
+             std::max<int64_t>(size, 1);
     }
+    const BlockMask& mask = call_.block_mask;
+    // An index that vmap did not map may have tiles that it did.
+    if (mask.tile_offset.front() != mask.tile_offset.back()) return b * call_.N + n;
+    return (mask.index_offset[entry] + n * mask.head_stride) /
+           std::max<int64_t>(ceil_div(call_.T, mask.block) * mask.columns, 1);
   }
 
-  // Eight bytes of a mask, each 1 where it shows its key.
+  // Eight bytes of a mask, each 1 where it shows its key; or bits of as many bytes.
   static constexpr uint64_t kOnes = 0x0101010101010101u;
-  struct Bytes {
-    uint64_t any = 0, all = kOnes;
+  struct Tile {
+    uint64_t any = 0, all = ~uint64_t{0};
     void take(uint64_t x) {
       any |= x;
       all &= x;
     }
   };
 
-  void read(const uint8_t* row, Range keys, Bytes* tiles) const {
+  // Writes the words of a band to `at`.
+  void find_band(int64_t b, int64_t n, int64_t band, int64_t at) const {
+    const Range rows{band * kRows, has_one_row_ ? 1 : std::min((band + 1) * kRows, call_.T)};
+    std::fill(visible_.get() + at, visible_.get() + at + band_words_, uint64_t{0});
+    std::fill(hidden_.get() + at, hidden_.get() + at + band_words_, uint64_t{0});
+    if (call_.block_mask) {
+      find_blocks(call_.block_mask.of(b, n), rows, at);
+      return;
+    }
+    const uint8_t* plane =
+        call_.mask + call_.mask_batch_offset[static_cast<size_t>(b)] + n * call_.mask_stride[0];
+    const int64_t word_keys = kWordTiles * kKeys;
+    for (int64_t key = 0; key < call_.S; key += word_keys) {
+      Tile tiles[kWordTiles];
+      const Range keys{key, std::min(key + word_keys, call_.S)};
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        read(plane + i * call_.mask_stride[1], keys, tiles);
+      }
+      for (int64_t t = 0; t < ceil_div(keys.end - key, kKeys); ++t) {
+        set(at, key / kKeys + t, tiles[t].any != 0, (tiles[t].all & kOnes) != kOnes);
+      }
+    }
+  }
+
+  void read(const uint8_t* row, Range keys, Tile* tiles) const {
     int64_t j = keys.begin;
     if (call_.mask_stride[2] == 0) {
       for (; j < keys.end; j += kKeys) (tiles++)->take(row[0] * kOnes);
@@ -174,8 +194,35 @@ class MaskTiles {
     for (; j < keys.end; ++j) tiles->take(row[j] * kOnes);
   }
 
+  void find_blocks(const MaskBlocks& blocks, Range rows, int64_t at) const {
+    static_assert(kKeys == 16, "two bytes of bits");
+    const int64_t block_tiles = blocks.block / kKeys, tiles = ceil_div(call_.S, kKeys);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t column = t / block_tiles;
+      const int32_t number = blocks.number(rows.begin, column);
+      if (number < MaskBlocks::kFirstTile) {
+        set(at, t, number == MaskBlocks::kAll, number != MaskBlocks::kAll);
+        continue;
+      }
+      Tile tile;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, blocks.bits(i, column) + t % block_tiles * sizeof(bits), sizeof(bits));
+        tile.take(bits);
+      }
+      set(at, t, tile.any != 0, tile.all != 0xFFFF);
+    }
+  }
+
+  void set(int64_t at, int64_t tile, bool visible, bool hidden) const {
+    const int64_t word = at + tile / kWordTiles, bit = tile % kWordTiles;
+    visible_[word] |= uint64_t{visible} << bit;
+    hidden_[word] |= uint64_t{hidden} << bit;
+  }
+
   const AttentionCall& call_;
-  const int64_t rows_, plane_bytes_, bands_, band_words_;
+  const bool has_one_row_;
+  const int64_t bands_, band_words_;
   Buffer<uint64_t> visible_, hidden_;  // [planes][bands][band words]
 };
 

@@ -28,8 +28,10 @@ class AttentionTangent {
   using Rules = LogitRules<Isa, kKeys>;
   using Softmax = SubtileSoftmax<Core>;
   using Group = RowGroup<Isa, Rules>;
-  // Kv heads are packed some at a time: up to this many floats, or one for each thread.
-  static constexpr int64_t kPackedSize = int64_t{1} << 23;
+  static constexpr int64_t kTaskBlocks = 2;  // of rows: more leave no room for keys in L2
+  // Kv heads are packed some at a time: up to this many floats, which stay in the cache, or one for
+  // each thread.
+  static constexpr int64_t kPackedSize = int64_t{1} << 20;
 
  public:
   AttentionTangent(const AttentionTangentCall& call, Parallel& parallel)
@@ -60,15 +62,21 @@ class AttentionTangent {
   }
 
  private:
+  // kBlockRows rows of a query head.
+  struct RowBlock {
+    Range rows;
+    Buffer<float> query, tangent;      // row tiles: of logits, and of their tangents
+    Buffer<float> sums, tangent_sums;  // [kBlockRows][W]: of p and of p dx
+    Buffer<float> out, tangent_out;    // [kBlockRows][value_columns]: sums of p v, of p (dx v + dv)
+  };
+
   struct Scratch {
     RowScratch<Core> load;
     typename KeyValues::Scratch key_values;
-    Buffer<float> rows;                // queries of a tile beside their tangents
-    Buffer<float> query, tangent;      // row tiles: of logits, and of their tangents
-    Buffer<float> scores;              // [kGroupRows][logits, tangents][kKeys]; then p and p dx
-    Buffer<float> sums, tangent_sums;  // [kBlockRows][W]: of p and of p dx
+    RowBlock blocks[kTaskBlocks];
+    Buffer<float> rows;    // queries of a tile beside their tangents
+    Buffer<float> scores;  // [kGroupRows][logits, tangents][kKeys]; then p and p dx
     Buffer<typename Softmax::Group> group;
-    Buffer<float> out, tangent_out;  // [kBlockRows][value_columns]: sums of p v, of p (dx v + dv)
   };
 
   // Where keys are packed, and the first of a block.
@@ -81,15 +89,22 @@ class AttentionTangent {
     s.key_values.row.allocate(call_.V);
     s.key_values.tangent_row.allocate(call_.V);
     s.rows.allocate(R * product_lanes_);
-    s.query.allocate(kBlockRows * call_.H);
-    s.tangent.allocate(kBlockRows * product_lanes_);
     s.scores.allocate(kGroupRows * kStride);
-    s.sums.allocate(kBlockRows * W);
-    s.tangent_sums.allocate(kBlockRows * W);
     s.group.allocate(1);
     s.group[0] = {};
-    s.out.allocate(kBlockRows * value_columns_);
-    s.tangent_out.allocate(kBlockRows * value_columns_);
+  }
+
+  void prepare(RowBlock& block) const {
+    block.query.allocate(kBlockRows * call_.H);
+    block.tangent.allocate(kBlockRows * product_lanes_);
+    const auto zero = [](Buffer<float>& x, int64_t width) {
+      x.allocate(kBlockRows * width);
+      std::fill(x.get(), x.get() + kBlockRows * width, 0.0f);
+    };
+    zero(block.sums, W);
+    zero(block.tangent_sums, W);
+    zero(block.out, value_columns_);
+    zero(block.tangent_out, value_columns_);
   }
 
   // Kv heads [first, last), those of all slots.
@@ -99,54 +114,68 @@ class AttentionTangent {
       auto lease = scratch_.acquire();
       packed_.pack(first + task / blocks, task / blocks, task % blocks, lease->key_values);
     });
-    parallel_.run((last - first) * group * row_blocks_, [&](int64_t task) {
-      const int64_t slot = task / row_blocks_ / group, head = first + slot;
-      const int64_t n = head % call_.K * group + task / row_blocks_ % group;
+    // Where that leaves each thread some tasks, one has several blocks of rows: keys and values
+    // come from beyond the cache once for all of them.
+    const int64_t heads = (last - first) * group;
+    const bool is_large = heads * row_blocks_ >= 4 * kTaskBlocks * parallel_.threads();
+    const int64_t task_blocks = is_large ? kTaskBlocks : 1;
+    const int64_t tasks = ceil_div(row_blocks_, task_blocks);
+    parallel_.run(heads * tasks, [&](int64_t task) {
+      const int64_t slot = task / tasks / group, head = first + slot;
+      const int64_t n = head % call_.K * group + task / tasks % group;
       // Last rows first: with causal masking they are the longest.
-      attend({head / call_.K, head % call_.K, slot, 0}, n, row_blocks_ - 1 - task % row_blocks_);
+      const int64_t begin = (tasks - 1 - task % tasks) * task_blocks * kBlockRows;
+      attend({head / call_.K, head % call_.K, slot, 0}, n,
+             {begin, std::min(call_.T, begin + task_blocks * kBlockRows)});
     });
   }
 
-  void attend(Keys keys, int64_t n, int64_t row_block) {
+  void attend(Keys keys, int64_t n, Range rows) {
     const int64_t b = keys.b;
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
     const BiasRows<Isa> bias_tangent(call_.bias_tangent, b, n);
     const DropoutRow<Isa> dropout(call_, b, n);
-    const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
     prepare(s);
 
-    RowState state;
-    rows_.load(b, n, rows, s.load, s.query.get(), state);
-    load_tangents(b, n, rows, s);
-    std::fill(s.sums.get(), s.sums.get() + kBlockRows * W, 0.0f);
-    std::fill(s.tangent_sums.get(), s.tangent_sums.get() + kBlockRows * W, 0.0f);
-    std::fill(s.out.get(), s.out.get() + kBlockRows * value_columns_, 0.0f);
-    std::fill(s.tangent_out.get(), s.tangent_out.get() + kBlockRows * value_columns_, 0.0f);
+    RowState states[kTaskBlocks];
+    const int64_t blocks = ceil_div(rows.end - rows.begin, kBlockRows);
+    for (int64_t u = 0; u < blocks; ++u) {
+      RowBlock& block = s.blocks[u];
+      const int64_t begin = rows.begin + u * kBlockRows;
+      block.rows = {begin, std::min(begin + kBlockRows, rows.end)};
+      prepare(block);
+      rows_.load(b, n, block.rows, s.load, block.query.get(), states[u]);
+      load_tangents(b, n, block, s);
+    }
     const Range visible = visibility.of_rows(rows);
     for (keys.first = visible.begin / kKeys * kKeys; keys.first < visible.end;
          keys.first += kKeys) {
-      for (int64_t g = 0; g < rows.end - rows.begin; g += kGroupRows) {
-        const Group group{
-            visibility, rules,
-            dropout,    {rows.begin + g, std::min(rows.begin + g + kGroupRows, rows.end)},
-            g,          state};
-        const Range seen =
-            intersect(visibility.of_rows(group.rows), {keys.first, keys.first + kKeys});
-        for (Range run = rules.first_run(group.rows, seen, C); !run.empty();
-             run = rules.first_run(group.rows, {run.end, seen.end}, C)) {
+      for (int64_t i = rows.begin; i < rows.end;) {
+        const int64_t u = (i - rows.begin) / kBlockRows;
+        RowBlock& block = s.blocks[u];
+        const Range queries{i, std::min(i + kGroupRows, block.rows.end)};
+        const Group group{visibility, rules, dropout, queries, i - block.rows.begin, states[u]};
+        i = queries.end;
+        const Range seen = intersect(visibility.of_rows(queries), {keys.first, keys.first + kKeys});
+        for (Range run = rules.first_run(queries, seen, C); !run.empty();
+             run = rules.first_run(queries, {run.end, seen.end}, C)) {
           attend_group(group, bias_tangent, keys, {run.begin - keys.first, run.end - keys.first},
-                       s);
+                       block, s);
         }
       }
     }
-    for (int64_t r = 0; r < rows.end - rows.begin; ++r) store(b, n, rows.begin + r, r, state, s);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int64_t u = (i - rows.begin) / kBlockRows;
+      store(b, n, i, i - s.blocks[u].rows.begin, states[u], s.blocks[u]);
+    }
   }
 
   // Row tiles of [dq, q], whose products with [k, dk] are the tangents of q k.
-  void load_tangents(int64_t b, int64_t n, Range rows, Scratch& s) const {
+  void load_tangents(int64_t b, int64_t n, RowBlock& block, Scratch& s) const {
+    const Range rows = block.rows;
     const int64_t H = call_.H, lanes = product_lanes_;
     if (lanes == 0) return;
     if (call_.query_tangent) touch_rows(call_.query_tangent, b, rows.begin, rows.end, n, H);
@@ -166,22 +195,22 @@ class AttentionTangent {
         }
         scale_row<Isa>(out, lanes, call_.scale);
       }
-      interleave<Isa, R>(s.rows.get(), lanes, lanes, s.tangent.get() + t * lanes);
+      interleave<Isa, R>(s.rows.get(), lanes, lanes, block.tangent.get() + t * lanes);
     }
   }
 
   // `seen`: the columns of the block that any row of the group sees.
   void attend_group(const Group& group, const BiasRows<Isa>& bias_tangent, const Keys& keys,
-                    Range seen, Scratch& s) const {
+                    Range seen, RowBlock& block, Scratch& s) const {
     const int64_t H = call_.H;
     const Range columns{seen.begin / C * C, round_up(seen.end, C)};
     for (int64_t j = columns.begin; j < columns.end; j += C) {
       const float* panel = packed_.key_panels(keys.slot, keys.first + j);
       for (int64_t t = 0; t < kGroupRows; t += R) {
         float* scores = s.scores.get() + t * kStride + j;
-        score_tile<Core>(s.query.get() + (group.first + t) * H, panel, H, scores, kStride);
+        score_tile<Core>(block.query.get() + (group.first + t) * H, panel, H, scores, kStride);
         if (product_lanes_ == 0) continue;
-        score_tile<Core>(s.tangent.get() + (group.first + t) * product_lanes_,
+        score_tile<Core>(block.tangent.get() + (group.first + t) * product_lanes_,
                          call_.query_tangent ? panel : panel + H * C, product_lanes_,
                          scores + kKeys, kStride);
       }
@@ -189,11 +218,11 @@ class AttentionTangent {
     for (int64_t r = 0; r < group.count(); ++r) {
       find_probabilities(group, r, bias_tangent, keys, columns, s);
     }
-    Softmax::finish(group.state.maximum + group.first, s.sums.get() + group.first * W,
-                    s.tangent_sums.get() + group.first * W, s.group[0]);
+    Softmax::finish(group.state.maximum + group.first, block.sums.get() + group.first * W,
+                    block.tangent_sums.get() + group.first * W, s.group[0]);
     if (group.dropout.any()) drop(group, keys, columns, s.scores.get());
-    multiply_values(group, keys, columns, s);
-    add_unpacked_values(group, keys, seen, s);
+    multiply_values(group, keys, columns, block, s);
+    add_unpacked_values(group, keys, seen, block, s);
   }
 
   // Of row r of the group: p and p dx, in place of products.
@@ -253,7 +282,8 @@ class AttentionTangent {
 
   // Adds p v, and p dx v + p dv, of `columns`. Of a whole block, [p, p dx] times [dv, v] is one
   // product.
-  void multiply_values(const Group& group, const Keys& keys, Range columns, Scratch& s) const {
+  void multiply_values(const Group& group, const Keys& keys, Range columns, RowBlock& block,
+                       Scratch& s) const {
     const int64_t begin = columns.begin, count = columns.end - begin;
     const bool has_tangent = static_cast<bool>(call_.value_tangent);
     const bool is_whole = has_tangent && moves_logits_ && count == kKeys;
@@ -266,14 +296,14 @@ class AttentionTangent {
         const float* row = s.scores.get() + t * kStride + begin;
         const int64_t at = (group.first + t) * value_columns_ + p * C;
         const float* factor = s.group[0].rescale + t;
-        multiply(row, values, count, s.out.get() + at, factor);
+        multiply(row, values, count, block.out.get() + at, factor);
         if (is_whole) {
-          multiply(row, tangents, 2 * count, s.tangent_out.get() + at, factor);
+          multiply(row, tangents, 2 * count, block.tangent_out.get() + at, factor);
           continue;
         }
-        if (has_tangent) multiply(row, tangents, count, s.tangent_out.get() + at, factor);
+        if (has_tangent) multiply(row, tangents, count, block.tangent_out.get() + at, factor);
         if (moves_logits_) {
-          multiply(row + kKeys, values, count, s.tangent_out.get() + at,
+          multiply(row + kKeys, values, count, block.tangent_out.get() + at,
                    has_tangent ? ones + t : factor);
         }
       }
@@ -285,7 +315,8 @@ class AttentionTangent {
   }
 
   // Of the keys whose values are packed as zeros.
-  void add_unpacked_values(const Group& group, const Keys& keys, Range columns, Scratch& s) const {
+  void add_unpacked_values(const Group& group, const Keys& keys, Range columns, RowBlock& block,
+                           Scratch& s) const {
     const uint8_t* has_zeros = packed_.has_zeros(keys.slot, keys.first);
     for (int64_t c = columns.begin; c < columns.end; ++c) {
       if (!has_zeros[c]) continue;
@@ -294,8 +325,8 @@ class AttentionTangent {
         const float* row = s.scores.get() + r * kStride + c;
         const float p = row[0], moved = moves_logits_ ? row[kKeys] : 0.0f;
         if (p == 0.0f) continue;
-        float* out = s.out.get() + (group.first + r) * value_columns_;
-        float* tangent_out = s.tangent_out.get() + (group.first + r) * value_columns_;
+        float* out = block.out.get() + (group.first + r) * value_columns_;
+        float* tangent_out = block.tangent_out.get() + (group.first + r) * value_columns_;
         for (int64_t v = 0; v < call_.V; ++v) {
           out[v] += p * s.key_values.row[v];
           if (moves_logits_) tangent_out[v] += moved * s.key_values.row[v];
@@ -306,11 +337,11 @@ class AttentionTangent {
   }
 
   // Writes row i of query head n, row r of its block.
-  void store(int64_t b, int64_t n, int64_t i, int64_t r, RowState& state, Scratch& s) const {
-    float* out = s.out.get() + r * value_columns_;
-    float* tangent = s.tangent_out.get() + r * value_columns_;
-    state.sum[r] = Isa::reduce_add(Isa::load(s.sums.get() + r * W));
-    const float tangent_sum = Isa::reduce_add(Isa::load(s.tangent_sums.get() + r * W));
+  void store(int64_t b, int64_t n, int64_t i, int64_t r, RowState& state, RowBlock& block) const {
+    float* out = block.out.get() + r * value_columns_;
+    float* tangent = block.tangent_out.get() + r * value_columns_;
+    state.sum[r] = Isa::reduce_add(Isa::load(block.sums.get() + r * W));
+    const float tangent_sum = Isa::reduce_add(Isa::load(block.tangent_sums.get() + r * W));
     const RowTotal total = rows_.store(b, n, i, r, out, state);
     const bool empty = total.divisor == 0.0f;
     const float mean = (empty ? 0.0f : tangent_sum / total.divisor) + of_sink(b, n, empty, total);

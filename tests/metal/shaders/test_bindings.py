@@ -79,6 +79,8 @@ def test_every_slot_is_bound(stem, monkeypatch):
     encoder.decode(problem, 2)
     encoder.backward(problem, found, d_out, d_lse)
     encoder.backward_bias(problem, found, d_out, d_lse)
+    tangents = dict(zip(("query", "key", "value"), draw("float32"), strict=False))
+    encoder.tangent(problem, tangents | {"bias": problem.bias})
     implicit = {enum("AttentionBuffer")[x] for x in ("kParameters", "kBatchOffsets")}
     ran = [kernel for kernel in library(stem).declared["kernels"] if kernel["name"] in given]
     assert ran

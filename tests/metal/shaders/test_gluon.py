@@ -265,6 +265,8 @@ def run_under_thread_sanitizer(shaders: Path, kind: str, head_dim: int, stem: st
     import softmetal
 
     environment = softmetal.sanitizer_environment("thread")
+    # Most of the time is the compiler's.
+    environment["SOFTMETAL_CLANG_FLAGS"] = "-O1"
     folders = (os.path.dirname(softmetal.__file__), str(ROOT))
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     finished = subprocess.run(
@@ -281,24 +283,35 @@ def test_every_barrier_is_planted():
     assert [each and each[1] for each in found] == list(BARRIERS)
 
 
+@pytest.fixture
+def shaders_of(tmp_path):
+    """`shaders_of(problem)`: a copy of the shaders with the kernels that the program runs alone."""
+
+    def copy(problem):
+        _, head_dim, _ = problem
+        shaders = tmp_path / "shaders"
+        shutil.copytree(SHADERS, shaders)
+        for kernels in shaders.glob("*.metal"):
+            text = kernels.read_text(encoding="utf-8")
+            run = rf"\({kernels.stem}_gluon, float\)"
+            text = re.sub(rf"(?m)^JAX_GLUON_INSTANTIATE_ALL(?!{run}).*$", "", text)
+            one = f"JAX_GLUON_INSTANTIATE({kernels.stem}_gluon, float, {head_dim})"
+            text = re.sub(rf"(?m)^JAX_GLUON_INSTANTIATE_ALL{run}$", one, text)
+            kernels.write_text(text, encoding="utf-8")
+        return shaders
+
+    return copy
+
+
 @pytest.mark.parametrize("problem", sorted(set(BARRIERS.values())))
-def test_no_race(device, problem):
-    assert run_under_thread_sanitizer(SHADERS, *problem) == ""
+def test_no_race(device, shaders_of, problem):
+    assert run_under_thread_sanitizer(shaders_of(problem), *problem) == ""
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
-def test_missing_barrier_is_a_race(device, tmp_path, barrier):
-    shaders = tmp_path / "shaders"
-    shutil.copytree(SHADERS, shaders)
-    # The kernels that the program runs are enough.
-    kind, head_dim, stem = BARRIERS[barrier]
-    for kernels in shaders.glob("*.metal"):
-        text = kernels.read_text(encoding="utf-8")
-        run = rf"\({kernels.stem}_gluon, float\)"
-        text = re.sub(rf"(?m)^JAX_GLUON_INSTANTIATE_ALL(?!{run}).*$", "", text)
-        one = f"JAX_GLUON_INSTANTIATE({kernels.stem}_gluon, float, {head_dim})"
-        text = re.sub(rf"(?m)^JAX_GLUON_INSTANTIATE_ALL{run}$", one, text)
-        kernels.write_text(text, encoding="utf-8")
+def test_missing_barrier_is_a_race(device, shaders_of, barrier):
+    problem = BARRIERS[barrier]
+    shaders = shaders_of(problem)
     count = 0
     for name in RINGS:
         text = (shaders / name).read_text(encoding="utf-8")
@@ -306,4 +319,4 @@ def test_missing_barrier_is_a_race(device, tmp_path, barrier):
         (shaders / name).write_text(planted, encoding="utf-8")
         count += found
     assert count == 1
-    assert "data race" in run_under_thread_sanitizer(shaders, kind, head_dim, stem)
+    assert "data race" in run_under_thread_sanitizer(shaders, *problem)

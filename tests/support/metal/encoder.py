@@ -152,6 +152,7 @@ class Encoder:
         self.parameters = np.zeros((), struct("AttentionParameters"))
         self.tables = np.zeros((enum("BatchTable")["kBatchTables"], problem.B), np.int64)
         self.buffers: dict[int, np.ndarray[Any, Any]] = {}
+        self.sinks_tangent = np.zeros(0, np.float32)  # [B, N]
         p = self.parameters
         for name in ("B", "T", "S", "N", "K", "H", "V", "scale", "soft_cap", "is_causal"):
             p[name] = getattr(problem, name)
@@ -245,8 +246,10 @@ class Encoder:
         self.buffers[slots["kParameters"]] = self.parameters.reshape(1)
         # Sinks stand behind the tables.
         sinks = np.tile(np.asarray(self.problem.sinks or (), np.float32), self.problem.B)
-        self.buffers[slots["kBatchOffsets"]] = np.append(self.tables.view(np.float32), sinks)
-        buffers = [self.buffers.get(slot, np.zeros(4, np.uint32)) for slot in slots.values()]
+        heads = np.append(sinks, self.sinks_tangent)
+        self.buffers[slots["kBatchOffsets"]] = np.append(self.tables.view(np.float32), heads)
+        count = max(slots.values()) + 1
+        buffers = [self.buffers.get(slot, np.zeros(4, np.uint32)) for slot in range(count)]
         indices = enum("FunctionConstant")
         constants = tuple((indices[key], value) for key, value in self.constants().items())
         kernel = pipeline(stem, name, constants, instrumentation)
@@ -299,6 +302,48 @@ def forward(
         **options,
     )
     return Forward(out, row_maximum, log2_sum, counters)
+
+
+@dataclasses.dataclass
+class Tangent(Forward):
+    """What the tangent kernel wrote besides."""
+
+    tangent_out: np.ndarray[Any, Any]
+    tangent_log_sum_exp: np.ndarray[Any, Any]
+
+
+def tangent(problem: Problem, tangents: dict[str, np.ndarray[Any, Any]], **options: Any) -> Tangent:
+    """Forward mode along `tangents`, by the operands' names; others are zero."""
+    encoder = Encoder(problem)
+    p = encoder.parameters
+    rows = (problem.B, problem.T, problem.N)
+    out, tangent_out = (nan((*rows, problem.V), problem.out_dtype) for _ in range(2))
+    row_maximum, log2_sum, tangent_log_sum_exp = nan(rows), nan(rows), nan(rows)
+    for slot, x in (
+        ("kOut", out), ("kRowMaximum", row_maximum), ("kLog2Sum", log2_sum),
+        ("kOutTangent", tangent_out), ("kLogSumExpTangent", tangent_log_sum_exp),
+    ):  # fmt: skip
+        encoder.bind(slot, x)
+    p["out_tangent_type"] = p["out_type"]
+    for name in ("query", "key", "value", "bias"):
+        x = tangents.get(name)
+        p[f"{name}_tangent_type"] = -1 if x is None else type_code(x)
+        if x is None:
+            continue
+        steps = encoder._bind(f"k{name.title()}Tangent", x)[1:]
+        fields = ("head", "row", "key") if name == "bias" else ("token", "head")
+        for field, step in zip(fields, steps, strict=False):
+            p[f"{name}_tangent"][field] = step
+    if "sinks" in tangents:
+        p["has_sinks_tangent"] = 1
+        encoder.sinks_tangent = np.tile(tangents["sinks"], problem.B).astype(np.float32)
+    counters = encoder.dispatch(
+        "attention_tangent",
+        f"attention_tangent_float_{head_dim_class(problem)}",
+        (blocks(problem.T, BLOCK_ROWS), problem.N, problem.B),
+        **options,
+    )
+    return Tangent(out, row_maximum, log2_sum, counters, tangent_out, tangent_log_sum_exp)
 
 
 @dataclasses.dataclass

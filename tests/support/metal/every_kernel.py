@@ -19,6 +19,7 @@ from tests.support.metal.encoder import (
     forward,
     library,
     quantize,
+    tangent,
 )
 from tests.support.metal.problems import DTYPES, QUANTIZED, draw, feature
 
@@ -54,6 +55,11 @@ def problem_of(case: Case) -> tuple[Problem, np.ndarray[Any, Any]]:
     return Problem(*operands, out_dtype=DTYPES[dtype], **options), d_out
 
 
+def tangents_of(case: Case) -> dict[str, np.ndarray[Any, Any]]:
+    """Of query, key and value."""
+    return dict(zip(("query", "key", "value"), draw(case[0], **case[3]), strict=False))
+
+
 def written(*outputs: np.ndarray[Any, Any]) -> None:
     """Raises where an output, NaN before, was not written."""
     for x in outputs:
@@ -70,6 +76,8 @@ def main() -> None:
             d_log_sum_exp = np.ones((problem.B, problem.T, problem.N), np.float32)
         gradients = backward(problem, found, d_out, d_log_sum_exp)
         written(found.out, gradients.d_query, gradients.d_key, gradients.d_value)
+        moved = tangent(problem, tangents_of(case))
+        written(moved.out, moved.tangent_out, moved.tangent_log_sum_exp)
         gradients = backward(problem, found, d_out, d_log_sum_exp, pipeline="gluon")
         written(gradients.d_query, gradients.d_key, gradients.d_value)
         if problem.bias is not None:
