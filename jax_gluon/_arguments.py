@@ -30,8 +30,9 @@ from jax_gluon._operand_arguments import (
     check_shapes,
     one_batch_axis,
     operand,
+    shape_of,
 )
-from jax_gluon._problem import AttentionOperands, AttentionProblem, Operands
+from jax_gluon._problem import AttentionOperands, AttentionProblem, Layout, Operands
 from jax_gluon._quantization.formats import (
     PRESETS,
     AttentionQuantization,
@@ -77,6 +78,7 @@ class AttentionKeywords(TypedDict, total=False):
     dropout_rng: jax.Array | None
     broadcast_dropout: bool
     sinks: ArrayLike | None
+    layout: Layout
     implementation: Implementation | None
     kernel: KernelWishes
     differentiation: Differentiation | None
@@ -132,6 +134,7 @@ def check_arguments(
     dropout_rng: jax.Array | None = None,
     broadcast_dropout: bool = False,
     sinks: ArrayLike | None = None,
+    layout: Layout = "BTNH",
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
     differentiation: Differentiation | None = None,
@@ -143,17 +146,21 @@ def check_arguments(
     a soft cap keeps from hiding keys.
     """
     _check_names(check, quantization, implementation, kernel)
+    if not isinstance(cast(Any, layout), str) or layout not in get_args(Layout):
+        check.value_error("layout", f"{layout!r}", '"BTNH", "BNTH"')
+    is_head_major = layout == "BNTH"
 
     named = (("query", query), ("key", key), ("value", value))
     arrays = {name: operand(check, name, x) for name, x in named}
-    batch = check_batch(check, arrays)
+    batch = check_batch(check, arrays, is_head_major)
     q, k, v = (one_batch_axis(x, batch) for x in arrays.values())
-    check_shapes(check, q, k, v)
+    T, N, H = shape_of(q, is_head_major)
+    S, _, _ = shape_of(k, is_head_major)
+    check_shapes(check, q, k, v, is_head_major)
     is_float64 = check_dtypes(check, arrays, implementation)
     specs = _specs(check, quantization, arrays)
 
-    B, T, N, H = q.shape
-    S = k.shape[1]
+    B = q.shape[0]
     static_scale, scale_array = scale_of(check, scale, N, H, is_float64)
     operands = AttentionOperands(
         q,
@@ -182,6 +189,7 @@ def check_arguments(
         soft_cap=soft_cap_of(check, logits_soft_cap),
         quantization=specs,
         dropout_rate=0.0 if operands.dropout_seeds is None else float(dropout_rate),
+        layout=layout,
         implementation="xla" if is_float64 else implementation,
     )
     if problem.soft_cap is not None:

@@ -23,10 +23,13 @@ from jax_gluon._differentiation import any_order, reverse
 from jax_gluon._dimensions import assumed
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pass
+from jax_gluon._layouts import swapped, swapped_operands
 from jax_gluon._meshes import on_meshes
+from jax_gluon._operand_arguments import shape_of
 from jax_gluon._plan.choice import KernelQuery, choose_kernel, kernels_of
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
+    Layout,
     Operands,
     compute_dtype,
 )
@@ -89,6 +92,7 @@ def dot_product_attention(
     dropout_rng: jax.Array | None = None,
     broadcast_dropout: bool = False,
     sinks: ArrayLike | None = None,
+    layout: Layout = "BTNH",
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
     differentiation: Differentiation | None = None,
@@ -141,6 +145,9 @@ def dot_product_attention(
       after the softmax, and the key that says which, as `dropout_mask` does; the others are divided
       by `1 - dropout_rate`. The log-sum-exp is that of all. With `broadcast_dropout` all heads of
       all batch entries drop alike.
+    - `layout`: `"BTNH"`, or `"BNTH"` for heads before tokens: query `[B, N, T, H]`, key and value
+      `[B, K, S, H]`, the output like query, the log-sum-exp `[B, N, T]`. Nothing else changes, and
+      the plugin transposes nothing: kernels read and write through strides.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
       elsewhere and for float64.
@@ -202,6 +209,7 @@ def dot_product_attention(
         dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout,
         sinks=sinks,
+        layout=layout,
         implementation=implementation,
         kernel=kernel,
         differentiation=differentiation,
@@ -356,7 +364,8 @@ def _scaled(arguments: CheckedArguments) -> Operands:
     )
     scale = arguments.scale.astype(wide)
     if scale.ndim:
-        scale = scale.reshape(1, 1, -1, 1)
+        is_head_major = arguments.problem.layout == "BNTH"
+        scale = scale.reshape((1, -1, 1, 1) if is_head_major else (1, 1, -1, 1))
     return operands._replace(query=query.astype(wide) * scale, key=key, value=value)
 
 
@@ -366,8 +375,10 @@ def run(
     """Output and natural log-sum-exp, finite in empty rows, in the caller's rank."""
     dtype = arguments.operands.query.dtype
     operands = _scaled(arguments)
-    B, T, N, _ = operands.query.shape
-    _, S, _, V = operands.value.shape
+    is_head_major = arguments.problem.layout == "BNTH"
+    T, N, _ = shape_of(operands.query, is_head_major)
+    S, _, V = shape_of(operands.value, is_head_major)
+    B = operands.query.shape[0]
     if 0 in (B, T, S):
         query = jax.tree.leaves(operands.query)[0]
         out = jnp.zeros_like(query, dtype, (B, T, N, V))
@@ -375,12 +386,17 @@ def run(
             query, EMPTY_ROW_LOG_SUM_EXP, jnp.promote_types(dtype, "float32"), (B, T, N)
         )
         log_sum_exp = natural_log_sum_exp(jnp.zeros_like(empty), empty, operands.sinks, 1.0)
+        out, log_sum_exp = swapped(arguments.problem, (out, log_sum_exp))
     else:
-        query, problem = operands.query, arguments.problem
+        problem = arguments.problem
+        is_any = arguments.differentiation == "any"
+        if is_any:  # its formulas know of one layout
+            operands = swapped_operands(problem, operands)
+            problem = replace(problem, layout="BTNH")
+        query = operands.query
         if problem.implementation != "xla" and _native.has_plugin():
             kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)
             problem = replace(problem, kernels=kernels)
-        is_any = arguments.differentiation == "any"
         attend = any_order.attend if is_any else reverse.attend
         with naming_the_argument():
             out, log_sum_exp = on_meshes(
@@ -389,6 +405,8 @@ def run(
                 query.data if isinstance(query, QuantizedTensor) else query,
                 operands,
             )
+        if is_any:
+            out, log_sum_exp = swapped(arguments.problem, (out, log_sum_exp))
         out = out.astype(dtype)
     return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
@@ -403,8 +421,9 @@ def _show_empty_rows(log_sum_exp: jax.Array) -> jax.Array:
 def _device_by_size(arguments: CheckedArguments) -> tuple[Device, str]:
     """What the plugin's handlers take where they may choose, and why."""
     query, key, value = arguments.operands[:3]
-    B, T, N, H = map(assumed, query.shape)
-    S, V = assumed(key.shape[1]), value.shape[-1]
+    is_head_major = arguments.problem.layout == "BNTH"
+    B, (T, N, H) = assumed(query.shape[0]), map(assumed, shape_of(query, is_head_major))
+    S, V = assumed(shape_of(key, is_head_major)[0]), value.shape[-1]
     products = B * N * T * S * (H + V)
     if _native.plugin().prefers_metal(products, max(H, V)) and _native.metal_device()[0]:
         return "metal", f"{products} multiply-accumulates are enough for the GPU"

@@ -20,10 +20,12 @@ from jax_gluon._block_mask import BlockMask
 from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
 from jax_gluon._kernels import Kernels
+from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._meshes import vary_like
 from jax_gluon._operands import quantize_operands, with_codes
 from jax_gluon._problem import (
     AttentionProblem,
+    Layout,
     Operands,
     Residuals,
     Tangents,
@@ -87,6 +89,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "metal_kernel": kernels.metal.name,
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
+        "head_major": np.int64(problem.layout == "BNTH"),
         "dropout_scale": np.float32(1.0 / (1.0 - problem.dropout_rate)),
         **_problem_attributes(problem, operands),
         "has_sinks": np.int64(operands.sinks is not None),
@@ -97,6 +100,8 @@ def kernel_query(
     problem: AttentionProblem, operands: Operands
 ) -> tuple[dict[str, int], dict[str, str]]:
     """The numbers and names by which the plugin says what kernels it has: of what is multiplied."""
+    if problem.layout != "BTNH":
+        operands = jax.eval_shape(functools.partial(swapped_operands, problem), operands)
     codes = [
         None if spec is None else _codes(spec, cast(jax.Array, x))
         for x, spec in zip(operands[:3], problem.quantization, strict=True)
@@ -171,16 +176,19 @@ def forward(
     # Rotated rows may have to be made floats again, which the call does not do.
     if not _makes_codes(problem) or any(spec is not None and spec.rotate for spec in specs):
         operands = quantize_operands(
-            problem, operands, functools.partial(quantize, problem.implementation or "cpu")
+            problem,
+            operands,
+            functools.partial(quantize, problem.implementation or "cpu", layout=problem.layout),
         )
         specs = [None] * 3
     given = _unrotated(mask_as_segments(operands))
     rows = given.query.shape[:-1]
-    results = [
+    results = _shapes_as_stored(
+        problem,
         jax.ShapeDtypeStruct((*rows, given.value.shape[-1]), dtype),
         jax.ShapeDtypeStruct(rows, jnp.float32),
         jax.ShapeDtypeStruct(rows, jnp.float32),
-    ]
+    )
     codes = [
         None if spec is None else _codes(spec, cast(jax.Array, x))
         for x, spec in zip(given[:3], specs, strict=True)
@@ -195,9 +203,11 @@ def forward(
     visible = visible_tokens(problem, operands) if any(specs) else (None, None)
     for name, tokens in zip(("query", "key_value"), visible, strict=True):
         attributes[f"has_{name}_visible"] = np.int64(tokens is not None)
+    stored = swapped_operands(problem, given)
     out, row_maximum, log2_sum, *made = _ffi_call(_ATTENTION_FORWARD, [*results, *made])(
-        *_arguments(given), *(x for x in visible if x is not None), **attributes
+        *_arguments(stored), *(x for x in visible if x is not None), **attributes
     )
+    out, row_maximum, log2_sum = swapped(problem, (out, row_maximum, log2_sum))
     residuals = Residuals(with_codes(operands, unflatten(made)), out, row_maximum, log2_sum)
     return log_sum_exp(row_maximum, log2_sum, operands.sinks, math.log(2.0)), residuals
 
@@ -211,9 +221,11 @@ def _backward_call(
     d_log_sum_exp: jax.Array | None,
 ) -> Any:
     operands = _unrotated(mask_as_segments(residuals.operands))
+    residuals = swapped_residuals(problem, residuals._replace(operands=operands))
     cotangents = [d_out] if d_log_sum_exp is None else [d_out, d_log_sum_exp]
+    cotangents = swapped(problem, cotangents)
     return _ffi_call(f"jax_gluon.attention_{direction}", results)(
-        *_arguments(operands),
+        *_arguments(residuals.operands),
         residuals.out,
         residuals.row_maximum,
         residuals.log_sum,
@@ -230,8 +242,11 @@ def backward(
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     dtype = residuals.out.dtype
-    results = [jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3]]
+    results = _shapes_as_stored(
+        problem, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in residuals.operands[:3])
+    )
     gradients = _backward_call("backward", results, problem, residuals, d_out, d_log_sum_exp)
+    gradients = swapped(problem, gradients)
     # The gradient of a rotated array, back to the array.
     d_query, d_key, d_value = (
         unrotated(gradient.astype(jnp.float32)).astype(dtype)
@@ -270,7 +285,7 @@ def tangent(
 
     Codes are made already; tangents are those of what they stand for.
     """
-    given = _unrotated(operands)
+    given = _unrotated(mask_as_segments(operands))
 
     def of_rows(x: jax.Array | QuantizedTensor, tangent: jax.Array | None) -> jax.Array | None:
         if tangent is None:
@@ -303,10 +318,18 @@ def tangent(
 
 
 def quantize(
-    implementation: str | None, x: jax.Array, spec: QuantSpec, visible: jax.Array | None
+    implementation: str | None,
+    x: jax.Array,
+    spec: QuantSpec,
+    visible: jax.Array | None,
+    layout: Layout = "BTNH",
 ) -> QuantizedTensor:
-    """The codes of float `x`; `visible` (bool `[B, T]`): tokens that can be seen."""
+    """The codes of float `x`; `visible` (bool `[B, T]`): tokens that can be seen.
+
+    The call reads `x` in `layout`.
+    """
     results, unflatten = _flatten(_codes(spec, x))
+    x = jnp.swapaxes(x, 1, 2) if layout == "BNTH" else x
     leaves = _ffi_call(_QUANTIZE, results)(
         *([x] if visible is None else [x, visible]),
         device=_DEVICES[implementation],
@@ -319,9 +342,16 @@ def quantize(
         center=np.int64(spec.center),
         token_powers=np.int64(spec.token_powers),
         rotate=np.int64(spec.rotate),
+        head_major=np.int64(layout == "BNTH"),
         has_visible=np.int64(visible is not None),
     )
     return unflatten(leaves)
+
+
+def _shapes_as_stored(
+    problem: AttentionProblem, *shapes: jax.ShapeDtypeStruct
+) -> list[jax.ShapeDtypeStruct]:
+    return jax.eval_shape(functools.partial(swapped, problem), list(shapes))
 
 
 def _flatten(tree: _Result) -> tuple[list[Any], Callable[[Any], _Result]]:

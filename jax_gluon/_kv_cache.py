@@ -37,7 +37,7 @@ _ARRAYS = ("key", "value", "key_head", "value_head", "key_tail", "value_tail", "
 # The cache itself knows where tokens stand, and which keys a query sees.
 _OWN = (
     "is_causal", "key_value_seq_lengths", "local_window_size", "query_offset", "query_positions",
-    "key_value_positions", "query_segment_ids", "key_value_segment_ids",
+    "key_value_positions", "query_segment_ids", "key_value_segment_ids", "layout",
 )  # fmt: skip
 _KEYWORDS = tuple(name for name in KEYWORDS if name not in _OWN)
 

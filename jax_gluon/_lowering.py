@@ -18,6 +18,7 @@ from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
 from jax_gluon._derivative_modes import not_differentiated
+from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._operands import with_codes
 from jax_gluon._problem import AttentionProblem, Operands, Residuals, Tangents
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
@@ -80,9 +81,9 @@ def forward(
         problem.implementation,
         functools.partial(_ffi.forward, problem, dtype),
         functools.partial(xla.forward, problem, dtype),
-        not_differentiated(operands),
+        swapped_operands(problem, not_differentiated(operands)),
     )
-    return with_names(problem, log_sum_exp, residuals)
+    return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
 
 
 def with_names(
@@ -122,12 +123,13 @@ def backward(
 
     `d_log_sum_exp` is the cotangent of the natural-log form.
     """
-    return _on_platform(
+    gradients = _on_platform(
         problem.implementation,
         functools.partial(_ffi.backward, problem),
         functools.partial(xla.backward, problem),
-        *not_differentiated((residuals, d_out, d_log_sum_exp)),
+        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
     )
+    return swapped(problem, gradients)
 
 
 @jit(0)
@@ -142,7 +144,7 @@ def backward_bias(
         problem.implementation,
         functools.partial(_ffi.backward_bias, problem),
         functools.partial(xla.backward_bias, problem),
-        *not_differentiated((residuals, d_out, d_log_sum_exp)),
+        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
     )
 
 
@@ -158,8 +160,18 @@ def backward_sinks(
         problem.implementation,
         _ffi.backward_sinks,
         xla.backward_sinks,
-        *not_differentiated((residuals, d_out, d_log_sum_exp)),
+        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
     )
+
+
+def _swapped_cotangents(
+    problem: AttentionProblem,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+) -> tuple[Residuals, jax.Array, jax.Array | None]:
+    residuals, d_out, d_log_sum_exp = not_differentiated((residuals, d_out, d_log_sum_exp))
+    return swapped_residuals(problem, residuals), *swapped(problem, (d_out, d_log_sum_exp))
 
 
 @jit(0)

@@ -23,12 +23,23 @@ def operand(check: Checker, argument: str, x: Any) -> jax.Array | QuantizedTenso
     return x
 
 
-def check_batch(check: Checker, arrays: dict[str, jax.Array | QuantizedTensor]) -> tuple[int, ...]:
+def shape_of(x: jax.Array | QuantizedTensor, is_head_major: bool) -> tuple[int, int, int]:
+    """Tokens, heads and head dim."""
+    first, second, head_dim = x.shape[-3:]
+    return (second, first, head_dim) if is_head_major else (first, second, head_dim)
+
+
+def check_batch(
+    check: Checker, arrays: dict[str, jax.Array | QuantizedTensor], is_head_major: bool
+) -> tuple[int, ...]:
     """The batch axes, which the operands share: unlike ones of equal product are not paired."""
     for name, x in arrays.items():
         if x.ndim < 3:
-            layout = "[..., T, N, H]" if name == "query" else "[..., S, K, H]"
-            check.value_error(name, f"of rank {x.ndim}", f"rank 3 or more, {layout}")
+            tokens, heads = ("T", "N") if name == "query" else ("S", "K")
+            axes = f"{heads}, {tokens}" if is_head_major else f"{tokens}, {heads}"
+            check.value_error(name, f"of rank {x.ndim}", f"rank 3 or more, [..., {axes}, H]")
+        if is_head_major and isinstance(x, QuantizedTensor):
+            check.value_error("layout", f'"BNTH" beside {name} in codes', '"BTNH", as codes are')
     query = arrays["query"]
     for name, x in arrays.items():
         if x.ndim != query.ndim:
@@ -56,19 +67,19 @@ def check_shapes(
     q: jax.Array | QuantizedTensor,
     k: jax.Array | QuantizedTensor,
     v: jax.Array | QuantizedTensor,
+    is_head_major: bool,
 ) -> None:
-    _, _, N, H = q.shape
-    _, S, K, _ = k.shape
+    (_, N, H), (S, K, H_k), (S_v, K_v, _) = (shape_of(x, is_head_major) for x in (q, k, v))
     for name, x in (("query", q), ("key", k), ("value", v)):
-        for axis, letter in ((2, "heads"), (3, "head dim")):
-            if x.shape[axis] == 0:
-                check.value_error(name, f"of {letter} 0 (shape {x.shape})", "at least 1")
-    if k.shape[3] != H:
-        check.value_error("key", f"of head dim {k.shape[3]}", f"query's head dim, {H}")
-    if v.shape[1] != S:
-        check.value_error("value", f"of length {v.shape[1]}", f"key's length, {S}")
-    if v.shape[2] != K:
-        check.value_error("value", f"of {v.shape[2]} heads", f"key's number of heads, {K}")
+        for extent, what in zip(shape_of(x, is_head_major)[1:], ("heads", "head dim"), strict=True):
+            if extent == 0:
+                check.value_error(name, f"of {what} 0 (shape {x.shape})", "at least 1")
+    if H_k != H:
+        check.value_error("key", f"of head dim {H_k}", f"query's head dim, {H}")
+    if S_v != S:
+        check.value_error("value", f"of length {S_v}", f"key's length, {S}")
+    if K_v != K:
+        check.value_error("value", f"of {K_v} heads", f"key's number of heads, {K}")
     if N % K:
         check.value_error("query", f"of {N} heads", f"a multiple of key's {K} heads")
 

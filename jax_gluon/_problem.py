@@ -7,7 +7,7 @@ V value head dim. Query head n reads kv head `n // (N // K)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 EMPTY_ROW_LOG_SUM_EXP = -3.0e38
 
 
+#: Axes of query and output; those of key and value are in the same order.
+Layout = Literal["BTNH", "BNTH"]
+
 _DEFAULT_KERNELS = PassKernels()
 
 
@@ -33,6 +36,7 @@ class AttentionProblem:
     `local_window` is `(left, right)`: key j is visible to query i where
     `i - left <= j <= i + right`. `soft_cap` c turns a logit x into `c * tanh(x / c)`.
     `implementation` None leaves the choice to the platform that the program is lowered for.
+    `layout` is that of the caller's float operands and results, which passes are given and return.
     `quantization` is how query, key and value are still to be quantized. The kernels are those of
     the plugin.
     """
@@ -44,6 +48,7 @@ class AttentionProblem:
     quantization: tuple[QuantSpec | None, QuantSpec | None, QuantSpec | None] = (None, None, None)
     dropout_rate: float = 0.0
     implementation: str | None = None
+    layout: Layout = "BTNH"
     kernels: PassKernels = _DEFAULT_KERNELS
 
 
@@ -57,6 +62,8 @@ _Rows = TypeVar("_Rows", bound=jax.Array | QuantizedTensor | None, covariant=Tru
 
 class AttentionOperands(NamedTuple, Generic[_Rows]):
     """The arrays of a problem, all of rank 4 but those of numbers for each entry or head.
+
+    With layout "BNTH" float operands have heads before tokens.
 
     query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, V]` are float arrays of one dtype
     or `QuantizedTensor`s; bias (float) and mask (bool, True: visible) are `[b, n, t, s]`, each

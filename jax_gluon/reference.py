@@ -18,6 +18,7 @@ from jax_gluon import _dropout as dropout
 from jax_gluon._arguments import KEYWORDS, AttentionKeywords, check_arguments
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._errors import Checker
+from jax_gluon._layouts import swapped, swapped_operands
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._visible_tokens import lowered, tokens_within, visible_tokens
@@ -155,7 +156,8 @@ def _run(
     problem, operands = arguments.problem, arguments.operands
     scale = problem.scale if arguments.scale is None else arguments.scale
     dtype = np.promote_types(operands.query.dtype, np.float32)
-    out, log_sum_exp = _attend(problem, operands, jnp.asarray(scale, dtype))
+    operands = swapped_operands(problem, operands)
+    out, log_sum_exp = swapped(problem, _attend(problem, operands, jnp.asarray(scale, dtype)))
     return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
 

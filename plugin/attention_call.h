@@ -53,10 +53,16 @@ struct Dropout {
   explicit operator bool() const { return threshold != 0; }
 };
 
-// A dense output, row-major over [batch, d1, d2, d3]; never broadcast.
+// An output [batch, d1, d2, d3], never broadcast: dense, row-major, or with d2 before d1.
 struct Result {
   void* data = nullptr;
   DType dtype = DType::kF32;
+  int64_t stride[3] = {0, 0, 0};  // of batch, d1 and d2, in elements
+
+  // The element at which a row of d3 starts.
+  int64_t at(int64_t b, int64_t i, int64_t n) const {
+    return b * stride[0] + i * stride[1] + n * stride[2];
+  }
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -110,6 +116,10 @@ struct AttentionCall {
   // Metal's kernels.
   KernelChoice cpu_kernel;
   Kernel metal_kernel = Kernel::kBaseline;
+
+  // Whether float rows, and the numbers for each row, lie head by head: [B, N, T, H]. Strides of
+  // operands and results say so too.
+  bool head_major = false;
 
   // Extents; B is the product of every leading (vmap) axis and the batch axis. Any may be 0.
   int64_t B = 0, T = 0, S = 0, N = 0, K = 0, H = 0, V = 0;

@@ -112,7 +112,7 @@ struct KeyValueGradientRows {
              device uchar* value_gradient, ushort lane) thread {
     if (key >= p.S) return;
     const Place place(lane);
-    const Int64 index = (Int64(b) * p.S + key) * p.K + k;
+    const Int64 index = row_index(p, b, key, p.S, k, p.K);
     for (int d = 0; d < D / 8; ++d) {
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * d + place.column + i;

@@ -101,7 +101,7 @@ struct QueryGradientRows {
     // there is a sink.
     const bool adds_center = keys.has_center() && (p.soft_cap != 0.0f || p.has_sinks != 0 ||
                                                    p.has_log_sum_exp_gradient != 0);
-    const Int64 index = ((Int64(b) * p.T + row) * p.N + n) * p.H;
+    const Int64 index = row_index(p, b, row, p.T, n, p.N) * p.H;
     for (int d = 0; 8 * d < p.H; ++d) {
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * d + place.column + i;

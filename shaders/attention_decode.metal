@@ -91,7 +91,7 @@ kernel void attention_decode_combine(
   }
   const bool is_empty = maximum == -INFINITY && !isnan(sum);
   const RowTotal total = total_of(sum, subtracted, sink_of(operands, b, k * heads + row % heads));
-  const Int64 index = (Int64(b) * p.T + row / heads) * p.N + k * heads + row % heads;
+  const Int64 index = row_index(p, b, row / heads, p.T, k * heads + row % heads, p.N);
   for (int column = thread_index; column < p.V; column += kThreads) {
     float x = 0.0f;
     for (int part = 0; part < parts; ++part) {

@@ -52,7 +52,7 @@ struct ForwardRows {
       const float center = needs_whole_logits(p) ? 0.0f : softmax.center;
       total = total_of(sum, softmax.maximum + center, sink_of(operands, b, n));
     }
-    const Int64 index = (Int64(b) * p.T + row) * p.N + n;
+    const Int64 index = row_index(p, b, row, p.T, n, p.N);
     for (int d = 0; 8 * d < p.V; ++d) {
       const float2 x = softmax.result(values, d, total.divisor, lane);
       for (int i = 0; i < 2; ++i) {

@@ -32,7 +32,8 @@ inline Rows out_gradient_rows(thread const Operands& operands, thread const Cota
                               int b, int n) {
   thread const AttentionParameters& p = *operands.parameters;
   Rows rows;
-  const Int64 first = operands.batch_offset(kOutGradientBatch, b) + n * p.V;
+  const Int64 first =
+      operands.batch_offset(kOutGradientBatch, b) + row_index(p, 0, 0, p.T, n, p.N) * p.V;
   rows.type = p.out_gradient_type;
   rows.data = cotangents.out_gradient + first * (rows.type == kF32 ? 4 : 2);
   rows.scale = operands.query_scale;
@@ -41,7 +42,7 @@ inline Rows out_gradient_rows(thread const Operands& operands, thread const Cota
   rows.quantization = p.query_quantization;
   rows.adds_center = false;
   rows.columns = p.V;
-  rows.stride = Int64(p.N) * p.V;
+  rows.stride = p.is_head_major != 0 ? p.V : Int64(p.N) * p.V;
   return rows;
 }
 
@@ -151,7 +152,8 @@ struct BackwardRows {
     const Rows gradients = out_gradient_rows(operands, cotangents, b, n);
     const int out_size = p.out_type == kF32 ? 4 : 2;
     device const uchar* out_rows =
-        cotangents.out + (operands.batch_offset(kOutBatch, b) + n * p.V) * out_size;
+        cotangents.out +
+        (operands.batch_offset(kOutBatch, b) + row_index(p, 0, 0, p.T, n, p.N) * p.V) * out_size;
     float center = 0.0f, delta = 0.0f, value_center = 0.0f;
     for (int d = 0; d < D / 8; ++d) {
       float q[2] = {0.0f, 0.0f}, g[2] = {0.0f, 0.0f};
@@ -182,7 +184,7 @@ struct BackwardRows {
     remainder = {0.0f, 0.0f};
     if (p.has_sinks != 0) value_center = row_sum(value_center);
     if (!is_inside) return;
-    const Int64 at = Int64(token) * p.N + n;
+    const Int64 at = row_index(p, 0, token, p.T, n, p.N);
     statistics.maximum = cotangents.row_maximum[operands.batch_offset(kRowMaximumBatch, b) + at];
     statistics.log2_sum = cotangents.log2_sum[operands.batch_offset(kLog2SumBatch, b) + at];
     if (p.has_log_sum_exp_gradient != 0) {

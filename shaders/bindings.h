@@ -203,6 +203,7 @@ struct AttentionParameters {
   float scale;
   float soft_cap;  // 0: none
   int is_causal;
+  int is_head_major;  // out, its cotangents and all gradients are [B, N, T, ...]
   int has_bias;
   int has_mask;
   int has_entries;        // lengths, an offset, segments, positions or dropout

@@ -39,6 +39,14 @@
   (group_of_part + uint3(p.first_group.x, p.first_group.y, p.first_group.z))
 // clang-format on
 
+// Where the row of a token and a head lies among those of a result, or of a cotangent.
+inline Int64 row_index(thread const AttentionParameters& p, int b, int token, int tokens, int head,
+                       int heads) {
+  const Int64 at =
+      p.is_head_major != 0 ? Int64(head) * tokens + token : Int64(token) * heads + head;
+  return Int64(b) * tokens * heads + at;
+}
+
 struct Operands {
   thread const AttentionParameters* parameters;
   device const Int64* batch_offsets;

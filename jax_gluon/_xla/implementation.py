@@ -82,7 +82,7 @@ def tangent(
     """Tangents of the output and of the natural log-sum-exp."""
     operands = _float_operands(residuals.operands, residuals.out.dtype)
     d_out, d_log_sum_exp = forward_mode.tangent(
-        problem, residuals._replace(operands=operands), tangents
+        problem, residuals._replace(operands=operands), _of_any_values(tangents)
     )
     return d_out.astype(residuals.out.dtype), d_log_sum_exp
 
@@ -91,6 +91,15 @@ def backward_sinks(
     residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None
 ) -> jax.Array:
     return sinks_gradient(residuals, d_out, d_log_sum_exp, 1.0)
+
+
+def _of_any_values(x: _Result) -> _Result:
+    """The same to all but XLA's simplifier.
+
+    Where a tangent or cotangent is constant, as that of a sum is, it takes sums of transposed rows
+    for ones in another layout, on the CPU.
+    """
+    return cast(Any, jax.lax.optimization_barrier)(x)
 
 
 def _apply_xla(
@@ -102,8 +111,7 @@ def _apply_xla(
 ) -> _Result:
     operands = _float_operands(residuals.operands, residuals.out.dtype)
     dtype = operands.query.dtype
-    # Where a cotangent is constant, as a sum's is, XLA on the CPU reads rows in a wrong layout.
-    d_out, d_log_sum_exp = cast(Any, jax.lax.optimization_barrier)((d_out, d_log_sum_exp))
+    d_out, d_log_sum_exp = _of_any_values((d_out, d_log_sum_exp))
     return backward(
         problem,
         operands,

@@ -282,7 +282,13 @@ Result BufferReader::result(std::string_view name, const Shape& shape,
   }
   void* data = (*buffer)->untyped_data();
   if (data) poison(data, (*buffer)->size_bytes());
-  return {data ? data : empty_buffer, dtype_of(dtype)};
+  Result x{data ? data : empty_buffer, dtype_of(dtype)};
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    if (i < 3) x.stride[i] = step;
+    step *= shape[i];
+  }
+  return x;
 }
 
 void BufferReader::finish() {

@@ -6,6 +6,7 @@
 
 #include "ffi/block_mask_reader.h"
 #include "ffi/codes_reader.h"
+#include "ffi/row_reader.h"
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -51,6 +52,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
     reader.fail("attribute soft_cap is " + std::to_string(call.soft_cap) +
                 ", expected 0 (none) or more");
   }
+  call.head_major = reader.flag("head_major");
   call.causal = reader.flag("causal");
   call.window_left = reader.integer("window_left", -1, kMax);
   call.window_right = reader.integer("window_right", -1, kMax);
@@ -75,9 +77,14 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   reader.set_leading(4);
   if (bias_shape && !has_bias) reader.fail("attribute has_bias is 0, expected 1");
   const size_t key_at = formats[0].operands(), value_at = key_at + formats[1].operands();
-  const Shape query = formats[0].elements(reader.peek_shape(0, "query", 4));
-  const Shape key = formats[1].elements(reader.peek_shape(key_at, "key", 4));
-  const Shape value = formats[2].elements(reader.peek_shape(value_at, "value", 4));
+  const auto elements = [&](const Format& format, size_t at, const char* name) {
+    // Codes have tokens before heads, whatever floats have.
+    RowReader rows(reader, call.head_major && format.is_float());
+    return format.elements(rows.peek_shape(at, name, 4));
+  };
+  const Shape query = elements(formats[0], 0, "query");
+  const Shape key = elements(formats[1], key_at, "key");
+  const Shape value = elements(formats[2], value_at, "value");
   if (reader.failed()) return 0;
   const int64_t batch = query[0];
   call.B = reader.flat_batch(batch);
@@ -99,9 +106,15 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   }
   const Shape key_shape = {batch, call.S, call.K, call.H};
   const Shape value_shape = {batch, call.S, call.K, call.V};
-  call.query = read_rows(reader, "query", formats[0], query);
-  call.key = read_rows(reader, "key", formats[1], key_shape);
-  call.value = read_rows(reader, "value", formats[2], value_shape);
+  const auto rows = [&](const char* name, const Format& format, const Shape& shape) {
+    if (!format.is_float()) return read_codes_of_rows(reader, name, format, shape);
+    QuantizableOperand x;
+    static_cast<Operand&>(x) = RowReader(reader, call.head_major).float_operand(name, shape);
+    return x;
+  };
+  call.query = rows("query", formats[0], query);
+  call.key = rows("key", formats[1], key_shape);
+  call.value = rows("value", formats[2], value_shape);
   const Shape logits = {batch, call.N, call.T, call.S};
   if (has_bias) call.bias = reader.float_operand("bias", logits, true, bias_shape);
   ffi::DataType dtype;
@@ -149,10 +162,11 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
 }
 
 void read_forward_results(BufferReader& reader, AttentionForwardCall& call, int64_t batch) {
-  call.out = reader.result("out", {batch, call.T, call.N, call.V}, kFloats);
+  RowReader floats(reader, call.head_major);
+  call.out = floats.result("out", {batch, call.T, call.N, call.V}, kFloats);
   const Shape rows = {batch, call.T, call.N};
-  call.row_maximum = reader.result("row_maximum", rows, {ffi::DataType::F32});
-  call.log2_sum = reader.result("log2_sum", rows, {ffi::DataType::F32});
+  call.row_maximum = floats.result("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = floats.result("log2_sum", rows, {ffi::DataType::F32});
 }
 
 // What a backward call reads besides: the forward call's results and the cotangents.
@@ -160,12 +174,13 @@ template <class Call>
 void read_cotangents(BufferReader& reader, Call& call, int64_t batch, bool has_d_log_sum_exp) {
   const Shape rows = {batch, call.T, call.N};
   const Shape out = {batch, call.T, call.N, call.V};
-  call.out = reader.float_operand("out", out);
-  call.row_maximum = reader.operand_of("row_maximum", rows, {ffi::DataType::F32});
-  call.log2_sum = reader.operand_of("log2_sum", rows, {ffi::DataType::F32});
-  call.d_out = reader.float_operand("d_out", out);
+  RowReader floats(reader, call.head_major);
+  call.out = floats.float_operand("out", out);
+  call.row_maximum = floats.operand_of("row_maximum", rows, {ffi::DataType::F32});
+  call.log2_sum = floats.operand_of("log2_sum", rows, {ffi::DataType::F32});
+  call.d_out = floats.float_operand("d_out", out);
   if (has_d_log_sum_exp) {
-    call.d_log_sum_exp = reader.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
+    call.d_log_sum_exp = floats.operand_of("d_log_sum_exp", rows, {ffi::DataType::F32});
   }
 }
 
@@ -205,9 +220,10 @@ AttentionBackwardCall read_backward(BufferReader& reader) {
   bool has_d_log_sum_exp = false;
   const int64_t batch = read_call(reader, call, &has_d_log_sum_exp, nullptr);
   read_cotangents(reader, call, batch, has_d_log_sum_exp);
-  call.d_query = reader.result("d_query", {batch, call.T, call.N, call.H}, kFloats);
-  call.d_key = reader.result("d_key", {batch, call.S, call.K, call.H}, kFloats);
-  call.d_value = reader.result("d_value", {batch, call.S, call.K, call.V}, kFloats);
+  RowReader floats(reader, call.head_major);
+  call.d_query = floats.result("d_query", {batch, call.T, call.N, call.H}, kFloats);
+  call.d_key = floats.result("d_key", {batch, call.S, call.K, call.H}, kFloats);
+  call.d_value = floats.result("d_value", {batch, call.S, call.K, call.V}, kFloats);
   return call;
 }
 
@@ -221,13 +237,15 @@ AttentionTangentCall read_tangent(BufferReader& reader) {
   const int64_t batch = read_call(reader, call, nullptr, nullptr);
   if (has_bias && !call.bias) reader.fail("attribute has_bias is 0, expected 1");
   if (has_sinks && !call.sinks) reader.fail("attribute has_sinks is 0, expected 1");
+  RowReader floats(reader, call.head_major);
   if (has_query) {
-    call.query_tangent = reader.float_operand("query_tangent", {batch, call.T, call.N, call.H});
+    call.query_tangent = floats.float_operand("query_tangent", {batch, call.T, call.N, call.H});
   }
-  if (has_key)
-    call.key_tangent = reader.float_operand("key_tangent", {batch, call.S, call.K, call.H});
+  if (has_key) {
+    call.key_tangent = floats.float_operand("key_tangent", {batch, call.S, call.K, call.H});
+  }
   if (has_value) {
-    call.value_tangent = reader.float_operand("value_tangent", {batch, call.S, call.K, call.V});
+    call.value_tangent = floats.float_operand("value_tangent", {batch, call.S, call.K, call.V});
   }
   if (has_bias) {
     call.bias_tangent = reader.float_operand("bias_tangent", {batch, call.N, call.T, call.S}, true);
@@ -237,9 +255,9 @@ AttentionTangentCall read_tangent(BufferReader& reader) {
         reader.operand_of("sinks_tangent", {batch, call.N}, {ffi::DataType::F32}, true);
   }
   read_forward_results(reader, call, batch);
-  call.tangent_out = reader.result("tangent_out", {batch, call.T, call.N, call.V}, kFloats);
+  call.tangent_out = floats.result("tangent_out", {batch, call.T, call.N, call.V}, kFloats);
   call.tangent_log_sum_exp =
-      reader.result("tangent_log_sum_exp", {batch, call.T, call.N}, {ffi::DataType::F32});
+      floats.result("tangent_log_sum_exp", {batch, call.T, call.N}, {ffi::DataType::F32});
   return call;
 }
 

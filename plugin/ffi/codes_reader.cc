@@ -4,6 +4,7 @@
 #include <map>
 #include <utility>
 
+#include "ffi/row_reader.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gluon {
@@ -118,14 +119,10 @@ Format read_format(BufferReader& reader, const std::string& name, bool may_be_ma
   return format;
 }
 
-QuantizableOperand read_rows(BufferReader& reader, const std::string& name, const Format& format,
-                             const Shape& shape) {
+QuantizableOperand read_codes_of_rows(BufferReader& reader, const std::string& name,
+                                      const Format& format, const Shape& shape) {
   using Offset = Quantization::Offset;
   QuantizableOperand x;
-  if (format.is_float()) {
-    static_cast<Operand&>(x) = reader.float_operand(name, shape);
-    return x;
-  }
   const bool packed = format.bits == 4;
   Shape stored = shape;
   if (packed) stored.back() /= 2;
@@ -219,15 +216,16 @@ QuantizeCall read_quantize(BufferReader& reader) {
     reader.fail("attribute token_powers is 1, expected 0 but for centered blocks of a channel");
   }
   call.rotate = reader.flag("rotate");
+  RowReader floats(reader, reader.flag("head_major"));
   const bool has_visible = reader.flag("has_visible");
   reader.set_leading(4);
-  const Shape shape = reader.peek_shape(0, "x", 4);
+  const Shape shape = floats.peek_shape(0, "x", 4);
   call.L = reader.leading_count();
   call.B = reader.flat_batch(shape[0]);
   call.S = shape[1];
   call.K = shape[2];
   call.H = shape[3];
-  call.x = reader.float_operand("x", shape);
+  call.x = floats.float_operand("x", shape);
   if (has_visible) {
     read_visible(reader, "visible", shape[0], call.S, &call.visible, &call.visible_offset);
   }

@@ -95,6 +95,7 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.scale = call.scale;
   p.soft_cap = call.soft_cap;
   p.is_causal = call.causal;
+  p.is_head_major = call.head_major;
   p.window_left = std::min(call.window_left, kFar);
   p.window_right = std::min(call.window_right, kFar);
   p.batch_per_map = p.B;

@@ -172,6 +172,13 @@ def test_flags_that_announce_an_operand_which_is_not_there(flag):
     assert f"operand {prefix}{name} is missing" in call.error()
 
 
+@pytest.mark.parametrize("target", [FORWARD, BACKWARD])
+def test_heads_before_tokens_are_another_shape(target):
+    call = attention(target, full=False)
+    call.attributes["head_major"] = np.int64(1)
+    assert "query has 5 heads" in call.error()
+
+
 def test_bias_gradient_without_bias():
     call = attention(BACKWARD_BIAS, full=False)
     assert "attribute has_bias is 0, expected 1" in call.error()

@@ -144,7 +144,18 @@ def check_transformations() -> None:
         check("gradient of implementation xla", gradient, expected, 3e-6)
     # A cotangent that is constant, by which XLA simplifies.
     found = jax.jit(jax.grad(lambda *x: jnp.sum(by_xla(*x)), (0, 1, 2)))(query, key, value)
+    tangent = jax.jit(
+        lambda *x: jax.jvp(
+            lambda *x: jax_gluon.dot_product_attention(
+                *x, is_causal=True, implementation="xla", differentiation="any"
+            ),
+            x,
+            tuple(map(jnp.ones_like, x)),
+        )[1]
+    )(query, key, value)
     exact = attention(query, key, value, np.ones_like(d_out), causal=True)[1:]
+    pulled = sum(float(np.sum(x)) for x in exact)
+    check("tangent of ones by implementation xla", np.sum(tangent), np.asarray(pulled), 1e-4)
     for gradient, expected in zip(found, exact, strict=True):
         check("gradient of the sum by implementation xla", gradient, expected, 3e-6)
 

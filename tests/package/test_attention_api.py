@@ -396,7 +396,8 @@ def test_signature_is_that_of_jax_nn_and_the_design():
     assert [p.name for p in ours if p.name not in theirs] == [
         "key_value_mask", "query_offset", "query_segment_ids", "key_value_segment_ids",
         "query_positions", "key_value_positions", "quantization", "logits_soft_cap",
-        "dropout_rate", "dropout_rng", "broadcast_dropout", "sinks", "kernel", "differentiation",
+        "dropout_rate", "dropout_rng", "broadcast_dropout", "sinks", "layout", "kernel",
+        "differentiation",
     ]  # fmt: skip
 
 

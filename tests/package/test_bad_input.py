@@ -26,8 +26,28 @@ def ones(*shape, dtype=f32):
     return jnp.ones(shape, dtype)
 
 
+def _codes():
+    return jax_gluon.quantize(ones(B, S, K, H), jax_gluon.QuantSpec(), implementation="xla")
+
+
 # name of the case: (changed arguments, error, argument, found, allowed)
 CASES = {
+    "layout": (
+        {"layout": "BHTN"}, ValueError, "layout", "'BHTN'", '"BTNH", "BNTH"'
+    ),
+    "layout_none": ({"layout": None}, ValueError, "layout", "None", '"BTNH", "BNTH"'),
+    "layout_of_codes": (
+        {"layout": "BNTH", "key": _codes()},
+        ValueError, "layout", '"BNTH" beside key in codes', '"BTNH", as codes are',
+    ),
+    "layout_rank": (
+        {"layout": "BNTH", "key": ones(S, H)}, ValueError, "key", "of rank 2", "[..., K, S, H]"
+    ),
+    "layout_heads": (
+        {"layout": "BNTH", "query": ones(B, 3, T, H), "key": ones(B, K, S, H),
+         "value": ones(B, K, S, H)},
+        ValueError, "query", "of 3 heads", "a multiple of key's 2 heads",
+    ),
     "segment_ids_of_one_side": (
         {"query_segment_ids": np.zeros((B, T), np.int32)},
         ValueError, "key_value_segment_ids", "None", "one array for both needs T = S",

@@ -130,3 +130,30 @@ def test_a_cache_takes_a_mask_of_its_slots(random_operands, relative_error):
         q, *dense, key_value_mask=is_real & (np.arange(64) < 40)
     )
     assert relative_error(found, expected) <= 2e-6
+
+
+def test_forward_mode_and_second_order(implementation, random_operands, relative_error):
+    """As the reference's; beside segments, which the mask is told as."""
+    q, k, v, d = random_operands(B, T, S, 4, 2, 16, 16)
+    ids = jnp.asarray(_RNG.integers(0, 3, (B, T))), jnp.asarray(_RNG.integers(0, 3, (B, S)))
+
+    def loss(attention, **keywords):
+        def function(q, k, v):
+            out = attention(
+                q, k, v, key_value_mask=HOLES, query_segment_ids=ids[0],
+                key_value_segment_ids=ids[1], is_causal=True, **keywords,
+            )  # fmt: skip
+            return jnp.sum(jnp.sin(out) * d)
+
+        def of(q, k, v):
+            _, tangent = jax.jvp(function, (q, k, v), (q, k, v))
+            return jax.jvp(jax.grad(function), (q, k, v), (q, k, v))[1], tangent
+
+        return jax.jit(of)(q, k, v)
+
+    found = loss(
+        jax_gluon.dot_product_attention, implementation=implementation, differentiation="any"
+    )
+    expected = loss(jax_gluon.reference.dot_product_attention)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) <= 1e-5

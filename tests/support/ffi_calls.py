@@ -171,6 +171,7 @@ def attention(target, formats="float", *, full=True):
         "metal_kernel": "baseline",
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
+        "head_major": np.int64(0),
         "causal": np.int64(0),
         "window_left": np.int64(-1),
         "window_right": np.int64(-1),
@@ -236,6 +237,7 @@ def quantize(
         device=0, bits=bits, symmetric=symmetric, float_minimum=1 - symmetric,
         token_block=token_block, head_block=head_block, per_tensor=per_tensor,
         center=center, token_powers=0, rotate=0, has_visible=1,
+        head_major=0,
     )  # fmt: skip
     return Call(
         QUANTIZE,

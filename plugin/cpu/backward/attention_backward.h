@@ -100,10 +100,11 @@ class AttentionBackward {
   // dK and dV of a key; null where no row sees it. `zeros` is scratch.
   void store_key_value(int64_t b, int64_t j, int64_t k, const float* d_key, const float* d_value,
                        float* zeros) const {
-    const int64_t index = (b * call_.S + j) * call_.K + k;
     if (!d_key) std::fill(zeros, zeros + std::max(call_.H, call_.V), 0.0f);
-    store_row<Isa>(call_.d_key, index * call_.H, d_key ? d_key : zeros, call_.H, call_.scale);
-    store_row<Isa>(call_.d_value, index * call_.V, d_key ? d_value : zeros, call_.V, 1.0f);
+    store_row<Isa>(call_.d_key, call_.d_key.at(b, j, k), d_key ? d_key : zeros, call_.H,
+                   call_.scale);
+    store_row<Isa>(call_.d_value, call_.d_value.at(b, j, k), d_key ? d_value : zeros, call_.V,
+                   1.0f);
   }
 
   void sum_parts(int64_t head, Range keys) const {
@@ -163,9 +164,8 @@ class AttentionBackward {
       add_key_center(part.b, part.k, count, dq, s);
     }
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t token = part.b * call_.T + block.query_of(r);
-      store_row<Isa>(call_.d_query, (token * call_.N + block.head_of(r)) * call_.H,
-                     dq + r * blocks_.head_columns, call_.H, call_.scale);
+      const int64_t at = call_.d_query.at(part.b, block.query_of(r), block.head_of(r));
+      store_row<Isa>(call_.d_query, at, dq + r * blocks_.head_columns, call_.H, call_.scale);
     }
   }
 

@@ -109,8 +109,8 @@ class DecodeChunks {
         for (int64_t v = 0; v < call_.V; ++v) out[v] = out[v] * factor + center[v] * total.share;
         factor = 1.0f;
       }
-      const int64_t index = (b * call_.T + query_of(r)) * call_.N + head_of(k, r);
-      store_row<Isa>(call_.out, index * call_.V, out.get(), call_.V, factor);
+      const int64_t i = query_of(r), n = head_of(k, r), index = call_.row_maximum.at(b, i, n);
+      store_row<Isa>(call_.out, call_.out.at(b, i, n), out.get(), call_.V, factor);
       static_cast<float*>(call_.row_maximum.data)[index] = empty ? 0.0f : total.maximum;
       static_cast<float*>(call_.log2_sum.data)[index] = empty ? kEmptyRowLog2Sum : total.log2_sum;
     }

@@ -87,7 +87,6 @@ class ForwardRows {
   // divisor of a row that sees no key is 0.
   RowTotal store(int64_t b, int64_t n, int64_t i, int64_t r, float* out,
                  const RowState& state) const {
-    const int64_t index = (b * call_.T + i) * call_.N + n;
     const float sum = state.sum[r];
     const bool empty = sum == 0.0f;
     const int64_t k = n / (call_.N / call_.K);
@@ -104,7 +103,8 @@ class ForwardRows {
       }
       factor = 1.0f;
     }
-    store_row<Isa>(call_.out, index * call_.V, out, call_.V, factor);
+    store_row<Isa>(call_.out, call_.out.at(b, i, n), out, call_.V, factor);
+    const int64_t index = call_.row_maximum.at(b, i, n);
     static_cast<float*>(call_.row_maximum.data)[index] = total.maximum;
     static_cast<float*>(call_.log2_sum.data)[index] = total.log2_sum;
     return total;

@@ -54,10 +54,12 @@ struct FloatRows {
   int64_t stride, count, width;
 };
 
-// Rows at element `index` of a result, `step` elements apart; row i is multiplied by factor(i).
+// The rows of a head of a result; row i is multiplied by factor(i).
 template <class Isa, class Factor>
-void store_head(const Result& out, int64_t index, int64_t step, FloatRows rows, Factor factor) {
+void store_head(const Result& out, int64_t b, int64_t n, FloatRows rows, Factor factor) {
   constexpr int64_t W = Isa::kLanes;
+  const int64_t step = out.stride[1];
+  int64_t index = out.at(b, 0, n);
   const float* x = rows.data;
   if (out.dtype != DType::kF32) {
     for (int64_t i = 0; i < rows.count; ++i, x += rows.stride, index += step) {

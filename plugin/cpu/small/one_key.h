@@ -66,15 +66,14 @@ class OneKeyForward {
         const float* query = float_row<Isa>(call_.query, b, i, n, call_.H, s.query);
         const float product = dot<Isa>(query, key, heads_.head_width) * (call_.scale * kLog2E);
         const float x = logit(rules, visibility.of_row(i), i, product);
-        const int64_t index = (b * call_.T + i) * call_.N + n;
+        const int64_t index = call_.row_maximum.at(b, i, n), row = call_.out.at(b, i, n);
         const bool seen = x != kHidden;
         // NaN where the logit is not finite.
         const float log2_sum = x - x;
         if (seen) {
-          copy_row<Isa>(call_.out, index * call_.V, call_.value, value, call_.V, log2_sum + 1.0f,
-                        s.value);
+          copy_row<Isa>(call_.out, row, call_.value, value, call_.V, log2_sum + 1.0f, s.value);
         } else {
-          clear_row(call_.out, index * call_.V, call_.V);
+          clear_row(call_.out, row, call_.V);
         }
         static_cast<float*>(call_.row_maximum.data)[index] = seen ? x : 0.0f;
         static_cast<float*>(call_.log2_sum.data)[index] = seen ? log2_sum : kEmptyRowLog2Sum;
@@ -127,7 +126,8 @@ class OneKeyBackward {
   }
 
   void differentiate(int64_t b, int64_t k, Scratch& s) const {
-    const int64_t rows = call_.T * heads_.group, index = b * call_.K + k;
+    const int64_t rows = call_.T * heads_.group;
+    const int64_t at_key = call_.d_key.at(b, 0, k), at_value = call_.d_value.at(b, 0, k);
     const float* value = float_row<Isa>(call_.value, b, 0, k, call_.V, s.value);
     s.has_d_key = false;
     if (rows > 1) std::fill(s.d_value, s.d_value + heads_.value_width, 0.0f);
@@ -135,15 +135,15 @@ class OneKeyBackward {
       const int64_t i = r / heads_.group, n = k * heads_.group + r % heads_.group;
       const float log2_sum = scalar_of(call_.log2_sum, b, i, n);
       if (log2_sum == kEmptyRowLog2Sum) {
-        clear_row(call_.d_query, ((b * call_.T + i) * call_.N + n) * call_.H, call_.H);
-        if (rows == 1) clear_row(call_.d_value, index * call_.V, call_.V);
+        clear_row(call_.d_query, call_.d_query.at(b, i, n), call_.H);
+        if (rows == 1) clear_row(call_.d_value, at_value, call_.V);
         continue;
       }
       const float p = log2_sum - log2_sum + 1.0f;  // NaN where the logit is not finite
       const float* d_out = float_row<Isa>(call_.d_out, b, i, n, call_.V, s.d_out);
       if (rows == 1) {
-        copy_row<Isa>(call_.d_value, index * call_.V, call_.d_out, row_of(call_.d_out, b, i, n),
-                      call_.V, p, s.d_out);
+        copy_row<Isa>(call_.d_value, at_value, call_.d_out, row_of(call_.d_out, b, i, n), call_.V,
+                      p, s.d_out);
       } else {
         add_row(p, d_out, heads_.value_width, s.d_value);
       }
@@ -151,11 +151,11 @@ class OneKeyBackward {
       const float d_p = dot<Isa>(d_out, value, heads_.value_width);
       add_d_score(p * (d_p - d_p + d_logit(b, i, n)), b, i, n, s);
     }
-    if (rows > 1) store_row<Isa>(call_.d_value, index * call_.V, s.d_value, call_.V, 1.0f);
+    if (rows > 1) store_row<Isa>(call_.d_value, at_value, s.d_value, call_.V, 1.0f);
     if (s.has_d_key) {
-      store_row<Isa>(call_.d_key, index * call_.H, s.d_key, call_.H, call_.scale);
+      store_row<Isa>(call_.d_key, at_key, s.d_key, call_.H, call_.scale);
     } else {
-      clear_row(call_.d_key, index * call_.H, call_.H);
+      clear_row(call_.d_key, at_key, call_.H);
     }
   }
 
@@ -170,7 +170,7 @@ class OneKeyBackward {
 
   // dQ of a row, and its share of dK. Without a cotangent of the log-sum-exp both are zeros.
   void add_d_score(float d_score, int64_t b, int64_t i, int64_t n, Scratch& s) const {
-    const int64_t index = ((b * call_.T + i) * call_.N + n) * call_.H;
+    const int64_t index = call_.d_query.at(b, i, n);
     if (d_score == 0.0f) {
       clear_row(call_.d_query, index, call_.H);
       return;

@@ -87,14 +87,10 @@ class SmallBackward {
         SmallProduct<Isa>::template run<true>({s.ds, S, 1, columns}, s.query, H, H, T, s.d_key, H);
         SmallProduct<Isa>::template run<true>({s.p, S, 1, columns}, s.d_out, V, V, T, s.d_value, V);
       }
-      store_head<Isa>(call_.d_query, (b * T * call_.N + n) * call_.H, call_.N * call_.H,
-                      {s.d_query, H, T, call_.H}, scale);
+      store_head<Isa>(call_.d_query, b, n, {s.d_query, H, T, call_.H}, scale);
     }
-    const int64_t index = b * S * call_.K + k;
-    store_head<Isa>(call_.d_key, index * call_.H, call_.K * call_.H, {s.d_key, H, S, call_.H},
-                    scale);
-    store_head<Isa>(call_.d_value, index * call_.V, call_.K * call_.V, {s.d_value, V, S, call_.V},
-                    [](int64_t) { return 1.0f; });
+    store_head<Isa>(call_.d_key, b, k, {s.d_key, H, S, call_.H}, scale);
+    store_head<Isa>(call_.d_value, b, k, {s.d_value, V, S, call_.V}, [](int64_t) { return 1.0f; });
   }
 
   // P and dS of query head n.

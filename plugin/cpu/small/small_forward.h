@@ -114,7 +114,7 @@ class SmallForward {
   }
 
   void store(int64_t b, int64_t n, const float* maximum, const float* sum, const Scratch& s) const {
-    const int64_t index = b * call_.T * call_.N + n;
+    const int64_t index = call_.row_maximum.at(b, 0, n), step = call_.row_maximum.stride[1];
     float* row_maximum = static_cast<float*>(call_.row_maximum.data) + index;
     float* log2_sum = static_cast<float*>(call_.log2_sum.data) + index;
     const float sink = sink_of(call_, b, n);
@@ -124,11 +124,10 @@ class SmallForward {
       const RowTotal total = total_of(sum[i], reference, sink);
       const bool empty = sum[i] == 0.0f;
       factor[i] = empty ? 0.0f : 1.0f / total.divisor;
-      row_maximum[i * call_.N] = empty ? 0.0f : total.maximum;
-      log2_sum[i * call_.N] = empty ? kEmptyRowLog2Sum : total.log2_sum;
+      row_maximum[i * step] = empty ? 0.0f : total.maximum;
+      log2_sum[i * step] = empty ? kEmptyRowLog2Sum : total.log2_sum;
     }
-    store_head<Isa>(call_.out, index * call_.V, call_.N * call_.V,
-                    {s.out, heads_.value_width, call_.T, call_.V},
+    store_head<Isa>(call_.out, b, n, {s.out, heads_.value_width, call_.T, call_.V},
                     [&](int64_t i) { return factor[i]; });
   }
 

@@ -338,7 +338,6 @@ class AttentionTangent {
 
   // Writes row i of query head n, row r of its block.
   void store(int64_t b, int64_t n, int64_t i, int64_t r, RowState& state, RowBlock& block) const {
-    const int64_t index = (b * call_.T + i) * call_.N + n;
     float* out = block.out.get() + r * value_columns_;
     float* tangent = block.tangent_out.get() + r * value_columns_;
     state.sum[r] = Isa::reduce_add(Isa::load(block.sums.get() + r * W));
@@ -351,8 +350,9 @@ class AttentionTangent {
     if (!empty && mean != 0.0f) {
       for (int64_t v = 0; v < call_.V; ++v) tangent[v] -= mean * out[v];
     }
-    store_row<Isa>(call_.tangent_out, index * call_.V, tangent, call_.V, factor);
-    static_cast<float*>(call_.tangent_log_sum_exp.data)[index] = mean;
+    store_row<Isa>(call_.tangent_out, call_.tangent_out.at(b, i, n), tangent, call_.V, factor);
+    const Result& log_sum_exp = call_.tangent_log_sum_exp;
+    static_cast<float*>(log_sum_exp.data)[log_sum_exp.at(b, i, n)] = mean;
   }
 
   // The sink's part of the tangent of the log-sum-exp: all of it where a row sees no key.
