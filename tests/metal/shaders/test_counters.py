@@ -117,7 +117,7 @@ def test_products_of_a_long_causal_head(H):
 
 
 def test_operations_of_a_simdgroup():
-    """Products, and a few shuffles for each tile: fewer than MLX's steel attention counts, 328 k."""
+    """Products, and a few shuffles for each tile; MLX's attention has 328 thousand here."""
     problem, _ = problem_of("float16", T=1024, S=1024, H=64, V=64)
     for pipeline in ("baseline", "gluon"):
         counters = forward(problem, pipeline=pipeline, **COUNT).counters
