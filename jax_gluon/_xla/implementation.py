@@ -93,13 +93,24 @@ def backward_sinks(
     return sinks_gradient(residuals, d_out, d_log_sum_exp, 1.0)
 
 
+@jax.custom_jvp
+def _barrier(x: Any) -> Any:
+    return cast(Any, jax.lax.optimization_barrier)(x)
+
+
+# Older JAX does not differentiate the barrier itself.
+@_barrier.defjvp
+def _barrier_jvp(primals: Any, tangents: Any) -> Any:
+    return _barrier(*primals), tangents[0]
+
+
 def _of_any_values(x: _Result) -> _Result:
     """The same to all but XLA's simplifier.
 
     Where a tangent or cotangent is constant, as that of a sum is, it takes sums of transposed rows
     for ones in another layout, on the CPU.
     """
-    return cast(Any, jax.lax.optimization_barrier)(x)
+    return cast(_Result, _barrier(x))
 
 
 def _apply_xla(
