@@ -43,6 +43,9 @@ def visible(problem):
     i, j = np.arange(problem.T)[:, None], np.arange(problem.S)
     left, right = problem.window or (problem.T, problem.S)
     seen = (i - left <= j) & (j <= i + (0 if problem.is_causal else right))
+    if problem.segment_ids is not None:
+        of_rows, of_keys = (ids[0] for ids in problem.segment_ids)
+        seen &= of_rows[:, None] == of_keys
     return np.pad(seen, ((0, -problem.T % 8), (0, -problem.S % 8)))
 
 
@@ -106,6 +109,13 @@ def test_products_and_barriers(dtype, H, V, is_causal):
 def test_products_of_a_window():
     problem, d_out = problem_of("float16", T=300, S=300, H=64, V=64)
     problem.window = (40, 10)
+    check_products(problem, d_out, with_backward=True)
+
+
+def test_products_of_packed_sequences():
+    problem, d_out = problem_of("float16", T=300, S=300, H=64, V=64)
+    ids = np.repeat(np.arange(3, dtype=np.int32), [100, 57, 143])[None]
+    problem.is_causal, problem.segment_ids = True, (ids, ids)
     check_products(problem, d_out, with_backward=True)
 
 
