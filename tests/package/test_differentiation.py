@@ -159,11 +159,11 @@ def test_reverse_mode_is_that_of_custom_vjp(quantization, implementation, floats
     assert_close(gradient("any"), gradient("reverse"), 1e-6 if implementation == "xla" else 0)
 
 
-def test_codes_have_the_straight_through_tangent(each, draw):
+def test_codes_have_the_straight_through_tangent(implementation, draw):
     """That of float attention at the dequantized operands."""
     operands = tuple(draw(B, 5, K, 16) for _ in range(3))
     tangents = tuple(draw(B, 5, K, 16) for _ in range(3))
-    run = functools.partial(any_order, implementation=each)
+    run = functools.partial(any_order, implementation=implementation)
     _, actual = jax.jvp(functools.partial(run, quantization="int8"), operands, tangents)
     specs = PRESETS["int8"]
     dequantized = tuple(

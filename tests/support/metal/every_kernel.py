@@ -40,6 +40,8 @@ CASES: tuple[Case, ...] = (
     ("float32", PLAIN, "lengths", dict(H=72, V=100)),
     ("float16", PLAIN, "plain", dict(H=130, V=129)),
 )
+# Forward mode has float matrices whatever the operands are: one case for each size and kind.
+TANGENT_CASES = (CASES[0], *CASES[3:5], *CASES[8:])
 # Of few rows: what decode is for.
 DECODE_CASES: tuple[Case, ...] = (
     *((dtype, specs, name, {**shape, "T": 12}) for dtype, specs, name, shape in CASES),
@@ -76,8 +78,9 @@ def main() -> None:
             d_log_sum_exp = np.ones((problem.B, problem.T, problem.N), np.float32)
         gradients = backward(problem, found, d_out, d_log_sum_exp)
         written(found.out, gradients.d_query, gradients.d_key, gradients.d_value)
-        moved = tangent(problem, tangents_of(case))
-        written(moved.out, moved.tangent_out, moved.tangent_log_sum_exp)
+        if case in TANGENT_CASES:
+            moved = tangent(problem, tangents_of(case))
+            written(moved.out, moved.tangent_out, moved.tangent_log_sum_exp)
         gradients = backward(problem, found, d_out, d_log_sum_exp, pipeline="gluon")
         written(gradients.d_query, gradients.d_key, gradients.d_value)
         if problem.bias is not None:
