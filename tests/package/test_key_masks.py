@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
+from tests.support.against_oracle import check
 
 _RNG = np.random.default_rng(11)
 _FAR = 2**31 - 1
@@ -43,26 +44,8 @@ CASES = {
 def test_every_implementation_and_the_reference_are_the_oracle(
     case, implementation, oracle, relative_error, random_operands
 ):
-    """Output and gradients; what is hidden holds NaN."""
-    keywords = CASES[case]
-    q, k, v, d_out = random_operands(B, T, S, 4, 2, 22, 26)
-    seen = np.broadcast_to(keywords["key_value_mask"], (B, S))[:, :, None, None]
-    expected = oracle(q, np.where(seen, k, 0), np.where(seen, v, 0), **keywords, d_out=d_out)
-    k, v = (jnp.where(seen, x, jnp.nan) for x in (k, v))
-    bias = keywords.get("bias")
-    rest = {name: x for name, x in keywords.items() if name != "bias"}
-
-    def attention(q, k, v, bias):
-        return jax_gluon.dot_product_attention(q, k, v, bias, implementation=implementation, **rest)
-
-    out, pullback = jax.vjp(attention, q, k, v, bias)
-    assert relative_error(out, expected.out) <= 2e-6
-    for gradient, exact in zip(pullback(d_out), expected[2:6], strict=True):
-        if exact is not None:
-            assert relative_error(gradient, exact) <= 3e-6
-    if implementation == "cpu":
-        reference = jax_gluon.reference.dot_product_attention(q, k, v, bias, **rest)
-        assert relative_error(reference, expected.out) <= 2e-6
+    operands = random_operands(B, T, S, 4, 2, 22, 26)
+    check(CASES[case], implementation, operands, oracle, relative_error)
 
 
 def test_vmap_over_the_mask_alone_and_batch_axes(implementation, random_operands, relative_error):
