@@ -16,18 +16,8 @@ FLOATS = ("query", "key", "value", "bias", "sinks")
 any_order = functools.partial(jax_gluon.dot_product_attention, differentiation="any")
 
 
-@pytest.fixture(params=["cpu", "xla"])
-def implementation(request, require):
-    """The plugin's and XLA's; Metal differs in its kernel alone."""
-    require(request.param)
-    return request.param
-
-
-@pytest.fixture(params=["cpu", "metal", "xla"])
-def each(request, require):
-    """Each implementation."""
-    require(request.param)
-    return request.param
+# The plugin's and XLA's: Metal differs in its kernel alone.
+on_hosts = pytest.mark.parametrize("implementation", ["cpu", "xla"], indirect=True)
 
 
 @pytest.fixture
@@ -94,11 +84,12 @@ def square(attention, floats):
 
 
 @rules
-def test_forward_mode(rule, each, floats, tangents):
-    compare(lambda f, *given: jax.jvp(f, *given), rule, each, (floats,), (tangents,))
+def test_forward_mode(rule, implementation, floats, tangents):
+    compare(lambda f, *given: jax.jvp(f, *given), rule, implementation, (floats,), (tangents,))
 
 
 @pytest.mark.parametrize("name", FLOATS)
+@on_hosts
 def test_forward_mode_in_one_operand(name, implementation, floats, tangents):
     def program(attention, x, tangent):
         return jax.jvp(lambda x: attention({**floats, name: x}), (x,), (tangent,))
@@ -106,6 +97,7 @@ def test_forward_mode_in_one_operand(name, implementation, floats, tangents):
     compare(program, "all", implementation, floats[name], tangents[name])
 
 
+@on_hosts
 def test_forward_mode_of_the_log_sum_exp(implementation, floats, tangents):
     def program(attention, floats, tangents):
         return jax.jvp(attention, (floats,), (tangents,))
@@ -120,6 +112,7 @@ def test_forward_mode_of_the_log_sum_exp(implementation, floats, tangents):
     assert_close(program(ours, floats, tangents), program(plain, floats, tangents))
 
 
+@on_hosts
 def test_linearize_runs_forward_once(implementation, floats, tangents):
     """The primal result is that of a call without derivatives, to the bit."""
     attention = of_floats(any_order, "plain", implementation=implementation)
@@ -143,6 +136,7 @@ def test_forward_mode_is_one_kernel(quantization, floats, tangents, require):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
+@on_hosts
 def test_reverse_mode_is_that_of_custom_vjp(quantization, implementation, floats):
     """To the bit, but for what XLA fuses with other neighbours."""
 
@@ -159,6 +153,7 @@ def test_reverse_mode_is_that_of_custom_vjp(quantization, implementation, floats
     assert_close(gradient("any"), gradient("reverse"), 1e-6 if implementation == "xla" else 0)
 
 
+@on_hosts
 def test_codes_have_the_straight_through_tangent(implementation, draw):
     """That of float attention at the dequantized operands."""
     operands = tuple(draw(B, 5, K, 16) for _ in range(3))
@@ -174,6 +169,7 @@ def test_codes_have_the_straight_through_tangent(implementation, draw):
 
 
 @rules
+@on_hosts
 def test_second_order(rule, implementation, floats, tangents):
     """Forward over reverse, and a gradient of a directional derivative of it."""
 
@@ -188,6 +184,7 @@ def test_second_order(rule, implementation, floats, tangents):
     compare(program, rule, implementation, floats, tangents, limit=5e-6)
 
 
+@on_hosts
 def test_reverse_over_reverse(implementation, floats, tangents):
     def program(attention, floats, tangents):
         def along(floats):
@@ -199,6 +196,7 @@ def test_reverse_over_reverse(implementation, floats, tangents):
     compare(program, "plain", implementation, floats, tangents, limit=5e-6)
 
 
+@on_hosts
 def test_hessian_and_third_order(implementation, floats):
     def program(attention, x):
         def of_scale(x):
@@ -213,6 +211,7 @@ def test_hessian_and_third_order(implementation, floats):
     compare(program, "plain", implementation, jnp.array([1.1, 0.7]), limit=1e-5)
 
 
+@on_hosts
 def test_loss_with_a_stopped_tangent(implementation, floats, tangents):
     """What consistency and flow matching train with: forward mode inside a gradient."""
 
@@ -226,6 +225,7 @@ def test_loss_with_a_stopped_tangent(implementation, floats, tangents):
     compare(program, "all", implementation, floats, tangents)
 
 
+@on_hosts
 def test_transformations(implementation, floats, tangents):
     """vmap on both sides of derivatives; scan over checkpointed steps."""
 
@@ -277,6 +277,7 @@ def test_finite_differences_in_float64(floats, tangents, configure):
         np.testing.assert_allclose(second, curvature, rtol=1e-6)
 
 
+@on_hosts
 def test_hidden_numbers_reach_no_tangent(implementation, draw):
     """NaN in keys, values and their tangents that no row sees."""
     q, k, v = draw(B, T, N, H), draw(B, S, K, H), draw(B, S, K, V)
@@ -326,9 +327,8 @@ ASKED_FOR = {
 
 
 @pytest.mark.parametrize("asked_for", ASKED_FOR)
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
-def test_errors_name_the_argument(asked_for, implementation, draw, require):
-    require(implementation)
+@on_hosts
+def test_errors_name_the_argument(asked_for, implementation, draw):
     function = functools.partial(attend, implementation=implementation)
     with pytest.raises(TypeError, match=r'allowed: .* differentiation="any"'):
         ASKED_FOR[asked_for](function, draw(1, 3, 1, 4))
@@ -348,6 +348,7 @@ def test_default_differentiation(draw):
         jax.jvp(attend, (x,), (x,))
 
 
+@on_hosts
 def test_second_derivatives_of_codes_that_are_made_are_refused(implementation, draw):
     function = functools.partial(
         attend, quantization="int8", implementation=implementation, differentiation="any"
