@@ -1,9 +1,10 @@
 """`python -m benchmarks.features`: what arguments of attention cost, each beside a call without it.
 
 Packed sequences are timed against as many rows of a batch, positions against the window that they
-spell out, a sparse mask against none; dropout and sinks against a call that has neither. Both sides
-take turns in one process, on the same random operands. Times are those of the processor; run it on
-one core (`taskset -c 0`). A ratio is that of the medians.
+spell out, a sparse mask against none; dropout and sinks against a call that has neither; forward
+mode against forward alone, and gradients by `differentiation="any"` against those by default. Both
+sides take turns in one process, on the same random operands. Times are those of the processor; run
+it on one core (`taskset -c 0`). A ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -30,56 +31,89 @@ FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Side:
-    """Keywords of a call, and how many batch entries the tokens are cut into."""
+    """Keywords of a call, what is computed of it, and into how many batch entries tokens are cut.
+
+    `derivative` is `"none"`, `"forward"` (the call and its tangent) or `"reverse"` (gradients of
+    query, key and value).
+    """
 
     keywords: dict[str, Any]
     batch: int = 1
+    derivative: str = "none"
 
 
-def features(tokens: int, heads: int) -> dict[str, tuple[Side, Side]]:
-    """Each feature, and what it is compared with."""
+@dataclass(frozen=True)
+class Row:
+    """What is compared: names for the table, and the side with it and the one without."""
+
+    feature: str
+    passes: str
+    sides: tuple[Side, Side]
+
+
+def rows(tokens: int, heads: int) -> list[Row]:
+    """Each argument, forward and with gradients; then derivatives themselves."""
     at = np.arange(tokens, dtype=np.int32)
-    blocks = np.random.default_rng(1).random((tokens // 128, tokens // 128)) < 0.1
-    mask = jnp.asarray(np.kron(blocks, np.ones((128, 128), bool))[None, None])
-    shown = jnp.asarray(blocks)
-    block_mask = jax_gluon.block_mask(lambda b, h, i, j: shown[i // 128, j // 128], tokens, tokens)
-    key = jax.random.key(0)
+    count = tokens // 128
+    shown = np.zeros(count * count, bool)
+    shown[np.random.default_rng(1).permutation(count * count)[: round(0.1 * count * count)]] = True
+    shown = shown.reshape(count, count)
+    mask = jnp.asarray(np.kron(shown, np.ones((128, 128), bool))[None, None])
+    blocks = jnp.asarray(shown)
+    block_mask = jax_gluon.block_mask(lambda b, h, i, j: blocks[i // 128, j // 128], tokens, tokens)
     causal = dict(is_causal=True)
-    packed = dict(is_causal=True, query_segment_ids=at // 512, query_positions=at % 512)
-    return {
-        "packed in 512s": (Side(packed), Side(causal, tokens // 512)),
-        "window by positions": (
-            Side(dict(local_window_size=(256, 0), query_positions=at)),
-            Side(dict(local_window_size=(256, 0))),
+    window = dict(local_window_size=(256, 0))
+    compared: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "packed in 512s": (
+            dict(is_causal=True, query_segment_ids=at // 512, query_positions=at % 512),
+            causal,
         ),
-        "a tenth of mask blocks": (Side(dict(mask=mask)), Side({})),
-        "a tenth, a BlockMask": (Side(dict(mask=block_mask)), Side({})),
-        "dropout": (Side(dict(dropout_rate=0.1, dropout_rng=key)), Side({})),
-        "sinks": (Side(dict(sinks=jnp.zeros(heads))), Side({})),
+        "window by positions": (dict(query_positions=at, **window), window),
+        "a tenth of mask blocks": (dict(mask=mask), {}),
+        "a tenth, a BlockMask": (dict(mask=block_mask), {}),
+        "dropout": (dict(dropout_rate=0.1, dropout_rng=jax.random.key(0)), {}),
+        "sinks": (dict(sinks=jnp.zeros(heads)), {}),
     }
+    found: list[Row] = []
+    for feature, (with_it, without) in compared.items():
+        batch = tokens // 512 if feature.startswith("packed") else 1
+        for passes, derivative in (("forward", "none"), ("forward and backward", "reverse")):
+            sides = Side(with_it, 1, derivative), Side(without, batch, derivative)
+            found.append(Row(feature, passes, sides))
+    for name, keywords in (("", {}), (", causal", causal)):
+        any_order = dict(differentiation="any", **keywords)
+        forward_mode = Side(any_order, derivative="forward"), Side(keywords)
+        found.append(Row(f"forward mode{name}", "jvp, beside forward", forward_mode))
+        reverse = Side(any_order, derivative="reverse"), Side(keywords, derivative="reverse")
+        found.append(Row(f'differentiation="any"{name}', "forward and backward", reverse))
+    return found
 
 
-def function(side: Side, format_name: str, is_gradient: bool) -> Attention:
-    """The jitted call of a side, or its gradient by query, key and value."""
+def function(side: Side, format_name: str) -> Attention:
+    """The jitted call of a side, or a derivative of it; its tangents are its operands, rolled."""
     quantization: Any = format_name if format_name.startswith("int") else None
 
-    def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def attention(*operands: jax.Array) -> jax.Array:
         return jax_gluon.dot_product_attention(
-            query, key, value, quantization=quantization, **side.keywords
+            *operands, quantization=quantization, **side.keywords
         )
 
     def loss(*operands: jax.Array) -> jax.Array:
         return jnp.sum(attention(*operands).astype(jnp.float32))
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)) if is_gradient else attention)
+    def forward_mode(*operands: jax.Array) -> Any:
+        return jax.jvp(attention, operands, (*operands[1:], operands[0]))
+
+    computed: dict[str, Callable[..., Any]] = {
+        "none": attention,
+        "forward": forward_mode,
+        "reverse": jax.grad(loss, argnums=(0, 1, 2)),
+    }
+    return jax.jit(computed[side.derivative])
 
 
 def compare(
-    sides: tuple[Side, Side],
-    format_name: str,
-    is_gradient: bool,
-    shape: tuple[int, ...],
-    rounds: int,
+    sides: tuple[Side, Side], format_name: str, shape: tuple[int, ...], rounds: int
 ) -> tuple[float, float]:
     """Median seconds of both sides, after a call of each that compiles."""
     dtype = "float32" if format_name.startswith("int") else format_name
@@ -88,7 +122,7 @@ def compare(
     calls: list[Callable[[], Any]] = []
     for side in sides:
         operands = [x.reshape(side.batch, -1, *shape[2:]) for x in drawn]
-        run = function(side, format_name, is_gradient)
+        run = function(side, format_name)
         calls.append(lambda run=run, operands=operands: jax.block_until_ready(run(*operands)))
     times: list[list[float]] = [[], []]
     for turn in range(rounds + 1):
@@ -115,16 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
     print("| feature | operands | pass | with, ms | without, ms | ratio |")
     print("|---|---|---|---|---|---|")
     shape = (1, options.length, options.heads, options.head_dim)
-    for name, sides in features(options.length, options.heads).items():
+    for row in rows(options.length, options.heads):
         for format_name in options.formats:
-            for is_gradient in (False, True):
-                with_it, without = compare(sides, format_name, is_gradient, shape, options.rounds)
-                passes = "forward and backward" if is_gradient else "forward"
-                print(
-                    f"| {name} | {format_name} | {passes} | {1e3 * with_it:.1f} | "
-                    f"{1e3 * without:.1f} | {with_it / without:.2f} |",
-                    flush=True,
-                )
+            with_it, without = compare(row.sides, format_name, shape, options.rounds)
+            print(
+                f"| {row.feature} | {format_name} | {row.passes} | {1e3 * with_it:.1f} | "
+                f"{1e3 * without:.1f} | {with_it / without:.2f} |",
+                flush=True,
+            )
     return 0
 
 
