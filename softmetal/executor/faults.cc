@@ -15,9 +15,9 @@ namespace softmetal {
 namespace {
 
 constexpr size_t kSignalStackBytes = size_t{64} << 10;
-constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 // Ignored where no one handles it, so that one that comes late does nothing.
 constexpr int kInterrupt = SIGURG;
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, kInterrupt};
 // How often a thread is interrupted, and a flag of cancellation looked at.
 constexpr auto kTick = std::chrono::milliseconds(5);
 
@@ -62,24 +62,54 @@ void handle(int signal, siginfo_t* info, void* context) {
   errno = error;
 }
 
-void install_handlers() {
-  static std::once_flag once;
-  std::call_once(once, [] {
+// Other libraries set handlers too, whenever they are loaded. So ours are set while kernels run, on
+// top of what is there, which comes back after the last.
+class Handlers {
+ public:
+  void enter() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (users_++ > 0) return;
     struct sigaction action = {};
     action.sa_sigaction = handle;
     // A handler that is left by a switch to another stack does not unblock its signal.
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
     sigemptyset(&action.sa_mask);
-    for (const int signal : kFaults) sigaction(signal, &action, &previous[signal]);
-    sigaction(kInterrupt, &action, &previous[kInterrupt]);
-  });
+    for (const int signal : kSignals) {
+      struct sigaction found = {};
+      sigaction(signal, &action, &found);
+      if (!is_ours(found)) previous[signal] = found;
+    }
+  }
+
+  void leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--users_ > 0) return;
+    for (const int signal : kSignals) {
+      struct sigaction found = {};
+      sigaction(signal, nullptr, &found);
+      if (is_ours(found)) sigaction(signal, &previous[signal], nullptr);
+    }
+  }
+
+ private:
+  static bool is_ours(const struct sigaction& x) {
+    return (x.sa_flags & SA_SIGINFO) && x.sa_sigaction == handle;
+  }
+
+  std::mutex mutex_;
+  int users_ = 0;
+};
+
+Handlers& handlers() {
+  static Handlers all;
+  return all;
 }
 
 }  // namespace
 
 SignalStack::SignalStack() {
   if (!have_own_handlers()) return;
-  install_handlers();
+  handlers().enter();
   void* memory = mmap(nullptr, kSignalStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return;  // faults then end the process, as they do without handlers
@@ -91,6 +121,8 @@ SignalStack::SignalStack() {
 }
 
 SignalStack::~SignalStack() {
+  if (!have_own_handlers()) return;
+  handlers().leave();
   if (!memory_) return;
   sigaltstack(&before_, nullptr);
   munmap(memory_, kSignalStackBytes);

@@ -240,22 +240,39 @@ def test_a_loop_without_operations_meets_the_time_limit(body):
         run("out[i] = 1;", grid=3, time_limit=10)
 
 
-@pytest.mark.parametrize("handler", ["", "import faulthandler; faulthandler.enable();"])
-def test_other_faults_stay_what_they_are(handler):
-    program = f"""if True:
-    import ctypes, numpy, softmetal
-    {handler}
-    text = "kernel void f(device float* out [[buffer(0)]]) {{ out[0] = 1; }}"
-    softmetal.Library(text).kernel("f")(grid=1, threads=1, buffers=[numpy.zeros(1, "f4")])
-    ctypes.string_at(0)
-    """
+def run_program(text):
+    """A program of Python that has a library with the kernels `fine` and `wild`."""
     import softmetal
 
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(softmetal.__file__)},
+    kernels = """
+    kernel void fine(device float* out [[buffer(0)]]) { out[0] = 1; }
+    kernel void wild(device float* out [[buffer(0)]]) { out[0] = *(device float*)ulong(out[0]); }
+    """
+    program = f"""if True:
+    import ctypes, faulthandler, numpy, softmetal
+    library = softmetal.Library({kernels!r})
+    def run(name):
+        library.kernel(name)(grid=1, threads=1, buffers=[numpy.zeros(1, "f4")])
+    {text}
+    """
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(softmetal.__file__)}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["run('fine')", "faulthandler.enable(); run('fine')", "run('fine'); faulthandler.enable()"],
+)
+def test_other_faults_stay_what_they_are(text):
+    done = run_program(f"{text}; ctypes.string_at(0)")
     assert done.returncode == -signal.SIGSEGV, done.stderr
-    assert ("Fatal Python error: Segmentation fault" in done.stderr) == bool(handler)
+    told = "Fatal Python error: Segmentation fault" in done.stderr
+    assert told == ("faulthandler" in text)
+
+
+def test_a_handler_that_comes_later_does_not_get_a_kernels_faults():
+    done = run_program("run('fine'); faulthandler.enable(); run('wild')")
+    assert done.returncode == 1, done.stderr
+    assert "wild: invalid access of memory at 0x0" in done.stderr
