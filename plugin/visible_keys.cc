@@ -65,6 +65,31 @@ class RangeExtremes {
   std::vector<std::vector<int32_t>> min_, max_;  // of the 2^level numbers from i on
 };
 
+// Rows of a section, at least: a few blocks of a kernel, each of which may be the last and not
+// full.
+constexpr int32_t kMinSectionRows = 256;
+
+std::vector<VisibleKeys::Section> find_sections(const VisibleKeys& keys, int64_t S) {
+  const auto rows = static_cast<int32_t>(keys.begin.size());
+  // The least key that this row or a later one sees.
+  std::vector<int32_t> least(keys.begin.size() + 1, static_cast<int32_t>(S));
+  for (size_t i = keys.begin.size(); i-- > 0;) {
+    least[i] = keys.begin[i] < keys.end[i] ? std::min(least[i + 1], keys.begin[i]) : least[i + 1];
+  }
+  std::vector<VisibleKeys::Section> sections;
+  int32_t first_row = 0, end_key = 0;
+  for (int32_t i = 0; i < rows; ++i) {
+    const auto row = static_cast<size_t>(i);
+    if (i - first_row >= kMinSectionRows && end_key <= least[row]) {
+      sections.push_back({i, end_key});
+      first_row = i;
+    }
+    end_key = std::max(end_key, keys.end[row]);
+  }
+  sections.push_back({rows, static_cast<int32_t>(S)});
+  return sections;
+}
+
 VisibleKeys find_entry(const AttentionCall& call, int64_t b) {
   const int32_t *query_segment = entry(call.query_segment_ids, b),
                 *key_segment = entry(call.key_value_segment_ids, b),
@@ -133,6 +158,7 @@ VisibleKeys find_entry(const AttentionCall& call, int64_t b) {
       found.ranks[static_cast<size_t>(order[r])] = static_cast<int32_t>(r);
     }
   }
+  found.sections = find_sections(found, call.S);
   return found;
 }
 

@@ -2,8 +2,9 @@
 // dP = dO V^T for all keys that it sees and keep P and dP; then D = rowsum(P dP) is known, and
 // dS = P (dP - D), dV += P^T dO, dK += dS^T Q, dQ = dS K. An output that was rounded has no part in
 // D, so rows of dS sum to 0; of an exact one, and more keys than a tile has, D = rowsum(dO O), and
-// P and dP are kept for one tile of keys only. A task owns the rows of one kv head (or a part of
-// them) and sums of its own for dK and dV, and the order of every sum is fixed by the shape alone.
+// P and dP are kept for one tile of keys only. A task owns the rows of a kv head's section (or a
+// part of them) and sums of its own for dK and dV, and the order of every sum is fixed by the shape
+// and the sections alone.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +33,7 @@ class AttentionBackward {
         parallel_(parallel),
         rows_(call),
         blocks_(call, rows_.output_is_exact()),
+        tasks_(call, call.K, [this](const Section& x) { return blocks_.parts(x); }),
         mask_tiles_(call),
         tiles_(call, rows_, blocks_, mask_tiles_),
         scratch_(parallel.threads()) {}
@@ -43,36 +45,51 @@ class AttentionBackward {
     if (call_.B * call_.N == 0) return;
     rows_.find_centers(parallel_);
     mask_tiles_.find(parallel_);
-    const int64_t heads = call_.B * call_.K;
-    if (blocks_.parts > 1) {
-      d_key_parts_.allocate(heads * blocks_.parts * blocks_.part_keys * blocks_.head_columns);
-      d_value_parts_.allocate(heads * blocks_.parts * blocks_.part_keys * blocks_.value_columns);
-    }
-    parallel_.run(heads * blocks_.parts, [this](int64_t task) {
-      // Last rows first: with causal masking they are the longest.
-      differentiate(task / blocks_.parts, blocks_.parts - 1 - task % blocks_.parts);
-    });
-    if (blocks_.parts == 1) return;
-    const int64_t blocks = ceil_div(call_.S, Blocks::kMaxRows);
-    parallel_.run(heads * blocks, [this, blocks](int64_t task) {
-      const int64_t first = task % blocks * Blocks::kMaxRows;
-      sum_parts(task / blocks, {first, std::min(call_.S, first + Blocks::kMaxRows)});
-    });
+    find_sums();
+    d_key_parts_.allocate(slots_ * blocks_.part_keys * blocks_.head_columns);
+    d_value_parts_.allocate(slots_ * blocks_.part_keys * blocks_.value_columns);
+    parallel_.run(tasks_.size(), [this](int64_t task) { differentiate(task); });
+    parallel_.run(static_cast<int64_t>(sums_.size()),
+                  [this](int64_t i) { sum_parts(sums_[static_cast<size_t>(i)]); });
   }
 
  private:
-  void differentiate(int64_t head, int64_t part_index) {
-    const int64_t b = head / call_.K, k = head % call_.K;
+  // Keys of a section of more than one part, whose dK and dV are summed in the end.
+  struct Sum {
+    SectionTask task;
+    Range keys;
+  };
+
+  // Parts of such sections have slots.
+  void find_sums() {
+    slot_.allocate(tasks_.size());
+    for (int64_t t = 0; t < tasks_.size(); ++t) {
+      const SectionTask task = tasks_[t];
+      slot_[t] = -1;
+      if (task.count == 1) continue;
+      slot_[t] = slots_++;
+      if (t != task.first) continue;
+      const Range keys = task.section.keys;
+      for (int64_t j = keys.begin; j < keys.end; j += Blocks::kMaxRows) {
+        sums_.push_back({task, {j, std::min(j + Blocks::kMaxRows, keys.end)}});
+      }
+    }
+  }
+
+  void differentiate(int64_t t) {
+    const SectionTask task = tasks_[t];
+    const int64_t b = task.b, k = task.head;
     const Visibility visibility(call_, b);
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
-    tiles_.prepare(s);
+    tiles_.prepare(task.count == 1, s);
     s.needs_row_sum = rows_.key_center(b, k) && rows_.key_center_matters();
-    const Range rows = blocks_.rows_of_part(part_index), keys = visibility.of_rows(rows);
-    const int64_t first_key = blocks_.first_key(keys);
+    const Range rows = blocks_.rows_of_part(task.section, task.index);
+    const Range keys = visibility.of_rows(rows);
+    const int64_t first_key = Blocks::first_key(keys);
     Part part{visibility, b, k, keys, first_key, first_key, s.d_key.get(), s.d_value.get()};
-    if (blocks_.parts > 1) {
-      const int64_t at = (head * blocks_.parts + part_index) * blocks_.part_keys;
+    if (task.count > 1) {
+      const int64_t at = slot_[t] * blocks_.part_keys;
       part.d_key = d_key_parts_.get() + at * blocks_.head_columns;
       part.d_value = d_value_parts_.get() + at * blocks_.value_columns;
     }
@@ -88,8 +105,8 @@ class AttentionBackward {
         row_block({n, heads, {i, std::min(i + blocks_.block_rows, rows.end)}}, part, s);
       }
     }
-    if (blocks_.parts > 1) return;
-    for (int64_t j = 0; j < call_.S; ++j) {
+    if (task.count > 1) return;
+    for (int64_t j = task.section.keys.begin; j < task.section.keys.end; ++j) {
       const bool seen = keys.begin <= j && j < keys.end;
       const int64_t at = seen ? j - first_key : -1;
       store_key_value(b, j, k, at < 0 ? nullptr : part.d_key + at * blocks_.head_columns,
@@ -107,22 +124,23 @@ class AttentionBackward {
                    1.0f);
   }
 
-  void sum_parts(int64_t head, Range keys) const {
-    const int64_t b = head / call_.K, k = head % call_.K;
-    const Visibility visibility(call_, b);
+  void sum_parts(const Sum& sum) const {
+    const SectionTask& task = sum.task;
+    const Visibility visibility(call_, task.b);
     Buffer<float> zeros(std::max(call_.H, call_.V) + W);
     std::vector<Range> seen_by_part;
-    seen_by_part.reserve(static_cast<size_t>(blocks_.parts));
-    for (int64_t p = 0; p < blocks_.parts; ++p) {
-      seen_by_part.push_back(visibility.of_rows(blocks_.rows_of_part(p)));
+    seen_by_part.reserve(static_cast<size_t>(task.count));
+    for (int64_t p = 0; p < task.count; ++p) {
+      seen_by_part.push_back(visibility.of_rows(blocks_.rows_of_part(task.section, p)));
     }
-    for (int64_t j = keys.begin; j < keys.end; ++j) {
+    for (int64_t j = sum.keys.begin; j < sum.keys.end; ++j) {
       float *d_key = nullptr, *d_value = nullptr;
-      for (int64_t p = 0; p < blocks_.parts; ++p) {
+      for (int64_t p = 0; p < task.count; ++p) {
         const Range seen = seen_by_part[static_cast<size_t>(p)];
         if (j < seen.begin || j >= seen.end) continue;
-        const int64_t at =
-            (head * blocks_.parts + p) * blocks_.part_keys + j - blocks_.first_key(seen);
+        // The last part comes first.
+        const int64_t slot = slot_[task.first + task.count - 1 - p];
+        const int64_t at = slot * blocks_.part_keys + j - Blocks::first_key(seen);
         float* x = d_key_parts_.get() + at * blocks_.head_columns;
         float* y = d_value_parts_.get() + at * blocks_.value_columns;
         if (d_key) {
@@ -133,7 +151,7 @@ class AttentionBackward {
           d_value = y;
         }
       }
-      store_key_value(b, j, k, d_key, d_value, zeros.get());
+      store_key_value(task.b, j, task.head, d_key, d_value, zeros.get());
     }
   }
 
@@ -198,8 +216,12 @@ class AttentionBackward {
   Parallel& parallel_;
   BackwardRows<Isa, AttentionBackwardCall> rows_;
   const Blocks blocks_;
+  const SectionTasks tasks_;
   MaskTiles mask_tiles_;
   const Tiles tiles_;
+  std::vector<Sum> sums_;
+  Buffer<int64_t> slot_;  // of each task, which has d_key_parts_ and d_value_parts_; else -1
+  int64_t slots_ = 0;
   Buffer<float> d_key_parts_, d_value_parts_;
   ScratchPool<Scratch> scratch_;
 };

@@ -1,11 +1,11 @@
-// How a backward pass is divided: rows of a kv head into parts, those into blocks, and what they
+// How a backward pass is divided: rows of a section into parts, those into blocks, and what they
 // see into blocks of keys, and tiles whose P and dP are kept.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
 
-#include "cpu/rows/visibility.h"
+#include "cpu/rows/section_tasks.h"
 #include "cpu/tiles/cores.h"
 #include "device.h"
 #include "numerics.h"
@@ -23,7 +23,7 @@ class BackwardBlocks {
   static constexpr int64_t kMinRows = 24;
   // Elements of P of a block, at most, unless that makes it too low: they are read back once.
   static constexpr int64_t kMaxScores = int64_t{1} << 20;
-  // Tasks wanted, so that several cores are busy; but a kv head's rows are split no finer than
+  // Tasks wanted, so that several cores are busy; but a section's rows are split no finer than
   // this, and no more often, since each part has dK and dV of all keys that it sees.
   static constexpr int64_t kTasks = 16, kMinPart = 512, kMaxParts = 4;
 
@@ -46,6 +46,11 @@ class BackwardBlocks {
         reads_output(output_is_exact && call.S > tile_keys),
         block_keys(round_up(call.cpu_kernel.block_k, tile_keys)),
         stages(std::max<int64_t>(call.cpu_kernel.stages, 1)) {
+    int64_t sections = 0;
+    for_each_section(call, [&](const Section& x, int64_t entries) {
+      sections += entries;
+      section_keys_ = std::max(section_keys_, x.keys.end - x.keys.begin);
+    });
     const int64_t rows = std::max<int64_t>(call.T, 1), group = call.N / call.K;
     const int64_t kept = reads_output ? tile_keys : max_keys(kMaxRows);
     const int64_t fit = kMaxScores / std::max<int64_t>(kept, 1);
@@ -53,13 +58,12 @@ class BackwardBlocks {
         std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kMinRows, kGroupRows)), kMaxRows);
     block_heads = std::max<int64_t>(std::min(max_rows / rows, group), 1);
     block_rows = std::min(max_rows, round_up(block_heads * rows, kGroupRows));
-    const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
-    const int64_t max_parts =
-        std::min({ceil_div(kTasks, heads), ceil_div(rows, kMinPart), kMaxParts});
-    part_rows = round_up(ceil_div(rows, max_parts), block_rows);
-    parts = ceil_div(rows, part_rows);
-    // Keys are counted from the first of a whole tile.
-    part_keys = round_up(max_keys(part_rows), tile_keys) + tile_keys;
+    wanted_parts_ = std::min(ceil_div(kTasks, std::max<int64_t>(sections * call.K, 1)), kMaxParts);
+    for_each_section(call, [&](const Section& x, int64_t) {
+      const int64_t keys = std::min(max_keys(part_rows(x)), x.keys.end - x.keys.begin);
+      // Keys are counted from the first of a register tile.
+      part_keys = std::max(part_keys, round_up(keys, tile_keys) + tile_keys);
+    });
     block_tiles = reads_output ? 1 : ceil_div(max_keys(block_rows), tile_keys) + 1;
   }
 
@@ -83,11 +87,18 @@ class BackwardBlocks {
     run.stages = kGluon ? stages : 0;
   }
 
-  Range rows_of_part(int64_t part) const {
-    return {part * part_rows, std::min(call_.T, (part + 1) * part_rows)};
+  int64_t parts(const Section& section) const {
+    return ceil_div(std::max<int64_t>(section.rows.end - section.rows.begin, 1),
+                    part_rows(section));
+  }
+  Range rows_of_part(const Section& section, int64_t part) const {
+    const int64_t rows = part_rows(section), first = section.rows.begin + part * rows;
+    return {first, std::min(first + rows, section.rows.end)};
   }
   // Where the packed keys, dK and dV of rows that see `keys` start.
-  int64_t first_key(Range keys) const { return keys.begin / tile_keys * tile_keys; }
+  static int64_t first_key(Range keys) {
+    return keys.begin / Core::kTileColumns * Core::kTileColumns;
+  }
 
  private:
   // Keys whose P and dP are kept at a time: in the baseline pipeline those of a block.
@@ -95,15 +106,23 @@ class BackwardBlocks {
     return kGluon ? kernel.subtile : kernel.block_k;
   }
 
-  // No more keys are seen by this many adjacent rows.
+  int64_t part_rows(const Section& section) const {
+    const int64_t rows = std::max<int64_t>(section.rows.end - section.rows.begin, 1);
+    const int64_t parts = std::min(wanted_parts_, ceil_div(rows, kMinPart));
+    return round_up(ceil_div(rows, parts), block_rows);
+  }
+
+  // No more keys are seen by this many adjacent rows of a section.
   int64_t max_keys(int64_t rows) const {
     const int64_t left = call_.window_left, right = call_.causal ? 0 : call_.window_right;
-    if (call_.query_positions) return call_.S;
-    if (left < 0 || right < 0 || left >= call_.S || right >= call_.S) return call_.S;
-    return std::min(call_.S, rows + left + right);
+    if (call_.query_positions || left < 0 || right < 0) return section_keys_;
+    if (left >= section_keys_ || right >= section_keys_) return section_keys_;
+    return std::min(section_keys_, rows + left + right);
   }
 
   const AttentionBackwardCall& call_;
+  int64_t section_keys_ = 0;  // of the largest
+  int64_t wanted_parts_ = 1;  // of a section
 
  public:
   const int64_t head_columns, value_columns;  // in whole panels
@@ -114,11 +133,10 @@ class BackwardBlocks {
   const int64_t stages;                     // blocks of keys that are packed ahead, and in use
   int64_t block_heads = 1;                  // query heads whose few rows share a block
   int64_t block_rows = 0, block_tiles = 0;  // rows of a block, and its tiles that are kept
-  int64_t part_rows = 0, parts = 1;
-  int64_t part_keys = 0;  // that a part sees, at most
+  int64_t part_keys = 0;                    // that a part sees, at most
 };
 
-// A part of the rows of a kv head, while its task runs.
+// A part of the rows of a section, while its task runs.
 struct BackwardPart {
   const Visibility& visibility;
   int64_t b, k;

@@ -10,6 +10,7 @@
 #include "cpu/forward/forward_rows.h"
 #include "cpu/forward/online_softmax.h"
 #include "cpu/forward/packed_key_values.h"
+#include "cpu/rows/section_tasks.h"
 #include "cpu/tiles/microkernel.h"
 
 namespace jax_gluon::cpu {
@@ -38,8 +39,9 @@ class AttentionForward {
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
         block_keys_(ForwardBlocks<Core>::block_keys(call)),
-        row_blocks_(ceil_div(call.T, kBlockRows)),
-        packs_in_tasks_(call.N == call.K && row_blocks_ == 1 &&
+        tasks_(call, call.N,
+               [](const Section& x) { return ceil_div(x.rows.end - x.rows.begin, kBlockRows); }),
+        packs_in_tasks_(call.N == call.K && call.T <= kBlockRows &&
                         call.B * call.K >= kMinHeads * parallel.threads()),
         key_values_(call),
         packed_(call, key_values_),
@@ -53,10 +55,7 @@ class AttentionForward {
     key_values_.prepare(parallel_);
     mask_tiles_.find(parallel_);
     if (!packs_in_tasks_) packed_.pack_all(parallel_);
-    parallel_.run(call_.B * call_.N * row_blocks_, [this](int64_t task) {
-      // Last rows first: with causal masking they are the longest.
-      attend(task / row_blocks_, row_blocks_ - 1 - task % row_blocks_);
-    });
+    parallel_.run(tasks_.size(), [this](int64_t task) { attend(tasks_[task]); });
   }
 
  private:
@@ -81,12 +80,13 @@ class AttentionForward {
     if (G != 1) s.probabilities.allocate(kGroupRows * kBlockKeys / G);
   }
 
-  void attend(int64_t bn, int64_t row_block) {
-    const int64_t b = bn / call_.N, n = bn % call_.N, k = n / (call_.N / call_.K);
+  void attend(const SectionTask& task) {
+    const int64_t b = task.b, n = task.head, k = n / (call_.N / call_.K);
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
     const DropoutRow<Isa> dropout(call_, b, n);
-    const Range rows{row_block * kBlockRows, std::min(call_.T, (row_block + 1) * kBlockRows)};
+    const int64_t first = task.section.rows.begin + task.index * kBlockRows;
+    const Range rows{first, std::min(first + kBlockRows, task.section.rows.end)};
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
     prepare(s);
@@ -236,7 +236,8 @@ class AttentionForward {
 
   const AttentionForwardCall& call_;
   Parallel& parallel_;
-  const int64_t head_lanes_, value_panels_, value_columns_, block_keys_, row_blocks_;
+  const int64_t head_lanes_, value_panels_, value_columns_, block_keys_;
+  const SectionTasks tasks_;
   const bool packs_in_tasks_;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> packed_;

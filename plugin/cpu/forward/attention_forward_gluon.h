@@ -14,6 +14,7 @@
 #include "cpu/forward/key_value_ring.h"
 #include "cpu/forward/online_softmax.h"
 #include "cpu/forward/subtile_softmax.h"
+#include "cpu/rows/section_tasks.h"
 #include "cpu/tiles/microkernel.h"
 
 namespace jax_gluon::cpu {
@@ -28,7 +29,7 @@ class AttentionForwardGluon {
   static constexpr int kGroupRows = Core::kGroupRows;
   static constexpr int kStep = ForwardBlocks<Core>::kStep;
   static constexpr bool kInt8 = ForwardBlocks<Core>::kInt8, kBf16 = ForwardBlocks<Core>::kBf16;
-  // Row blocks per task. A kv head's rows are divided to bound scratch, each task with a ring of
+  // Row blocks per task. A section's rows are divided to bound scratch, each task with a ring of
   // its own, or to keep threads busy, but then no finer than kMinBlocks, and what is packed is
   // shared.
   static constexpr int64_t kMaxBlocks = 43, kMinBlocks = 4;
@@ -46,22 +47,17 @@ class AttentionForwardGluon {
         head_lanes_(ceil_div(call.H, G)),
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
-        row_blocks_(ceil_div(call.T, kBlockRows)),
-        head_blocks_(call.K == 0 ? 0 : call.N / call.K * row_blocks_),
         subtile_keys_(ForwardBlocks<Core>::subtile_keys(call)),
+        wanted_tasks_(
+            ceil_div(2 * parallel.threads(), std::max<int64_t>(call.K * count_sections(call), 1))),
+        tasks_(call, call.K, [this](const Section& x) { return divide(x).tasks; }),
         key_values_(call),
         shared_(call, key_values_),
         mask_tiles_(call),
         rows_(call, key_values_),
         block_softmax_(call),
         scratch_(parallel.threads()) {
-    const int64_t heads = std::max<int64_t>(call.B * call.K, 1);
-    const int64_t busy =
-        std::min(ceil_div(2 * parallel.threads(), heads), ceil_div(head_blocks_, kMinBlocks));
-    const int64_t min_tasks = std::max<int64_t>(1, ceil_div(head_blocks_, kMaxBlocks));
-    const int64_t tasks = std::max(min_tasks, std::min(busy, head_blocks_));
-    shares_ = tasks > min_tasks;
-    task_blocks_ = std::max<int64_t>(1, ceil_div(head_blocks_, tasks));
+    for_each_section(call, [this](const Section& x, int64_t) { shares_ |= divide(x).shares; });
   }
 
   void run() {
@@ -69,15 +65,29 @@ class AttentionForwardGluon {
     key_values_.prepare(parallel_);
     mask_tiles_.find(parallel_);
     if (shares_) shared_.pack_all(parallel_);
-    const int64_t tasks = ceil_div(head_blocks_, task_blocks_);
-    parallel_.run(call_.B * call_.K * tasks, [this, tasks](int64_t task) {
-      // Last rows first: with causal masking they are the longest.
-      const int64_t first = (tasks - 1 - task % tasks) * task_blocks_;
-      attend(task / tasks, first, std::min(first + task_blocks_, head_blocks_));
-    });
+    parallel_.run(tasks_.size(), [this](int64_t task) { attend(tasks_[task]); });
   }
 
  private:
+  // How the row blocks of a section, those of all query heads of a kv head, are divided.
+  struct Division {
+    int64_t head_blocks, blocks;  // of a query head, of all
+    int64_t tasks, task_blocks;
+    bool shares;  // whether for busy threads alone
+  };
+
+  Division divide(const Section& section) const {
+    Division to = {};
+    to.head_blocks = ceil_div(section.rows.end - section.rows.begin, kBlockRows);
+    to.blocks = call_.N / call_.K * to.head_blocks;
+    const int64_t min_tasks = std::max<int64_t>(1, ceil_div(to.blocks, kMaxBlocks));
+    const int64_t busy = std::min(wanted_tasks_, ceil_div(to.blocks, kMinBlocks));
+    to.task_blocks = std::max<int64_t>(1, ceil_div(to.blocks, std::max(min_tasks, busy)));
+    to.tasks = ceil_div(to.blocks, to.task_blocks);
+    to.shares = busy > min_tasks;
+    return to;
+  }
+
   // A row block of a task: rows of one query head.
   struct RowBlock {
     int64_t n;
@@ -101,11 +111,11 @@ class AttentionForwardGluon {
     int64_t row;  // the first, among those of the task
   };
 
-  void prepare(Scratch& s) const {
+  void prepare(int64_t blocks, Scratch& s) const {
     s.load.prepare(call_);
     if (!s.ring) s.ring.emplace(call_, key_values_);
-    const int64_t rows = task_blocks_ * kBlockRows;
-    s.blocks.allocate(task_blocks_);
+    const int64_t rows = blocks * kBlockRows;
+    s.blocks.allocate(blocks);
     s.group.allocate(1);
     s.group[0] = {};
     s.query.allocate(rows * head_lanes_);
@@ -116,12 +126,15 @@ class AttentionForwardGluon {
     if (G != 1) s.probabilities.allocate(kGroupRows * kKeys / G);
   }
 
-  void attend(int64_t head, int64_t first, int64_t last) {
-    const int64_t b = head / call_.K, k = head % call_.K, group = call_.N / call_.K;
+  void attend(const SectionTask& task) {
+    const int64_t b = task.b, k = task.head, head = b * call_.K + k, group = call_.N / call_.K;
+    const Division division = divide(task.section);
+    const int64_t first = task.index * division.task_blocks;
+    const int64_t last = std::min(first + division.task_blocks, division.blocks);
     const Visibility visibility(call_, b);
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
-    prepare(s);
+    prepare(division.task_blocks, s);
 
     const int64_t rows = (last - first) * kBlockRows;
     std::fill(s.out.get(), s.out.get() + rows * value_columns_, 0.0f);
@@ -130,9 +143,9 @@ class AttentionForwardGluon {
     Range keys{call_.S, 0};
     for (int64_t u = first; u < last; ++u) {
       RowBlock& block = s.blocks[u - first];
-      const int64_t i0 = u % row_blocks_ * kBlockRows;
-      block.n = k * group + u / row_blocks_;
-      block.rows = {i0, std::min(call_.T, i0 + kBlockRows)};
+      const int64_t i0 = task.section.rows.begin + u % division.head_blocks * kBlockRows;
+      block.n = k * group + u / division.head_blocks;
+      block.rows = {i0, std::min(task.section.rows.end, i0 + kBlockRows)};
       rows_.load(b, block.n, block.rows, s.load,
                  s.query.get() + (u - first) * kBlockRows * head_lanes_, block.state);
       const Range seen = visibility.of_rows(block.rows);
@@ -333,9 +346,9 @@ class AttentionForwardGluon {
   const AttentionForwardCall& call_;
   Parallel& parallel_;
   const int64_t head_lanes_, value_panels_, value_columns_;
-  const int64_t row_blocks_, head_blocks_;  // of a query head, of a kv head
   const int64_t subtile_keys_;
-  int64_t task_blocks_ = 1;
+  const int64_t wanted_tasks_;  // of a section, so that all threads are busy
+  const SectionTasks tasks_;
   bool shares_ = false;
   KeyValueRows<Core> key_values_;
   PackedKeyValues<Core> shared_;  // all keys and values, where tasks share them

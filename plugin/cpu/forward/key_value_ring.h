@@ -18,27 +18,34 @@ class KeyValueRing {
   void start(int64_t head, Range keys) {
     packed_.allocate(stages_, block_keys_);
     head_ = head;
-    end_ = keys.end;
-    filled_ = first_block(keys);
+    keys_ = {first_block(keys), keys.end};
+    filled_ = keys_.begin;
   }
   // Packs every block before key0 + stages * block_keys(): key0 starts the block that is
   // computed on next, whose predecessors are not read any more.
   void fill_ahead(int64_t key0, RowScratch<Core>& s) {
-    for (; filled_ < std::min(end_, key0 + stages_ * block_keys_); filled_ += block_keys_) {
-      packed_.pack(head_, {filled_, filled_ + block_keys_}, {slot_of(filled_), filled_}, s);
+    constexpr int64_t kStep = ForwardBlocks<Core>::kStep;
+    const int64_t ahead = key0 + stages_ * block_keys_;
+    for (; filled_ < std::min(keys_.end, ahead); filled_ += block_keys_) {
+      const int64_t end = std::min(filled_ + block_keys_, round_up(keys_.end, kStep));
+      packed_.pack(head_, {filled_, end}, {slot_of(filled_), filled_}, s);
     }
   }
   int64_t block_keys() const { return block_keys_; }
   // Where the first block that has one of `keys` starts.
-  int64_t first_block(Range keys) const { return keys.begin / block_keys_ * block_keys_; }
+  static int64_t first_block(Range keys) {
+    constexpr int64_t kStep = ForwardBlocks<Core>::kStep;
+    return keys.begin / kStep * kStep;
+  }
   // Where the block that starts at key0 is packed.
-  int64_t slot_of(int64_t key0) const { return key0 / block_keys_ % stages_; }
+  int64_t slot_of(int64_t key0) const { return (key0 - keys_.begin) / block_keys_ % stages_; }
   const PackedKeyValues<Core>& packed() const { return packed_; }
 
  private:
   PackedKeyValues<Core> packed_;
   const int64_t block_keys_, stages_;
-  int64_t head_ = 0, end_ = 0, filled_ = 0;
+  Range keys_;  // from the first block's start
+  int64_t head_ = 0, filled_ = 0;
 };
 
 }  // namespace

@@ -21,6 +21,11 @@ inline Range intersect(Range a, Range b) {
 
 inline bool contains(Range a, Range b) { return a.begin <= b.begin && b.end <= a.end; }
 
+// Rows and keys of `VisibleKeys::Section`.
+struct Section {
+  Range rows, keys;
+};
+
 // The range of keys that each row of one batch entry sees. Of causal, window and lengths alone its
 // ends never decrease from row to row, but to rows past the lengths, which see nothing; else they
 // are those of `VisibleKeys`, whose ranks are left to `LogitRules`.
@@ -37,7 +42,8 @@ class Visibility {
                     : 0),
         query_length_(length(call.query_seq_lengths, call.query_seq_lengths_offset, b, call.T)),
         key_length_(
-            length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)) {}
+            length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S)),
+        all_{{0, call.T}, {0, call.S}} {}
 
   Range of_row(int64_t i) const {
     if (listed_) {
@@ -58,6 +64,14 @@ class Visibility {
   Range keys() const {
     if (listed_) return {listed_->first, listed_->last};
     return of_rows({0, query_length_});
+  }
+  int64_t section_count() const {
+    return listed_ ? static_cast<int64_t>(listed_->sections.size()) : 1;
+  }
+  Section section(int64_t i) const {
+    if (!listed_) return all_;
+    const VisibleKeys::Section* at = listed_->sections.data() + i;
+    return {{i == 0 ? 0 : at[-1].end_row, at->end_row}, {i == 0 ? 0 : at[-1].end_key, at->end_key}};
   }
   // Whether each of these rows, of which there is one at least, sees all of `keys`.
   bool all_see(Range rows, Range keys) const {
@@ -97,6 +111,7 @@ class Visibility {
   int64_t left_, right_, offset_;
   int64_t query_length_;  // rows at or past this see nothing
   int64_t key_length_;
+  Section all_;
 };
 
 }  // namespace
