@@ -37,10 +37,11 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test metal wheel-macos bench smoke lint format format-cxx typecheck tidy docs clean
+.PHONY: help demo test sanitize metal wheel-macos bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
+	@echo 'make sanitize   run the Metal kernels under the sanitizers of clang'
 	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
 	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
 	@echo 'make bench      time attention against its peers'
@@ -54,6 +55,10 @@ demo: $(STAMPS)/package
 
 test: $(STAMPS)/package metal
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Races and stray accesses of Metal's kernels.
+sanitize: $(STAMPS)/package metal
+	$(BIN)/python -m pytest -m sanitizers -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The software Metal device, where its compiler is there or may be installed; else it says so.
 metal: $(STAMPS)/build-requirements

@@ -460,8 +460,9 @@ def test_gradient_of_a_bias_that_is_not_there_is_an_error():
         backward_bias(AttentionOperands(q, k, v), d_out, row, row, d_out, None)
 
 
-@pytest.mark.parametrize("quantization", [None, "int4"])
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize(
+    ("implementation", "quantization"), [("cpu", None), ("cpu", "int4"), ("xla", None)]
+)
 def test_without_jit(require, relative_error, implementation, quantization):
     require(implementation)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 3, 4)), jnp.float32)

@@ -303,11 +303,13 @@ def shaders_of(tmp_path):
     return copy
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("problem", sorted(set(BARRIERS.values())))
 def test_no_race(device, shaders_of, problem):
     assert run_under_thread_sanitizer(shaders_of(problem), *problem) == ""
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_missing_barrier_is_a_race(device, shaders_of, barrier):
     problem = BARRIERS[barrier]

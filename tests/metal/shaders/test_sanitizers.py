@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sanitizers
 ROOT = Path(__file__).resolve().parents[3]
 
 
