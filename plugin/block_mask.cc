@@ -35,19 +35,29 @@ void MaskBlocks::read(int64_t row, int64_t begin, int64_t end, uint8_t* out) con
 }
 
 void expand_block_mask(AttentionCall& call, std::vector<uint8_t>& bytes) {
-  bytes.resize(static_cast<size_t>(call.B * call.N * call.T * call.S));
+  const BlockMask& mask = call.block_mask;
+  const int64_t heads = mask.head_stride == 0 ? 1 : call.N, plane = call.T * call.S;
+  bytes.clear();
   call.mask_batch_offset.resize(static_cast<size_t>(call.B));
   for (int64_t b = 0; b < call.B; ++b) {
-    call.mask_batch_offset[static_cast<size_t>(b)] = b * call.N * call.T * call.S;
-    for (int64_t n = 0; n < call.N; ++n) {
-      const MaskBlocks blocks = call.block_mask.of(b, n);
+    const auto entry = static_cast<size_t>(b);
+    if (entry > 0 && mask.index_offset[entry] == mask.index_offset[entry - 1] &&
+        mask.tile_offset[entry] == mask.tile_offset[entry - 1]) {
+      call.mask_batch_offset[entry] = call.mask_batch_offset[entry - 1];
+      continue;
+    }
+    const size_t start = bytes.size();
+    call.mask_batch_offset[entry] = static_cast<int64_t>(start);
+    bytes.resize(start + static_cast<size_t>(heads * plane));
+    for (int64_t n = 0; n < heads; ++n) {
+      const MaskBlocks blocks = mask.of(b, n);
       for (int64_t i = 0; i < call.T; ++i) {
-        blocks.read(i, 0, call.S, bytes.data() + ((b * call.N + n) * call.T + i) * call.S);
+        blocks.read(i, 0, call.S, bytes.data() + start + n * plane + i * call.S);
       }
     }
   }
   call.mask = bytes.data();
-  call.mask_stride[0] = call.T * call.S;
+  call.mask_stride[0] = heads == 1 ? 0 : plane;
   call.mask_stride[1] = call.S;
   call.mask_stride[2] = 1;
   call.block_mask = {};

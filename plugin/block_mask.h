@@ -47,7 +47,8 @@ struct BlockMask {
   }
 };
 
-// `call` with its block mask as a mask of bytes, which `bytes` holds.
+// `call` with its block mask as a mask of bytes, which `bytes` holds: once for all entries and
+// heads that share it.
 void expand_block_mask(AttentionCall& call, std::vector<uint8_t>& bytes);
 
 }  // namespace jax_gluon

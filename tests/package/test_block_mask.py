@@ -112,9 +112,10 @@ def test_attention_is_that_of_the_array(implementation, quantization, batch, hea
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_on_metal_is_that_of_the_array(require):
+@pytest.mark.parametrize(("batch", "heads"), [(2, None), (None, 2)])
+def test_attention_on_metal_is_that_of_the_array(batch, heads, require):
     require("metal")
-    mask = jax_gluon.block_mask(_sees, 24, 70, batch=2, block_size=16)
+    mask = jax_gluon.block_mask(_sees, 24, 70, batch=batch, heads=heads, block_size=16)
     arrays, *_ = cases.operands(dict(T=24, S=70, N=2, K=1, H=16, V=16))
     found, expected = (
         jax_gluon.dot_product_attention(*arrays, mask=x, implementation="metal")
