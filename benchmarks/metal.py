@@ -75,9 +75,10 @@ def main() -> int:
             print(f"\nH = {head_dim}{', causal' if is_causal else ''}\n")
             print(
                 "| format | kernel | products / least | device MB read | written | "
-                "threadgroup KiB | barriers per threadgroup |"
+                "threadgroup KiB | barriers per threadgroup | simdgroup operations, thousands | "
+                "exp2, thousands |"
             )
-            print("|---|---|---|---|---|---|---|")
+            print("|---|---|---|---|---|---|---|---|---|")
             for name in FORMATS:
                 for work in dispatches(length, head_dim, is_causal, name):
                     stem = next((x for x in products if work["kernel"].startswith(x)), None)
@@ -94,7 +95,9 @@ def main() -> int:
                         f"{work['device_bytes_read'] / 1e6:.2f} | "
                         f"{work['device_bytes_written'] / 1e6:.2f} | "
                         f"{work['threadgroup_memory_peak'] / 1024:.1f} | "
-                        f"{work['barriers'] / groups:.1f} |",
+                        f"{work['barriers'] / groups:.1f} | "
+                        f"{work['simdgroup_operations'] / 1e3:.0f} | "
+                        f"{work['exp2'] / 1e3:.0f} |",
                         flush=True,
                     )
     return 0

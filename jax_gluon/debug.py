@@ -44,7 +44,7 @@ def metal_counters(reset: bool = True) -> list[dict[str, Any]]:
 
     **Returns:** dicts of `kernel` and, among others, `multiply_accumulates`, `device_bytes_read`,
     `device_bytes_written`, `threadgroup_bytes` (read and written), `barriers`, `exp2` and
-    `simd_operations`. Bytes, products and exponentials are counted in processes started with
+    `simdgroup_operations`. Bytes, products and exponentials are counted in processes started with
     `SOFTMETAL_INSTRUMENT=counters`, and are 0 in others.
     """
     dispatches: list[dict[str, Any]] = json.loads(_native.plugin().metal_counters(reset))
@@ -53,5 +53,4 @@ def metal_counters(reset: bool = True) -> list[dict[str, Any]]:
             each["threadgroup_bytes_read"] + each["threadgroup_bytes_written"]
         )
         each["barriers"] = each.pop("threadgroup_barriers")
-        each["simd_operations"] = each.pop("simdgroup_operations")
     return dispatches

@@ -259,5 +259,5 @@ def test_counters():
     assert dispatches[0]["device_bytes_written"] >= 64 * 2 * (64 * 2 + 8)
     assert dispatches[0]["threadgroup_bytes"] > 0
     assert dispatches[0]["barriers"] > 0
-    assert dispatches[0]["simd_operations"] > 0
+    assert dispatches[0]["simdgroup_operations"] > 0
     assert json.loads(again) == []
