@@ -110,25 +110,6 @@ def test_codes_and_kernels(
         assert relative_error(a, b) <= bound
 
 
-def test_vmap_over_any_of_them(implementation, random_operands, relative_error):
-    """Axes of some operands alone."""
-    q, k, v, _ = random_operands(3 * B, T, T, 2, 1, 16, 16)
-    q = q.reshape(3, B, T, 2, 16)
-    ids = jnp.asarray(_RNG.integers(0, 3, (3, B, T)), jnp.int32)
-    at = jnp.asarray(_RNG.permutation(T), jnp.int32)
-
-    def attention(q, ids):
-        return jax_gluon.dot_product_attention(
-            q, k[:B], v[:B], query_segment_ids=ids, query_positions=at, is_causal=True,
-            implementation=implementation,
-        )  # fmt: skip
-
-    each = jnp.stack([attention(*x) for x in zip(q, ids, strict=True)])
-    assert relative_error(jax.vmap(attention)(q, ids), each) <= 1e-6
-    same = jnp.stack([attention(q[0], x) for x in ids])
-    assert relative_error(jax.vmap(attention, (None, 0))(q[0], ids), same) <= 1e-6
-
-
 @pytest.mark.parametrize("offset", [3, np.int64(-2), np.array([4, 0]), "traced"])
 def test_a_query_offset_is_added_to_the_index(
     offset, implementation, oracle, relative_error, random_operands

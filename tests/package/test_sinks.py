@@ -279,29 +279,6 @@ def test_explain_names_the_kernels_that_there_are_without_sinks():
     assert jax_gluon.explain(x, x, x, sinks=sinks) == jax_gluon.explain(x, x, x)
 
 
-@pytest.mark.parametrize("maps", ["sinks", "all"])
-def test_vmap(implementation, maps):
-    (q, k, v, d_out), d_lse = draw(2, 5, 37)
-    sinks = jnp.stack([jnp.zeros(N), jnp.asarray(SINKS), jnp.ones(N)])
-
-    def run(sinks, q):
-        attend = functools.partial(
-            jax_gluon.attention_with_log_sum_exp, implementation=implementation
-        )
-        mapped = jnp.where(jnp.isfinite(sinks), d_lse, 0)
-        return gradients(attend, sinks, q, k, v, None, (d_out, mapped))
-
-    queries = jnp.stack([q, 2 * q, -q])
-    in_axes, of = (
-        (0, None if maps == "sinks" else 0),
-        lambda i: q if maps == "sinks" else queries[i],
-    )
-    actual = jax.vmap(run, in_axes)(sinks, q if maps == "sinks" else queries)
-    for i in range(3):
-        for x, y in zip(actual, run(sinks[i], of(i)), strict=True):
-            np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-5)
-
-
 def test_transformations(implementation):
     """Rank 3, jit, scan over layers and checkpoint."""
     (q, k, v, d_out), _ = draw(1, 5, 7, 8, 8)
