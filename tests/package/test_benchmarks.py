@@ -12,15 +12,17 @@ from benchmarks import attention, features, gluon, implementations, report
 from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
 
 TINY = Problem(B=1, N=2, T=40, H=16, is_causal=True)
+GROUPED = Problem(B=2, N=4, T=3, H=16, S=40, K=2, V=8, has_bias=True)
 
 
+@pytest.mark.parametrize("problem", [TINY, GROUPED], ids=str)
 @pytest.mark.parametrize("name", implementations.NAMES)
-def test_every_implementation_computes_attention(name):
+def test_every_implementation_computes_attention(name, problem):
     if not implementations.available(name):
         pytest.skip("PyTorch is not installed")
-    run, head = implementations.make(name, TINY, threads=1)
+    run, head = implementations.make(name, problem, threads=1)
     assert head is not None
-    exact = TINY.exact_head()
+    exact = problem.exact_head()
     error = np.linalg.norm(head(run()) - exact) / np.linalg.norm(exact)
     bars = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 2e-2}
     assert 0 < error < bars[name.split()[1]]
@@ -32,6 +34,15 @@ def test_the_float64_head_is_attention():
     weights = np.exp(key[: i + 1] @ query[i] / 4.0)
     expected = weights @ value[: i + 1] / weights.sum()
     np.testing.assert_allclose(TINY.exact_head()[i], expected, rtol=1e-12)
+
+
+def test_the_float64_head_takes_bias_and_its_kv_head():
+    query, key, value, _ = (x[0, :, 0].astype(np.float64) for x in GROUPED.operands())
+    assert key.shape == (40, 16)
+    bias = GROUPED.bias()
+    assert bias is not None
+    weights = np.exp(key @ query[1] / 4.0 + bias[0, 0, 1])
+    np.testing.assert_allclose(GROUPED.exact_head()[1], weights @ value / weights.sum(), rtol=1e-6)
 
 
 def test_ratios_are_of_medians():
@@ -49,6 +60,7 @@ def test_operations_count_the_visible_half():
     dense, causal = Problem(1, 2, 8, 4), Problem(1, 2, 8, 4, is_causal=True)
     assert dense.operations == 4 * 2 * 8 * 8 * 4 == 2 * causal.operations
     assert Problem(1, 2, 8, 4, direction="both").operations == 3.5 * dense.operations
+    assert Problem(1, 2, 8, 4, S=16, V=12).operations == 4 * dense.operations
 
 
 def test_every_floor_is_measured_by_its_suite():

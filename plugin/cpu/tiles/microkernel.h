@@ -90,7 +90,8 @@ JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int
 }
 
 // out[r][c] = out[r][c] * factor[r] + sum over lanes of p[r][lane] * value panel[lane][c] where the
-// sum is float; out[r][c] += factor[r] * sum where it is int32.
+// sum is float; out[r][c] += factor[r] * sum where it is int32. The tile's sum starts at zero: each
+// product added to `out` would be rounded at the size of the sum over all keys.
 template <class Core, int kStride>
 JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename Core::Lane* panel,
                                    int64_t lanes, float* out, int64_t out_stride,
@@ -102,13 +103,7 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
     JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (kFloat) {
-        acc[r][v] = Isa::mul(Isa::load(out + r * out_stride + v * W), Isa::set1(factor[r]));
-      } else {
-        acc[r][v] = Core::zero();
-      }
-    }
+    for (int v = 0; v < NV; ++v) acc[r][v] = Core::zero();
   }
   for (int64_t j = 0; j < lanes; ++j, panel += NV * W) {
     typename Core::Vector value[NV];
@@ -127,7 +122,7 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
     for (int v = 0; v < NV; ++v) {
       float* o = out + r * out_stride + v * W;
       if constexpr (kFloat) {
-        Isa::store(o, acc[r][v]);
+        Isa::store(o, Isa::fma(Isa::load(o), Isa::set1(factor[r]), acc[r][v]));
       } else {
         Isa::store(o, Isa::fma(Isa::to_float(acc[r][v]), Isa::set1(factor[r]), Isa::load(o)));
       }
@@ -136,7 +131,7 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
 }
 
 // out[r][c] += sum over j of a[j][r] * panel[j][c] (float32): the transposed left operand of dK =
-// dS^T Q and dV = P^T dO, rows of `a` kStride apart.
+// dS^T Q and dV = P^T dO, rows of `a` kStride apart. Summed as in value_tile.
 template <class Isa, int kStride>
 JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int64_t rows,
                                         float* out, int64_t out_stride) {
@@ -145,7 +140,7 @@ JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int6
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
     JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) acc[r][v] = Isa::load(out + r * out_stride + v * W);
+    for (int v = 0; v < NV; ++v) acc[r][v] = Isa::zero();
   }
   for (int64_t j = 0; j < rows; ++j, a += kStride, panel += NV * W) {
     typename Isa::F right[NV];
@@ -161,7 +156,10 @@ JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int6
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
     JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) Isa::store(out + r * out_stride + v * W, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* o = out + r * out_stride + v * W;
+      Isa::store(o, Isa::add(Isa::load(o), acc[r][v]));
+    }
   }
 }
 
