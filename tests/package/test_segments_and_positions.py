@@ -81,6 +81,8 @@ def test_codes_and_kernels(
     kernel, quantization, rows, length, implementation, random_operands, relative_error
 ):
     """Segments and positions hide what an equal mask hides."""
+    if implementation == "xla" and (kernel, quantization) != ("gluon", "int4"):
+        pytest.skip("it has one kernel")
     ids, at = _packed(length, length // 2, length // 3)
     keys, key_at = (np.stack([_RNG.permutation(x) for _ in range(B)]) for x in (ids, at))
     ids, at = (np.stack([x[-rows:]] * B) for x in (ids, at))

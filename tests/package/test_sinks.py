@@ -113,12 +113,13 @@ SHAPES = {None: (37, 291), "baseline": (37, 291), "gluon": (37, 291), "decode": 
           "small": (9, 7), "one_key": (5, 1)}  # fmt: skip
 CODES = ("int8", "int4", "centered", "bfloat16_int8")
 KERNELS = [
-    *(("cpu", kernel, form) for kernel in ("baseline", "gluon", "decode") for form in FORMATS),
+    *(("cpu", "gluon", form) for form in FORMATS),
+    *(("cpu", kernel, form) for kernel in ("baseline", "decode") for form in ("float32", "int8")),
     *(("cpu", "small", form) for form in FORMATS if form not in CODES),
     ("cpu", "one_key", "float32"),
     *(("metal", kernel, form) for kernel in ("baseline", "gluon", "decode")
-      for form in ("float32", "bfloat16", "int8", "centered")),
-    *(("xla", None, form) for form in ("float32", "bfloat16", "int8")),
+      for form in ("bfloat16", "centered")),
+    *(("xla", None, form) for form in ("float32", "int8")),
 ]  # fmt: skip
 
 
