@@ -47,7 +47,7 @@ class BackwardBlocks {
         block_keys(round_up(call.cpu_kernel.block_k, tile_keys)),
         stages(std::max<int64_t>(call.cpu_kernel.stages, 1)) {
     int64_t sections = 0;
-    for_each_section(call, [&](const Section& x, int64_t entries) {
+    for_each_section(call, [&](const Section& x, int64_t entries, const Visibility&) {
       sections += entries;
       section_keys_ = std::max(section_keys_, x.keys.end - x.keys.begin);
     });
@@ -59,12 +59,24 @@ class BackwardBlocks {
     block_heads = std::max<int64_t>(std::min(max_rows / rows, group), 1);
     block_rows = std::min(max_rows, round_up(block_heads * rows, kGroupRows));
     wanted_parts_ = std::min(ceil_div(kTasks, std::max<int64_t>(sections * call.K, 1)), kMaxParts);
-    for_each_section(call, [&](const Section& x, int64_t) {
-      const int64_t keys = std::min(max_keys(part_rows(x)), x.keys.end - x.keys.begin);
-      // Keys are counted from the first of a register tile.
-      part_keys = std::max(part_keys, round_up(keys, tile_keys) + tile_keys);
+    int64_t keys_of_block = 0;
+    for_each_section(call, [&](const Section& x, int64_t, const Visibility& visibility) {
+      const bool is_listed = !call.visible_keys.empty();
+      const auto find_most = [&](int64_t step, Range part, int64_t& most) {
+        for (int64_t i = part.begin; is_listed && i < part.end; i += step) {
+          const Range keys = visibility.of_rows({i, std::min(i + step, part.end)});
+          most = std::max(most, keys.end - keys.begin);
+        }
+        if (!is_listed) most = std::max(most, max_keys(step));
+      };
+      for (int64_t p = 0; p < parts(x); ++p) {
+        find_most(part_rows(x), rows_of_part(x, p), part_keys);
+        find_most(block_rows, rows_of_part(x, p), keys_of_block);
+      }
     });
-    block_tiles = reads_output ? 1 : ceil_div(max_keys(block_rows), tile_keys) + 1;
+    // Keys are counted from the first of a register tile.
+    part_keys = round_up(part_keys, tile_keys) + tile_keys;
+    block_tiles = reads_output ? 1 : ceil_div(keys_of_block, tile_keys) + 1;
   }
 
   // A larger block is for long rows, which every block of queries reads again.

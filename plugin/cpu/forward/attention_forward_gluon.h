@@ -57,7 +57,9 @@ class AttentionForwardGluon {
         rows_(call, key_values_),
         block_softmax_(call),
         scratch_(parallel.threads()) {
-    for_each_section(call, [this](const Section& x, int64_t) { shares_ |= divide(x).shares; });
+    for_each_section(call, [this](const Section& x, int64_t, const Visibility&) {
+      shares_ |= divide(x).shares;
+    });
   }
 
   void run() {

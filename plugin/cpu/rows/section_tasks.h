@@ -9,7 +9,8 @@
 namespace jax_gluon::cpu {
 namespace {
 
-// visit(section, entries) of every section of the call, or once for the one that all entries have.
+// visit(section, entries, visibility) of every section of the call, or once for the one that all
+// entries have, with the visibility of the first.
 template <class Visit>
 void for_each_section(const AttentionCall& call, const Visit& visit) {
   if (call.B == 0) return;
@@ -17,14 +18,15 @@ void for_each_section(const AttentionCall& call, const Visit& visit) {
   for (int64_t b = 0; b < (are_listed ? call.B : 1); ++b) {
     const Visibility visibility(call, b);
     for (int64_t i = 0; i < visibility.section_count(); ++i) {
-      visit(visibility.section(i), are_listed ? 1 : call.B);
+      visit(visibility.section(i), are_listed ? 1 : call.B, visibility);
     }
   }
 }
 
 inline int64_t count_sections(const AttentionCall& call) {
   int64_t count = 0;
-  for_each_section(call, [&](const Section&, int64_t entries) { count += entries; });
+  for_each_section(call,
+                   [&](const Section&, int64_t entries, const Visibility&) { count += entries; });
   return count;
 }
 
