@@ -64,21 +64,22 @@ def measure(
     workers = [Worker(name, threads) for name in names]
     measurements = []
     try:
-        total = len(problems) * rounds * len(workers)
+        total = rounds * sum(implementations.computes(x.name, p) for x in workers for p in problems)
         with tqdm(total=total, unit="turn", file=sys.stderr) as progress:
             for problem in problems:
-                times: dict[str, list[float]] = {name: [] for name in names}
+                turns = [x for x in workers if implementations.computes(x.name, problem)]
+                times: dict[str, list[float]] = {worker.name: [] for worker in turns}
                 errors: dict[str, float] = {}
                 for _ in range(rounds):
-                    for worker in workers:
+                    for worker in turns:
                         answer = worker.measure(problem, calls)
                         times[worker.name] += answer["times"]
                         if answer["error"] is not None:
                             errors[worker.name] = answer["error"]
                         progress.update()
                 measurements += [
-                    report.Measurement(problem, name, times[name], errors.get(name))
-                    for name in names
+                    report.Measurement(problem, name, own, errors.get(name))
+                    for name, own in times.items()
                 ]
     finally:
         for worker in workers:

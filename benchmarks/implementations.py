@@ -6,15 +6,10 @@ which takes its result to output `[T, V]` of batch 0, head 0 as float64 (None fo
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from benchmarks.peers import PEERS, Made, is_installed, takes
 from benchmarks.problem import Problem
-
-Made = tuple[Callable[[], Any], Callable[[Any], np.ndarray] | None]
 
 NAMES = (
     "gluon float32",
@@ -26,17 +21,26 @@ NAMES = (
     "einsum bfloat16",
     "torch float32",
     "torch bfloat16",
+    "openvino float32",
+    "openvino bfloat16",
+    "onnxruntime float32",
 )
 
 
 def available(name: str) -> bool:
-    return not name.startswith("torch") or importlib.util.find_spec("torch") is not None
+    family = name.split()[0]
+    return family not in PEERS or is_installed(family)
+
+
+def computes(name: str, problem: Problem) -> bool:
+    family = name.split()[0]
+    return family not in PEERS or takes(family, problem)
 
 
 def make(name: str, problem: Problem, threads: int) -> Made:
     family, dtype = name.split()
-    if family == "torch":
-        return _torch(dtype, problem, threads)
+    if family in PEERS:
+        return PEERS[family](dtype, problem, threads)
     return _jax(family, dtype, problem)
 
 
@@ -96,32 +100,3 @@ def _jax(family: str, dtype: str, problem: Problem) -> Made:
         return np.asarray(out[0, 0, : problem.T] if head_major else out[0, :, 0], np.float64)
 
     return lambda: forward(query, key, value, *added).block_until_ready(), head
-
-
-def _torch(dtype: str, problem: Problem, threads: int) -> Made:
-    import torch
-
-    torch.set_num_threads(threads)
-    element = getattr(torch, dtype)
-    query, key, value, d_out = (
-        torch.from_numpy(np.ascontiguousarray(x.transpose(0, 2, 1, 3))).to(element)
-        for x in problem.operands()
-    )
-    bias = problem.bias()
-    mask = None if bias is None else torch.from_numpy(bias).to(element)
-
-    def attention(*operands: Any) -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(
-            *operands, attn_mask=mask, is_causal=problem.is_causal,
-            enable_gqa=problem.kv_heads != problem.N,
-        )  # fmt: skip
-
-    if problem.direction == "both":
-        inputs = tuple(x.requires_grad_() for x in (query, key, value))
-        return lambda: torch.autograd.grad(attention(*inputs), inputs, d_out), None
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return attention(query, key, value)
-
-    return forward, lambda out: out[0, 0].double().numpy()

@@ -73,13 +73,19 @@ class Problem:
     def exact_head(self) -> np.ndarray:
         """Output of batch 0, head 0 in float64, `[T, V]`."""
         query, key, value = (x[0, :, 0].astype(np.float64) for x in self.operands()[:3])
-        logits = query @ key.T / np.sqrt(self.H)
-        if (bias := self.bias()) is not None:
-            logits += bias[0, 0]
-        if self.is_causal:
-            logits = np.where(np.tril(np.ones(logits.shape, bool)), logits, -np.inf)
-        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-        return probabilities @ value / probabilities.sum(-1, keepdims=True)
+        bias = self.bias()
+        out = np.empty((self.T, value.shape[1]))
+        # Some rows at a time: all scores of a long head are gigabytes.
+        for i in range(0, self.T, 512):
+            rows = slice(i, min(i + 512, self.T))
+            logits = query[rows] @ key.T / np.sqrt(self.H)
+            if bias is not None:
+                logits += bias[0, 0, rows]
+            if self.is_causal:
+                logits = np.where(np.tri(*logits.shape, i, dtype=bool), logits, -np.inf)
+            probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+            out[rows] = probabilities @ value / probabilities.sum(-1, keepdims=True)
+        return out
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,4 +140,6 @@ SUITES = {
         for is_causal in (False, True)
     ),
     "models": _MODELS,
-}
+    "growth": tuple(Problem(1, 1, 2**n, 64, direction=d) for d in ("forward", "both")
+                    for n in range(8, 16)),
+}  # fmt: skip
