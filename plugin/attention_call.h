@@ -164,6 +164,20 @@ struct AttentionCall {
   bool has_mask() const { return mask || block_mask; }
 };
 
+// Past any sequence and any int32 offset, and small enough for sums.
+constexpr int64_t kFar = int64_t{1} << 60;
+
+// How many keys before and after its own position a row sees: kFar where nothing limits it.
+struct Reach {
+  int64_t left, right;
+};
+
+inline Reach reach_of(const AttentionCall& call) {
+  const int64_t left = call.window_left < 0 ? kFar : call.window_left;
+  const int64_t right = call.causal ? 0 : call.window_right < 0 ? kFar : call.window_right;
+  return {left < kFar ? left : kFar, right < kFar ? right : kFar};
+}
+
 // The center of a head and channel is the lower median of the finite values among this many of the
 // first tokens that can be seen; 0 where there are none, and where it is so large that a difference
 // from it might not be finite. It depends on no later token, and an outlier does not move it.

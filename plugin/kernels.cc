@@ -26,10 +26,8 @@ int64_t max_visible_keys(const AttentionCall& call) {
   if (call.query_positions) return seen;
   // With an offset the first row may stand anywhere.
   if (call.causal && call.query_offset == nullptr) seen = std::min(seen, call.T);
-  const int64_t left = call.window_left, right = call.causal ? 0 : call.window_right;
-  // Compared first: a sum of the largest would overflow.
-  if (left < 0 || right < 0 || left >= seen || right >= seen) return seen;
-  return std::min(seen, left + right + 1);
+  const Reach reach = reach_of(call);
+  return std::min(seen, reach.left + reach.right + 1);
 }
 
 std::string to_string(const KernelLimits& limits) {

@@ -100,12 +100,7 @@ VisibleKeys find_entry(const AttentionCall& call, int64_t b) {
       length(call.key_value_seq_lengths, call.key_value_seq_lengths_offset, b, call.S);
   const int64_t offset =
       call.query_offset ? call.query_offset[call.query_offset_offset[static_cast<size_t>(b)]] : 0;
-  // Past any position, and small enough for sums.
-  constexpr int64_t kFar = int64_t{1} << 60;
-  const int64_t left = call.window_left < 0 ? kFar : std::min(call.window_left, kFar);
-  const int64_t right = call.causal             ? 0
-                        : call.window_right < 0 ? kFar
-                                                : std::min(call.window_right, kFar);
+  const Reach reach = reach_of(call);
 
   std::vector<Place> places(static_cast<size_t>(keys));
   for (int64_t j = 0; j < keys; ++j) {
@@ -135,8 +130,8 @@ VisibleKeys find_entry(const AttentionCall& call, int64_t b) {
     const int32_t segment = query_segment ? query_segment[i] : 0;
     const int64_t position = query_position ? query_position[i] : i + offset;
     const auto first =
-        std::lower_bound(places.begin(), places.end(), Place{segment, position - left});
-    const auto last = std::upper_bound(first, places.end(), Place{segment, position + right});
+        std::lower_bound(places.begin(), places.end(), Place{segment, position - reach.left});
+    const auto last = std::upper_bound(first, places.end(), Place{segment, position + reach.right});
     if (first == last) continue;
     const size_t begin = static_cast<size_t>(first - places.begin());
     const size_t end = static_cast<size_t>(last - places.begin()), row = static_cast<size_t>(i);

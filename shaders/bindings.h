@@ -191,8 +191,8 @@ struct AttentionParameters {
   QuantizationParameters query_quantization;
   QuantizationParameters key_quantization;
   QuantizationParameters value_quantization;
-  Int64 window_left;  // -1: no limit
-  Int64 window_right;
+  Int64 reach_left;  // row i sees keys from i - reach_left to i + reach_right
+  Int64 reach_right;
   int B;
   int T;
   int S;
@@ -201,8 +201,7 @@ struct AttentionParameters {
   int H;
   int V;
   float scale;
-  float soft_cap;  // 0: none
-  int is_causal;
+  float soft_cap;     // 0: none
   int is_head_major;  // out, its cotangents and all gradients are [B, N, T, ...]
   int has_bias;
   int has_mask;

@@ -29,8 +29,8 @@ struct Visibility {
     thread const AttentionParameters& p = *operands.parameters;
     rows = p.T;
     keys = p.S;
-    first = p.window_left < 0 ? -kFar : -p.window_left;
-    last = p.is_causal != 0 ? 0 : p.window_right < 0 ? kFar : p.window_right;
+    first = -p.reach_left;
+    last = p.reach_right;
     list = operands.visible_keys;
     is_listed = has_ranks = false;
     if (p.has_entries == 0) return;
@@ -74,7 +74,6 @@ struct Visibility {
   }
 
  private:
-  static constant constexpr Int64 kFar = Int64(1) << 40;  // no sequence is as long
   static int between(Int64 x, int max) { return int(clamp(x, Int64(0), Int64(max))); }
   static int eights(int x) { return (x + 7) / 8; }
   Range listed(int i) const thread { return {list[2 * i], list[2 * i + 1]}; }

@@ -25,9 +25,6 @@ int64_t extent_of(const Operand& x, const std::vector<int64_t>& offsets,
   return last + 1;
 }
 
-// No position is that far from another.
-constexpr int64_t kFar = int64_t{1} << 40;
-
 // The list of a batch entry: see BatchEntry of bindings.h.
 void append_list(const VisibleKeys& visible, int64_t S, std::vector<int32_t>& lists) {
   const auto append = [&](int32_t begin, int32_t end) {
@@ -94,10 +91,9 @@ AttentionEncoder::AttentionEncoder(Context& context, Buffers& buffers, const Att
   p.V = static_cast<int>(call.V);
   p.scale = call.scale;
   p.soft_cap = call.soft_cap;
-  p.is_causal = call.causal;
   p.is_head_major = call.head_major;
-  p.window_left = std::min(call.window_left, kFar);
-  p.window_right = std::min(call.window_right, kFar);
+  p.reach_left = reach_of(call).left;
+  p.reach_right = reach_of(call).right;
   p.batch_per_map = p.B;
   tables_.resize(kBatchTables * static_cast<size_t>(call.B));
 
@@ -151,10 +147,8 @@ void AttentionEncoder::bind_entries() {
     if (call.query_offset) position = number(call.query_offset, call.query_offset_offset, b);
     entry.rows = static_cast<int>(std::clamp<int64_t>(rows, 0, call.T));
     entry.keys = static_cast<int>(std::clamp<int64_t>(keys, 0, call.S));
-    entry.first = parameters_.window_left < 0 ? -kFar : position - parameters_.window_left;
-    entry.last = call.causal                    ? position
-                 : parameters_.window_right < 0 ? kFar
-                                                : position + parameters_.window_right;
+    entry.first = position - parameters_.reach_left;
+    entry.last = position + parameters_.reach_right;
     if (call.dropout) {
       const TokenIntegers& seeds = call.dropout.seeds;
       const int32_t* own = seeds.data + seeds.batch_offset[static_cast<size_t>(b)];

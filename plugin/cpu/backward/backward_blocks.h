@@ -126,10 +126,9 @@ class BackwardBlocks {
 
   // No more keys are seen by this many adjacent rows of a section.
   int64_t max_keys(int64_t rows) const {
-    const int64_t left = call_.window_left, right = call_.causal ? 0 : call_.window_right;
-    if (call_.query_positions || left < 0 || right < 0) return section_keys_;
-    if (left >= section_keys_ || right >= section_keys_) return section_keys_;
-    return std::min(section_keys_, rows + left + right);
+    if (call_.query_positions) return section_keys_;
+    const Reach reach = reach_of(call_);
+    return std::min(section_keys_, rows + reach.left + reach.right);
   }
 
   const AttentionBackwardCall& call_;

@@ -34,9 +34,7 @@ class Visibility {
   Visibility(const AttentionCall& call, int64_t b)
       : listed_(call.visible_keys.empty() ? nullptr
                                           : call.visible_keys[static_cast<size_t>(b)].get()),
-        causal_(call.causal),
-        left_(reach(call.window_left)),
-        right_(reach(call.window_right)),
+        reach_(reach_of(call)),
         offset_(call.query_offset
                     ? call.query_offset[call.query_offset_offset[static_cast<size_t>(b)]]
                     : 0),
@@ -50,8 +48,9 @@ class Visibility {
       return {listed_->begin[static_cast<size_t>(i)], listed_->end[static_cast<size_t>(i)]};
     }
     if (i >= query_length_) return {};
-    const int64_t position = i + offset_, last = causal_ ? position : position + right_;
-    return {clamp(position - left_, key_length_), clamp(last + 1, key_length_)};
+    const int64_t position = i + offset_;
+    return {clamp(position - reach_.left, key_length_),
+            clamp(position + reach_.right + 1, key_length_)};
   }
   // The keys that any of these rows sees.
   Range of_rows(Range rows) const {
@@ -95,10 +94,6 @@ class Visibility {
     return range;
   }
 
-  // Past any sequence and any int32 offset, and small enough for sums.
-  static constexpr int64_t kFar = int64_t{1} << 60;
-  static int64_t reach(int64_t window) { return window < 0 ? kFar : std::min(window, kFar); }
-
   static int64_t clamp(int64_t x, int64_t max) { return std::min(std::max<int64_t>(x, 0), max); }
 
   static int64_t length(const int32_t* lengths, const std::vector<int64_t>& offset, int64_t b,
@@ -107,8 +102,8 @@ class Visibility {
   }
 
   const VisibleKeys* listed_;
-  bool causal_;
-  int64_t left_, right_, offset_;
+  Reach reach_;
+  int64_t offset_;
   int64_t query_length_;  // rows at or past this see nothing
   int64_t key_length_;
   Section all_;

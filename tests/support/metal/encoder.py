@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
-from tests.support.metal.visible_keys import entries_and_lists
+from tests.support.metal.visible_keys import entries_and_lists, reach_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SHADERS = ROOT / "shaders"
@@ -154,9 +154,9 @@ class Encoder:
         self.buffers: dict[int, np.ndarray[Any, Any]] = {}
         self.sinks_tangent = np.zeros(0, np.float32)  # [B, N]
         p = self.parameters
-        for name in ("B", "T", "S", "N", "K", "H", "V", "scale", "soft_cap", "is_causal"):
+        for name in ("B", "T", "S", "N", "K", "H", "V", "scale", "soft_cap"):
             p[name] = getattr(problem, name)
-        p["window_left"], p["window_right"] = problem.window or (-1, -1)
+        p["reach_left"], p["reach_right"] = reach_of(problem)
         p["out_type"] = p["out_gradient_type"] = _TYPES[np.dtype(problem.out_dtype).name]
         p["batch_per_map"] = problem.B
         p["dropout_scale"] = 1.0

@@ -6,6 +6,14 @@ from typing import Any
 
 import numpy as np
 
+FAR = 1 << 60
+
+
+def reach_of(problem: Any) -> tuple[int, int]:
+    """How many keys before and after its own position a row sees."""
+    left, right = (FAR if x < 0 else x for x in problem.window or (-1, -1))
+    return left, 0 if problem.is_causal else right
+
 
 def entries_and_lists(problem: Any, kind: np.dtype[Any]) -> tuple[Any, Any]:
     """`BatchEntry`s of type `kind`, and the lists that they start in; None: none is needed."""
@@ -16,13 +24,10 @@ def entries_and_lists(problem: Any, kind: np.dtype[Any]) -> tuple[Any, Any]:
         np.broadcast_to(default if x is None else np.asarray(x, np.int64), problem.B)
         for x, default in zip(given, (problem.T, problem.S, 0), strict=True)
     )
-    left, right = problem.window or (-1, -1)
+    left, right = reach_of(problem)
     entries = np.zeros(problem.B, kind)
     entries["rows"], entries["keys"] = np.clip(rows, 0, problem.T), np.clip(keys, 0, problem.S)
-    entries["first"] = -(1 << 40) if left < 0 else position - left
-    entries["last"] = position
-    if not problem.is_causal:
-        entries["last"] = 1 << 40 if right < 0 else position + right
+    entries["first"], entries["last"] = position - left, position + right
     entries["list"] = -1
     if problem.segment_ids is None:
         return entries, None
