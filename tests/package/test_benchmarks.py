@@ -13,10 +13,11 @@ from benchmarks.peers import PEERS
 from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
 
 TINY = Problem(B=1, N=2, T=40, H=16, is_causal=True)
+BIASED = Problem(B=3, N=2, T=9, H=16, has_bias=True)
 GROUPED = Problem(B=2, N=4, T=3, H=16, S=40, K=2, V=8, has_bias=True)
 
 
-@pytest.mark.parametrize("problem", [TINY, GROUPED], ids=str)
+@pytest.mark.parametrize("problem", [TINY, BIASED, GROUPED], ids=str)
 @pytest.mark.parametrize("name", implementations.NAMES)
 def test_every_implementation_computes_attention(name, problem):
     if not implementations.available(name):
