@@ -72,15 +72,16 @@ constexpr int32_t kMinSectionRows = 256;
 std::vector<VisibleKeys::Section> find_sections(const VisibleKeys& keys, int64_t S) {
   const auto rows = static_cast<int32_t>(keys.begin.size());
   // The least key that this row or a later one sees.
-  std::vector<int32_t> least(keys.begin.size() + 1, static_cast<int32_t>(S));
+  std::vector<int32_t> min_key(keys.begin.size() + 1, static_cast<int32_t>(S));
   for (size_t i = keys.begin.size(); i-- > 0;) {
-    least[i] = keys.begin[i] < keys.end[i] ? std::min(least[i + 1], keys.begin[i]) : least[i + 1];
+    min_key[i] =
+        keys.begin[i] < keys.end[i] ? std::min(min_key[i + 1], keys.begin[i]) : min_key[i + 1];
   }
   std::vector<VisibleKeys::Section> sections;
   int32_t first_row = 0, end_key = 0;
   for (int32_t i = 0; i < rows; ++i) {
     const auto row = static_cast<size_t>(i);
-    if (i - first_row >= kMinSectionRows && end_key <= least[row]) {
+    if (i - first_row >= kMinSectionRows && end_key <= min_key[row]) {
       sections.push_back({i, end_key});
       first_row = i;
     }

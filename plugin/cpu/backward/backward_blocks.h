@@ -62,16 +62,16 @@ class BackwardBlocks {
     int64_t keys_of_block = 0;
     for_each_section(call, [&](const Section& x, int64_t, const Visibility& visibility) {
       const bool is_listed = !call.visible_keys.empty();
-      const auto find_most = [&](int64_t step, Range part, int64_t& most) {
+      const auto widen = [&](int64_t step, Range part, int64_t& max_seen) {
         for (int64_t i = part.begin; is_listed && i < part.end; i += step) {
           const Range keys = visibility.of_rows({i, std::min(i + step, part.end)});
-          most = std::max(most, keys.end - keys.begin);
+          max_seen = std::max(max_seen, keys.end - keys.begin);
         }
-        if (!is_listed) most = std::max(most, max_keys(step));
+        if (!is_listed) max_seen = std::max(max_seen, max_keys(step));
       };
       for (int64_t p = 0; p < parts(x); ++p) {
-        find_most(part_rows(x), rows_of_part(x, p), part_keys);
-        find_most(block_rows, rows_of_part(x, p), keys_of_block);
+        widen(part_rows(x), rows_of_part(x, p), part_keys);
+        widen(block_rows, rows_of_part(x, p), keys_of_block);
       }
     });
     // Keys are counted from the first of a register tile.

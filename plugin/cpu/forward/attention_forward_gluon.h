@@ -81,7 +81,7 @@ class AttentionForwardGluon {
   Division divide(const Section& section) const {
     Division to = {};
     to.head_blocks = ceil_div(section.rows.end - section.rows.begin, kBlockRows);
-    to.blocks = call_.N / call_.K * to.head_blocks;
+    to.blocks = call_.N / std::max<int64_t>(call_.K, 1) * to.head_blocks;
     const int64_t min_tasks = std::max<int64_t>(1, ceil_div(to.blocks, kMaxBlocks));
     const int64_t busy = std::min(wanted_tasks_, ceil_div(to.blocks, kMinBlocks));
     to.task_blocks = std::max<int64_t>(1, ceil_div(to.blocks, std::max(min_tasks, busy)));
