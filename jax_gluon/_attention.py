@@ -333,6 +333,8 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
         return Plan("xla", None, None, None, reasons)
     if device == "metal":
         reason = f'{reason}; it runs on "{_native.metal_device()[0]}"'
+    elif refusal := _native.plugin().cpu_isa_refusal():
+        reason = f"{reason}; {refusal}"
     operands = _scaled(arguments)
     query = KernelQuery.of(arguments.problem, operands)
     passes: tuple[Pass, ...] = ("forward", "backward")

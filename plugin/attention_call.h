@@ -109,6 +109,11 @@ enum class Kernel : uint8_t { kBaseline, kGluon, kDecode, kSmall };
 struct KernelChoice {
   Kernel kernel = Kernel::kBaseline;
   int64_t block_k = 0, subtile = 0, stages = 0;
+
+  bool operator==(const KernelChoice& other) const {
+    return kernel == other.kernel && block_k == other.block_k && subtile == other.subtile &&
+           stages == other.stages;
+  }
 };
 
 struct AttentionCall {

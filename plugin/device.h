@@ -55,4 +55,8 @@ std::string cpu_isa();
 // Variants compiled in and supported by this processor, best first.
 std::vector<std::string> cpu_isas_supported();
 
+// Why the operating system refuses a variant that build and processor have; empty where it refuses
+// none.
+std::string cpu_isa_refusal();
+
 }  // namespace jax_gluon

@@ -46,22 +46,26 @@ std::string to_string(const KernelLimits& limits) {
 std::optional<std::string> check(const char* device, const KernelChoice& choice,
                                  const KernelOffers& offers) {
   const std::string kernel = std::string("the kernel \"") + name_of(choice.kernel) + "\"";
-  const KernelOffer* found = nullptr;
   std::string names;
   for (const KernelOffer& offer : offers) {
-    if (offer.kernel == choice.kernel) found = &offer;
+    if (offer.kernel == choice.kernel) return {};
     names += std::string(names.empty() ? "\"" : ", \"") + name_of(offer.kernel) + "\"";
   }
-  if (!found) return "the call is for " + kernel + "; " + device + " has for it " + names;
-  const auto is_missing = [](int64_t size, const SizeRange& range) {
-    return range.max != 0 && size == 0;
+  return "the call is for " + kernel + "; " + device + " has for it " + names;
+}
+
+KernelChoice with_sizes(const KernelChoice& choice, const KernelOffers& offers) {
+  KernelChoice sized = choice;
+  const auto complete = [](int64_t& size, const SizeRange& range) {
+    if (range.max != 0 && size == 0) size = range.preferred;
   };
-  const char* missing = is_missing(choice.block_k, found->block_k)   ? "block_k"
-                        : is_missing(choice.subtile, found->subtile) ? "subtile"
-                        : is_missing(choice.stages, found->stages)   ? "stages"
-                                                                     : nullptr;
-  if (missing) return std::string("the call has no ") + missing + " for " + kernel;
-  return {};
+  for (const KernelOffer& offer : offers) {
+    if (offer.kernel != choice.kernel) continue;
+    complete(sized.block_k, offer.block_k);
+    complete(sized.subtile, offer.subtile);
+    complete(sized.stages, offer.stages);
+  }
+  return sized;
 }
 
 void keep(const KernelRun& run) {

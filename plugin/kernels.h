@@ -62,11 +62,14 @@ std::string to_string(const KernelLimits& limits);
 // The most keys that any row can see.
 int64_t max_visible_keys(const AttentionCall& call);
 
-// What a device says of a call whose kernel is not among the offers for it, or lacks a size that
-// the kernel has; else nothing. Sizes need not be among the offered ones: a program may have been
-// made on a processor with other vectors.
+// What a device says of a call whose kernel is not among the offers for it; else nothing.
 std::optional<std::string> check(const char* device, const KernelChoice& choice,
                                  const KernelOffers& offers);
+
+// The choice with the sizes that its kernel has: those that it lacks are the ones that the offer
+// prefers. A program may have been made on a processor whose kernels have others; for the same
+// reason sizes need not be among the offered ones.
+KernelChoice with_sizes(const KernelChoice& choice, const KernelOffers& offers);
 
 // What ran: a kernel, with the sizes that it took.
 struct KernelRun {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/amx_support.h"
 #include "cpu/kernels.h"
 
 namespace jax_gluon {
@@ -20,6 +21,9 @@ const std::vector<const Kernels*>& variants() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
+#if defined(JAX_GLUON_HAVE_AMX)
+      if (__builtin_cpu_supports("avx512bf16") && may_use_amx()) found.push_back(&amx_kernels());
+#endif
       if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
       found.push_back(&avx512_kernels());
     }
@@ -33,6 +37,7 @@ const std::vector<const Kernels*>& variants() {
     found.push_back(&portable_kernels());
 #if defined(JAX_GLUON_HAVE_EMULATED_AVX512)
     found.push_back(&emulated_avx512_kernels());
+    found.push_back(&emulated_amx_kernels());
 #endif
     return found;
   }();
@@ -70,10 +75,10 @@ class CpuDevice : public Device {
     for (const QuantizeCall& each : call.quantize) {
       if (Status status = quantize(each, parallel)) return status;
     }
-    return run_pass(&Kernels::forward, call, parallel, run);
+    return run_sized(&Kernels::forward, &Kernels::forward_offers, call, parallel, run);
   }
   Status backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) override {
-    return run_pass(&Kernels::backward, call, parallel, run);
+    return run_sized(&Kernels::backward, &Kernels::backward_offers, call, parallel, run);
   }
   Status backward_bias(const AttentionBackwardBiasCall& call, Parallel& parallel,
                        KernelRun& run) override {
@@ -109,6 +114,19 @@ class CpuDevice : public Device {
     run.variant = kernels->isa;
     return (kernels->*pass)(call, parallel, run);
   }
+  // The same of a pass whose kernels have sizes.
+  template <class Call>
+  static Status run_sized(Status (*Kernels::*pass)(const Call&, Parallel&, KernelRun&),
+                          KernelOffers (*Kernels::*offers)(const Call&), const Call& call,
+                          Parallel& parallel, KernelRun& run) {
+    const Kernels* kernels = selected();
+    if (!kernels) return unsupported();
+    const KernelChoice sized = with_sizes(call.cpu_kernel, (kernels->*offers)(call));
+    if (sized == call.cpu_kernel) return run_pass(pass, call, parallel, run);
+    Call sized_call = call;
+    sized_call.cpu_kernel = sized;
+    return run_pass(pass, sized_call, parallel, run);
+  }
 };
 
 }  // namespace
@@ -123,6 +141,8 @@ std::string cpu_isa() {
   const cpu::Kernels* kernels = cpu::selected();
   return kernels ? kernels->isa : "unsupported";
 }
+
+std::string cpu_isa_refusal() { return cpu::amx_refusal(); }
 
 std::vector<std::string> cpu_isas_supported() {
   std::vector<std::string> names;

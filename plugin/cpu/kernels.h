@@ -22,7 +22,9 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
-// The AVX-512 kernels on emulated intrinsics: slow, for tests on processors without them.
+const Kernels& amx_kernels();
+// The AVX-512 and AMX kernels on emulated intrinsics: slow, for tests on processors without them.
 const Kernels& emulated_avx512_kernels();
+const Kernels& emulated_amx_kernels();
 
 }  // namespace jax_gluon::cpu

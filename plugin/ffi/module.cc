@@ -83,6 +83,8 @@ PYBIND11_MODULE(_plugin, module) {
              "Instruction-set variant that the CPU kernels run in.");
   module.def("cpu_isas_supported", &jax_gluon::cpu_isas_supported,
              "Variants that are compiled in and that this processor runs, best first.");
+  module.def("cpu_isa_refusal", &jax_gluon::cpu_isa_refusal,
+             "Why the operating system refuses a variant that there is, or an empty string.");
   module.def(
       "metal_device",
       [] {

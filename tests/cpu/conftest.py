@@ -4,6 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+# What AMX's own kernels multiply; all else they hand to AVX-512's, which run it too.
+AMX_OPERANDS = {"bfloat16", "int8", "int4"}
+
+
+def _is_handed_on(item):
+    callspec = getattr(item, "callspec", None)
+    values = {x for x in callspec.params.values() if isinstance(x, str)} if callspec else set()
+    return bool(values & {"amx", "emulated_amx"}) and not values & AMX_OPERANDS
+
+
+def pytest_collection_modifyitems(config, items):
+    handed_on = [item for item in items if _is_handed_on(item)]
+    if handed_on:
+        config.hook.pytest_deselected(items=handed_on)
+        items[:] = [item for item in items if not _is_handed_on(item)]
+
 
 @pytest.fixture
 def use(monkeypatch, require):

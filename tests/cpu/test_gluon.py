@@ -122,11 +122,14 @@ LANES = {"portable": 8, "avx2": 8}
 
 
 def _sizes(name, variant, is_integer):
-    """The pair of kernels; forward's subtile of codes is fixed."""
+    """The pair of kernels; forward's subtile of codes is fixed, and AMX has blocks alone."""
     M = 16 * LANES.get(variant, 16)
     forward, backward = SIZES[name](128 if is_integer else M)
     if is_integer:
         forward = dataclasses.replace(forward, subtile=None)
+    if is_integer and "amx" in variant:
+        block_k = -(-forward.block_k // 128) * 128
+        forward = dataclasses.replace(forward, block_k=block_k, stages=None)
     return forward, backward
 
 

@@ -44,7 +44,7 @@ class AttentionForwardGluon {
   AttentionForwardGluon(const AttentionForwardCall& call, Parallel& parallel)
       : call_(call),
         parallel_(parallel),
-        head_lanes_(ceil_div(call.H, G)),
+        head_lanes_(row_lanes<Core>(call.H)),
         value_panels_(ceil_div(call.V, C)),
         value_columns_(value_panels_ * C),
         subtile_keys_(ForwardBlocks<Core>::subtile_keys(call)),

@@ -102,7 +102,7 @@ struct RowScratch {
   void prepare(const AttentionForwardCall& call) {
     constexpr int R = Core::kTileRows, C = Core::kTileColumns;
     constexpr int64_t W = Core::Isa::kLanes;
-    rows.allocate(std::max(C, R) * ceil_div(call.H, Core::kGroup));
+    rows.allocate(std::max(C, R) * row_lanes<Core>(call.H));
     row.allocate(std::max(call.H, round_up(call.V, C)) + W);
     code_stride = round_up(std::max(call.H, call.V), kAlignment);
     if (ForwardBlocks<Core>::kInt8) codes.allocate(kSubtileKeys * code_stride + 4 * W);

@@ -26,7 +26,7 @@ class ForwardRows {
   ForwardRows(const AttentionForwardCall& call, const KeyValueRows<Core>& key_values)
       : call_(call),
         key_values_(key_values),
-        head_lanes_(ceil_div(call.H, G)),
+        head_lanes_(row_lanes<Core>(call.H)),
         value_columns_(round_up(call.V, Core::kTileColumns)) {}
 
   // At most kBlockRows rows of query head n as row tiles, zeros up to a whole group, and their

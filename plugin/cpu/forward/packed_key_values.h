@@ -44,7 +44,7 @@ class PackedKeyValues {
   PackedKeyValues(const AttentionForwardCall& call, const KeyValueRows<Core>& key_values)
       : call_(call),
         key_values_(key_values),
-        head_lanes_(ceil_div(call.H, G)),
+        head_lanes_(row_lanes<Core>(call.H)),
         value_panels_(ceil_div(call.V, C)) {}
 
   // `keys` is a multiple of kStep.

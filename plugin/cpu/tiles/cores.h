@@ -14,6 +14,12 @@
 namespace jax_gluon::cpu {
 namespace {
 
+// Lanes of a row of n elements, those of its padding too.
+template <class Core>
+constexpr int64_t row_lanes(int64_t n) {
+  return round_up(ceil_div(n, Core::kGroup), Core::kLaneStep);
+}
+
 // What the elements are that a core multiplies.
 enum class Arithmetic { kF32, kBf16, kInt8 };
 
@@ -23,12 +29,14 @@ constexpr const char* name_of(Arithmetic arithmetic) {
                                            : "float32";
 }
 
-// Sizes of tiles, in rows and columns, which are those of registers whatever they hold.
+// Sizes of tiles, in rows and columns, which are those of registers whatever they hold. Rows are
+// padded to a multiple of kLaneStep lanes.
 template <class Isa_>
 struct Tiles {
   using Isa = Isa_;
   static constexpr int kTileRows = Isa::kTileRows;
   static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
+  static constexpr int kLaneStep = 1;
   // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.
   static constexpr int kGroupRows = kTileRows >= 12 ? kTileRows : 2 * kTileRows;
 };

@@ -21,19 +21,21 @@ inline int32_t sum_of(const int8_t* codes, int64_t n) {
 template <class Core>
 void row_to_lanes(const void* row, DType dtype, int64_t n, int32_t bias, typename Core::Lane* out) {
   constexpr int64_t G = Core::kGroup;
+  const int64_t own = ceil_div(n, G), all = row_lanes<Core>(n);
+  if constexpr (Core::kLaneStep > 1) std::fill(out + own, out + all, typename Core::Lane(0));
   if constexpr (Core::kArithmetic == Arithmetic::kF32) {
     load_row<typename Core::Isa>(row, dtype, n, out);
   } else if constexpr (Core::kArithmetic == Arithmetic::kBf16) {
-    out[ceil_div(n, G) - 1] = 0;
+    out[own - 1] = 0;
     std::memcpy(out, row, static_cast<size_t>(n) * 2);
   } else {
     const int8_t* code = static_cast<const int8_t*>(row);
     if constexpr (G == 4) {
       // A padded code meets a zero of the other operand, so its bias does not matter.
-      out[ceil_div(n, G) - 1] = 0;
+      out[own - 1] = 0;
       std::memcpy(out, code, static_cast<size_t>(n));
       const uint32_t flip = bias ? 0x80808080u : 0u;
-      for (int64_t i = 0; i < ceil_div(n, G); ++i) out[i] ^= flip;
+      for (int64_t i = 0; i < own; ++i) out[i] ^= flip;
     } else {
       int16_t* wide = reinterpret_cast<int16_t*>(out);
       for (int64_t i = 0; i < n; ++i) wide[i] = code[i];
