@@ -24,7 +24,9 @@ const std::vector<const Kernels*>& variants() {
 #if defined(JAX_GLUON_HAVE_AMX)
       if (__builtin_cpu_supports("avx512bf16") && may_use_amx()) found.push_back(&amx_kernels());
 #endif
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
+      if (__builtin_cpu_supports("avx512bf16") && avx512_bf16_is_fast()) {
+        found.push_back(&avx512_bf16_kernels());
+      }
       found.push_back(&avx512_kernels());
     }
 #endif
