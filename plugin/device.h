@@ -59,4 +59,11 @@ std::vector<std::string> cpu_isas_supported();
 // none.
 std::string cpu_isa_refusal();
 
+// Scratch memory that is kept for later calls, in bytes, and the blocks of it that were made so
+// far.
+struct ScratchState {
+  size_t kept_bytes, made_blocks;
+};
+ScratchState cpu_scratch_state();
+
 }  // namespace jax_gluon

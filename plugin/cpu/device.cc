@@ -7,6 +7,7 @@
 
 #include "cpu/amx_support.h"
 #include "cpu/kernels.h"
+#include "cpu/memory/block_pool.h"
 
 namespace jax_gluon {
 namespace cpu {
@@ -143,6 +144,8 @@ std::string cpu_isa() {
   const cpu::Kernels* kernels = cpu::selected();
   return kernels ? kernels->isa : "unsupported";
 }
+
+ScratchState cpu_scratch_state() { return cpu::block_pool_state(); }
 
 std::string cpu_isa_refusal() { return cpu::amx_refusal(); }
 

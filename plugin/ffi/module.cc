@@ -83,6 +83,13 @@ PYBIND11_MODULE(_plugin, module) {
              "Instruction-set variant that the CPU kernels run in.");
   module.def("cpu_isas_supported", &jax_gluon::cpu_isas_supported,
              "Variants that are compiled in and that this processor runs, best first.");
+  module.def(
+      "cpu_scratch_state",
+      [] {
+        const auto [kept_bytes, made_blocks] = jax_gluon::cpu_scratch_state();
+        return py::make_tuple(kept_bytes, made_blocks);
+      },
+      "Bytes of scratch memory that are kept for later calls, and blocks that were made so far.");
   module.def("cpu_isa_refusal", &jax_gluon::cpu_isa_refusal,
              "Why the operating system refuses a variant that there is, or an empty string.");
   module.def(

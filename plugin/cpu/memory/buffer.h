@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/memory/block_pool.h"
 #include "cpu/memory/mutex.h"
 #include "numerics.h"
 #include "poison.h"
@@ -33,22 +34,34 @@ class Buffer {
     std::swap(count_, other.count_);
     return *this;
   }
-  ~Buffer() { ::operator delete(data_, std::align_val_t{kAlignment}); }
+  ~Buffer() { release(); }
 
   void allocate(int64_t count) {
     if (count <= count_) return;
-    ::operator delete(data_, std::align_val_t{kAlignment});
-    data_ = nullptr;
-    count_ = 0;
-    data_ = static_cast<T*>(
-        ::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{kAlignment}));
+    release();
+    const size_t bytes = bytes_of(count);
+    data_ = static_cast<T*>(bytes >= kMinPooledBytes
+                                ? take_block(bytes)
+                                : ::operator new(bytes, std::align_val_t{kAlignment}));
     count_ = count;
-    poison(data_, static_cast<size_t>(count) * sizeof(T));
+    poison(data_, bytes);
   }
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  static size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(T); }
+  void release() {
+    const size_t bytes = bytes_of(count_);
+    if (bytes >= kMinPooledBytes) {
+      give_block(data_, bytes);
+    } else {
+      ::operator delete(data_, std::align_val_t{kAlignment});
+    }
+    data_ = nullptr;
+    count_ = 0;
+  }
+
   T* data_ = nullptr;
   int64_t count_ = 0;
 };
