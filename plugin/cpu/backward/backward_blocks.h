@@ -1,11 +1,11 @@
-// How a backward pass is divided: rows of a section into parts, those into blocks, and what they
-// see into blocks of keys, and tiles whose P and dP are kept.
+// How a backward pass is divided: parts of rows into blocks, and what they see into blocks of keys,
+// and tiles whose P and dP are kept.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
 
-#include "cpu/rows/section_tasks.h"
+#include "cpu/backward/backward_parts.h"
 #include "cpu/tiles/cores.h"
 #include "device.h"
 #include "numerics.h"
@@ -23,9 +23,6 @@ class BackwardBlocks {
   static constexpr int64_t kMinRows = 24;
   // Elements of P of a block, at most, unless that makes it too low: they are read back once.
   static constexpr int64_t kMaxScores = int64_t{1} << 20;
-  // Tasks wanted, so that several cores are busy; but a section's rows are split no finer than
-  // this, and no more often, since each part has dK and dV of all keys that it sees.
-  static constexpr int64_t kTasks = 16, kMinPart = 512, kMaxParts = 4;
 
  public:
   // Columns of a tile come in whole score panels, and in whole tiles of dK and dV.
@@ -39,6 +36,7 @@ class BackwardBlocks {
 
   BackwardBlocks(const AttentionBackwardCall& call, bool output_is_exact)
       : call_(call),
+        parts(call),
         head_columns(round_up(call.H, Core::kTileColumns)),
         value_columns(round_up(call.V, Core::kTileColumns)),
         tile_keys(std::min({kMaxTileKeys, round_up(subtile_of(call.cpu_kernel), kColumnStep),
@@ -46,37 +44,18 @@ class BackwardBlocks {
         reads_output(output_is_exact && call.S > tile_keys),
         block_keys(round_up(call.cpu_kernel.block_k, tile_keys)),
         stages(std::max<int64_t>(call.cpu_kernel.stages, 1)) {
-    int64_t sections = 0;
-    for_each_section(call, [&](const Section& x, int64_t entries, const Visibility&) {
-      sections += entries;
-      section_keys_ = std::max(section_keys_, x.keys.end - x.keys.begin);
-    });
     const int64_t rows = std::max<int64_t>(call.T, 1), group = call.N / call.K;
-    const int64_t kept = reads_output ? tile_keys : max_keys(kMaxRows);
+    const int64_t kept = reads_output ? tile_keys : parts.max_keys(kMaxRows);
     const int64_t fit = kMaxScores / std::max<int64_t>(kept, 1);
     const int64_t max_rows =
         std::min(std::max(fit / kGroupRows * kGroupRows, round_up(kMinRows, kGroupRows)), kMaxRows);
     block_heads = std::max<int64_t>(std::min(max_rows / rows, group), 1);
     block_rows = std::min(max_rows, round_up(block_heads * rows, kGroupRows));
-    wanted_parts_ = std::min(ceil_div(kTasks, std::max<int64_t>(sections * call.K, 1)), kMaxParts);
-    int64_t keys_of_block = 0;
-    for_each_section(call, [&](const Section& x, int64_t, const Visibility& visibility) {
-      const bool is_listed = !call.visible_keys.empty();
-      const auto widen = [&](int64_t step, Range part, int64_t& max_seen) {
-        for (int64_t i = part.begin; is_listed && i < part.end; i += step) {
-          const Range keys = visibility.of_rows({i, std::min(i + step, part.end)});
-          max_seen = std::max(max_seen, keys.end - keys.begin);
-        }
-        if (!is_listed) max_seen = std::max(max_seen, max_keys(step));
-      };
-      for (int64_t p = 0; p < parts(x); ++p) {
-        widen(part_rows(x), rows_of_part(x, p), part_keys);
-        widen(block_rows, rows_of_part(x, p), keys_of_block);
-      }
-    });
+    parts.set_block_rows(block_rows);
+    const BackwardParts::Seen seen = parts.max_seen();
     // Keys are counted from the first of a register tile.
-    part_keys = round_up(part_keys, tile_keys) + tile_keys;
-    block_tiles = reads_output ? 1 : ceil_div(keys_of_block, tile_keys) + 1;
+    part_keys = round_up(seen.by_part, tile_keys) + tile_keys;
+    block_tiles = reads_output ? 1 : ceil_div(seen.by_block, tile_keys) + 1;
   }
 
   // A larger block is for long rows, which every block of queries reads again.
@@ -99,14 +78,6 @@ class BackwardBlocks {
     run.stages = kGluon ? stages : 0;
   }
 
-  int64_t parts(const Section& section) const {
-    return ceil_div(std::max<int64_t>(section.rows.end - section.rows.begin, 1),
-                    part_rows(section));
-  }
-  Range rows_of_part(const Section& section, int64_t part) const {
-    const int64_t rows = part_rows(section), first = section.rows.begin + part * rows;
-    return {first, std::min(first + rows, section.rows.end)};
-  }
   // Where the packed keys, dK and dV of rows that see `keys` start.
   static int64_t first_key(Range keys) {
     return keys.begin / Core::kTileColumns * Core::kTileColumns;
@@ -118,24 +89,10 @@ class BackwardBlocks {
     return kGluon ? kernel.subtile : kernel.block_k;
   }
 
-  int64_t part_rows(const Section& section) const {
-    const int64_t rows = std::max<int64_t>(section.rows.end - section.rows.begin, 1);
-    const int64_t parts = std::min(wanted_parts_, ceil_div(rows, kMinPart));
-    return round_up(ceil_div(rows, parts), block_rows);
-  }
-
-  // No more keys are seen by this many adjacent rows of a section.
-  int64_t max_keys(int64_t rows) const {
-    if (call_.query_positions) return section_keys_;
-    const Reach reach = reach_of(call_);
-    return std::min(section_keys_, rows + reach.left + reach.right);
-  }
-
   const AttentionBackwardCall& call_;
-  int64_t section_keys_ = 0;  // of the largest
-  int64_t wanted_parts_ = 1;  // of a section
 
  public:
+  BackwardParts parts;
   const int64_t head_columns, value_columns;  // in whole panels
   const int64_t tile_keys;
   // Whether D is found from dO and O; else from P and dP of whole rows, which are kept.
@@ -145,16 +102,6 @@ class BackwardBlocks {
   int64_t block_heads = 1;                  // query heads whose few rows share a block
   int64_t block_rows = 0, block_tiles = 0;  // rows of a block, and its tiles that are kept
   int64_t part_keys = 0;                    // that a part sees, at most
-};
-
-// A part of the rows of a section, while its task runs.
-struct BackwardPart {
-  const Visibility& visibility;
-  int64_t b, k;
-  Range keys;         // that any of its rows sees
-  int64_t first_key;  // where packed keys, dK and dV start
-  int64_t packed;     // keys before this are packed
-  float *d_key, *d_value;
 };
 
 // Rows that are computed together: of several query heads of a kv head where each has few.

@@ -35,7 +35,6 @@ class BackwardTiles {
     Buffer<float> query_tiles, query_panels;  // of a block of rows, scaled and plain
     Buffer<float> d_out_tiles, d_out_panels;
     Buffer<float> d_query;                   // [block rows][head_columns]
-    Buffer<float> d_key, d_value;            // [part keys][columns], of a whole section
     Buffer<float> key_scores, value_scores;  // score panels of the part's keys
     Buffer<float> key_panels;                // value panels (columns of K)
     // [tiles][block rows][kMaxTileKeys]; cap_slope only under a soft cap
@@ -47,18 +46,13 @@ class BackwardTiles {
     Buffer<Range> columns;  // [tiles][groups of rows]: what each computes
   };
 
-  // `is_whole`: for a part that is all of its section.
-  void prepare(bool is_whole, Scratch& s) const {
+  void prepare(Scratch& s) const {
     const int64_t H = call_.H, V = call_.V;
     s.query_tiles.allocate(blocks_.block_rows * H);
     s.query_panels.allocate(blocks_.block_rows * blocks_.head_columns);
     s.d_out_tiles.allocate(blocks_.block_rows * V);
     s.d_out_panels.allocate(blocks_.block_rows * blocks_.value_columns);
     s.d_query.allocate(blocks_.block_rows * blocks_.head_columns);
-    if (is_whole) {
-      s.d_key.allocate(blocks_.part_keys * blocks_.head_columns);
-      s.d_value.allocate(blocks_.part_keys * blocks_.value_columns);
-    }
     s.key_scores.allocate(blocks_.part_keys * H);
     s.value_scores.allocate(blocks_.part_keys * V);
     s.key_panels.allocate(blocks_.part_keys * blocks_.head_columns);

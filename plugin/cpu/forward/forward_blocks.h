@@ -78,7 +78,7 @@ struct ForwardBlocks {
 
   // Whether the core computes the call: INT8 where all operands are codes whose scales don't vary
   // along a row (4-bit rows are rounded to INT8 rows otherwise), float32 takes everything.
-  static bool takes(const AttentionForwardCall& call) {
+  static bool takes(const AttentionCall& call) {
     const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
     for (const QuantizableOperand* x : operands) {
       const Quantization& q = x->quantization;

@@ -35,7 +35,7 @@ class AttentionForwardTransposed {
 
  public:
   // Codes are multiplied as they are, so none may have an offset.
-  static bool takes(const AttentionForwardCall& call) {
+  static bool takes(const AttentionCall& call) {
     if (!ForwardBlocks<Core>::takes(call)) return false;
     const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
     for (const QuantizableOperand* x : operands) {
@@ -353,7 +353,7 @@ class AttentionForwardTransposed {
     for (int64_t g = 0; g < block.rows.end - block.rows.begin; g += W) {
       const float* out = s.out.get() + (u * kBlockRows + g) * columns;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        Rows::turn(out + tile * W * W, W, s.results.get() + tile * W, columns);
+        TransposedPack<Isa>::turn(out + tile * W * W, W, s.results.get() + tile * W, columns);
       }
       for (int64_t r = g; r < std::min(g + W, block.rows.end - block.rows.begin); ++r) {
         if (kInt8 && call_.bias) {

@@ -5,8 +5,7 @@
 
 #include "cpu/forward/key_value_rows.h"
 #include "cpu/rows/visibility.h"
-#include "cpu/tiles/pack.h"
-#include "cpu/transposed/tile_cores.h"
+#include "cpu/transposed/transposed_pack.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -14,7 +13,6 @@ namespace {
 template <class Core>
 class TransposedKeyValues {
   using Isa = typename Core::Isa;
-  using F = typename Isa::F;
   static constexpr bool kInt8 = Core::kArithmetic == Arithmetic::kInt8;
   static constexpr int64_t W = Isa::kLanes, kTaskUnits = 8;
 
@@ -94,7 +92,8 @@ class TransposedKeyValues {
       std::fill(value, value + columns, 0.0f);
       for (int64_t v = 0; !has_zeros && v < call_.V; ++v) value[v] = s.rows.row[v] * per_unit;
     }
-    pack_values(s.values.get(), values_.get() + at(head, unit) / 2 * columns);
+    TransposedPack<Isa>::pack_columns(s.values.get(), columns,
+                                      values_.get() + at(head, unit) / 2 * columns);
   }
 
   void pack_key(int64_t head, int64_t j, int64_t place, RowScratch<Core>& s, uint32_t* out) {
@@ -105,21 +104,6 @@ class TransposedKeyValues {
       scales_[place] = own.scale;
     } else {
       row_to_lanes<Core>(row_of(call_.key, b, j, k), call_.key.dtype, call_.H, 0, out);
-    }
-  }
-
-  // Rows to columns: a row of a tile has an element of every key.
-  void pack_values(const float* rows, uint32_t* out) const {
-    const int64_t columns = value_tiles_ * W;
-    for (int64_t tile = 0; tile < value_tiles_; ++tile, out += W * W) {
-      F x[W];
-      for (int64_t g = 0; g < W; ++g) {
-        const float* pair = rows + 2 * g * columns + tile * W;
-        const auto both = Isa::interleave_bf16(Isa::load(pair), Isa::load(pair + columns));
-        std::memcpy(&x[g], &both, sizeof both);
-      }
-      transpose<Isa>(x);
-      for (int64_t v = 0; v < W; ++v) std::memcpy(out + v * W, &x[v], sizeof x[v]);
     }
   }
 

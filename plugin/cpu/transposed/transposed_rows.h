@@ -6,8 +6,7 @@
 
 #include "cpu/forward/row_group.h"
 #include "cpu/rows/logit_rules.h"
-#include "cpu/tiles/pack.h"
-#include "cpu/transposed/tile_cores.h"
+#include "cpu/transposed/transposed_pack.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -41,8 +40,10 @@ class TransposedRows {
     }
   }
 
-  // Hides what the rows don't see of the keys from key0 on, by their ranges alone.
-  static void hide(const Group& group, int64_t first, int64_t key0, float* logits) {
+  // Hides what the rows don't see of the keys from key0 on, by their ranges alone. `group` is one
+  // of either pass.
+  template <class AnyGroup>
+  static void hide(const AnyGroup& group, int64_t first, int64_t key0, float* logits) {
     alignas(kAlignment) float begin[W] = {}, end[W] = {};
     for (int64_t r = 0; r < std::min<int64_t>(W, group.count() - first); ++r) {
       const Range visible = group.visible(first + r);
@@ -60,19 +61,19 @@ class TransposedRows {
     }
   }
 
-  // All rules, row by row.
-  static void apply(const Group& group, int64_t first, int64_t key0, float* logits) {
-    alignas(kAlignment) float rows[W * kUnitKeys];
-    for (int half = 0; half < kUnitKeys / W; ++half) {
-      turn(logits + half * W * W, W, rows + half * W, kUnitKeys);
-    }
+  // All rules, row by row. `cap_slope` is that of `LogitRules`.
+  template <class AnyGroup>
+  static void apply(const AnyGroup& group, int64_t first, int64_t key0, float* logits,
+                    float* cap_slope = nullptr) {
+    alignas(kAlignment) float rows[W * kUnitKeys], slopes[W * kUnitKeys];
+    turn_to_rows(logits, rows);
+    if (cap_slope) std::fill(slopes, slopes + W * kUnitKeys, 0.0f);
     for (int64_t r = 0; r < std::min<int64_t>(W, group.count() - first); ++r) {
       group.rules.apply(rows + r * kUnitKeys, group.rows.begin + first + r, key0, 0, kUnitKeys,
-                        group.visible(first + r));
+                        group.visible(first + r), cap_slope ? slopes + r * kUnitKeys : nullptr);
     }
-    for (int half = 0; half < kUnitKeys / W; ++half) {
-      turn(rows + half * W, kUnitKeys, logits + half * W * W, W);
-    }
+    turn_to_keys(rows, logits);
+    if (cap_slope) turn_to_keys(slopes, cap_slope);
   }
 
   // Takes what is dropped out of P.
@@ -88,12 +89,16 @@ class TransposedRows {
     }
   }
 
-  // out[c][r] = in[r][c] of 16 x 16.
-  static void turn(const float* in, int64_t stride, float* out, int64_t out_stride) {
-    F x[W];
-    for (int r = 0; r < W; ++r) x[r] = Isa::load(in + r * stride);
-    transpose<Isa>(x);
-    for (int r = 0; r < W; ++r) Isa::store(out + r * out_stride, x[r]);
+  // Logits of 16 queries: [keys][queries] to [queries][keys], and back.
+  static void turn_to_rows(const float* logits, float* rows) {
+    for (int half = 0; half < kUnitKeys / W; ++half) {
+      TransposedPack<Isa>::turn(logits + half * W * W, W, rows + half * W, kUnitKeys);
+    }
+  }
+  static void turn_to_keys(const float* rows, float* logits) {
+    for (int half = 0; half < kUnitKeys / W; ++half) {
+      TransposedPack<Isa>::turn(rows + half * W, kUnitKeys, logits + half * W * W, W);
+    }
   }
 };
 
