@@ -1,6 +1,8 @@
 // Flash attention backward on matrix tiles, transposed: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO,
 // dK += dS^T Q, dQ^T += K^T dS^T. For each block of rows one pass over the keys finds D, another
 // all gradients: S and dP are made twice, which takes less than to keep them outside of L1.
+// The baseline pipeline does one after the other; in the gluon pipeline the products of the next
+// unit, and those of the unit before with P and dS, run between the steps of vectors.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +16,12 @@
 namespace jax_gluon::cpu {
 namespace {
 
+template <Kernel kKernel>
 struct TransposedBlocks {
-  // Rows of a block: sums of dK and dV are loaded and stored for so many.
-  static constexpr int64_t kRows = 128, kPairs = kRows / kPairQueries;
+  // Rows of a block: sums of dK and dV are loaded and stored for so many. The gluon pipeline keeps
+  // P and dS of two units.
+  static constexpr int64_t kRows = kKernel == Kernel::kGluon ? 64 : 128;
+  static constexpr int64_t kPairs = kRows / kPairQueries;
   static constexpr int64_t kColumnStep = kUnitKeys;
   // Units of a step, at most: sums of dQ are loaded and stored for its keys.
   static constexpr int64_t kMaxUnits = 8;
@@ -41,17 +46,20 @@ struct TransposedBlocks {
 };
 
 // kCodes: operands have scales beside their rows.
-template <class Core, bool kCodes>
+template <class Core, bool kCodes, Kernel kKernel>
 class AttentionBackwardTransposed {
   using Isa = typename Core::Isa;
   using F = typename Isa::F;
-  using Blocks = TransposedBlocks;
+  using Blocks = TransposedBlocks<kKernel>;
   using Part = BackwardPart;
   using Operands = TransposedBackwardOperands<Core>;
   using Gradients = TransposedGradients<Core, kCodes>;
   using Pair = BackwardPair<Core>;
   using Rules = typename Pair::Rules;
-  using Bf16 = TransposedBf16Core<Isa>;
+  using Kind = TileQuad::Kind;
+  static constexpr bool kPipelined = kKernel == Kernel::kGluon;
+  // Products, P and dS of two units or steps, where one is made while the other is multiplied.
+  static constexpr int64_t kCopies = kPipelined ? 2 : 1;
   static constexpr int W = kTileQueries;
   static constexpr int64_t kTile = W * W;  // lanes of a tile
   static constexpr int64_t kTileBytes = 4 * kTile;
@@ -69,12 +77,7 @@ class AttentionBackwardTransposed {
   }
   static KernelOffer offer() {
     constexpr int64_t kMax = Blocks::kMaxUnits * kUnitKeys;
-    return {Kernel::kBaseline,
-            name_of(Arithmetic::kBf16),
-            {},
-            {64, kUnitKeys, kMax, kUnitKeys},
-            {},
-            {}};
+    return {kKernel, name_of(Arithmetic::kBf16), {}, {64, kUnitKeys, kMax, kUnitKeys}, {}, {}};
   }
 
   AttentionBackwardTransposed(const AttentionBackwardCall& call, Parallel& parallel)
@@ -101,12 +104,16 @@ class AttentionBackwardTransposed {
     typename Operands::Scratch load;
     BackwardKeys keys;
     typename Operands::Queries queries;
-    Buffer<float> scores, d_probability, cap_slope, kept;  // of a unit and pair
-    Buffer<uint32_t> probabilities, d_scores;              // [pairs][kUnitKeys][16], of a unit
-    Buffer<uint32_t> d_score_pairs;                        // [pairs][units of a step][2][16][16]
-    Buffer<float> d_query;                                 // [pairs][head columns / 16][2][16][16]
-    Buffer<float> weighted, total, row_sum;                // of each row
-    Buffer<float> results;                                 // [16][head columns]
+    QuadWork<Core> work;
+    Buffer<float> scores, d_probability;       // [copies][2][kUnitKeys][16], of a unit and pair
+    Buffer<float> cap_slope, kept;             // [2][kUnitKeys][16]
+    Buffer<uint32_t> probabilities, d_scores;  // [copies][pairs][kUnitKeys][16], of a unit
+    Buffer<uint32_t> d_score_pairs;  // [copies][pairs][units of a step][2][16][16], of a step
+    Buffer<TileQuad> gradients;      // products with P and dS that are still to be made
+    int64_t gradients_begin, gradients_end;
+    Buffer<float> d_query;                   // [pairs][head columns / 16][2][16][16]
+    Buffer<float> weighted, total, row_sum;  // of each row
+    Buffer<float> results;                   // [16][head columns]
   };
   // Rows of a query head that are computed together.
   struct Block {
@@ -115,19 +122,28 @@ class AttentionBackwardTransposed {
     Range rows;
     const Rules& rules;
     const DropoutRow<Isa>& dropout;
+    Range units;  // those of the part that its rows see
+
+    int64_t pairs() const { return ceil_div(rows.end - rows.begin, kPairQueries); }
+  };
+  // A unit of keys and a pair that sees any of them, and where its products are.
+  struct Item {
+    int64_t unit, pair, copy;
   };
 
   void prepare(const Part& part, Scratch& s) const {
     const int64_t keys =
         part.keys.empty() ? 0 : round_up(part.keys.end - part.first_key, kUnitKeys);
     operands_.prepare(keys, Blocks::kRows, s.load, s.keys, s.queries);
-    s.scores.allocate(kProducts);
-    s.d_probability.allocate(kProducts);
+    s.scores.allocate(kCopies * kProducts);
+    s.d_probability.allocate(kCopies * kProducts);
     if (call_.soft_cap != 0.0f) s.cap_slope.allocate(kProducts);
     if (call_.dropout) s.kept.allocate(kProducts);
-    s.probabilities.allocate(Blocks::kPairs * kUnitKeys * W);
-    s.d_scores.allocate(Blocks::kPairs * kUnitKeys * W);
-    s.d_score_pairs.allocate(Blocks::kPairs * blocks_.units * 2 * kTile);
+    s.probabilities.allocate(kCopies * Blocks::kPairs * kUnitKeys * W);
+    s.d_scores.allocate(kCopies * Blocks::kPairs * kUnitKeys * W);
+    s.d_score_pairs.allocate(kCopies * Blocks::kPairs * blocks_.units * 2 * kTile);
+    s.gradients.allocate(((Blocks::kPairs + 1) * blocks_.head_columns + blocks_.value_columns) /
+                         (2 * W));
     s.d_query.allocate(Blocks::kRows * blocks_.head_columns);
     for (Buffer<float>* x : {&s.weighted, &s.total, &s.row_sum}) x->allocate(Blocks::kRows);
     s.results.allocate(W * blocks_.head_columns);
@@ -145,8 +161,13 @@ class AttentionBackwardTransposed {
       const DropoutRow<Isa> dropout(call_, part.b, n);
       for (int64_t i = rows.begin; i < rows.end; i += Blocks::kRows) {
         const Range block{i, std::min(i + Blocks::kRows, rows.end)};
-        const Block at{part, n, block, rules, dropout};
-        row_block(at, s);
+        const Range keys = part.visibility.of_rows(block);
+        Range units;
+        if (!keys.empty()) {
+          units = {(keys.begin - part.first_key) / kUnitKeys,
+                   ceil_div(keys.end - part.first_key, kUnitKeys)};
+        }
+        row_block({part, n, block, rules, dropout, units}, s);
       }
     }
   }
@@ -154,17 +175,12 @@ class AttentionBackwardTransposed {
   void row_block(const Block& block, Scratch& s) const {
     const Part& part = block.part;
     const int64_t count = block.rows.end - block.rows.begin;
-    const Range keys = part.visibility.of_rows(block.rows);
     std::fill(s.d_query.get(), s.d_query.get() + Blocks::kRows * blocks_.head_columns, 0.0f);
     std::fill(s.row_sum.get(), s.row_sum.get() + Blocks::kRows, 0.0f);
-    if (!keys.empty()) {
+    if (!block.units.empty()) {
       operands_.load_queries(part.b, block.n, block.rows, s.load, s.queries);
-      const Range units{(keys.begin - part.first_key) / kUnitKeys,
-                        ceil_div(keys.end - part.first_key, kUnitKeys)};
-      find_means(block, units, s);
-      for (int64_t unit = units.begin; unit < units.end; unit += blocks_.units) {
-        add_gradients(block, {unit, std::min(unit + blocks_.units, units.end)}, s);
-      }
+      find_means(block, s);
+      add_gradients(block, s);
     }
     for (int64_t r = 0; r < count; r += W) store_d_query(block, r, s);
   }
@@ -179,134 +195,204 @@ class AttentionBackwardTransposed {
     }
     return {block.part.visibility, block.rules, block.dropout, s.queries, rows, first, is_whole};
   }
-  static int64_t pairs_of(const Block& block) {
-    return ceil_div(block.rows.end - block.rows.begin, kPairQueries);
-  }
-  bool sees(const Pair& pair, int64_t key0) const {
+  static bool sees(const Pair& pair, int64_t key0) {
     const Range keys = intersect(pair.visibility.of_rows(pair.rows), {key0, key0 + kUnitKeys});
     return !pair.rules.seen(pair.rows, keys).empty();
   }
+  // The first item from there on, pair by pair of each unit; of unit units.end where there is none.
+  Item item_from(const Block& block, int64_t unit, int64_t p, int64_t copy,
+                 const Scratch& s) const {
+    for (; unit < block.units.end; ++unit, p = 0) {
+      for (; p < block.pairs(); ++p) {
+        if (sees(pair_of(block, p, s), block.part.first_key + unit * kUnitKeys)) {
+          return {unit, p, copy};
+        }
+      }
+    }
+    return {block.units.end, 0, copy};
+  }
+  Item item_after(const Block& block, const Item& item, const Scratch& s) const {
+    return item_from(block, item.unit, item.pair + 1, (item.copy + 1) % kCopies, s);
+  }
 
-  // S and dP of a unit and a pair.
-  BackwardUnit multiply(const Pair& pair, int64_t unit, Scratch& s) const {
-    const int64_t key = unit * kUnitKeys, lanes = operands_.lanes();
-    const int64_t value_lanes = blocks_.value_columns / 2;
-    const auto product = [&](float* sums) {
-      return QuadSums{sums, kTileBytes, kUnitKeys / W * kTileBytes};
-    };
-    const auto left = [](const uint32_t* first, int64_t row) {
-      return QuadOperand{first, 4 * W * row, Isa::kTileStride, 4 * row};
-    };
-    const auto right = [](const uint32_t* first, int64_t row) {
-      return QuadOperand{first, 4 * W * row, kTileBytes};
-    };
-    multiply_quad<Core, false>(left(s.keys.keys.get() + key * lanes, lanes),
-                               right(s.queries.query.get() + pair.first * lanes, lanes), lanes / W,
-                               product(s.scores.get()));
-    multiply_quad<Bf16, false>(left(s.keys.values.get() + key * value_lanes, value_lanes),
-                               right(s.queries.d_out.get() + pair.first * value_lanes, value_lanes),
-                               value_lanes / W, product(s.d_probability.get()));
-    return {s.scores.get(),
-            s.d_probability.get(),
+  BackwardUnit unit_of(const Item& item, const Scratch& s) const {
+    const int64_t key = item.unit * kUnitKeys;
+    return {s.scores.get() + item.copy * kProducts,
+            s.d_probability.get() + item.copy * kProducts,
             s.cap_slope.get(),
             s.kept.get(),
             s.keys.scale.get() + key,
             s.keys.value_scale.get() + key,
             s.keys.gradient_scale.get() + key};
   }
+  // S and dP of an item, if it is one.
+  void multiply(const Block& block, const Item& item, Scratch& s) const {
+    if (item.unit == block.units.end) return;
+    const int64_t lanes = operands_.lanes(), value_lanes = blocks_.value_columns / 2;
+    const int64_t key = item.unit * kUnitKeys, row = item.pair * kPairQueries;
+    const BackwardUnit unit = unit_of(item, s);
+    const auto product = [&](Kind kind, const uint32_t* left, const uint32_t* right, int64_t width,
+                             float* sums) {
+      s.work.add({kind,
+                  width / W,
+                  {left + key * width, 4 * W * width, Isa::kTileStride, 4 * width},
+                  {right + row * width, 4 * W * width, kTileBytes},
+                  {sums, kTileBytes, kUnitKeys / W * kTileBytes}});
+    };
+    product(Kind::kScores, s.keys.keys.get(), s.queries.query.get(), lanes, unit.scores);
+    product(Kind::kProducts, s.keys.values.get(), s.queries.d_out.get(), value_lanes,
+            unit.d_probability);
+  }
+
+  // use(item, pair, unit, slot) for each item of a block, whose products are there.
+  template <class Use>
+  void each_item(const Block& block, Scratch& s, const Use& use) const {
+    Item item = item_from(block, block.units.begin, 0, 0, s);
+    multiply(block, item, s);
+    s.work.finish();
+    while (item.unit < block.units.end) {
+      const Item next = item_after(block, item, s);
+      if (kPipelined) multiply(block, next, s);
+      use(item, next, [&](int64_t steps) {
+        if (kPipelined) s.work.advance(steps);
+      });
+      if (!kPipelined) multiply(block, next, s);
+      s.work.finish();
+      item = next;
+    }
+  }
 
   // D of all rows.
-  void find_means(const Block& block, Range units, Scratch& s) const {
+  void find_means(const Block& block, Scratch& s) const {
     std::fill(s.weighted.get(), s.weighted.get() + Blocks::kRows, 0.0f);
     std::fill(s.total.get(), s.total.get() + Blocks::kRows, 0.0f);
-    for (int64_t p = 0; p < pairs_of(block); ++p) {
-      const Pair pair = pair_of(block, p, s);
+    each_item(block, s, [&](const Item& item, const Item&, const auto& slot) {
+      const Pair pair = pair_of(block, item.pair, s);
+      const BackwardUnit unit = unit_of(item, s);
       float *weighted = s.weighted.get() + pair.first, *total = s.total.get() + pair.first;
-      for (int64_t u = units.begin; u < units.end; ++u) {
-        const int64_t key0 = block.part.first_key + u * kUnitKeys;
-        if (!sees(pair, key0)) continue;
-        const BackwardUnit unit = multiply(pair, u, s);
-        if (gradients_.edit(pair, key0, unit)) {
-          gradients_.template add_means<true>(pair, unit, weighted, total);
-        } else {
-          gradients_.template add_means<false>(pair, unit, weighted, total);
-        }
+      if (gradients_.edit(pair, block.part.first_key + item.unit * kUnitKeys, unit)) {
+        gradients_.template add_means<true>(pair, unit, weighted, total, slot);
+      } else {
+        gradients_.template add_means<false>(pair, unit, weighted, total, slot);
       }
-      for (int64_t r = pair.first; r < pair.first + kPairQueries; ++r) {
-        const auto& statistics = s.queries.statistics[r];
-        s.queries.delta[r] = statistics.delta + statistics.mean(s.weighted[r], s.total[r]);
-      }
+    });
+    for (int64_t r = 0; r < block.pairs() * kPairQueries; ++r) {
+      const auto& statistics = s.queries.statistics[r];
+      s.queries.delta[r] = statistics.delta + statistics.mean(s.weighted[r], s.total[r]);
     }
   }
 
-  BackwardFactors factors(int64_t p, int64_t part, Scratch& s) const {
-    return {s.probabilities.get() + p * kUnitKeys * W, s.d_scores.get() + p * kUnitKeys * W,
-            s.d_score_pairs.get() + (p * blocks_.units + part) * 2 * kTile};
+  // Units of a step that is being made, and which of them each pair sees; pairs that see the unit.
+  struct Step {
+    int64_t first;  // unit
+    int64_t copy = 0, unit_copy = 0;
+    uint32_t units[Blocks::kPairs] = {}, pairs = 0;  // bits
+  };
+  static Range range_of(uint32_t bits) { return {__builtin_ctz(bits), 32 - __builtin_clz(bits)}; }
+  static bool has(uint32_t bits, int64_t i) { return (bits >> i & 1) != 0; }
+
+  // P and dS of a pair and a unit.
+  BackwardFactors factors(const Step& step, int64_t unit, int64_t p, const Scratch& s) const {
+    const int64_t at = (step.unit_copy * Blocks::kPairs + p) * kUnitKeys * W;
+    return {s.probabilities.get() + at, s.d_scores.get() + at,
+            d_score_pairs(step, unit - step.first, p, s)};
+  }
+  uint32_t* d_score_pairs(const Step& step, int64_t u, int64_t p, const Scratch& s) const {
+    return s.d_score_pairs.get() +
+           ((step.copy * Blocks::kPairs + p) * blocks_.units + u) * 2 * kTile;
   }
 
-  // What the units of a step add to dQ, dK and dV.
-  void add_gradients(const Block& block, Range units, Scratch& s) const {
-    const int64_t pairs = pairs_of(block);
-    Range seen[Blocks::kPairs] = {};  // units that a pair sees, from the first to the last
-    for (int64_t u = units.begin; u < units.end; ++u) {
-      const int64_t key0 = block.part.first_key + u * kUnitKeys;
-      Range used = {};  // pairs that see the unit, likewise
-      for (int64_t p = 0; p < pairs; ++p) {
-        const Pair pair = pair_of(block, p, s);
-        const BackwardFactors out = factors(p, u - units.begin, s);
-        if (!sees(pair, key0)) {
-          std::fill(out.probabilities, out.probabilities + kUnitKeys * W, 0u);
-          std::fill(out.d_scores, out.d_scores + kUnitKeys * W, 0u);
-          std::fill(out.d_score_pairs, out.d_score_pairs + 2 * kTile, 0u);
-          continue;
-        }
-        used = {used.empty() ? p : used.begin, p + 1};
-        seen[p] = {seen[p].empty() ? u : seen[p].begin, u + 1};
-        const BackwardUnit unit = multiply(pair, u, s);
-        float* sums = s.row_sum.get() + pair.first;
-        if (gradients_.edit(pair, key0, unit)) {
-          gradients_.template find<true>(pair, unit, out, sums);
-        } else {
-          gradients_.template find<false>(pair, unit, out, sums);
-        }
+  // dQ, dK and dV of a block.
+  void add_gradients(const Block& block, Scratch& s) const {
+    s.gradients_begin = s.gradients_end = 0;
+    Step step = {block.units.begin};
+    each_item(block, s, [&](const Item& item, const Item& next, const auto& slot) {
+      if (kPipelined) queue_gradients(block.pairs() - item.pair, s);
+      const int64_t u = item.unit - block.units.begin;
+      step.first = block.units.begin + u / blocks_.units * blocks_.units;
+      step.units[item.pair] |= 1u << (item.unit - step.first);
+      step.pairs |= 1u << item.pair;
+      const Pair pair = pair_of(block, item.pair, s);
+      const BackwardUnit unit = unit_of(item, s);
+      const BackwardFactors out = factors(step, item.unit, item.pair, s);
+      float* sums = s.row_sum.get() + pair.first;
+      if (gradients_.edit(pair, block.part.first_key + item.unit * kUnitKeys, unit)) {
+        gradients_.template find<true>(pair, unit, out, sums, slot);
+      } else {
+        gradients_.template find<false>(pair, unit, out, sums, slot);
       }
-      if (!used.empty()) add_d_key_value(block.part, u, used, s);
-    }
-    for (int64_t p = 0; p < pairs; ++p) {
-      if (!seen[p].empty()) add_d_query(p, units, seen[p], s);
-    }
+      if (next.unit == item.unit) return;
+      // Of the unit before.
+      queue_gradients(1, s);
+      s.gradients_begin = s.gradients_end = 0;
+      add_d_key_value(block.part, item.unit, step, s);
+      step.unit_copy = (step.unit_copy + 1) % kCopies;
+      step.pairs = 0;
+      if (next.unit >= std::min(step.first + blocks_.units, block.units.end)) {
+        for (int64_t p = 0; p < block.pairs(); ++p) add_d_query(step, p, s);
+        step.copy = (step.copy + 1) % kCopies;
+      }
+      if (!kPipelined) queue_gradients(1, s);
+    });
+    queue_gradients(1, s);
+    s.work.finish();
+  }
+
+  // One share of so many of the products that are still to be made.
+  void queue_gradients(int64_t shares, Scratch& s) const {
+    const int64_t count = ceil_div(s.gradients_end - s.gradients_begin, shares);
+    for (int64_t i = 0; i < count; ++i) s.work.add(s.gradients[s.gradients_begin++]);
   }
 
   // dV += P^T dO and dK += dS^T Q of a unit.
-  void add_d_key_value(const Part& part, int64_t unit, Range pairs, Scratch& s) const {
+  void add_d_key_value(const Part& part, int64_t unit, const Step& step, Scratch& s) const {
+    const Range pairs = range_of(step.pairs);
+    for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+      if (has(step.pairs, p)) continue;
+      const BackwardFactors unseen = factors(step, unit, p, s);
+      std::fill(unseen.probabilities, unseen.probabilities + kUnitKeys * W, 0u);
+      std::fill(unseen.d_scores, unseen.d_scores + kUnitKeys * W, 0u);
+    }
     const auto add = [&](const uint32_t* left, const uint32_t* right, int64_t columns,
                          float* sums) {
-      const QuadOperand rows{left + pairs.begin * kUnitKeys * W, kTileBytes, 2 * kTileBytes};
       for (int64_t c = 0; c < columns; c += 2 * W) {
-        const uint32_t* first = right + (pairs.begin * columns + c) * W;
-        multiply_quad<Bf16, true>(rows, {first, kTileBytes, 4 * columns * W},
-                                  pairs.end - pairs.begin,
-                                  {sums + c, 4 * W * columns, 4 * W, 4 * columns});
+        s.gradients[s.gradients_end++] = {
+            Kind::kAddedProducts,
+            pairs.end - pairs.begin,
+            {left, kTileBytes, 2 * kTileBytes},
+            {right + (pairs.begin * columns + c) * W, kTileBytes, 4 * columns * W},
+            {sums + c, 4 * W * columns, 4 * W, 4 * columns}};
       }
     };
+    const BackwardFactors from = factors(step, unit, pairs.begin, s);
     const int64_t key = unit * kUnitKeys;
-    add(s.probabilities.get(), s.queries.d_out_pairs.get(), blocks_.value_columns,
+    add(from.probabilities, s.queries.d_out_pairs.get(), blocks_.value_columns,
         part.d_value + key * blocks_.value_columns);
-    add(s.d_scores.get(), s.queries.query_pairs.get(), blocks_.head_columns,
+    add(from.d_scores, s.queries.query_pairs.get(), blocks_.head_columns,
         part.d_key + key * blocks_.head_columns);
   }
 
-  // dQ^T += K^T dS^T of a pair and the units `seen` of a step.
-  void add_d_query(int64_t p, Range step, Range seen, Scratch& s) const {
+  // dQ^T += K^T dS^T of a pair and a step, whose units it forgets.
+  void add_d_query(Step& step, int64_t p, Scratch& s) const {
+    if (step.units[p] == 0) return;
     const int64_t columns = blocks_.head_columns;
-    const BackwardFactors from = factors(p, seen.begin - step.begin, s);
-    const QuadOperand right{from.d_score_pairs, kTileBytes, 2 * kTileBytes};
-    for (int64_t h = 0; h < columns; h += 2 * W) {
-      const uint32_t* keys = s.keys.key_columns.get() + (seen.begin * columns + h) * W;
-      multiply_quad<Bf16, true>(
-          {keys, kTileBytes, 4 * columns * W}, right, seen.end - seen.begin,
-          {s.d_query.get() + (p * columns + h) * 2 * W, 2 * kTileBytes, kTileBytes});
+    const Range units = range_of(step.units[p]);
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      if (has(step.units[p], u)) continue;
+      uint32_t* unseen = d_score_pairs(step, u, p, s);
+      std::fill(unseen, unseen + 2 * kTile, 0u);
     }
+    const uint32_t* right = d_score_pairs(step, units.begin, p, s);
+    const uint32_t* left = s.keys.key_columns.get() + (step.first + units.begin) * columns * W;
+    for (int64_t h = 0; h < columns; h += 2 * W) {
+      s.gradients[s.gradients_end++] = {
+          Kind::kAddedProducts,
+          units.end - units.begin,
+          {left + h * W, kTileBytes, 4 * columns * W},
+          {right, kTileBytes, 2 * kTileBytes},
+          {s.d_query.get() + (p * columns + h) * 2 * W, 2 * kTileBytes, kTileBytes}};
+    }
+    step.units[p] = 0;
   }
 
   // Rows r to r + 16 of a block, of dQ = dS (K + center): the center's part is rowsum(dS) * center.

@@ -1,6 +1,8 @@
-// Products of two by two tiles: each tile that is loaded is multiplied twice.
+// Products of two by two tiles: each tile that is loaded is multiplied twice. A list of them runs
+// at once, or cut into operations between the steps of vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/simd/compiler.h"
@@ -20,41 +22,101 @@ struct QuadSums {
   int64_t next_row, next_column, stride = 64;
 };
 
-// sums = left right over all steps; with kAdds, sums += it.
-template <class Core, bool kAdds>
-JAX_GLUON_INLINE void multiply_quad(const QuadOperand& left, const QuadOperand& right,
-                                    int64_t steps, const QuadSums& sums) {
+// sums = left right over all steps, or sums += it.
+struct TileQuad {
+  enum class Kind : uint8_t { kScores, kProducts, kAddedProducts };
+  Kind kind;
+  int64_t steps;
+  QuadOperand left, right;
+  QuadSums sums;
+};
+
+// `Core` multiplies scores; all else is bfloat16.
+template <class Core>
+class QuadWork {
   using Tile = typename Core::Isa::Tile;
-  char* const rows[2] = {static_cast<char*>(sums.first),
-                         static_cast<char*>(sums.first) + sums.next_row};
-  if constexpr (kAdds) {
-    Tile::template load<0>(rows[0], sums.stride);
-    Tile::template load<1>(rows[0] + sums.next_column, sums.stride);
-    Tile::template load<2>(rows[1], sums.stride);
-    Tile::template load<3>(rows[1] + sums.next_column, sums.stride);
-  } else {
-    Tile::template zero<0>();
-    Tile::template zero<1>();
-    Tile::template zero<2>();
-    Tile::template zero<3>();
+  using Kind = TileQuad::Kind;
+  // A row of two tiles each.
+  static constexpr int64_t kStores = 2;
+  static constexpr int64_t kRoom = 32;
+
+ public:
+  void add(const TileQuad& quad) {
+    if (count_ == kRoom) finish();
+    quads_[count_++] = quad;
+    left_ += quad.steps + kStores;
   }
-  const char* a = static_cast<const char*>(left.first);
-  const char* b = static_cast<const char*>(right.first);
-  for (; steps > 0; --steps, a += left.step, b += right.step) {
+  void finish() { run(left_); }
+  // An even share of what is left, where `steps` are left, this one among them.
+  JAX_GLUON_INLINE void advance(int64_t steps) {
+    if (left_ > 0) run(ceil_div(left_, steps));
+  }
+
+ private:
+  void run(int64_t operations) {
+    left_ -= operations;
+    for (; operations > 0; --operations) {
+      const TileQuad& quad = quads_[done_];
+      if (at_ < quad.steps) {
+        if (at_ == 0) start(quad);
+        if (quad.kind == Kind::kScores) {
+          multiply<Core>(quad);
+        } else {
+          multiply<TransposedBf16Core<typename Core::Isa>>(quad);
+        }
+        ++at_;
+      } else if (at_ == quad.steps) {
+        store<0>(quad.sums);
+        ++at_;
+      } else {
+        store<1>(quad.sums);
+        at_ = 0;
+        ++done_;
+      }
+    }
+    if (left_ == 0) count_ = done_ = 0;
+  }
+
+  static char* at(const QuadSums& sums, int64_t row, int64_t column) {
+    return static_cast<char*>(sums.first) + row * sums.next_row + column * sums.next_column;
+  }
+  static void start(const TileQuad& quad) {
+    if (quad.kind == Kind::kAddedProducts) {
+      Tile::template load<0>(at(quad.sums, 0, 0), quad.sums.stride);
+      Tile::template load<1>(at(quad.sums, 0, 1), quad.sums.stride);
+      Tile::template load<2>(at(quad.sums, 1, 0), quad.sums.stride);
+      Tile::template load<3>(at(quad.sums, 1, 1), quad.sums.stride);
+    } else {
+      Tile::template zero<0>();
+      Tile::template zero<1>();
+      Tile::template zero<2>();
+      Tile::template zero<3>();
+    }
+  }
+  template <int row>
+  static void store(const QuadSums& sums) {
+    Tile::template store<2 * row>(at(sums, row, 0), sums.stride);
+    Tile::template store<2 * row + 1>(at(sums, row, 1), sums.stride);
+  }
+  template <class Dot>
+  void multiply(const TileQuad& quad) const {
+    const QuadOperand &left = quad.left, &right = quad.right;
+    const char* a = static_cast<const char*>(left.first) + at_ * left.step;
+    const char* b = static_cast<const char*>(right.first) + at_ * right.step;
     Tile::template load<4>(a, left.stride);
     Tile::template load<6>(b, right.stride);
-    Core::template dot_keys<0, 4, 6>();
+    Dot::template dot_keys<0, 4, 6>();
     Tile::template load<7>(b + right.next, right.stride);
-    Core::template dot_keys<1, 4, 7>();
+    Dot::template dot_keys<1, 4, 7>();
     Tile::template load<5>(a + left.next, left.stride);
-    Core::template dot_keys<2, 5, 6>();
-    Core::template dot_keys<3, 5, 7>();
+    Dot::template dot_keys<2, 5, 6>();
+    Dot::template dot_keys<3, 5, 7>();
   }
-  Tile::template store<0>(rows[0], sums.stride);
-  Tile::template store<1>(rows[0] + sums.next_column, sums.stride);
-  Tile::template store<2>(rows[1], sums.stride);
-  Tile::template store<3>(rows[1] + sums.next_column, sums.stride);
-}
+
+  TileQuad quads_[kRoom] = {};
+  int64_t count_ = 0, done_ = 0, left_ = 0;  // quads, those done, operations that are left
+  int64_t at_ = 0;                           // operations of the next quad that are done
+};
 
 }  // namespace
 }  // namespace jax_gluon::cpu

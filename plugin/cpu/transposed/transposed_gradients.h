@@ -78,9 +78,10 @@ class TransposedGradients {
     return true;
   }
 
-  // Adds to sums of P dP and of P, two vectors each.
-  template <bool kEdited>
-  void add_means(const Pair& pair, const BackwardUnit& unit, float* weighted, float* total) const {
+  // Adds to sums of P dP and of P, two vectors each. After every two keys `slot(steps left)` runs.
+  template <bool kEdited, class Slot>
+  void add_means(const Pair& pair, const BackwardUnit& unit, float* weighted, float* total,
+                 const Slot& slot) const {
     const Lanes lanes(pair);
     F sum[2], mean[2];
     for (int c = 0; c < 2; ++c) {
@@ -96,6 +97,7 @@ class TransposedGradients {
         mean[c] = kEdited ? Isa::add(mean[c], Isa::where_nonzero(p, Isa::mul(p, d_p)))
                           : Isa::fma(p, d_p, mean[c]);
       }
+      if (j % 2 == 1) slot((kUnitKeys - j + 1) / 2);
     }
     for (int c = 0; c < 2; ++c) {
       Isa::store(total + c * W, sum[c]);
@@ -103,10 +105,10 @@ class TransposedGradients {
     }
   }
 
-  // P and dS = P (dP - D); adds to sums of dS, two vectors.
-  template <bool kEdited>
-  void find(const Pair& pair, const BackwardUnit& unit, const BackwardFactors& out,
-            float* sums) const {
+  // P and dS = P (dP - D); adds to sums of dS, two vectors. `slot` as above.
+  template <bool kEdited, class Slot>
+  void find(const Pair& pair, const BackwardUnit& unit, const BackwardFactors& out, float* sums,
+            const Slot& slot) const {
     const Lanes lanes(pair);
     F delta[2], scale[2], sum[2];
     for (int c = 0; c < 2; ++c) {
@@ -145,6 +147,7 @@ class TransposedGradients {
         const auto pairs = Isa::interleave_bf16(scaled(d_s[0][c], low), scaled(d_s[1][c], high));
         Isa::store_i32(out.d_score_pairs + (c * W + g) * W, pairs);
       }
+      slot(kUnitKeys / 2 - g);
     }
     for (int c = 0; c < 2; ++c) Isa::store(sums + c * W, sum[c]);
   }

@@ -1,5 +1,5 @@
-// A variant whose forward pass, and the baseline of whose backward pass, run on matrix tiles where
-// they take the call; all else is that of another variant.
+// A variant whose forward and backward pass run on matrix tiles where they take the call; all else
+// is that of another variant.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -18,8 +18,8 @@ struct TransposedVariant {
   template <class Core>
   using Gluon = AttentionForwardTransposed<Core, Kernel::kGluon>;
 
-  template <class Core, bool kCodes>
-  using BackwardOf = AttentionBackwardTransposed<Core, kCodes>;
+  template <class Core, bool kCodes, Kernel kKernel = Kernel::kBaseline>
+  using Backward = AttentionBackwardTransposed<Core, kCodes, kKernel>;
 
   static bool takes(const AttentionForwardCall& call) {
     return Baseline<Int8>::takes(call) || Baseline<Bf16>::takes(call);
@@ -70,21 +70,23 @@ struct TransposedVariant {
     if (!backward_takes(call)) return offers;
     for (size_t i = 0; i < offers.size; ++i) {
       KernelOffer& offer = offers.data[i];
-      if (offer.kernel == Kernel::kBaseline) offer = BackwardOf<Bf16, false>::offer();
+      if (offer.kernel == Kernel::kBaseline) offer = Backward<Bf16, false>::offer();
+      if (offer.kernel == Kernel::kGluon) offer = Backward<Bf16, false, Kernel::kGluon>::offer();
     }
     return offers;
   }
   static Status backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) {
-    if (call.cpu_kernel.kernel != Kernel::kBaseline || !backward_takes(call)) {
+    const Kernel kernel = call.cpu_kernel.kernel;
+    if (!backward_takes(call) || !is_pipeline(kernel)) {
       return kOthers().backward(call, parallel, run);
     }
     Status wrong = check("the CPU", call.cpu_kernel, backward_offers(call));
     if (wrong) return wrong;
-    run.kernel = Kernel::kBaseline;
+    run.kernel = kernel;
     run.arithmetic = name_of(Arithmetic::kBf16);
-    if (BackwardOf<Int8, true>::takes(call)) {
+    if (Backward<Int8, true>::takes(call)) {
       run_backward<Int8, true>(call, parallel, run);
-    } else if (BackwardOf<Bf16, true>::takes(call)) {
+    } else if (Backward<Bf16, true>::takes(call)) {
       run_backward<Bf16, true>(call, parallel, run);
     } else {
       run_backward<Bf16, false>(call, parallel, run);
@@ -92,14 +94,20 @@ struct TransposedVariant {
     return wrong;
   }
   static bool backward_takes(const AttentionBackwardCall& call) {
-    return BackwardOf<Int8, true>::takes(call) || BackwardOf<Bf16, true>::takes(call) ||
-           BackwardOf<Bf16, false>::takes(call);
+    return Backward<Int8, true>::takes(call) || Backward<Bf16, true>::takes(call) ||
+           Backward<Bf16, false>::takes(call);
   }
   template <class Core, bool kCodes>
   static void run_backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) {
-    BackwardOf<Core, kCodes> backward(call, parallel);
-    backward.run();
-    backward.describe(run);
+    const auto differentiate = [&](auto&& backward) {
+      backward.run();
+      backward.describe(run);
+    };
+    if (run.kernel == Kernel::kGluon) {
+      differentiate(Backward<Core, kCodes, Kernel::kGluon>(call, parallel));
+    } else {
+      differentiate(Backward<Core, kCodes>(call, parallel));
+    }
   }
 
   static Kernels kernels(const char* isa) {
