@@ -45,11 +45,11 @@ struct TransposedBlocks {
   int64_t part_keys;  // that a part sees, at most
 };
 
-// kCodes: operands have scales beside their rows.
+// kCodes: operands have scales beside their rows. `takes` refuses what the forward pass on tiles
+// does; no rule is refused.
 template <class Core, bool kCodes, Kernel kKernel>
 class AttentionBackwardTransposed {
   using Isa = typename Core::Isa;
-  using F = typename Isa::F;
   using Blocks = TransposedBlocks<kKernel>;
   using Part = BackwardPart;
   using Operands = TransposedBackwardOperands<Core>;
@@ -104,6 +104,7 @@ class AttentionBackwardTransposed {
     typename Operands::Scratch load;
     BackwardKeys keys;
     typename Operands::Queries queries;
+    bool is_whole[Blocks::kPairs];
     QuadWork<Core> work;
     Buffer<float> scores, d_probability;       // [copies][2][kUnitKeys][16], of a unit and pair
     Buffer<float> cap_slope, kept;             // [2][kUnitKeys][16]
@@ -179,21 +180,26 @@ class AttentionBackwardTransposed {
     std::fill(s.row_sum.get(), s.row_sum.get() + Blocks::kRows, 0.0f);
     if (!block.units.empty()) {
       operands_.load_queries(part.b, block.n, block.rows, s.load, s.queries);
+      for (int64_t p = 0; p < block.pairs(); ++p) s.is_whole[p] = is_whole(block, p, s);
       find_means(block, s);
       add_gradients(block, s);
     }
     for (int64_t r = 0; r < count; r += W) store_d_query(block, r, s);
   }
 
+  // Whether all rows of a pair are there, and see keys.
+  static bool is_whole(const Block& block, int64_t p, const Scratch& s) {
+    const int64_t first = p * kPairQueries, end = first + kPairQueries;
+    bool is_whole = end <= block.rows.end - block.rows.begin;
+    for (int64_t r = first; is_whole && r < end; ++r) is_whole = !s.queries.statistics[r].empty;
+    return is_whole;
+  }
   Pair pair_of(const Block& block, int64_t p, const Scratch& s) const {
     const int64_t first = p * kPairQueries;
     const Range rows{block.rows.begin + first,
                      std::min(block.rows.begin + first + kPairQueries, block.rows.end)};
-    bool is_whole = rows.end - rows.begin == kPairQueries;
-    for (int64_t r = 0; is_whole && r < kPairQueries; ++r) {
-      is_whole = !s.queries.statistics[first + r].empty;
-    }
-    return {block.part.visibility, block.rules, block.dropout, s.queries, rows, first, is_whole};
+    return {block.part.visibility, block.rules, block.dropout, s.queries, rows, first,
+            s.is_whole[p]};
   }
   static bool sees(const Pair& pair, int64_t key0) {
     const Range keys = intersect(pair.visibility.of_rows(pair.rows), {key0, key0 + kUnitKeys});
