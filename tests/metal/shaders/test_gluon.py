@@ -161,21 +161,27 @@ def test_work_of_backward(dtype, H):
     assert re.search(rf"{rings[0]:,} +\| {rings[1]:,} +\| {barriers} ", table)
     q, k, v, d_out = draw(dtype, B=1, N=2, K=1, T=128, S=128, H=H, V=H)
 
-    def count(problem, gradient, pipeline):
-        found = backward(problem, forward(problem), gradient, pipeline=pipeline, **COUNT)
-        return found.query_counters, found.key_value_counters
-
     few_rows = Problem(q[:, :32], k, v, out_dtype=DTYPES[dtype])
     few_keys = Problem(q, k[:, :32], v[:, :32], out_dtype=DTYPES[dtype])
-    for which, problem, gradient in ((0, few_rows, d_out[:, :32]), (1, few_keys, d_out)):
-        baseline, gluon = (count(problem, gradient, x)[which] for x in ("baseline", "gluon"))
-        assert gluon.threadgroup_memory_peak == rings[which]
+    # Threadgroups of dQ: two, of 128 keys each; of dK and dV: one, of 256 rows.
+    for kernel, problem, gradient, ring, granules in (
+        ("query", few_rows, d_out[:, :32], rings[0], 2 * 2),
+        ("key_value", few_keys, d_out, rings[1], 4),
+    ):
+        found = forward(problem)
+        baseline, gluon = (
+            getattr(
+                backward(problem, found, gradient, pipeline=x, instrumented=(kernel,), **COUNT),
+                f"{kernel}_counters",
+            )
+            for x in ("baseline", "gluon")
+        )
+        assert gluon.threadgroup_memory_peak == ring
         assert gluon.multiply_accumulates == baseline.multiply_accumulates
         assert gluon.device_bytes_read <= baseline.device_bytes_read
         assert gluon.device_bytes_written == baseline.device_bytes_written
         assert gluon.threadgroup_barriers <= baseline.threadgroup_barriers
-        # Threadgroups of dQ: two, of 128 keys each; of dK and dV: one, of 256 rows.
-        most = {0: 2 * 2 * barriers, 1: 4 * barriers}[which]
+        most = granules * barriers
         assert most - 2 <= gluon.threadgroup_barriers <= most
 
 

@@ -385,8 +385,10 @@ def backward(
     pipeline: str = "baseline",
     matrix: str | None = None,
     instrumentation: str | None = None,
+    instrumented: tuple[str, ...] = ("query", "key_value"),
     **options: Any,
 ) -> Backward:
+    """Both kernels; `instrumentation` is of those `instrumented`."""
     encoder = Encoder(problem)
     _bind_cotangents(encoder, found, d_out, d_log_sum_exp)
     B, T, S, N, K, H, V = (getattr(problem, x) for x in "BTSNKHV")
@@ -399,15 +401,15 @@ def backward(
     suffix = f"{matrix or backward_matrix_type(problem)}_{head_dim_class(problem)}"
     counters = [
         encoder.dispatch(
-            stem,
-            f"{kernel_of(stem, pipeline)}_{suffix}",
+            f"attention_backward_{kernel}",
+            f"{kernel_of(f'attention_backward_{kernel}', pipeline)}_{suffix}",
             grid,
-            instrumentation=instrumentation,
+            instrumentation=instrumentation if kernel in instrumented else None,
             **options,
         )
-        for stem, grid in (
-            ("attention_backward_query", (blocks(T, BLOCK_ROWS), N, B)),
-            ("attention_backward_key_value", (blocks(S, BLOCK_ROWS), K, B)),
+        for kernel, grid in (
+            ("query", (blocks(T, BLOCK_ROWS), N, B)),
+            ("key_value", (blocks(S, BLOCK_ROWS), K, B)),
         )
     ]
     return Backward(*gradients, *counters)
