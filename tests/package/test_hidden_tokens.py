@@ -1,5 +1,7 @@
 """Codes know nothing of tokens that can't be seen, and earlier rows nothing of later tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +38,13 @@ def test_hidden_keys_change_no_bit(
     quantization, bound, way, poison, implementation, oracle, relative_error, random_operands
 ):
     """The same bits as with zeros there, and no more error than visible tokens make."""
+    if implementation != "cpu" and (quantization == "int8") == (way in ("lengths", "bias")):
+        pytest.skip("each way and each format once")
     q, k, v, d_out = random_operands(B, T, S, N, K, H, V)
     hidden, keywords = hidden_by(way)
     rows = hidden[:, :, None, None]
 
+    @jax.jit
     def results(fill):
         def attention(q, k, v):
             return jax_gluon.dot_product_attention(
@@ -61,6 +66,7 @@ def test_hidden_keys_change_no_bit(
         assert relative_error(gradient, exact) <= 2 * bound
 
 
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def of_earlier_rows(operands, at, factor, quantization, implementation):
     """Causal output and gradients of rows before `at`, whose key and value are `factor` larger."""
     q, k, v, d_out = operands
