@@ -37,7 +37,7 @@ _RUN = pytest.StashKey[Path]()
 _PEAKS = pytest.StashKey[list[int]]()
 
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
-# of MLIR each takes three times as long. tests/package/test_smoke.py has the defaults.
+# of MLIR each takes three times as long. `make smoke` has the defaults.
 QUICK_XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
