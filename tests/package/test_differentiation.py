@@ -17,7 +17,15 @@ any_order = functools.partial(jax_gluon.dot_product_attention, differentiation="
 
 
 # The plugin's and XLA's: Metal differs in its kernel alone.
-on_hosts = pytest.mark.parametrize("implementation", ["cpu", "xla"], indirect=True)
+HOSTS = ("cpu", "xla")
+on_hosts = pytest.mark.parametrize("implementation", HOSTS, indirect=True)
+
+
+@pytest.fixture
+def hosts(require):
+    """Both, for tests that compare them with the same result."""
+    require("cpu")
+    return HOSTS
 
 
 @pytest.fixture
@@ -69,14 +77,16 @@ def assert_close(actual, expected, limit=2e-6):
         np.testing.assert_allclose(x, y, rtol=0, atol=limit * (1 + np.abs(y).max()))
 
 
-def compare(program, rule, implementation, *operands, limit=2e-6):
-    """`program(attention, *operands)`, of ours and of the plain formula."""
-    ours = of_floats(any_order, rule, implementation=implementation)
-    plain = of_floats(reference.dot_product_attention, rule)
-    actual, expected = (
-        jax.jit(functools.partial(program, attention))(*operands) for attention in (ours, plain)
-    )
-    assert_close(actual, expected, limit)
+def compare(program, rule, implementations, *operands, limit=2e-6):
+    """`program(attention, *operands)`, of each implementation and of the plain formula."""
+
+    def run(attention):
+        return jax.jit(functools.partial(program, of_floats(attention, rule)))(*operands)
+
+    expected = run(reference.dot_product_attention)
+    for implementation in implementations:
+        ours = functools.partial(any_order, implementation=implementation)
+        assert_close(run(ours), expected, limit)
 
 
 def square(attention, floats):
@@ -84,17 +94,25 @@ def square(attention, floats):
 
 
 @rules
-def test_forward_mode(rule, implementation, floats, tangents):
-    compare(lambda f, *given: jax.jvp(f, *given), rule, implementation, (floats,), (tangents,))
+@pytest.mark.parametrize("implementations", [HOSTS, ("metal",)], ids="-".join)
+def test_forward_mode(rule, implementations, require, floats, tangents):
+    for implementation in implementations:
+        require(implementation)
+    compare(lambda f, *given: jax.jvp(f, *given), rule, implementations, (floats,), (tangents,))
 
 
-@pytest.mark.parametrize("name", FLOATS)
-@on_hosts
-def test_forward_mode_in_one_operand(name, implementation, floats, tangents):
-    def program(attention, x, tangent):
-        return jax.jvp(lambda x: attention({**floats, name: x}), (x,), (tangent,))
+def test_forward_mode_in_one_operand(hosts, floats, tangents):
+    def program(attention, floats, tangents):
+        return [
+            jax.jvp(
+                lambda x, name=name: attention({**floats, name: x}),
+                (floats[name],),
+                (tangents[name],),
+            )
+            for name in FLOATS
+        ]
 
-    compare(program, "all", implementation, floats[name], tangents[name])
+    compare(program, "all", hosts, floats, tangents)
 
 
 @on_hosts
@@ -169,8 +187,7 @@ def test_codes_have_the_straight_through_tangent(implementation, draw):
 
 
 @rules
-@on_hosts
-def test_second_order(rule, implementation, floats, tangents):
+def test_second_order(rule, hosts, floats, tangents):
     """Forward over reverse, and a gradient of a directional derivative of it."""
 
     def program(attention, floats, tangents):
@@ -181,11 +198,10 @@ def test_second_order(rule, implementation, floats, tangents):
 
         return along(floats)
 
-    compare(program, rule, implementation, floats, tangents, limit=5e-6)
+    compare(program, rule, hosts, floats, tangents, limit=5e-6)
 
 
-@on_hosts
-def test_reverse_over_reverse(implementation, floats, tangents):
+def test_reverse_over_reverse(hosts, floats, tangents):
     def program(attention, floats, tangents):
         def along(floats):
             gradient = jax.grad(functools.partial(square, attention))(floats)
@@ -193,11 +209,10 @@ def test_reverse_over_reverse(implementation, floats, tangents):
 
         return jax.grad(along)(floats)
 
-    compare(program, "plain", implementation, floats, tangents, limit=5e-6)
+    compare(program, "plain", hosts, floats, tangents, limit=5e-6)
 
 
-@on_hosts
-def test_hessian_and_third_order(implementation, floats):
+def test_hessian_and_third_order(hosts, floats):
     def program(attention, x):
         def of_scale(x):
             moved = {**floats, "query": floats["query"] * x[0], "key": floats["key"] * x[1]}
@@ -208,11 +223,10 @@ def test_hessian_and_third_order(implementation, floats):
 
         return jax.hessian(of_scale)(x), jax.jvp(second, (x,), (jnp.ones(2),))[1]
 
-    compare(program, "plain", implementation, jnp.array([1.1, 0.7]), limit=1e-5)
+    compare(program, "plain", hosts, jnp.array([1.1, 0.7]), limit=1e-5)
 
 
-@on_hosts
-def test_loss_with_a_stopped_tangent(implementation, floats, tangents):
+def test_loss_with_a_stopped_tangent(hosts, floats, tangents):
     """What consistency and flow matching train with: forward mode inside a gradient."""
 
     def program(attention, floats, tangents):
@@ -222,11 +236,10 @@ def test_loss_with_a_stopped_tangent(implementation, floats, tangents):
 
         return jax.grad(loss)(floats)
 
-    compare(program, "all", implementation, floats, tangents)
+    compare(program, "all", hosts, floats, tangents)
 
 
-@on_hosts
-def test_transformations(implementation, floats, tangents):
+def test_transformations(hosts, floats, tangents):
     """vmap on both sides of derivatives; scan over checkpointed steps."""
 
     def program(attention, floats, tangents):
@@ -251,7 +264,7 @@ def test_transformations(implementation, floats, tangents):
             jax.grad(scanned)(floats["query"]),
         )
 
-    compare(program, "plain", implementation, floats, tangents)
+    compare(program, "plain", hosts, floats, tangents)
 
 
 def test_finite_differences_in_float64(floats, tangents, configure):
