@@ -53,13 +53,19 @@ def test_array_like_properties(spec, x):
 def test_slices_along_batch_and_tokens(spec, x):
     quantized = jax_gluon.quantize(x, spec)
     whole = np.asarray(quantized.dequantize())
-    for index in (
+    indices = (
         1, slice(1, 3), (slice(None), slice(8, 24)), (-1, slice(16, None)), (2, slice(0, 8)),
         (..., slice(None), slice(None)), (slice(0, 2), slice(24, 40)), (0, slice(8, 8)),
-    ):  # fmt: skip
-        part = quantized[index]
+    )  # fmt: skip
+
+    @jax.jit
+    def every(quantized):
+        parts = [quantized[index] for index in indices]
+        return parts, [part.dequantize() for part in parts]
+
+    for index, part, restored in zip(indices, *every(quantized), strict=True):
         assert part.shape == whole[index].shape
-        np.testing.assert_allclose(part.dequantize(), whole[index], atol=1e-6)
+        np.testing.assert_allclose(restored, whole[index], atol=1e-6)
 
 
 @pytest.mark.parametrize(

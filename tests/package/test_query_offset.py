@@ -67,11 +67,14 @@ def test_rows_stand_at_their_index_and_the_offset(
         q, k, v, mask=seen(T, S, offset, is_causal, window), key_value_seq_lengths=lengths,
         d_out=d_out,
     )  # fmt: skip
-    call = functools.partial(
-        attend, is_causal, window, implementation, kernel, jnp.asarray(offset), jnp.asarray(lengths)
-    )
-    (out, _), pull = jax.vjp(call, q, k, v)
-    gradients = pull((jnp.asarray(d_out), jnp.zeros((B, T, N))))
+
+    @jax.jit
+    def results(offset, lengths, d_out, *arrays):
+        call = functools.partial(attend, is_causal, window, implementation, kernel, offset, lengths)
+        (out, _), pullback = jax.vjp(call, *arrays)
+        return out, pullback((d_out, jnp.zeros((B, T, N))))
+
+    out, gradients = results(offset, lengths, d_out, q, k, v)
     np.testing.assert_allclose(out, expected.out, atol=3e-6)
     for name, gradient in zip(("d_query", "d_key", "d_value"), gradients, strict=True):
         np.testing.assert_allclose(gradient, getattr(expected, name), atol=2e-5, err_msg=name)
