@@ -64,6 +64,8 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # NumPy's threads of several processes would spin for each other's cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "XLA_FLAGS" not in os.environ and _xla_takes(QUICK_XLA_FLAGS):
         os.environ["XLA_FLAGS"] = QUICK_XLA_FLAGS
     run = config.stash[_RUN] = Path(tempfile.mkdtemp(prefix="jax-gluon-tests-"))
