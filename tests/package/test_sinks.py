@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 import jax_gluon
 from jax_gluon import AttentionQuantization, QuantSpec, reference
+from tests.support import oracle as numpy_oracle
 
 N = 4
 #: About as large as the logits, smaller, larger, and none.
@@ -66,6 +67,22 @@ def gradients(attention, sinks, q, k, v, bias, cotangents):
     return run(arrays, cotangents)
 
 
+@functools.lru_cache(maxsize=8)
+def of_reference(form, shape, with_rules):
+    """What codes give on all kernels: the reference at the dequantized operands, in float32."""
+    dtype, quantization = FORMATS[form]
+    (q, k, v, d_out), d_lse = draw(2, *shape, dtype=dtype)
+    keywords = rules(*shape) if with_rules else {}
+    bias = keywords.pop("bias", None)
+    attend = functools.partial(
+        reference.attention_with_log_sum_exp, **keywords, quantization=quantization
+    )
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    exact = numpy_oracle.attention(q, k, v, bias, **keywords, sinks=SINKS)
+    d_lse = jnp.where(np.isfinite(exact.log_sum_exp), d_lse, 0)
+    return gradients(attend, SINKS, *wide, bias, (d_out.astype(jnp.float32), d_lse))
+
+
 def check(
     oracle, relative_error, implementation, kernel, form, shape, with_rules, sinks=SINKS, loose=1
 ):  # fmt: skip
@@ -86,12 +103,7 @@ def check(
         exact = oracle(q, k, v, bias, **keywords, sinks=sinks, d_out=d_out, d_log_sum_exp=d_lse)
         expected = (*exact[:5], exact.d_sinks, *(() if bias is None else (exact.d_bias,)))
     else:
-        attend = functools.partial(
-            reference.attention_with_log_sum_exp, **keywords, quantization=quantization
-        )
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        cotangents = (d_out.astype(jnp.float32), d_lse)
-        expected = gradients(attend, sinks, *wide, bias, cotangents)
+        expected = of_reference(form, shape, with_rules)
     forward, backward, of_sinks = (loose * x for x in BARS["codes" if quantization else dtype])
     # Each head by itself: the larger its sink is, the smaller the rest.
     for n in range(N):
