@@ -53,7 +53,7 @@ class QuadWork {
   }
 
  private:
-  void run(int64_t operations) {
+  JAX_GLUON_INLINE void run(int64_t operations) {
     left_ -= operations;
     for (; operations > 0; --operations) {
       const TileQuad& quad = quads_[done_];
@@ -80,7 +80,7 @@ class QuadWork {
   static char* at(const QuadSums& sums, int64_t row, int64_t column) {
     return static_cast<char*>(sums.first) + row * sums.next_row + column * sums.next_column;
   }
-  static void start(const TileQuad& quad) {
+  JAX_GLUON_INLINE static void start(const TileQuad& quad) {
     if (quad.kind == Kind::kAddedProducts) {
       Tile::template load<0>(at(quad.sums, 0, 0), quad.sums.stride);
       Tile::template load<1>(at(quad.sums, 0, 1), quad.sums.stride);
@@ -94,12 +94,12 @@ class QuadWork {
     }
   }
   template <int row>
-  static void store(const QuadSums& sums) {
+  JAX_GLUON_INLINE static void store(const QuadSums& sums) {
     Tile::template store<2 * row>(at(sums, row, 0), sums.stride);
     Tile::template store<2 * row + 1>(at(sums, row, 1), sums.stride);
   }
   template <class Dot>
-  void multiply(const TileQuad& quad) const {
+  JAX_GLUON_INLINE void multiply(const TileQuad& quad) const {
     const QuadOperand &left = quad.left, &right = quad.right;
     const char* a = static_cast<const char*>(left.first) + at_ * left.step;
     const char* b = static_cast<const char*>(right.first) + at_ * right.step;
