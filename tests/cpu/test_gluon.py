@@ -130,6 +130,8 @@ def _sizes(name, variant, is_integer):
     if is_integer and "amx" in variant:
         block_k = -(-forward.block_k // 128) * 128
         forward = dataclasses.replace(forward, block_k=block_k, stages=None)
+        block_k = min(256, backward.block_k // 32 * 32)
+        backward = dataclasses.replace(backward, block_k=block_k, subtile=None, stages=None)
     return forward, backward
 
 
