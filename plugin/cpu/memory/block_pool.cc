@@ -52,7 +52,7 @@ Block remove(size_t i) {
 }
 
 void offer_pages() {
-#if defined(MADV_FREE)
+#if defined(__linux__)
   // Pages that are written again before memory is short stay what they are.
   std::vector<Block>& kept = pool().kept;
   size_t& i = pool().offered_blocks;

@@ -10,7 +10,7 @@ namespace jax_gluon::cpu {
 
 // Blocks below this are the allocator's, which keeps them itself.
 constexpr size_t kMinPooledBytes = size_t{1} << 16;
-// Of all blocks that are kept. The system may take their pages back where memory is short.
+// Of all blocks that are kept. Linux may take their pages back where memory is short.
 constexpr size_t kMaxKeptBytes = size_t{256} << 20;
 
 // A block of at least as many bytes, aligned to a page: kMinPooledBytes or more. Throws
