@@ -11,9 +11,6 @@ namespace jax_gluon::cpu {
 namespace {
 
 constexpr size_t kPage = size_t{1} << 14;  // Apple's; a multiple of others
-// The system may have the pages of a block that was not wanted while so many others were given
-// back: to tell it so of every block would cost as much as new pages do.
-constexpr uint64_t kPatience = 256;
 
 struct Block {
   void* data;
@@ -53,6 +50,9 @@ Block remove(size_t i) {
 
 void offer_pages() {
 #if defined(__linux__)
+  // Of a block that was not wanted while so many others were given back: to tell the system of
+  // every block would cost as much as new pages do.
+  constexpr uint64_t kPatience = 256;
   // Pages that are written again before memory is short stay what they are.
   std::vector<Block>& kept = pool().kept;
   size_t& i = pool().offered_blocks;
