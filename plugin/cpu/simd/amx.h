@@ -57,7 +57,7 @@ struct TileRegisters {
 
 struct Amx : Avx512 {
   using Tile = TileRegisters;
-  static constexpr int64_t kTileStride = 64, kTileBytes = 16 * kTileStride;
+  static constexpr int64_t kTileStride = 64;
 
   // Whole tiles for this thread, for as long as it lives. What the thread had configured before is
   // put back: libraries remember that they did.

@@ -1,6 +1,6 @@
 // Flash attention backward on matrix tiles, transposed: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO,
 // dK += dS^T Q, dQ^T += K^T dS^T. For each block of rows one pass over the keys finds D, another
-// all gradients: S and dP are made twice, which takes less than to keep them outside of L1.
+// all gradients: S and dP are made twice, so that only those of a unit of keys are kept.
 // The baseline pipeline does one after the other; in the gluon pipeline the products of the next
 // unit, and those of the unit before with P and dS, run between the steps of vectors.
 #pragma once
@@ -61,8 +61,7 @@ class AttentionBackwardTransposed {
   // Products, P and dS of two units or steps, where one is made while the other is multiplied.
   static constexpr int64_t kCopies = kPipelined ? 2 : 1;
   static constexpr int W = kTileQueries;
-  static constexpr int64_t kTile = W * W;  // lanes of a tile
-  static constexpr int64_t kTileBytes = 4 * kTile;
+  static constexpr int64_t kTile = W * W;                  // lanes of a tile
   static constexpr int64_t kProducts = 2 * kUnitKeys * W;  // floats of a unit and pair
 
  public:
@@ -241,7 +240,7 @@ class AttentionBackwardTransposed {
                              float* sums) {
       s.work.add({kind,
                   width / W,
-                  {left + key * width, 4 * W * width, Isa::kTileStride, 4 * width},
+                  {left + key * width, 4 * W * width, kTileStride, 4 * width},
                   {right + row * width, 4 * W * width, kTileBytes},
                   {sums, kTileBytes, kUnitKeys / W * kTileBytes}});
     };

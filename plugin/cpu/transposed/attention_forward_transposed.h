@@ -30,6 +30,7 @@ class AttentionForwardTransposed {
   static constexpr int W = kTileQueries;
   static constexpr int64_t kScores = 2 * kUnitKeys * W;         // floats of a unit
   static constexpr int64_t kProbabilities = kUnitKeys / 2 * W;  // lanes of a unit and column
+  // Sums of values of a task's rows stay in L2 while its keys go by.
   static constexpr int64_t kMaxTaskBlocks = 10;
   static_assert(kBlockRows % kPairQueries == 0);
 
@@ -150,7 +151,9 @@ class AttentionForwardTransposed {
     }
     const Range keys = visibility.of_rows({begin, end});
     const int64_t last = ceil_div(keys.end, kUnitKeys);
-    for (int64_t unit = keys.begin / kUnitKeys; unit < last; unit += block_units_) {
+    // Counted from key 0, so that blocks do not depend on how rows are divided.
+    const int64_t first_block = keys.begin / kUnitKeys / block_units_;
+    for (int64_t unit = first_block * block_units_; unit < last; unit += block_units_) {
       const Range block{unit * kUnitKeys, std::min(unit + block_units_, last) * kUnitKeys};
       for (int64_t u = 0; u < blocks; ++u) {
         const Range rows = s.blocks[u].rows;
@@ -232,7 +235,7 @@ class AttentionForwardTransposed {
       at.values = bytes(packed_.values(head_, first_ + block * kBlockUnits));
       at.probabilities = bytes(probabilities(block, 0, 0));
       at.out = reinterpret_cast<char*>(out_);
-      at.next_out = tiles * Isa::kTileBytes;
+      at.next_out = tiles * kTileBytes;
       return at;
     }
     void multiply(const TileProgram& program, int64_t unit, int64_t block) const {

@@ -17,11 +17,14 @@ constexpr int kUnitKeys = 32, kTileQueries = 16, kPairQueries = 32;
 // Steps whose P is multiplied with values at once: each time, all sums of values are loaded and
 // stored.
 constexpr int kBlockUnits = 4;
+// Bytes from row to row of a tile in scratch, and of all of it.
+constexpr int64_t kTileStride = 64, kTileBytes = 16 * kTileStride;
 
 template <class Isa_>
 struct TransposedTiles {
   using Isa = Isa_;
   using Lane = uint32_t;
+  static_assert(Isa::kTileStride == kTileStride && Isa::kLanes == kTileQueries);
   static constexpr int kTileRows = kTileQueries, kTileColumns = 16;
   static constexpr int kGroupRows = kPairQueries;
   static constexpr int kLaneStep = 16;
@@ -39,7 +42,7 @@ struct TransposedBf16Core : TransposedTiles<Isa> {
 };
 
 // Codes of queries and keys; values as bfloat16, since probabilities of 8 bits would need a
-// rescaling for every 64 keys, which takes longer than these products do.
+// rescaling for every 64 keys: by count, more work of vectors than is saved in tiles.
 template <class Isa>
 struct TransposedInt8Core : TransposedTiles<Isa> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kInt8;

@@ -1,5 +1,5 @@
 // Products of tiles, cut into operations that run between the steps of a softmax: multi-stage
-// pipelining on a processor that runs its instructions in order of their making.
+// pipelining. A processor does not look far enough ahead to do both at once by itself.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,8 @@ struct TileOperands {
   char* out;                  // [2][value tiles] tiles
   int64_t next_out;
 
-  static constexpr int64_t kNextScores = 2048, kNextProbabilities = kBlockUnits * 1024;
+  static constexpr int64_t kNextScores = 2 * kTileBytes;
+  static constexpr int64_t kNextProbabilities = kBlockUnits * kTileBytes;
 };
 
 // A pair of columns of one product: its first step makes the sums, the others add to them. Sums
@@ -44,13 +45,13 @@ class TileProgram {
   // Scores of a unit: `steps` tiles along the head dim.
   void add_scores(int64_t steps, int64_t key_stride) {
     for (int64_t half = 0; half < 2; ++half) {
-      add_pair(false, steps, {half * 16 * key_stride, 64}, half * 1024);
+      add_pair(false, steps, {half * kTileQueries * key_stride, kTileStride}, half * kTileBytes);
     }
   }
   // Tiles [first, last) of `tiles` columns of values, of the first units of a block.
   void add_values(int64_t first, int64_t last, int64_t tiles, int64_t units) {
     for (int64_t v = first; v < last; ++v) {
-      add_pair(true, units, {v * 1024, tiles * 1024}, v * 1024);
+      add_pair(true, units, {v * kTileBytes, tiles * kTileBytes}, v * kTileBytes);
     }
   }
   void finish() {
@@ -74,7 +75,7 @@ class TileProgram {
     using Kind = TileOperation::Kind;
     for (int64_t s = 0; s < steps; ++s) {
       add({s == 0 ? Kind::kStart : Kind::kStep, is_value, set_, 0, left.first + s * left.step,
-           s * 1024, sums});
+           s * kTileBytes, sums});
       if (s == 0 && waiting_.kind == Kind::kStore) store_waiting();
     }
     waiting_ = {Kind::kStore, is_value, set_, 0, 0, 0, sums};
@@ -110,7 +111,7 @@ class TileWork {
   // Products are done this many steps of a softmax before its end, for the stores to find them
   // done.
   static constexpr int64_t kRest = 4;
-  // Of an operation: a division for every step would cost as much as the step.
+  // Of an operation: what a step adds is found once, so that no step has to divide.
   static constexpr int64_t kPart = 1 << 16;
 
  public:
@@ -148,7 +149,7 @@ class TileWork {
   template <int kSet>
   JAX_GLUON_INLINE void run(const TileOperation& x) const {
     constexpr int c = 2 * kSet, d = c + 1, a = 4 + kSet;
-    constexpr int64_t kStride = Isa::kTileStride;
+    constexpr int64_t kStride = kTileStride;
     char* sums = (x.is_value ? at_.out : at_.scores) + x.sums;
     const int64_t next = x.is_value ? at_.next_out : TileOperands::kNextScores;
     if (x.kind == TileOperation::Kind::kStore) {

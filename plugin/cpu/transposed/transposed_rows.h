@@ -22,7 +22,7 @@ class TransposedRows {
   using Rules = LogitRules<Isa, kUnitKeys>;
   using Group = RowGroup<Isa, Rules>;
 
-  // Products of one column of the pair, `rows` of the group from `first` on, to logits in place.
+  // Products of one column of the pair, rows of the group from `first` on, to logits in place.
   static void to_logits(const AttentionForwardCall& call, const Group& group, int64_t first,
                         const float* key_scale, float* scores) {
     const int64_t row = group.first + first;
