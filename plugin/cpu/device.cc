@@ -145,7 +145,10 @@ std::string cpu_isa() {
   return kernels ? kernels->isa : "unsupported";
 }
 
-ScratchState cpu_scratch_state() { return cpu::block_pool_state(); }
+ScratchState cpu_scratch_state() {
+  const cpu::BlockPoolState state = cpu::block_pool_state();
+  return {state.kept_bytes, state.made_blocks};
+}
 
 std::string cpu_isa_refusal() { return cpu::amx_refusal(); }
 

@@ -81,23 +81,22 @@ void* take_block(size_t bytes) {
 
 void give_block(void* block, size_t bytes) {
   const size_t size = rounded(bytes);
-  std::vector<Block> dropped;
-  {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    try {
-      pool().kept.push_back({block, size, pool().given_blocks++});
-    } catch (const std::bad_alloc&) {  // it comes from destructors
-      munmap(block, size);
-      return;
-    }
-    pool().kept_bytes += size;
-    while (pool().kept_bytes > kMaxKeptBytes) dropped.push_back(remove(0));
-    offer_pages();
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  try {
+    pool().kept.push_back({block, size, pool().given_blocks++});
+  } catch (const std::bad_alloc&) {  // destructors call this
+    munmap(block, size);
+    return;
   }
-  for (const Block& each : dropped) munmap(each.data, each.bytes);
+  pool().kept_bytes += size;
+  while (pool().kept_bytes > kMaxKeptBytes) {
+    const Block oldest = remove(0);
+    munmap(oldest.data, oldest.bytes);
+  }
+  offer_pages();
 }
 
-ScratchState block_pool_state() {
+BlockPoolState block_pool_state() {
   const std::lock_guard<std::mutex> lock(pool().mutex);
   return {pool().kept_bytes, pool().made_blocks};
 }

@@ -4,8 +4,6 @@
 
 #include <cstddef>
 
-#include "device.h"
-
 namespace jax_gluon::cpu {
 
 // Blocks below this are the allocator's, which keeps them itself.
@@ -19,6 +17,10 @@ void* take_block(size_t bytes);
 // Gives back what `take_block` gave for as many bytes.
 void give_block(void* block, size_t bytes);
 
-ScratchState block_pool_state();
+// Bytes of blocks that are kept, and the blocks that were made so far.
+struct BlockPoolState {
+  size_t kept_bytes, made_blocks;
+};
+BlockPoolState block_pool_state();
 
 }  // namespace jax_gluon::cpu
