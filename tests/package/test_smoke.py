@@ -1,6 +1,6 @@
-"""The script that every supported JAX release has to pass, which `make smoke` runs.
+"""The script that every supported JAX release has to pass.
 
-It has XLA's own settings, not those with which the tests compile quickly.
+`make smoke` runs it, with XLA's own settings.
 """
 
 import os
