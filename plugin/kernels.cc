@@ -30,8 +30,9 @@ int64_t max_visible_keys(const AttentionCall& call) {
   return std::min(seen, reach.left + reach.right + 1);
 }
 
-std::string to_string(const KernelLimits& limits) {
-  std::string text;
+std::string reason_for(const KernelOffer& offer) {
+  const KernelLimits& limits = offer.limits;
+  std::string text = offer.reason;
   const auto add = [&](const char* bound, int64_t number, const char* what) {
     if (number == 0) return;
     text += std::string(text.empty() ? "" : " and ") + bound + std::to_string(number) + what;

@@ -45,6 +45,7 @@ struct KernelOffer {
   const char* arithmetic = "";  // what is multiplied: "float32", "bfloat16", "float16", "int8"
   KernelLimits limits;
   SizeRange block_k, subtile, stages;
+  const char* reason = "";  // why it is the faster one, where that is not in its limits
 };
 
 struct KernelOffers {
@@ -56,8 +57,8 @@ struct KernelOffers {
   const KernelOffer* end() const { return data + size; }
 };
 
-// What an offer is for, in words: its limits; empty without any.
-std::string to_string(const KernelLimits& limits);
+// What an offer is for, in words; empty where it is for any call.
+std::string reason_for(const KernelOffer& offer);
 
 // The most keys that any row can see.
 int64_t max_visible_keys(const AttentionCall& call);

@@ -44,7 +44,8 @@ class KernelOffer:
     """A kernel that a device has for a problem, as the plugin says it.
 
     `arithmetic` is what is multiplied; `reason` what the kernel is for, where it is not for every
-    problem; `sizes` what the sizes of a `CpuKernel` may be, of those that there is a choice of.
+    problem, or why it is the faster pipeline; `sizes` what the sizes of a `CpuKernel` may be, of
+    those that there is a choice of.
     """
 
     device: Device
@@ -152,8 +153,9 @@ def select_kernel(
 
     A kernel made for such problems (small, decode) goes first. Else `measured`, the table of
     `jax-gluon tune` for the device, decides: its row with the same operands and direction that is
-    nearest in head dim, then in keys. Without one GLUON is for large problems, where it was
-    measured on CPUs (`docs/gluon.md`); on Metal the pipelines differ in counted work alone so far.
+    nearest in head dim, then in keys. Without one a pipeline goes first that the device says is the
+    faster one. Else GLUON is for large problems, where it was measured on CPUs (`docs/gluon.md`);
+    on Metal the pipelines differ in counted work alone so far.
 
     >>> from jax_gluon._plan.selection import KernelOffer, KernelProblem, select_kernel
     >>> offers = KernelOffer("metal", "baseline"), KernelOffer("metal", "gluon")
@@ -188,6 +190,9 @@ def select_kernel(
             )
         # Measured with other sizes, such as those of another head dim.
         return named[kernel.name].kernel(), f"{kernel.name}: {where}, it is faster"
+    for offer in offers:
+        if offer.reason:
+            return offer.kernel(), f"{offer.name}: {offer.reason}"
     here = f"here {problem.visible_keys} and {problem.H}"
     if problem.visible_keys < MIN_KEYS or problem.H < MIN_HEAD_DIM:
         needs = f"at least {MIN_KEYS} visible keys and head dim {MIN_HEAD_DIM}"

@@ -2,6 +2,7 @@
 
 #include <x86intrin.h>
 
+#include "cpu/transposed/transposed_variant.h"
 #include "cpu/variant.h"
 
 namespace jax_gluon::cpu {
@@ -29,6 +30,16 @@ uint64_t fewest_ticks(const Step& step) {
   return fewest;
 }
 
+const Kernels& row_kernels() {
+  static const Kernels kernels = Variant<Avx512>::kernels("avx512");
+  return kernels;
+}
+
+const Kernels& bf16_row_kernels() {
+  static const Kernels kernels = Variant<Avx512, true>::kernels("avx512_bf16");
+  return kernels;
+}
+
 }  // namespace
 
 bool avx512_bf16_is_fast() {
@@ -45,12 +56,14 @@ bool avx512_bf16_is_fast() {
 }
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = Variant<Avx512>::kernels("avx512");
+  static const Kernels kernels =
+      TransposedVariant<Avx512, row_kernels, /*kBackward=*/false>::kernels("avx512");
   return kernels;
 }
 
 const Kernels& avx512_bf16_kernels() {
-  static const Kernels kernels = Variant<Avx512, true>::kernels("avx512_bf16");
+  static const Kernels kernels =
+      TransposedVariant<Avx512, bf16_row_kernels>::kernels("avx512_bf16");
   return kernels;
 }
 

@@ -42,7 +42,7 @@ PYBIND11_MODULE(_plugin, module) {
           add("subtile", offer.subtile);
           add("stages", offer.stages);
           offers.append(py::make_tuple(jax_gluon::name_of(offer.kernel), offer.arithmetic,
-                                       to_string(offer.limits), sizes));
+                                       reason_for(offer), sizes));
         }
         return offers;
       },

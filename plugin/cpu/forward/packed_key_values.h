@@ -2,9 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
+#include "cpu/forward/folded_values.h"
 #include "cpu/forward/forward_blocks.h"
 #include "cpu/forward/key_value_rows.h"
 #include "cpu/memory/buffer.h"
@@ -185,46 +184,26 @@ class PackedKeyValues {
     }
   }
 
-  // INT8. A value row's scale is folded into its probability before that is rounded to 8 bits.
-  // Scales of zero, or so small beside their subtile's largest that the row can't show, fold as a
-  // small number instead: their codes are 0 or vanish, and the reciprocal, which takes the factor
-  // out of the normaliser again, stays finite.
+  // INT8.
   void pack_subtile_of_values(Place to, int64_t head, int64_t j0, int64_t end, Scratch& s,
                               uint8_t* zeros) {
-    constexpr float kMax = std::numeric_limits<float>::max();
-    const int64_t b = head / call_.K, k = head % call_.K, at = j0 - to.first;
-    const float unit = 1.0f / key_values_.value_unit(head);
-    const int8_t* rows[kSubtileKeys] = {};
-    float scale[kSubtileKeys] = {}, largest = 0.0f;
-    for (int64_t c = 0; c < kSubtileKeys; ++c) {
-      ScaleAndOffset own;
-      if (j0 + c < end) {
-        const ScaledCodes row = key_values_.values().codes_of(b, j0 + c, k, s.row.get(),
-                                                              s.codes.get() + c * s.code_stride);
-        own = row.scale;
-        const bool is_finite = own.scale >= 0.0f && own.scale <= kMax;
-        zeros[c] = !is_finite || !(std::fabs(own.offset) <= kMax);
-        // A row without a scale is its offset alone.
-        if (!zeros[c] && own.scale != 0.0f) rows[c] = row.codes;
-        scale[c] = is_finite ? own.scale * unit : 0.0f;
-        largest = std::max(largest, scale[c]);
-      } else {
-        scale_of_key(to.slot)[at + c] = 0.0f;
-        if (key_values_.has_offsets()) {
-          key_offsets(to.slot)[at + c] = key_code_sums(to.slot)[at + c] = 0.0f;
-        }
-      }
-      if (key_values_.has_value_offsets())
-        value_offsets(to.slot)[at + c] = zeros[c] ? 0.0f : own.offset;
+    const int64_t at = j0 - to.first;
+    FoldedValues values;
+    load_folded_values(key_values_, call_, head, j0, end, s, values);
+    std::copy(values.has_zeros, values.has_zeros + kSubtileKeys, zeros);
+    std::copy(values.fold_log2, values.fold_log2 + kSubtileKeys, fold_log2(to.slot) + at);
+    std::copy(values.fold_inverse, values.fold_inverse + kSubtileKeys, fold_inverse(to.slot) + at);
+    if (key_values_.has_value_offsets()) {
+      std::copy(values.offset, values.offset + kSubtileKeys, value_offsets(to.slot) + at);
     }
-    const float smallest = largest > 0.0f ? std::max(std::ldexp(largest, -60), 0x1p-90f) : 1.0f;
-    for (int64_t c = 0; c < kSubtileKeys; ++c) {
-      const float x = std::max(scale[c], smallest);
-      fold_log2(to.slot)[at + c] = std::log2(x);
-      fold_inverse(to.slot)[at + c] = 1.0f / x;
+    for (int64_t c = std::max<int64_t>(end - j0, 0); c < kSubtileKeys; ++c) {
+      scale_of_key(to.slot)[at + c] = 0.0f;
+      if (key_values_.has_offsets()) {
+        key_offsets(to.slot)[at + c] = key_code_sums(to.slot)[at + c] = 0.0f;
+      }
     }
     for (int64_t c = 0; c < kSubtileKeys; c += G) {
-      pack_value_line<Core, int8_t>(rows + c, call_.V, value_lines(to.slot, at + c),
+      pack_value_line<Core, int8_t>(values.rows + c, call_.V, value_lines(to.slot, at + c),
                                     value_panel_stride());
     }
   }

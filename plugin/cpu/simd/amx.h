@@ -56,6 +56,7 @@ struct TileRegisters {
 #endif
 
 struct Amx : Avx512 {
+  static constexpr bool kHasTiles = true;
   using Tile = TileRegisters;
   static constexpr int64_t kTileStride = 64;
 
@@ -92,20 +93,6 @@ struct Amx : Avx512 {
     static_assert(sizeof(Config) == 64);
     Config before_ = {};
   };
-
-  static bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
-
-  // Two numbers a lane: the first vector's is the low one.
-  static I interleave_bf16(F low, F high) {
-    const I order =
-        _mm512_set_epi32(0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a,
-                         0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
-                         0x00130003, 0x00120002, 0x00110001, 0x00100000);
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    I words;
-    std::memcpy(&words, &both, sizeof words);
-    return _mm512_permutexvar_epi16(order, words);
-  }
 };
 
 }  // namespace

@@ -12,21 +12,6 @@
 namespace jax_gluon::cpu {
 namespace {
 
-inline std::array<uint16_t, 32> words_of(__m512i x) {
-  return reinterpret<std::array<uint16_t, 32>>(x);
-}
-
-template <class... T>
-__m512i _mm512_set_epi32(T... lane) {
-  const int32_t lanes[] = {lane...};
-  return int_lanes([&](int i) { return lanes[15 - i]; });
-}
-inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i table) {
-  const auto at = words_of(index), from = words_of(table);
-  std::array<uint16_t, 32> y;
-  for (size_t i = 0; i < y.size(); ++i) y[i] = from[at[i] & 31];
-  return reinterpret<__m512i>(y);
-}
 // The tiles of a thread. What is used before it was configured or made is not a number.
 struct TileRegisters {
   static constexpr int kRows = 16, kRowBytes = 64;

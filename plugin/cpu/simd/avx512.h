@@ -21,6 +21,12 @@ struct Avx512 {
   // Register tile: 12 rows x 2 vectors = 24 accumulators, 2 operands of 32 registers.
   static constexpr int kTileRows = 12, kTileVectors = 2;
   static constexpr int kInt8Group = 4;  // vpdpbusd
+  // Whether there are registers that hold matrices.
+  static constexpr bool kHasTiles = false;
+  struct Tiles {};
+
+  // 2^f for f in [0, 1).
+  static constexpr float kCubic[4] = {0.999925219f, 0.695833536f, 0.22606716f, 0.0780245234f};
 
   using F = __m512;
   using I = __m512i;
@@ -84,6 +90,15 @@ struct Avx512 {
       p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.999928073f));
     }
     return _mm512_scalef_ps(p, n);
+  }
+
+  // The same for numbers that are no larger than 8, to 7.5e-5. -inf gives 0, NaN itself.
+  static F exp2_below(F x) {
+    const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    F p = _mm512_fmadd_ps(f, _mm512_set1_ps(kCubic[3]), _mm512_set1_ps(kCubic[2]));
+    p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(kCubic[1]));
+    p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(kCubic[0]));
+    return _mm512_scalef_ps(p, x);
   }
 
   static F load_bf16(const uint16_t* p) {
@@ -230,6 +245,20 @@ struct Avx512 {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 #endif
+  }
+
+  static bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
+
+  // Two numbers a lane: the first vector's is the low one.
+  static I interleave_bf16(F low, F high) {
+    const I order =
+        _mm512_set_epi32(0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a,
+                         0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
+                         0x00130003, 0x00120002, 0x00110001, 0x00100000);
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+    I words;
+    std::memcpy(&words, &both, sizeof words);
+    return _mm512_permutexvar_epi16(order, words);
   }
 };
 

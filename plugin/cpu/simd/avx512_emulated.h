@@ -35,7 +35,7 @@ using __mmask16 = uint16_t;
 
 enum { _CMP_LT_OQ = 0x11, _CMP_NEQ_UQ = 0x04 };
 enum { _MM_CMPINT_NLT = 5 };
-enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
+enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_TO_NEG_INF = 1, _MM_FROUND_NO_EXC = 8 };
 
 template <class Out, class In>
 Out reinterpret(const In& x) {
@@ -118,6 +118,11 @@ inline __m512i _mm512_cvtps_epi32(__m512 x) {
 }
 inline __m512 _mm512_roundscale_ps(__m512 x, int) {
   return float_lanes([&](int i) { return std::nearbyint(x.v[i]); });
+}
+// x - floor(x): the only mode that is used.
+inline __m512 _mm512_reduce_ps(__m512 x, int) {
+  return float_lanes(
+      [&](int i) { return std::isinf(x.v[i]) ? 0.0f : x.v[i] - std::floor(x.v[i]); });
 }
 // x * 2^floor(n).
 inline __m512 _mm512_scalef_ps(__m512 x, __m512 n) {
@@ -308,6 +313,22 @@ inline __m512 _mm512_dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
     acc.v[i] += float_from_bf16(a.v[2 * i]) * float_from_bf16(b.v[2 * i]);
   }
   return acc;
+}
+
+inline std::array<uint16_t, 32> words_of(__m512i x) {
+  return reinterpret<std::array<uint16_t, 32>>(x);
+}
+
+template <class... T>
+__m512i _mm512_set_epi32(T... lane) {
+  const int32_t lanes[] = {lane...};
+  return int_lanes([&](int i) { return lanes[15 - i]; });
+}
+inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i table) {
+  const auto at = words_of(index), from = words_of(table);
+  std::array<uint16_t, 32> y;
+  for (size_t i = 0; i < y.size(); ++i) y[i] = from[at[i] & 31];
+  return reinterpret<__m512i>(y);
 }
 
 }  // namespace

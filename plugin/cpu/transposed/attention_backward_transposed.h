@@ -1,22 +1,25 @@
 // Flash attention backward on matrix tiles, transposed: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO,
 // dK += dS^T Q, dQ^T += K^T dS^T. For each block of rows one pass over the keys finds D, another
-// all gradients: S and dP are made twice, so that only those of a unit of keys are kept.
+// all gradients. On tile registers S and dP are made twice, so that only those of a unit of keys
+// are kept; vectors take longer to make them than to read P and dP again, as long as there is room.
 // The baseline pipeline does one after the other; in the gluon pipeline the products of the next
 // unit, and those of the unit before with P and dS, run between the steps of vectors.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/backward/backward_tasks.h"
 #include "cpu/rows/mask_tiles.h"
 #include "cpu/transposed/attention_forward_transposed.h"
 #include "cpu/transposed/tile_quad.h"
 #include "cpu/transposed/transposed_gradients.h"
+#include "cpu/transposed/vector_quad.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
-template <Kernel kKernel>
+template <class Isa, Kernel kKernel>
 struct TransposedBlocks {
   // Rows of a block: sums of dK and dV are loaded and stored for so many. The gluon pipeline keeps
   // P and dS of two units.
@@ -25,6 +28,8 @@ struct TransposedBlocks {
   static constexpr int64_t kColumnStep = kUnitKeys;
   // Units of a step, at most: sums of dQ are loaded and stored for its keys.
   static constexpr int64_t kMaxUnits = 8;
+  // Bytes of P and dP that are kept, at most, by each thread.
+  static constexpr int64_t kMaxKeptBytes = 8 << 20;
 
   explicit TransposedBlocks(const AttentionBackwardCall& call)
       : parts(call),
@@ -35,6 +40,7 @@ struct TransposedBlocks {
     parts.set_block_rows(kRows);
     // Keys are counted from the first of a unit.
     part_keys = round_up(parts.max_seen().by_part, kUnitKeys) + kUnitKeys;
+    keeps = !Isa::kHasTiles && part_keys * kRows * 8 <= kMaxKeptBytes;
   }
 
   static int64_t first_key(Range keys) { return keys.begin / kUnitKeys * kUnitKeys; }
@@ -43,6 +49,7 @@ struct TransposedBlocks {
   const int64_t units;  // of a step
   const int64_t head_columns, value_columns;
   int64_t part_keys;  // that a part sees, at most
+  bool keeps;         // P and dP of a block of rows
 };
 
 // kCodes: operands have scales beside their rows. `takes` refuses what the forward pass on tiles
@@ -50,33 +57,42 @@ struct TransposedBlocks {
 template <class Core, bool kCodes, Kernel kKernel>
 class AttentionBackwardTransposed {
   using Isa = typename Core::Isa;
-  using Blocks = TransposedBlocks<kKernel>;
+  using Blocks = TransposedBlocks<Isa, kKernel>;
   using Part = BackwardPart;
   using Operands = TransposedBackwardOperands<Core>;
   using Gradients = TransposedGradients<Core, kCodes>;
   using Pair = BackwardPair<Core>;
   using Rules = typename Pair::Rules;
   using Kind = TileQuad::Kind;
+  using Work = std::conditional_t<Isa::kHasTiles, QuadWork<Core>, VectorQuadWork<Core>>;
   static constexpr bool kPipelined = kKernel == Kernel::kGluon;
   // Products, P and dS of two units or steps, where one is made while the other is multiplied.
   static constexpr int64_t kCopies = kPipelined ? 2 : 1;
   static constexpr int W = kTileQueries;
+  // Of fewer rows most lanes would be empty. (Tiles are faster even so.)
+  static constexpr int64_t kMinRows = Isa::kHasTiles ? 1 : 20;
   static constexpr int64_t kTile = W * W;                  // lanes of a tile
   static constexpr int64_t kProducts = 2 * kUnitKeys * W;  // floats of a unit and pair
 
  public:
-  // Of calls that the forward pass takes: INT8 products where each row of queries and of keys has
-  // one scale.
+  // Of calls that the forward pass takes. On tiles, INT8 products where each row of queries and of
+  // keys has one scale; codes are exact in bfloat16 too.
   static bool takes(const AttentionBackwardCall& call) {
+    if (call.T < kMinRows) return false;
     if (!kCodes) return AttentionForwardTransposed<Core, Kernel::kBaseline>::takes(call);
-    const bool is_int8 =
-        call.query.quantization.head_block == 0 && call.key.quantization.head_block == 0;
+    const bool is_int8 = Isa::kHasTiles && call.query.quantization.head_block == 0 &&
+                         call.key.quantization.head_block == 0;
     return AttentionForwardTransposed<TransposedInt8Core<Isa>, Kernel::kBaseline>::takes(call) &&
            is_int8 == (Core::kArithmetic == Arithmetic::kInt8);
   }
   static KernelOffer offer() {
     constexpr int64_t kMax = Blocks::kMaxUnits * kUnitKeys;
-    return {kKernel, name_of(Arithmetic::kBf16), {}, {64, kUnitKeys, kMax, kUnitKeys}, {}, {}};
+    KernelOffer offer = {kKernel, name_of(Arithmetic::kBf16),
+                         {},      {Isa::kHasTiles ? 64 : 128, kUnitKeys, kMax, kUnitKeys},
+                         {},      {}};
+    // Vectors of products and of P take turns in the same units of the processor.
+    if (!Isa::kHasTiles && !kPipelined) offer.reason = "without tiles there is nothing to overlap";
+    return offer;
   }
 
   AttentionBackwardTransposed(const AttentionBackwardCall& call, Parallel& parallel)
@@ -104,9 +120,10 @@ class AttentionBackwardTransposed {
     BackwardKeys keys;
     typename Operands::Queries queries;
     bool is_whole[Blocks::kPairs];
-    QuadWork<Core> work;
-    Buffer<float> scores, d_probability;       // [copies][2][kUnitKeys][16], of a unit and pair
-    Buffer<float> cap_slope, kept;             // [2][kUnitKeys][16]
+    Work work;
+    // [slots][2][kUnitKeys][16], a slot for a unit and pair.
+    Buffer<float> scores, d_probability, cap_slope, kept;
+    Buffer<uint8_t> is_edited;                 // [slots]
     Buffer<uint32_t> probabilities, d_scores;  // [copies][pairs][kUnitKeys][16], of a unit
     Buffer<uint32_t> d_score_pairs;  // [copies][pairs][units of a step][2][16][16], of a step
     Buffer<TileQuad> gradients;      // products with P and dS that are still to be made
@@ -135,10 +152,12 @@ class AttentionBackwardTransposed {
     const int64_t keys =
         part.keys.empty() ? 0 : round_up(part.keys.end - part.first_key, kUnitKeys);
     operands_.prepare(keys, Blocks::kRows, s.load, s.keys, s.queries);
-    s.scores.allocate(kCopies * kProducts);
-    s.d_probability.allocate(kCopies * kProducts);
-    if (call_.soft_cap != 0.0f) s.cap_slope.allocate(kProducts);
-    if (call_.dropout) s.kept.allocate(kProducts);
+    const int64_t slots = blocks_.keeps ? keys / kUnitKeys * Blocks::kPairs : kCopies;
+    s.scores.allocate(slots * kProducts);
+    s.d_probability.allocate(slots * kProducts);
+    if (call_.soft_cap != 0.0f) s.cap_slope.allocate(slots * kProducts);
+    if (call_.dropout) s.kept.allocate(slots * kProducts);
+    s.is_edited.allocate(slots);
     s.probabilities.allocate(kCopies * Blocks::kPairs * kUnitKeys * W);
     s.d_scores.allocate(kCopies * Blocks::kPairs * kUnitKeys * W);
     s.d_score_pairs.allocate(kCopies * Blocks::kPairs * blocks_.units * 2 * kTile);
@@ -150,7 +169,7 @@ class AttentionBackwardTransposed {
   }
 
   void differentiate(const Part& part, Range rows) {
-    const typename Isa::Tiles tiles;
+    [[maybe_unused]] const typename Isa::Tiles tiles;
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
     prepare(part, s);
@@ -220,12 +239,15 @@ class AttentionBackwardTransposed {
     return item_from(block, item.unit, item.pair + 1, (item.copy + 1) % kCopies, s);
   }
 
+  int64_t slot_of(const Item& item) const {
+    return blocks_.keeps ? item.unit * Blocks::kPairs + item.pair : item.copy;
+  }
   BackwardUnit unit_of(const Item& item, const Scratch& s) const {
-    const int64_t key = item.unit * kUnitKeys;
-    return {s.scores.get() + item.copy * kProducts,
-            s.d_probability.get() + item.copy * kProducts,
-            s.cap_slope.get(),
-            s.kept.get(),
+    const int64_t key = item.unit * kUnitKeys, at = slot_of(item) * kProducts;
+    return {s.scores.get() + at,
+            s.d_probability.get() + at,
+            call_.soft_cap != 0.0f ? s.cap_slope.get() + at : nullptr,
+            call_.dropout ? s.kept.get() + at : nullptr,
             s.keys.scale.get() + key,
             s.keys.value_scale.get() + key,
             s.keys.gradient_scale.get() + key};
@@ -249,37 +271,52 @@ class AttentionBackwardTransposed {
             unit.d_probability);
   }
 
-  // use(item, pair, unit, slot) for each item of a block, whose products are there.
+  // use(item, next, slot) for each item of a block, whose products are there: made now, or before.
   template <class Use>
-  void each_item(const Block& block, Scratch& s, const Use& use) const {
+  void each_item(const Block& block, bool makes, Scratch& s, const Use& use) const {
     Item item = item_from(block, block.units.begin, 0, 0, s);
-    multiply(block, item, s);
+    if (makes) multiply(block, item, s);
     s.work.finish();
     while (item.unit < block.units.end) {
       const Item next = item_after(block, item, s);
-      if (kPipelined) multiply(block, next, s);
+      if (kPipelined && makes) multiply(block, next, s);
       use(item, next, [&](int64_t steps) {
         if (kPipelined) s.work.advance(steps);
       });
-      if (!kPipelined) multiply(block, next, s);
+      if (!kPipelined && makes) multiply(block, next, s);
       s.work.finish();
       item = next;
     }
+  }
+
+  static int64_t first_key(const Block& block, const Item& item) {
+    return block.part.first_key + item.unit * kUnitKeys;
+  }
+  // Calls body with both as constants.
+  template <class Body>
+  static void with(bool edited, bool keeps, const Body& body) {
+    const auto with_keeps = [&](auto is_edited) {
+      if constexpr (!Isa::kHasTiles) {
+        if (keeps) return body(is_edited, std::true_type());
+      }
+      body(is_edited, std::false_type());
+    };
+    edited ? with_keeps(std::true_type()) : with_keeps(std::false_type());
   }
 
   // D of all rows.
   void find_means(const Block& block, Scratch& s) const {
     std::fill(s.weighted.get(), s.weighted.get() + Blocks::kRows, 0.0f);
     std::fill(s.total.get(), s.total.get() + Blocks::kRows, 0.0f);
-    each_item(block, s, [&](const Item& item, const Item&, const auto& slot) {
+    each_item(block, true, s, [&](const Item& item, const Item&, const auto& slot) {
       const Pair pair = pair_of(block, item.pair, s);
       const BackwardUnit unit = unit_of(item, s);
       float *weighted = s.weighted.get() + pair.first, *total = s.total.get() + pair.first;
-      if (gradients_.edit(pair, block.part.first_key + item.unit * kUnitKeys, unit)) {
-        gradients_.template add_means<true>(pair, unit, weighted, total, slot);
-      } else {
-        gradients_.template add_means<false>(pair, unit, weighted, total, slot);
-      }
+      const bool is_edited = gradients_.edit(pair, first_key(block, item), unit);
+      s.is_edited[slot_of(item)] = is_edited;
+      with(is_edited, blocks_.keeps, [&](auto edited, auto keeps) {
+        gradients_.template add_means<edited(), keeps()>(pair, unit, weighted, total, slot);
+      });
     });
     for (int64_t r = 0; r < block.pairs() * kPairQueries; ++r) {
       const auto& statistics = s.queries.statistics[r];
@@ -311,7 +348,7 @@ class AttentionBackwardTransposed {
   void add_gradients(const Block& block, Scratch& s) const {
     s.gradients_begin = s.gradients_end = 0;
     Step step = {block.units.begin};
-    each_item(block, s, [&](const Item& item, const Item& next, const auto& slot) {
+    each_item(block, !blocks_.keeps, s, [&](const Item& item, const Item& next, const auto& slot) {
       if (kPipelined) queue_gradients(block.pairs() - item.pair, s);
       const int64_t u = item.unit - block.units.begin;
       step.first = block.units.begin + u / blocks_.units * blocks_.units;
@@ -321,11 +358,11 @@ class AttentionBackwardTransposed {
       const BackwardUnit unit = unit_of(item, s);
       const BackwardFactors out = factors(step, item.unit, item.pair, s);
       float* sums = s.row_sum.get() + pair.first;
-      if (gradients_.edit(pair, block.part.first_key + item.unit * kUnitKeys, unit)) {
-        gradients_.template find<true>(pair, unit, out, sums, slot);
-      } else {
-        gradients_.template find<false>(pair, unit, out, sums, slot);
-      }
+      const bool is_edited = blocks_.keeps ? s.is_edited[slot_of(item)] != 0
+                                           : gradients_.edit(pair, first_key(block, item), unit);
+      with(is_edited, blocks_.keeps, [&](auto edited, auto kept) {
+        gradients_.template find<edited(), kept()>(pair, unit, out, sums, slot);
+      });
       if (next.unit == item.unit) return;
       // Of the unit before.
       queue_gradients(1, s);

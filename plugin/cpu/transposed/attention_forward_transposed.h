@@ -6,20 +6,20 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/forward/forward_rows.h"
-#include "cpu/forward/key_value_rows.h"
-#include "cpu/rows/mask_tiles.h"
-#include "cpu/rows/section_tasks.h"
 #include "cpu/transposed/tile_program.h"
+#include "cpu/transposed/transposed_forward.h"
 #include "cpu/transposed/transposed_key_values.h"
-#include "cpu/transposed/transposed_rows.h"
 #include "cpu/transposed/transposed_softmax.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
-template <class Core, Kernel kKernel>
-class AttentionForwardTransposed {
+template <class Core_, Kernel kKernel>
+class TileEngine {
+ public:
+  using Core = Core_;
+
+ private:
   using Isa = typename Core::Isa;
   using F = typename Isa::F;
   using Softmax = TransposedSoftmax<Core>;
@@ -30,11 +30,10 @@ class AttentionForwardTransposed {
   static constexpr int W = kTileQueries;
   static constexpr int64_t kScores = 2 * kUnitKeys * W;         // floats of a unit
   static constexpr int64_t kProbabilities = kUnitKeys / 2 * W;  // lanes of a unit and column
-  // Sums of values of a task's rows stay in L2 while its keys go by.
-  static constexpr int64_t kMaxTaskBlocks = 10;
-  static_assert(kBlockRows % kPairQueries == 0);
 
  public:
+  static constexpr int64_t kStepKeys = kUnitKeys;
+
   // Codes are multiplied as they are, so none may have an offset.
   static bool takes(const AttentionCall& call) {
     if (!ForwardBlocks<Core>::takes(call)) return false;
@@ -56,23 +55,8 @@ class AttentionForwardTransposed {
     return round_up(call.cpu_kernel.block_k, kBlockUnits * kUnitKeys);
   }
 
-  AttentionForwardTransposed(const AttentionForwardCall& call, Parallel& parallel)
-      : call_(call),
-        parallel_(parallel),
-        block_units_(block_keys(call) / kUnitKeys),
-        task_blocks_(
-            std::min(kMaxTaskBlocks,
-                     std::max<int64_t>(1, ceil_div(call.T, kBlockRows) * call.B * call.N /
-                                              std::max<int64_t>(1, 4 * parallel.threads())))),
-        tasks_(call, call.N,
-               [this](const Section& x) {
-                 return ceil_div(x.rows.end - x.rows.begin, task_blocks_ * kBlockRows);
-               }),
-        key_values_(call),
-        packed_(call, key_values_),
-        mask_tiles_(call),
-        rows_(call, key_values_),
-        scratch_(parallel.threads()) {
+  TileEngine(const AttentionForwardCall& call, const KeyValueRows<Core>& key_values)
+      : call_(call), key_values_(key_values), packed_(call, key_values) {
     const int64_t tiles = packed_.value_tiles(), stride = 4 * packed_.lanes();
     const int64_t steps = packed_.lanes() / 16;
     scores_.add_scores(steps, stride);
@@ -91,102 +75,42 @@ class AttentionForwardTransposed {
     }
   }
 
-  void run() {
-    if (call_.B * call_.T * call_.N == 0) return;
-    key_values_.prepare(parallel_);
-    mask_tiles_.find(parallel_);
-    packed_.pack_all(parallel_);
-    parallel_.run(tasks_.size(), [this](int64_t task) { attend(tasks_[task]); });
-  }
-
- private:
-  struct RowBlock {
-    Range rows;
-    RowState state;
-  };
-
   struct Scratch {
-    RowScratch<Core> load;
-    Buffer<RowBlock> blocks;
-    Buffer<uint32_t> query;          // row tiles of each block
-    Buffer<float> out;               // [pairs][2][value tiles][W][W]
     Buffer<float> scores;            // two of [2][kUnitKeys][W]
     Buffer<uint32_t> probabilities;  // two of [2][kBlockUnits][kUnitKeys / 2][W]
-    Buffer<float> results;           // [W][value tiles * W]
   };
 
-  int64_t out_floats() const { return 2 * packed_.value_tiles() * W * W; }
-
-  void prepare(int64_t blocks, Scratch& s) const {
-    s.load.prepare(call_);
-    s.blocks.allocate(blocks);
-    s.query.allocate(blocks * kBlockRows * packed_.lanes());
-    const int64_t floats = blocks * (kBlockRows / kPairQueries) * out_floats();
-    s.out.allocate(floats);
-    std::fill(s.out.get(), s.out.get() + floats, 0.0f);
+  int64_t lanes() const { return packed_.lanes(); }
+  int64_t value_tiles() const { return packed_.value_tiles(); }
+  void pack_all(Parallel& parallel) { packed_.pack_all(parallel); }
+  void prepare(Scratch& s) const {
     s.scores.allocate(2 * kScores);
     constexpr int64_t kLanes = 2 * 2 * kBlockUnits * kProbabilities;
     s.probabilities.allocate(kLanes);
     std::fill(s.probabilities.get(), s.probabilities.get() + kLanes, uint32_t{0});
-    s.results.allocate(W * packed_.value_tiles() * W);
+  }
+  void edit_query(uint32_t*, int64_t) const {}
+  void attend(const TransposedRun<Core>& run, RowScratch<Core>& load, Scratch& s) const {
+    Run(*this, run, load, s).attend();
   }
 
-  void attend(const SectionTask& task) {
-    const int64_t b = task.b, n = task.head, head = b * call_.K + n / (call_.N / call_.K);
-    const Visibility visibility(call_, b);
-    const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
-    const DropoutRow<Isa> dropout(call_, b, n);
-    const typename Isa::Tiles tiles;
-    auto lease = scratch_.acquire();
-    Scratch& s = *lease;
-    const int64_t begin = task.section.rows.begin + task.index * task_blocks_ * kBlockRows;
-    const int64_t end = std::min(task.section.rows.end, begin + task_blocks_ * kBlockRows);
-    const int64_t blocks = ceil_div(end - begin, kBlockRows);
-    prepare(blocks, s);
-    for (int64_t u = 0; u < blocks; ++u) {
-      const int64_t first = begin + u * kBlockRows;
-      s.blocks[u].rows = {first, std::min(end, first + kBlockRows)};
-      rows_.load(b, n, s.blocks[u].rows, s.load, s.query.get() + u * kBlockRows * packed_.lanes(),
-                 s.blocks[u].state);
-    }
-    const Range keys = visibility.of_rows({begin, end});
-    const int64_t last = ceil_div(keys.end, kUnitKeys);
-    // Counted from key 0, so that blocks do not depend on how rows are divided.
-    const int64_t first_block = keys.begin / kUnitKeys / block_units_;
-    for (int64_t unit = first_block * block_units_; unit < last; unit += block_units_) {
-      const Range block{unit * kUnitKeys, std::min(unit + block_units_, last) * kUnitKeys};
-      for (int64_t u = 0; u < blocks; ++u) {
-        const Range rows = s.blocks[u].rows;
-        for (int64_t g = 0; g < rows.end - rows.begin; g += kPairQueries) {
-          const Range pair{rows.begin + g, std::min(rows.begin + g + kPairQueries, rows.end)};
-          const Group group{visibility, rules, dropout, pair, g, s.blocks[u].state};
-          const Range seen = intersect(visibility.of_rows(pair), block);
-          for (Range run = rules.first_run(pair, seen, kUnitKeys); !run.empty();
-               run = rules.first_run(pair, {run.end, seen.end}, kUnitKeys)) {
-            Run(*this, group, head, run, u, s).attend();
-          }
-        }
-      }
-    }
-    for (int64_t u = 0; u < blocks; ++u) finish(b, n, u, s);
-  }
-
+ private:
   // Adjacent keys of a block, and the pair of tile columns that sees them.
   class Run {
    public:
-    Run(const AttentionForwardTransposed& kernel, const Group& group, int64_t head, Range keys,
-        int64_t u, Scratch& s)
+    Run(const TileEngine& kernel, const TransposedRun<Core>& run, RowScratch<Core>& load,
+        Scratch& s)
         : kernel_(kernel),
           packed_(kernel.packed_),
-          group_(group),
+          group_(run.group),
+          load_(load),
           s_(s),
-          head_(head),
-          first_(keys.begin / kUnitKeys),
-          last_(ceil_div(keys.end, kUnitKeys)),
-          columns_(ceil_div(group.count(), W)),
-          out_(s.out.get() + (u * (kBlockRows / kPairQueries) + group.first / kPairQueries) *
-                                 kernel.out_floats()),
-          query_(s.query.get() + (u * kBlockRows + group.first) * packed_.lanes()) {}
+          head_(run.head),
+          first_(run.keys.begin / kUnitKeys),
+          last_(ceil_div(run.keys.end, kUnitKeys)),
+          columns_(ceil_div(run.group.count(), W)),
+          out_(run.out),
+          query_(run.query) {}
 
     void attend() {
       multiply(kernel_.scores_, first_, 0);
@@ -324,7 +248,7 @@ class AttentionForwardTransposed {
       const float per_unit = 1.0f / kernel_.key_values_.value_unit(head_);
       for (int64_t j = 0; j < kUnitKeys; ++j) {
         if (!has_zeros[j]) continue;
-        float* value = s_.load.row.get();
+        float* value = load_.row.get();
         kernel_.key_values_.values().load(b, unit_ * kUnitKeys + j, k, value);
         for (int64_t r = 0; r < group_.count(); ++r) {
           const uint32_t pair = probabilities(block(), r / W, part())[j / 2 * W + r % W];
@@ -336,9 +260,10 @@ class AttentionForwardTransposed {
       }
     }
 
-    const AttentionForwardTransposed& kernel_;
+    const TileEngine& kernel_;
     const TransposedKeyValues<Core>& packed_;
     const Group& group_;
+    RowScratch<Core>& load_;
     Scratch& s_;
     const int64_t head_, first_, last_, columns_;
     float* const out_;
@@ -349,40 +274,16 @@ class AttentionForwardTransposed {
     int64_t settled_ = 0, done_parts_ = 0;
   };
 
-  void finish(int64_t b, int64_t n, int64_t u, Scratch& s) const {
-    RowBlock& block = s.blocks[u];
-    RowState& state = block.state;
-    const int64_t tiles = packed_.value_tiles(), columns = tiles * W;
-    for (int64_t g = 0; g < block.rows.end - block.rows.begin; g += W) {
-      const float* out = s.out.get() + (u * kBlockRows + g) * columns;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        TransposedPack<Isa>::turn(out + tile * W * W, W, s.results.get() + tile * W, columns);
-      }
-      for (int64_t r = g; r < std::min(g + W, block.rows.end - block.rows.begin); ++r) {
-        if (kInt8 && call_.bias) {
-          state.origin[r] = state.maximum[r];
-          state.maximum[r] = 0.0f;
-        }
-        rows_.store(b, n, block.rows.begin + r, r, s.results.get() + (r - g) * columns, state);
-      }
-    }
-  }
-
-  using Rules = typename Rows::Rules;
-
   const AttentionForwardCall& call_;
-  Parallel& parallel_;
-  const int64_t block_units_, task_blocks_;
-  const SectionTasks tasks_;
-  KeyValueRows<Core> key_values_;
+  const KeyValueRows<Core>& key_values_;
   TransposedKeyValues<Core> packed_;
-  MaskTiles mask_tiles_;
-  const ForwardRows<Core> rows_;
-  ScratchPool<Scratch> scratch_;
   // Of a unit's scores; of a part of a block's values, with the next unit's scores or without; of
   // all values of as many units.
   TileProgram scores_, parts_[2][kBlockUnits], values_[kBlockUnits];
 };
+
+template <class Core, Kernel kKernel>
+using AttentionForwardTransposed = TransposedForward<TileEngine<Core, kKernel>>;
 
 }  // namespace
 }  // namespace jax_gluon::cpu

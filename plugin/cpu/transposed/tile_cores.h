@@ -24,7 +24,7 @@ template <class Isa_>
 struct TransposedTiles {
   using Isa = Isa_;
   using Lane = uint32_t;
-  static_assert(Isa::kTileStride == kTileStride && Isa::kLanes == kTileQueries);
+  static_assert(Isa::kLanes == kTileQueries);
   static constexpr int kTileRows = kTileQueries, kTileColumns = 16;
   static constexpr int kGroupRows = kPairQueries;
   static constexpr int kLaneStep = 16;
@@ -41,8 +41,15 @@ struct TransposedBf16Core : TransposedTiles<Isa> {
   }
 };
 
-// Codes of queries and keys; values as bfloat16, since probabilities of 8 bits would need a
-// rescaling for every 64 keys: by count, more work of vectors than is saved in tiles.
+// Codes of queries, keys and values on vectors: queries are biased by 128, as `u8` of u8 . s8.
+template <class Isa>
+struct TransposedCodesCore : TransposedTiles<Isa> {
+  static constexpr Arithmetic kArithmetic = Arithmetic::kInt8;
+  static constexpr int kGroup = 4, kKeyBias = 0, kLaneStep = 1;
+};
+
+// On tiles, codes of queries and keys; values as bfloat16, since probabilities of 8 bits would need
+// a rescaling for every 64 keys: by count, more work of vectors than is saved in tiles.
 template <class Isa>
 struct TransposedInt8Core : TransposedTiles<Isa> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kInt8;

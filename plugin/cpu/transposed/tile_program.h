@@ -108,6 +108,7 @@ template <class Core>
 class TileWork {
   using Isa = typename Core::Isa;
   using Tile = typename Isa::Tile;
+  static_assert(Isa::kTileStride == kTileStride);
   // Products are done this many steps of a softmax before its end, for the stores to find them
   // done.
   static constexpr int64_t kRest = 4;

@@ -14,12 +14,12 @@ namespace {
 // Two tiles of an operand, `next` apart, and those of the steps after it; in bytes.
 struct QuadOperand {
   const void* first;
-  int64_t next, step, stride = 64;
+  int64_t next, step, stride = kTileStride;
 };
 // Rows of tiles are `next_row` apart, columns `next_column`.
 struct QuadSums {
   void* first;
-  int64_t next_row, next_column, stride = 64;
+  int64_t next_row, next_column, stride = kTileStride;
 };
 
 // sums = left right over all steps, or sums += it.
@@ -31,9 +31,10 @@ struct TileQuad {
   QuadSums sums;
 };
 
-// `Core` multiplies scores; all else is bfloat16.
+// On tile registers. `Core` multiplies scores; all else is bfloat16.
 template <class Core>
 class QuadWork {
+  static_assert(Core::Isa::kTileStride == kTileStride);
   using Tile = typename Core::Isa::Tile;
   using Kind = TileQuad::Kind;
   // A row of two tiles each.

@@ -79,7 +79,8 @@ class TransposedGradients {
   }
 
   // Adds to sums of P dP and of P, two vectors each. After every two keys `slot(steps left)` runs.
-  template <bool kEdited, class Slot>
+  // With kKeeps, P and dP take the place of the products.
+  template <bool kEdited, bool kKeeps, class Slot>
   void add_means(const Pair& pair, const BackwardUnit& unit, float* weighted, float* total,
                  const Slot& slot) const {
     const Lanes lanes(pair);
@@ -92,6 +93,10 @@ class TransposedGradients {
       for (int c = 0; c < 2; ++c) {
         const F p = probability<kEdited>(unit, lanes, c, j);
         const F d_p = d_probability<kEdited>(unit, c, j);
+        if constexpr (kKeeps) {
+          Isa::store(unit.scores + c * kColumn + j * W, p);
+          Isa::store(unit.d_probability + c * kColumn + j * W, d_p);
+        }
         sum[c] = Isa::add(sum[c], p);
         // Hidden keys have P = 0 exactly; their dP may be NaN.
         mean[c] = kEdited ? Isa::add(mean[c], Isa::where_nonzero(p, Isa::mul(p, d_p)))
@@ -105,8 +110,9 @@ class TransposedGradients {
     }
   }
 
-  // P and dS = P (dP - D); adds to sums of dS, two vectors. `slot` as above.
-  template <bool kEdited, class Slot>
+  // P and dS = P (dP - D); adds to sums of dS, two vectors. `slot` as above. With kKept, P and dP
+  // are what add_means kept.
+  template <bool kEdited, bool kKept, class Slot>
   void find(const Pair& pair, const BackwardUnit& unit, const BackwardFactors& out, float* sums,
             const Slot& slot) const {
     const Lanes lanes(pair);
@@ -123,11 +129,18 @@ class TransposedGradients {
         const int j = 2 * g + k;
         JAX_GLUON_UNROLL
         for (int c = 0; c < 2; ++c) {
-          const F x = probability<kEdited>(unit, lanes, c, j);
-          F y = Isa::mul(x, Isa::sub(d_probability<kEdited>(unit, c, j), delta[c]));
+          const int at = c * kColumn + j * W;
+          F x, d_p;
+          if constexpr (kKept) {
+            x = Isa::load(unit.scores + at);
+            d_p = Isa::load(unit.d_probability + at);
+          } else {
+            x = probability<kEdited>(unit, lanes, c, j);
+            d_p = d_probability<kEdited>(unit, c, j);
+          }
+          F y = Isa::mul(x, Isa::sub(d_p, delta[c]));
           p[k][c] = x;
           if constexpr (kEdited) {
-            const int at = c * kColumn + j * W;
             if (call_.soft_cap != 0.0f) y = Isa::mul(y, Isa::load(unit.cap_slope + at));
             // Where P = 0 neither dP nor the slope need be there.
             y = Isa::where_nonzero(x, y);

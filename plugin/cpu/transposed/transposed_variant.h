@@ -1,15 +1,16 @@
-// A variant whose forward and backward pass run on matrix tiles where they take the call; all else
-// is that of another variant.
+// A variant whose backward pass is the transposed one where that takes the call, on tile registers
+// its forward pass too; all else is that of another variant.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/transposed/attention_backward_transposed.h"
+#include "cpu/transposed/attention_forward_codes.h"
 #include "cpu/transposed/attention_forward_transposed.h"
 
 namespace jax_gluon::cpu {
 namespace {
 
-template <class Isa, const Kernels& (*kOthers)()>
+template <class Isa, const Kernels& (*kOthers)(), bool kBackward = true>
 struct TransposedVariant {
   using Int8 = TransposedInt8Core<Isa>;
   using Bf16 = TransposedBf16Core<Isa>;
@@ -21,33 +22,47 @@ struct TransposedVariant {
   template <class Core, bool kCodes, Kernel kKernel = Kernel::kBaseline>
   using Backward = AttentionBackwardTransposed<Core, kCodes, kKernel>;
 
-  static bool takes(const AttentionForwardCall& call) {
-    return Baseline<Int8>::takes(call) || Baseline<Bf16>::takes(call);
-  }
+  using Codes = AttentionForwardCodes<Isa>;
+
   static bool is_pipeline(Kernel kernel) {
     return kernel == Kernel::kBaseline || kernel == Kernel::kGluon;
   }
 
-  static KernelOffers forward_offers(const AttentionForwardCall& call) {
-    KernelOffers offers = kOthers().forward_offers(call);
-    if (!takes(call)) return offers;
-    for (size_t i = 0; i < offers.size; ++i) {
-      KernelOffer& offer = offers.data[i];
-      if (!is_pipeline(offer.kernel)) continue;
-      const Kernel kernel = offer.kernel;
-      offer =
+  // On vectors, INT8 codes by the gluon pipeline.
+  static bool takes(const AttentionForwardCall& call, Kernel kernel) {
+    if constexpr (Isa::kHasTiles) {
+      return is_pipeline(kernel) && (Baseline<Int8>::takes(call) || Baseline<Bf16>::takes(call));
+    } else {
+      return kernel == Kernel::kGluon && Codes::takes(call);
+    }
+  }
+  static KernelOffer offer(const AttentionForwardCall& call, Kernel kernel) {
+    if constexpr (Isa::kHasTiles) {
+      KernelOffer offer =
           Baseline<Int8>::takes(call) ? Baseline<Int8>::offer(call) : Baseline<Bf16>::offer(call);
       offer.kernel = kernel;
+      return offer;
+    } else {
+      return Codes::offer(call);
+    }
+  }
+  static KernelOffers forward_offers(const AttentionForwardCall& call) {
+    KernelOffers offers = kOthers().forward_offers(call);
+    for (size_t i = 0; i < offers.size; ++i) {
+      const Kernel kernel = offers.data[i].kernel;
+      if (takes(call, kernel)) offers.data[i] = offer(call, kernel);
     }
     return offers;
   }
   static Status forward(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run) {
     const Kernel kernel = call.cpu_kernel.kernel;
-    if (!takes(call) || !is_pipeline(kernel)) return kOthers().forward(call, parallel, run);
+    if (!takes(call, kernel)) return kOthers().forward(call, parallel, run);
     Status wrong = check("the CPU", call.cpu_kernel, forward_offers(call));
     if (wrong) return wrong;
     run.kernel = kernel;
-    if (Baseline<Int8>::takes(call)) {
+    if constexpr (!Isa::kHasTiles) {
+      run_forward<Codes>(call, parallel, run, Arithmetic::kInt8);
+    } else if (Baseline<Int8>::takes(call)) {
       run_core<Int8>(call, parallel, run);
     } else {
       run_core<Bf16>(call, parallel, run);
@@ -56,13 +71,18 @@ struct TransposedVariant {
   }
   template <class Core>
   static void run_core(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run) {
-    run.arithmetic = name_of(Core::kArithmetic);
-    run.block_k = Baseline<Core>::block_keys(call);
     if (run.kernel == Kernel::kGluon) {
-      Gluon<Core>(call, parallel).run();
+      run_forward<Gluon<Core>>(call, parallel, run, Core::kArithmetic);
     } else {
-      Baseline<Core>(call, parallel).run();
+      run_forward<Baseline<Core>>(call, parallel, run, Core::kArithmetic);
     }
+  }
+  template <class Forward>
+  static void run_forward(const AttentionForwardCall& call, Parallel& parallel, KernelRun& run,
+                          Arithmetic arithmetic) {
+    run.arithmetic = name_of(arithmetic);
+    run.block_k = Forward::block_keys(call);
+    Forward(call, parallel).run();
   }
 
   static KernelOffers backward_offers(const AttentionBackwardCall& call) {
@@ -84,9 +104,13 @@ struct TransposedVariant {
     if (wrong) return wrong;
     run.kernel = kernel;
     run.arithmetic = name_of(Arithmetic::kBf16);
-    if (Backward<Int8, true>::takes(call)) {
-      run_backward<Int8, true>(call, parallel, run);
-    } else if (Backward<Bf16, true>::takes(call)) {
+    if constexpr (Isa::kHasTiles) {
+      if (Backward<Int8, true>::takes(call)) {
+        run_backward<Int8, true>(call, parallel, run);
+        return wrong;
+      }
+    }
+    if (Backward<Bf16, true>::takes(call)) {
       run_backward<Bf16, true>(call, parallel, run);
     } else {
       run_backward<Bf16, false>(call, parallel, run);
@@ -94,8 +118,8 @@ struct TransposedVariant {
     return wrong;
   }
   static bool backward_takes(const AttentionBackwardCall& call) {
-    return Backward<Int8, true>::takes(call) || Backward<Bf16, true>::takes(call) ||
-           Backward<Bf16, false>::takes(call);
+    return (Isa::kHasTiles && Backward<Int8, true>::takes(call)) ||
+           Backward<Bf16, true>::takes(call) || Backward<Bf16, false>::takes(call);
   }
   template <class Core, bool kCodes>
   static void run_backward(const AttentionBackwardCall& call, Parallel& parallel, KernelRun& run) {
@@ -115,8 +139,10 @@ struct TransposedVariant {
     kernels.isa = isa;
     kernels.forward = forward;
     kernels.forward_offers = forward_offers;
-    kernels.backward = backward;
-    kernels.backward_offers = backward_offers;
+    if constexpr (kBackward) {
+      kernels.backward = backward;
+      kernels.backward_offers = backward_offers;
+    }
     return kernels;
   }
 };

@@ -454,6 +454,26 @@ void test_bf16() {
     const double each = static_cast<double>(found.v[i]);
     if (std::fabs(each - sum) > 1e-5) fail("dot_bf16", i, each, sum);
   }
+  uint16_t both[2 * W];
+  T::store_i32(both, T::interleave_bf16(vector_of(a), vector_of(b)));
+  check_stored("interleave_bf16", both, 2 * W,
+               [&](int i) { return bf16_from_float(i % 2 == 0 ? a.v[i / 2] : b.v[i / 2]); });
+  if (T::any_less(vector_of(b), vector_of(b))) fail("any_less", 0, 1.0, 0.0);
+  Floats larger = b;
+  const int lane = random_int(0, W - 1);
+  larger.v[lane] += 1.0f;
+  if (!T::any_less(vector_of(b), vector_of(larger))) fail("any_less", lane, 0.0, 1.0);
+  Floats power = b;
+  power.v[0] = -std::numeric_limits<float>::infinity();
+  power.v[1] = -1e30f;
+  power.v[2] = std::nanf("");
+  const Floats powers = lanes_of(T::exp2_below(vector_of(power)));
+  for (int i = 0; i < W; ++i) {
+    const double exact = std::exp2(static_cast<double>(power.v[i]));
+    const double each = static_cast<double>(powers.v[i]);
+    const bool is_near = std::fabs(each - exact) <= 8e-5 * exact;
+    if (i == 2 ? !std::isnan(each) : !is_near) fail("exp2_below", i, each, exact);
+  }
 }
 #endif
 
