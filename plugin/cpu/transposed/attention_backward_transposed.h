@@ -64,7 +64,8 @@ class AttentionBackwardTransposed {
   using Pair = BackwardPair<Core>;
   using Rules = typename Pair::Rules;
   using Kind = TileQuad::Kind;
-  using Work = std::conditional_t<Isa::kHasTiles, QuadWork<Core>, VectorQuadWork<Core>>;
+  using Work =
+      QuadWork<std::conditional_t<Isa::kHasTiles, TileQuadSteps<Core>, VectorQuadSteps<Core>>>;
   static constexpr bool kPipelined = kKernel == Kernel::kGluon;
   // Products, P and dS of two units or steps, where one is made while the other is multiplied.
   static constexpr int64_t kCopies = kPipelined ? 2 : 1;

@@ -37,14 +37,10 @@ class CodesEngine {
  public:
   static constexpr int64_t kStepKeys = kKeys;
 
-  // Codes are multiplied as they are, so none may have an offset; a bias may need an origin.
+  // (A bias may be so large that log2(value scale) would vanish beside it.)
   static bool takes(const AttentionCall& call) {
-    if (!ForwardBlocks<Core>::takes(call) || call.bias || call.T < kMinRows) return false;
-    const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
-    for (const QuantizableOperand* x : operands) {
-      if (x->quantization.offset && x->quantization.head_block == 0) return false;
-    }
-    return true;
+    return ForwardBlocks<Core>::takes(call) && !has_row_offsets(call) && !call.bias &&
+           call.T >= kMinRows;
   }
   static KernelOffer offer(const AttentionForwardCall& call) {
     // Keys and values of a block stay in L2, beside sums of values.

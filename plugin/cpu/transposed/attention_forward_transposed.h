@@ -34,14 +34,8 @@ class TileEngine {
  public:
   static constexpr int64_t kStepKeys = kUnitKeys;
 
-  // Codes are multiplied as they are, so none may have an offset.
   static bool takes(const AttentionCall& call) {
-    if (!ForwardBlocks<Core>::takes(call)) return false;
-    const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
-    for (const QuantizableOperand* x : operands) {
-      if (kInt8 && x->quantization.offset && x->quantization.head_block == 0) return false;
-    }
-    return true;
+    return ForwardBlocks<Core>::takes(call) && !(kInt8 && has_row_offsets(call));
   }
   static KernelOffer offer(const AttentionForwardCall& call) {
     // Keys and values of a block stay in L2, beside sums of values.

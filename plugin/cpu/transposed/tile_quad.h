@@ -31,21 +31,17 @@ struct TileQuad {
   QuadSums sums;
 };
 
-// On tile registers. `Core` multiplies scores; all else is bfloat16.
-template <class Core>
+// A list of quads, each cut into operations: `Steps::count(quad)` of them, which
+// `Steps::run(quad, i)` does one after the other.
+template <class Steps>
 class QuadWork {
-  static_assert(Core::Isa::kTileStride == kTileStride);
-  using Tile = typename Core::Isa::Tile;
-  using Kind = TileQuad::Kind;
-  // A row of two tiles each.
-  static constexpr int64_t kStores = 2;
   static constexpr int64_t kRoom = 32;
 
  public:
   void add(const TileQuad& quad) {
     if (count_ == kRoom) finish();
     quads_[count_++] = quad;
-    left_ += quad.steps + kStores;
+    left_ += Steps::count(quad);
   }
   void finish() { run(left_); }
   // An even share of what is left, where `steps` are left, this one among them.
@@ -58,19 +54,8 @@ class QuadWork {
     left_ -= operations;
     for (; operations > 0; --operations) {
       const TileQuad& quad = quads_[done_];
-      if (at_ < quad.steps) {
-        if (at_ == 0) start(quad);
-        if (quad.kind == Kind::kScores) {
-          multiply<Core>(quad);
-        } else {
-          multiply<TransposedBf16Core<typename Core::Isa>>(quad);
-        }
-        ++at_;
-      } else if (at_ == quad.steps) {
-        store<0>(quad.sums);
-        ++at_;
-      } else {
-        store<1>(quad.sums);
+      Steps::run(quad, at_);
+      if (++at_ == Steps::count(quad)) {
         at_ = 0;
         ++done_;
       }
@@ -78,6 +63,38 @@ class QuadWork {
     if (left_ == 0) count_ = done_ = 0;
   }
 
+  TileQuad quads_[kRoom] = {};
+  int64_t count_ = 0, done_ = 0, left_ = 0;  // quads, those done, operations that are left
+  int64_t at_ = 0;                           // operations of the next quad that are done
+};
+
+// On tile registers. `Core` multiplies scores; all else is bfloat16.
+template <class Core>
+class TileQuadSteps {
+  static_assert(Core::Isa::kTileStride == kTileStride);
+  using Tile = typename Core::Isa::Tile;
+  using Kind = TileQuad::Kind;
+  // A row of two tiles each.
+  static constexpr int64_t kStores = 2;
+
+ public:
+  static int64_t count(const TileQuad& quad) { return quad.steps + kStores; }
+  JAX_GLUON_INLINE static void run(const TileQuad& quad, int64_t i) {
+    if (i < quad.steps) {
+      if (i == 0) start(quad);
+      if (quad.kind == Kind::kScores) {
+        multiply<Core>(quad, i);
+      } else {
+        multiply<TransposedBf16Core<typename Core::Isa>>(quad, i);
+      }
+    } else if (i == quad.steps) {
+      store<0>(quad.sums);
+    } else {
+      store<1>(quad.sums);
+    }
+  }
+
+ private:
   static char* at(const QuadSums& sums, int64_t row, int64_t column) {
     return static_cast<char*>(sums.first) + row * sums.next_row + column * sums.next_column;
   }
@@ -100,10 +117,10 @@ class QuadWork {
     Tile::template store<2 * row + 1>(at(sums, row, 1), sums.stride);
   }
   template <class Dot>
-  JAX_GLUON_INLINE void multiply(const TileQuad& quad) const {
+  JAX_GLUON_INLINE static void multiply(const TileQuad& quad, int64_t step) {
     const QuadOperand &left = quad.left, &right = quad.right;
-    const char* a = static_cast<const char*>(left.first) + at_ * left.step;
-    const char* b = static_cast<const char*>(right.first) + at_ * right.step;
+    const char* a = static_cast<const char*>(left.first) + step * left.step;
+    const char* b = static_cast<const char*>(right.first) + step * right.step;
     Tile::template load<4>(a, left.stride);
     Tile::template load<6>(b, right.stride);
     Dot::template dot_keys<0, 4, 6>();
@@ -113,10 +130,6 @@ class QuadWork {
     Dot::template dot_keys<2, 5, 6>();
     Dot::template dot_keys<3, 5, 7>();
   }
-
-  TileQuad quads_[kRoom] = {};
-  int64_t count_ = 0, done_ = 0, left_ = 0;  // quads, those done, operations that are left
-  int64_t at_ = 0;                           // operations of the next quad that are done
 };
 
 }  // namespace

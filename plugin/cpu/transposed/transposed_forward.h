@@ -24,7 +24,16 @@ struct TransposedRun {
   float* out;
 };
 
-// An engine has keys and values packed, and computes runs of them: `keys` are `kStepKeys` aligned.
+// Whether rows of codes have zero points or minima: engines multiply codes as they are.
+inline bool has_row_offsets(const AttentionCall& call) {
+  const QuantizableOperand* operands[] = {&call.query, &call.key, &call.value};
+  for (const QuantizableOperand* x : operands) {
+    if (x->quantization.offset && x->quantization.head_block == 0) return true;
+  }
+  return false;
+}
+
+// An engine packs keys and values, and computes runs of them in steps of `kStepKeys`.
 template <class Engine>
 class TransposedForward {
   using Core = typename Engine::Core;

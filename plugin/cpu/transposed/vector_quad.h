@@ -8,43 +8,17 @@ namespace jax_gluon::cpu {
 namespace {
 
 template <class Core>
-class VectorQuadWork {
+class VectorQuadSteps {
   using Isa = typename Core::Isa;
   using F = typename Isa::F;
   using I = typename Isa::I;
-  using Kind = TileQuad::Kind;
   // Rows of sums that are in registers at once, two vectors each: parts of a tile.
-  static constexpr int kRows = 8, kTileParts = 16 / kRows;
-  static constexpr int64_t kParts = 2 * kTileParts;
-  static constexpr int64_t kRoom = 32;
+  static constexpr int kRows = 8, kTileParts = kTileQueries / kRows;
   static_assert(Core::kArithmetic == Arithmetic::kBf16);
 
  public:
-  void add(const TileQuad& quad) {
-    if (count_ == kRoom) finish();
-    quads_[count_++] = quad;
-    left_ += kParts;
-  }
-  void finish() { run(left_); }
-  // An even share of what is left, where `steps` are left, this one among them.
-  void advance(int64_t steps) {
-    if (left_ > 0) run(ceil_div(left_, steps));
-  }
-
- private:
-  void run(int64_t parts) {
-    left_ -= parts;
-    for (; parts > 0; --parts) {
-      multiply(quads_[done_], part_);
-      if (++part_ == kParts) {
-        part_ = 0;
-        ++done_;
-      }
-    }
-    if (left_ == 0) count_ = done_ = 0;
-  }
-
-  static void multiply(const TileQuad& quad, int64_t part) {
+  static constexpr int64_t count(const TileQuad&) { return 2 * kTileParts; }
+  static void run(const TileQuad& quad, int64_t part) {
     const int64_t tile = part / kTileParts, row = part % kTileParts * kRows;
     char* first_sum = static_cast<char*>(quad.sums.first) + tile * quad.sums.next_row;
     const auto sums = [&](int64_t r, int64_t column) {
@@ -52,7 +26,7 @@ class VectorQuadWork {
                                       (row + r) * quad.sums.stride);
     };
     F sum[kRows][2];
-    const bool adds = quad.kind == Kind::kAddedProducts;
+    const bool adds = quad.kind == TileQuad::Kind::kAddedProducts;
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; ++r) {
       sum[r][0] = adds ? Isa::load(sums(r, 0)) : Isa::zero();
@@ -83,10 +57,6 @@ class VectorQuadWork {
       Isa::store(sums(r, 1), sum[r][1]);
     }
   }
-
-  TileQuad quads_[kRoom] = {};
-  int64_t count_ = 0, done_ = 0, part_ = 0;  // quads, those done, parts of the next that are done
-  int64_t left_ = 0;                         // parts
 };
 
 }  // namespace
