@@ -45,8 +45,9 @@ typename Isa::F tanh(typename Isa::F x) {
 template <class Isa>
 class BiasRows {
  public:
-  BiasRows(const Operand& bias, int64_t b, int64_t n) : bias_(bias) {
+  BiasRows(const AttentionCall& call, const Operand& bias, int64_t b, int64_t n) : bias_(bias) {
     if (!bias) return;
+    last_element_ = (call.T - 1) * bias.stride[1] + (call.S - 1) * bias.stride[2];
     data_ = static_cast<const char*>(bias.data) +
             (bias.batch_offset[static_cast<size_t>(b)] + n * bias.stride[0]) *
                 static_cast<int64_t>(size_of(bias.dtype));
@@ -54,7 +55,20 @@ class BiasRows {
 
   explicit operator bool() const { return data_ != nullptr; }
 
-  // Of the keys from `begin` to `end`: 0 outside of `inside`.
+  // Of the keys from `begin` to `end`, whole vectors; outside of `inside` anything. Read in place
+  // where they can be, else into `scratch`: what follows a row's last key is the next row.
+  const float* find(int64_t row, Range inside, Range keys, float* scratch) const {
+    const int64_t at = row * bias_.stride[1], count = keys.end - keys.begin;
+    if (bias_.stride[2] != 1 || at + keys.end - 1 > last_element_) {
+      read(row, inside, keys.begin, keys.end, scratch);
+      return scratch;
+    }
+    const char* p = data_ + (at + keys.begin) * static_cast<int64_t>(size_of(bias_.dtype));
+    if (bias_.dtype == DType::kF32) return reinterpret_cast<const float*>(p);
+    load_row<Isa>(p, bias_.dtype, count, scratch);
+    return scratch;
+  }
+  // Of the keys from `begin` to `end`; outside of `inside` 0.
   void read(int64_t row, Range inside, int64_t begin, int64_t end, float* out) const {
     std::fill(out, out + (end - begin), 0.0f);
     const DType dtype = bias_.dtype;
@@ -73,6 +87,7 @@ class BiasRows {
  private:
   const Operand& bias_;
   const char* data_ = nullptr;
+  int64_t last_element_ = 0;  // of this batch entry and head
 };
 
 // Bias, soft cap and masks of one (batch, head), applied to rows of a tile of scores.
@@ -80,7 +95,7 @@ template <class Isa, int kBlock>
 class LogitRules {
  public:
   LogitRules(const AttentionCall& call, int64_t b, int64_t n, MaskPlane tiles = {})
-      : call_(call), tiles_(tiles), bias_(call.bias, b, n), cap_(call.soft_cap * kLog2E) {
+      : call_(call), tiles_(tiles), bias_(call, call.bias, b, n), cap_(call.soft_cap * kLog2E) {
     has_mask_ = call.has_mask();
     if (call.block_mask) mask_blocks_ = call.block_mask.of(b, n);
     if (call.mask) {
@@ -118,8 +133,8 @@ class LogitRules {
     constexpr int64_t W = Isa::kLanes;
     const Range inside = intersect({key0 + begin, key0 + end}, visible);
     if (bias_) {
-      alignas(kAlignment) float bias[kBlock];
-      bias_.read(row, inside, key0 + begin, key0 + end, bias);
+      alignas(kAlignment) float scratch[kBlock];
+      const float* bias = bias_.find(row, inside, {key0 + begin, key0 + end}, scratch);
       const F log2e = Isa::set1(kLog2E), hidden = Isa::set1(kHidden);
       const F lowest = Isa::set1(cap_ == 0.0f ? kMinBias : kHidden);
       for (int64_t j = begin; j < end; j += W) {

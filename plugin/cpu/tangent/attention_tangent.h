@@ -134,7 +134,7 @@ class AttentionTangent {
     const int64_t b = keys.b;
     const Visibility visibility(call_, b);
     const Rules rules(call_, b, n, mask_tiles_.plane(b, n));
-    const BiasRows<Isa> bias_tangent(call_.bias_tangent, b, n);
+    const BiasRows<Isa> bias_tangent(call_, call_.bias_tangent, b, n);
     const DropoutRow<Isa> dropout(call_, b, n);
     auto lease = scratch_.acquire();
     Scratch& s = *lease;
