@@ -153,7 +153,7 @@ def dot_product_attention(
       elsewhere and for float64.
     - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
       the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
-      where the problem is of few queries, or of few queries and keys; or a `CpuKernel` or
+      where the problem is of few queries, or of few keys of floats; or a `CpuKernel` or
       `MetalKernel`, for that device alone, with sizes of blocks, which forward takes; or a pair of
       these, for forward and for backward. Without a pair backward takes the kernel of that name if
       it has one. None chooses when the call is traced: by the environment variable

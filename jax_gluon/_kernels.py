@@ -17,7 +17,7 @@ class CpuKernel:
 
     - `name`: `"baseline"` loads a block of keys, then uses it; `"gluon"` fills blocks ahead of
       their use and takes the softmax in subtiles; `"decode"`, for few queries, splits the keys;
-      `"small"` takes heads of few queries and keys in one piece.
+      `"small"` takes heads of few keys in one piece.
     - `block_k`: keys that are loaded at a time.
     - `subtile`: keys that share a step of the softmax; in backward, whose P and dP are kept at a
       time. Gluon alone has subtiles, at least two in a block; of codes forward's are fixed.

@@ -100,7 +100,7 @@ struct QuantizableOperand : Operand {
 // - baseline: a block of keys is loaded, then computed on, its softmax in one piece.
 // - gluon: blocks are filled ahead of their use, and the softmax is taken a subtile at a time.
 // - decode: few queries; the keys are split, and partial results merged.
-// - small: heads of few queries and keys, each in one piece.
+// - small: heads of few keys, all of them in one piece.
 enum class Kernel : uint8_t { kBaseline, kGluon, kDecode, kSmall };
 
 // A kernel and the sizes of its blocks, in keys: of those that are loaded at a time, of those that

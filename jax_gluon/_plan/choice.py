@@ -173,7 +173,10 @@ def _find_offers(
         for name, arithmetic, reason, sizes in plugin.offers(device, direction, numbers, names)
     )
     visible_keys = plugin.max_visible_keys(numbers, names)
-    return KernelProblem(direction, query.operands, visible_keys, query.H), offers
+    problem = KernelProblem(
+        direction, query.operands, visible_keys, numbers["T"], numbers["S"], query.H
+    )
+    return problem, offers
 
 
 def _operands_name(problem: AttentionProblem, operands: Operands) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jax_gluon._kernels import CpuKernel, Device, KernelName, MetalKernel, Pass
 
@@ -18,6 +19,16 @@ PIPELINES: tuple[KernelName, ...] = ("baseline", "gluon")
 #: GLUON is chosen from this many visible keys and this head dim on, where nothing was measured on
 #: the device.
 MIN_KEYS, MIN_HEAD_DIM = 512, 64
+
+#: Where a device has both, `small` is chosen over `decode` up to this many keys for each query. In
+#: float32 with head dim 64, on a core of an AMD EPYC (Zen 4), its share of decode's time is, of one
+#: query, 0.96 at 32 keys and 1.28 at 64; of two, 1.02 at 64 and 1.13 at 128; of four, 0.95 at 128
+#: and 1.26 at 256.
+KEYS_PER_QUERY = 32
+#: Queries and keys up to which `small`, which multiplies float32, is chosen over pipelines that
+#: multiply bfloat16. There, at head dims 32 and 64, it takes 0.74 to 1.01 of their time; with more
+#: keys, 1.0 to 1.3.
+MAX_QUERIES_BESIDE_BFLOAT16, MAX_KEYS_BESIDE_BFLOAT16 = 64, 56
 
 
 @dataclass(frozen=True)
@@ -112,12 +123,14 @@ class KernelProblem:
 
     `operands` is what is multiplied: `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` or `"int4"`,
     where codes beside floats are multiplied as `"float32"`. `visible_keys` is the most keys that
-    any row can see, H the head dim.
+    any row can see, T and S are the lengths of queries and keys, H is the head dim.
     """
 
     direction: Pass
     operands: str
     visible_keys: int
+    T: int
+    S: int
     H: int
 
 
@@ -151,23 +164,22 @@ def select_kernel(
 ) -> tuple[CpuKernel | MetalKernel, str]:
     """The kernel for a problem among what a device offers for it, and the reason.
 
-    A kernel made for such problems (small, decode) goes first. Else `measured`, the table of
-    `jax-gluon tune` for the device, decides: its row with the same operands and direction that is
-    nearest in head dim, then in keys. Without one a pipeline goes first that the device says is the
-    faster one. Else GLUON is for large problems, where it was measured on CPUs (`docs/gluon.md`);
-    on Metal the pipelines differ in counted work alone so far.
+    A kernel made for such problems (small, decode) goes first, where it is faster. Else `measured`,
+    the table of `jax-gluon tune` for the device, decides: its row with the same operands and
+    direction that is nearest in head dim, then in keys. Without one a pipeline goes first that the
+    device says is the faster one. Else GLUON is for large problems, where it was measured on CPUs
+    (`docs/gluon.md`); on Metal the pipelines differ in counted work alone so far.
 
     >>> from jax_gluon._plan.selection import KernelOffer, KernelProblem, select_kernel
     >>> offers = KernelOffer("metal", "baseline"), KernelOffer("metal", "gluon")
-    >>> select_kernel(KernelProblem("forward", "float32", 1024, 64), offers)[0]
+    >>> select_kernel(KernelProblem("forward", "float32", 1024, 1024, 1024, 64), offers)[0]
     MetalKernel(name='gluon')
-    >>> select_kernel(KernelProblem("forward", "float32", 256, 64), offers)[1]
+    >>> select_kernel(KernelProblem("forward", "float32", 256, 256, 256, 64), offers)[1]
     'baseline: GLUON needs at least 512 visible keys and head dim 64; here 256 and 64'
     """
     named = {offer.name: offer for offer in offers}
-    for name in ("small", "decode"):
-        if name in named:
-            return named[name].kernel(), f"{name}: {named[name].reason}"
+    if name := _made_for(problem, named):
+        return named[name].kernel(), f"{name}: {named[name].reason}"
     if len(offers) == 1:
         return offers[0].kernel(), f"{offers[0].name}: the one kernel of this pass"
     rows = [
@@ -191,7 +203,7 @@ def select_kernel(
         # Measured with other sizes, such as those of another head dim.
         return named[kernel.name].kernel(), f"{kernel.name}: {where}, it is faster"
     for offer in offers:
-        if offer.reason:
+        if offer.reason and offer.name in PIPELINES:
             return offer.kernel(), f"{offer.name}: {offer.reason}"
     here = f"here {problem.visible_keys} and {problem.H}"
     if problem.visible_keys < MIN_KEYS or problem.H < MIN_HEAD_DIM:
@@ -199,6 +211,19 @@ def select_kernel(
         return named["baseline"].kernel(), f"baseline: GLUON needs {needs}; {here}"
     enough = f"{MIN_KEYS} visible keys and head dim {MIN_HEAD_DIM}, or more"
     return named["gluon"].kernel(), f"gluon: {enough}; {here}"
+
+
+def _made_for(
+    problem: KernelProblem, named: Mapping[str, KernelOffer]
+) -> Literal["small", "decode"] | None:
+    """The kernel made for such problems, if there is one that is faster than the pipelines."""
+    if "decode" in named:
+        is_small = "small" in named and problem.S <= KEYS_PER_QUERY * problem.T
+        return "small" if is_small else "decode"
+    if "small" in named:
+        is_few = problem.T <= MAX_QUERIES_BESIDE_BFLOAT16 and problem.S <= MAX_KEYS_BESIDE_BFLOAT16
+        return "small" if is_few or named["baseline"].arithmetic != "bfloat16" else None
+    return None
 
 
 def candidates(offers: Sequence[KernelOffer]) -> tuple[CpuKernel | MetalKernel, ...]:

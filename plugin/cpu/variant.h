@@ -36,7 +36,7 @@ struct Variant {
 
   static KernelOffers forward_offers(const AttentionForwardCall& call) {
     KernelOffers offers;
-    if (AttentionSmall<Isa>::takes(call)) offers.add(AttentionSmall<Isa>::offer());
+    if (AttentionSmall<Isa>::takes(call)) offers.add(AttentionSmall<Isa>::offer(call));
     if (AttentionDecode<Isa>::takes(call)) offers.add(AttentionDecode<Isa>::offer(call));
     with_core(call, [&](auto core) {
       using Blocks = ForwardBlocks<decltype(core)>;
@@ -79,7 +79,7 @@ struct Variant {
 
   static KernelOffers backward_offers(const AttentionBackwardCall& call) {
     KernelOffers offers;
-    if (AttentionSmall<Isa>::takes(call)) offers.add(AttentionSmall<Isa>::offer());
+    if (AttentionSmall<Isa>::takes(call)) offers.add(AttentionSmall<Isa>::offer(call));
     offers.add(AttentionBackward<Isa, Kernel::kBaseline>::offer(call));
     offers.add(AttentionBackward<Isa, Kernel::kGluon>::offer(call));
     return offers;

@@ -76,7 +76,7 @@ def test_no_array_of_all_rows_and_keys_is_made():
         (2, 4, 150, 290, {}),
         (None, None, 300, 300, dict(is_causal=True, local_window_size=(140, 0))),
         (None, 4, 3, 700, {}),  # decoding
-        (2, None, 9, 14, {}),  # small heads
+        (2, None, 70, 50, {}),  # few keys
         (
             2, 4, 130, 290,
             dict(

@@ -12,7 +12,7 @@ import jax_gluon
 _RNG = np.random.default_rng(4)
 B, N, K = 2, 4, 2
 # Kernels of their own: many rows, few rows, one key, heads of few tokens.
-SHAPES = {"many": (70, 90), "few": (3, 130), "one_key": (4, 1), "small": (9, 12), "query": (1, 1)}
+SHAPES = {"many": (70, 270), "few": (3, 130), "one_key": (4, 1), "small": (49, 50), "query": (1, 1)}
 RULES = {
     "plain": {},
     "everything": dict(

@@ -24,7 +24,7 @@ from jax_gluon._plan.selection import (
     select_kernel,
 )
 
-LARGE = KernelProblem("forward", "float32", visible_keys=1024, H=64)
+LARGE = KernelProblem("forward", "float32", visible_keys=1024, T=1024, S=1024, H=64)
 BASELINE = KernelOffer("cpu", "baseline", sizes={"block_k": SizeRange(256, 64, 256, 64)})
 GLUON = KernelOffer(
     "cpu",
@@ -73,13 +73,24 @@ def test_the_default(changes, reason):
 
 def test_a_kernel_made_for_such_problems_goes_first():
     everything = (DECODE, BASELINE, GLUON, SMALL)
-    assert select_kernel(LARGE, everything) == (CpuKernel("small"), "small: few of both")
+    few = dataclasses.replace(LARGE, T=4, S=128)
+    assert select_kernel(few, everything) == (CpuKernel("small"), "small: few of both")
+    assert select_kernel(dataclasses.replace(few, S=129), everything)[0] == CpuKernel("decode")
+    assert select_kernel(LARGE, everything[1:]) == (CpuKernel("small"), "small: few of both")
     measured = [row()]
     assert select_kernel(LARGE, everything[:3], measured) == (
         CpuKernel("decode"),
         "decode: few queries",
     )
     assert select_kernel(LARGE, [BASELINE])[1] == "baseline: the one kernel of this pass"
+
+
+@pytest.mark.parametrize(("T", "S", "is_small"), [(64, 56, True), (65, 56, False), (64, 57, False)])
+def test_products_of_bfloat16_are_faster_than_those_of_small(T, S, is_small):
+    products = dataclasses.replace(BASELINE, arithmetic="bfloat16"), GLUON, SMALL
+    problem = dataclasses.replace(LARGE, operands="bfloat16", visible_keys=S, T=T, S=S)
+    assert select_kernel(problem, products)[0].name == ("small" if is_small else "baseline")
+    assert select_kernel(problem, (BASELINE, GLUON, SMALL))[0].name == "small"
 
 
 def row(operands="float32", direction="forward", H=64, S=1024, baseline=1.0, gluon=0.9):
@@ -236,15 +247,17 @@ def test_the_most_keys_that_a_row_sees(changes, keys):
     ("changes", "names", "arithmetic"),
     [
         ({}, ["baseline", "gluon"], "float32"),
-        ({"T": 32, "S": 32}, ["small", "baseline", "gluon"], "float32"),
-        ({"T": 33, "S": 32}, ["baseline", "gluon"], "float32"),
-        ({"T": 4, "S": 33}, ["decode", "baseline", "gluon"], "float32"),
+        ({"S": 256}, ["small", "baseline", "gluon"], "float32"),
+        ({"T": 32, "S": 257}, ["baseline", "gluon"], "float32"),
+        ({"T": 4, "S": 257}, ["decode", "baseline", "gluon"], "float32"),
         ({"T": 4, "S": 4}, ["small", "decode", "baseline", "gluon"], "float32"),
-        ({"T": 5, "S": 33}, ["baseline", "gluon"], "float32"),
+        ({"T": 5, "S": 257}, ["baseline", "gluon"], "float32"),
         ({"quantization": "int8"}, ["baseline", "gluon"], "int8"),
         ({"quantization": "int8", "T": 4, "S": 4}, ["decode", "baseline", "gluon"], "int8"),
         ({"direction": "backward", "quantization": "int8"}, ["baseline", "gluon"], "float32"),
-        ({"direction": "backward", "T": 9, "S": 9}, ["small", "baseline", "gluon"], "float32"),
+        ({"direction": "backward", "T": 128, "S": 128}, ["small", "baseline", "gluon"], "float32"),
+        ({"direction": "backward", "T": 129, "S": 9}, ["baseline", "gluon"], "float32"),
+        ({"direction": "backward", "T": 9, "S": 129}, ["baseline", "gluon"], "float32"),
         ({"direction": "backward_bias", "T": 9, "S": 9}, ["baseline"], "float32"),
     ],
 )
@@ -356,10 +369,10 @@ def test_without_a_pair_backward_takes_what_it_has():
 
 #: Problems whose plans are run: every kernel of the CPU, forward and backward.
 RUNS = {
-    "small": (dict(T=9, S=7), {}),
+    "small": (dict(T=65, S=100), {}),
     "decode": (dict(T=2, S=900), {}),
     "decode_int8": (dict(T=2, S=900), {"quantization": "int8"}),
-    "baseline": (dict(T=65, S=200), {}),
+    "baseline": (dict(T=65, S=300), {}),
     "baseline_int8": (dict(T=65, S=200), {"quantization": "int8"}),
     "gluon": (dict(T=70, S=600), {}),
     "gluon_int4": (dict(T=70, S=600), {"quantization": "int4"}),

@@ -34,14 +34,14 @@ def _bias(*shape):
 # subtiles (64 and 96 keys), the blocks (96 rows, 192 and 256 keys) and the tasks.
 RULES: dict[str, dict[str, Any]] = {
     "blocks": dict(T=200, S=530, N=2, K=1, H=64, V=64),
-    "odd": dict(T=71, S=91, H=22, V=26),
+    "odd": dict(T=71, S=267, H=22, V=26),
     "one_key": dict(T=70, S=1),
     "causal": dict(T=270, S=270, N=2, is_causal=True),
-    "causal_T_over_S": dict(T=300, S=150, N=2, is_causal=True),
+    "causal_T_over_S": dict(T=400, S=270, N=2, is_causal=True),
     "causal_S_over_T": dict(T=150, S=300, N=2, is_causal=True),
     "window": dict(T=200, S=330, N=2, local_window_size=(20, 5)),
     "window_left_of_causal": dict(T=400, S=400, N=2, is_causal=True, local_window_size=(33, 0)),
-    "window_past_the_keys": dict(T=300, S=40, N=2, local_window_size=(3, 3)),
+    "window_past_the_keys": dict(T=500, S=260, N=2, local_window_size=(3, 3)),
     "lengths": dict(
         T=110, S=600, N=2,
         query_seq_lengths=np.array([0, 105], np.int32),
@@ -49,7 +49,7 @@ RULES: dict[str, dict[str, Any]] = {
     ),
     "bias": dict(T=100, S=300, bias=_bias(2, 4, 100, 300)),
     "bias_keys": dict(T=100, S=270, bias=_bias(1, 4, 1, 270)),
-    "bias_rows": dict(T=100, S=70, bias=_bias(2, 1, 100, 1)),
+    "bias_rows": dict(T=100, S=270, bias=_bias(2, 1, 100, 1)),
     "mask": dict(T=100, S=300, mask=_mask(2, 4, 100, 300)),
     "mask_in_blocks": dict(
         B=1, T=171, S=1170, N=2, K=1, H=16, V=16, mask=_mask_in_blocks(1, 1, 171, 1170)
@@ -102,20 +102,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         T=120, S=600, N=2, mask=np.broadcast_to(np.arange(600) // 256 == 1, (2, 1, 1, 600)).copy()
     ),
     "head_dim_1": dict(T=20, S=70, H=1, V=1),
-    "head_dim_257": dict(B=1, T=20, S=40, H=257, V=3),
-    "value_dim_100": dict(T=20, S=70, H=12, V=100),
+    "head_dim_257": dict(B=1, T=20, S=260, H=257, V=3),
     "one_row": dict(T=1, S=700, N=2),
     "five_rows": dict(T=5, S=700, N=2),
     "multi_query": dict(T=100, S=100, K=1),
-    # Heads of few queries and keys, computed at once, and few rows of many heads, stacked.
+    # Heads of few keys, all at once: one of either, odd sizes of both, a key past whole vectors and
+    # several blocks of rows, each rule, and what a row's range of keys does not say.
     "one": dict(T=1, S=1, N=4, K=4),
-    "small": dict(T=9, S=7, N=3, K=1, H=20, V=36),
+    "small": dict(T=77, S=54, N=3, K=1, H=20, V=100),
+    "small_rows": dict(T=150, S=129, N=2, K=2, H=1, V=9, is_causal=True),
     "small_everything": dict(
-        T=21, S=30, is_causal=True, local_window_size=(20, 9), logits_soft_cap=4.0, scale=-0.4,
-        bias=_bias(2, 1, 21, 30), mask=_mask(2, 4, 21, 30),
-        key_value_seq_lengths=np.array([27, 5], np.int32),
-        query_seq_lengths=np.array([20, 21], np.int32),
+        T=101, S=110, is_causal=True, local_window_size=(60, 9), logits_soft_cap=4.0, scale=-0.4,
+        bias=_bias(2, 1, 101, 110), mask=_mask(2, 4, 101, 110),
+        key_value_seq_lengths=np.array([97, 5], np.int32),
+        query_seq_lengths=np.array([100, 101], np.int32),
     ),
+    "small_scattered": dict(
+        T=49, S=49, N=2, bias=_bias(1, 2, 49, 49), sinks=np.array([1.5, -9.0], np.float32),
+        query_segment_ids=_RNG.integers(0, 3, (2, 49)), query_positions=_RNG.permutation(49),
+        key_value_segment_ids=_RNG.integers(0, 3, (2, 49)), local_window_size=(30, 20),
+        key_value_positions=_RNG.permutation(49),
+    ),
+    # Few rows of many heads, stacked.
     "stacked": dict(T=3, S=250, N=39, K=3, is_causal=False),
     "stacked_everything": dict(
         T=5, S=230, N=44, K=2, local_window_size=(2, 210), logits_soft_cap=4.0,

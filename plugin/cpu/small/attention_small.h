@@ -1,4 +1,4 @@
-// Attention of few queries over few keys.
+// Attention over few keys.
 #pragma once
 
 #include "cpu/small/one_key.h"
@@ -10,8 +10,20 @@ namespace {
 
 template <class Isa>
 struct AttentionSmall {
-  static bool takes(const AttentionCall& call) { return SmallHeads<Isa>::takes(call); }
-  static KernelOffer offer() { return SmallHeads<Isa>::offer(); }
+  using Heads = SmallHeads<Isa>;
+
+  static bool takes(const AttentionForwardCall& call) { return Heads::takes(call); }
+  static KernelOffer offer(const AttentionForwardCall&) {
+    return {Kernel::kSmall, "float32", {0, 0, 0, Heads::kMaxKeys}, {}, {}, {}};
+  }
+  static bool takes(const AttentionBackwardCall& call) {
+    return Heads::takes(call) && call.T <= SmallBackward<Isa>::kMaxTokens &&
+           call.S <= SmallBackward<Isa>::kMaxTokens;
+  }
+  static KernelOffer offer(const AttentionBackwardCall&) {
+    constexpr int64_t kMaxTokens = SmallBackward<Isa>::kMaxTokens;
+    return {Kernel::kSmall, "float32", {kMaxTokens, 0, 0, kMaxTokens}, {}, {}, {}};
+  }
 
   static void run(const AttentionForwardCall& call, Parallel& parallel) {
     if (has_one_probability(call)) {

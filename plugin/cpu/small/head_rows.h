@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/rows/rows.h"
+#include "cpu/rows/visibility.h"
 
 namespace jax_gluon::cpu {
 namespace {
@@ -34,11 +35,19 @@ bool load_head_as(const Operand& x, const char* row, int64_t count, int64_t n, f
   return Isa::reduce_add(Isa::add(probe, other)) + tail_probe == 0.0f;
 }
 
-// Rows [0, count) of head n of a float operand, `stride` apart. Returns whether all are finite.
+// Some rows of head n of batch entry b.
+struct HeadRows {
+  int64_t b, n;
+  Range rows;
+
+  int64_t count() const { return rows.end - rows.begin; }
+};
+
+// Rows of a float operand, `stride` apart. Returns whether all are finite.
 template <class Isa>
-bool load_head(const Operand& x, int64_t b, int64_t n, int64_t count, int64_t width, float* out,
-               int64_t stride) {
-  const char* row = static_cast<const char*>(row_of(x, b, 0, n));
+bool load_head(const Operand& x, const HeadRows& head, int64_t width, float* out, int64_t stride) {
+  const char* row = static_cast<const char*>(row_of(x, head.b, head.rows.begin, head.n));
+  const int64_t count = head.count();
   switch (x.dtype) {
     case DType::kF32:
       return load_head_as<Isa, DType::kF32>(x, row, count, width, out, stride);
@@ -51,24 +60,24 @@ bool load_head(const Operand& x, int64_t b, int64_t n, int64_t count, int64_t wi
 
 struct FloatRows {
   const float* data;
-  int64_t stride, count, width;
+  int64_t stride, width;
 };
 
-// The rows of a head of a result; row i is multiplied by factor(i).
+// Rows of a result; row i of them is multiplied by factor(i).
 template <class Isa, class Factor>
-void store_head(const Result& out, int64_t b, int64_t n, FloatRows rows, Factor factor) {
+void store_head(const Result& out, const HeadRows& head, FloatRows rows, Factor factor) {
   constexpr int64_t W = Isa::kLanes;
-  const int64_t step = out.stride[1];
-  int64_t index = out.at(b, 0, n);
+  const int64_t step = out.stride[1], count = head.count();
+  int64_t index = out.at(head.b, head.rows.begin, head.n);
   const float* x = rows.data;
   if (out.dtype != DType::kF32) {
-    for (int64_t i = 0; i < rows.count; ++i, x += rows.stride, index += step) {
+    for (int64_t i = 0; i < count; ++i, x += rows.stride, index += step) {
       store_row<Isa>(out, index, x, rows.width, factor(i));
     }
     return;
   }
   float* p = static_cast<float*>(out.data) + index;
-  for (int64_t i = 0; i < rows.count; ++i, x += rows.stride, p += step) {
+  for (int64_t i = 0; i < count; ++i, x += rows.stride, p += step) {
     const float scalar = factor(i);
     const auto f = Isa::set1(scalar);
     int64_t h = 0;

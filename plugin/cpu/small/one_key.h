@@ -39,8 +39,8 @@ class OneKeyForward {
 
   void run() {
     heads_.run(
-        parallel_, scratch_, [this](Scratch& s) { prepare(s); },
-        [this](int64_t b, int64_t k, Scratch& s) { attend(b, k, s); });
+        parallel_, scratch_, true, [this](Scratch& s) { prepare(s); },
+        [this](int64_t b, int64_t k, Range rows, Scratch& s) { attend(b, k, rows, s); });
   }
 
  private:
@@ -56,13 +56,13 @@ class OneKeyForward {
                               {&s.value, heads_.value_width}});
   }
 
-  void attend(int64_t b, int64_t k, Scratch& s) const {
+  void attend(int64_t b, int64_t k, Range rows, Scratch& s) const {
     const Visibility visibility(call_, b);
     const float* key = float_row<Isa>(call_.key, b, 0, k, call_.H, s.key);
     const void* value = row_of(call_.value, b, 0, k);
     for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
       const typename Heads::Rules rules(call_, b, n);
-      for (int64_t i = 0; i < call_.T; ++i) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
         const float* query = float_row<Isa>(call_.query, b, i, n, call_.H, s.query);
         const float product = dot<Isa>(query, key, heads_.head_width) * (call_.scale * kLog2E);
         const float x = logit(rules, visibility.of_row(i), i, product);
@@ -105,8 +105,8 @@ class OneKeyBackward {
 
   void run() {
     heads_.run(
-        parallel_, scratch_, [this](Scratch& s) { prepare(s); },
-        [this](int64_t b, int64_t k, Scratch& s) { differentiate(b, k, s); });
+        parallel_, scratch_, false, [this](Scratch& s) { prepare(s); },
+        [this](int64_t b, int64_t k, Range, Scratch& s) { differentiate(b, k, s); });
   }
 
  private:

@@ -13,16 +13,21 @@ class SmallBackward {
   static constexpr int64_t W = Isa::kLanes;
   using Heads = SmallHeads<Isa>;
   using Rules = typename Heads::Rules;
+  using Product = typename Heads::Product;
   using Statistics = typename BackwardRows<Isa, AttentionBackwardCall>::Statistics;
 
  public:
+  // Queries and keys, at most: a head is one task, and computes what a causal mask hides. Of 128
+  // tokens dense heads take 0.73 of the baseline's time and causal ones 1.0, of 197 0.81 and 1.1.
+  static constexpr int64_t kMaxTokens = 128;
+
   SmallBackward(const AttentionBackwardCall& call, Parallel& parallel)
       : call_(call), parallel_(parallel), heads_(call), scratch_(parallel.threads()) {}
 
   void run() {
     heads_.run(
-        parallel_, scratch_, [this](Scratch& s) { prepare(s); },
-        [this](int64_t b, int64_t k, Scratch& s) { differentiate(b, k, s); });
+        parallel_, scratch_, false, [this](Scratch& s) { prepare(s); },
+        [this](int64_t b, int64_t k, Range, Scratch& s) { differentiate(b, k, s); });
   }
 
  private:
@@ -30,7 +35,7 @@ class SmallBackward {
     Buffer<float> memory;
     float *query, *scaled_query, *d_out, *key, *value;  // rows, padded with zeros
     float* finite_key;                                  // as key, 0 where that is not finite
-    float *key_columns, *value_columns;
+    float *key_panels, *value_panels;
     float *p, *ds, *cap_slope;  // [T][columns]; dP stands where dS will
     float *d_query, *d_key, *d_value;
     Buffer<Statistics> statistics;
@@ -47,8 +52,8 @@ class SmallBackward {
                               {&s.key, heads_.columns * H},
                               {&s.finite_key, S * H},
                               {&s.value, heads_.columns * V},
-                              {&s.key_columns, heads_.columns_size(H)},
-                              {&s.value_columns, heads_.columns_size(V)},
+                              {&s.key_panels, heads_.panels_size(H)},
+                              {&s.value_panels, heads_.panels_size(V)},
                               {&s.p, scores},
                               {&s.ds, scores},
                               {&s.cap_slope, call_.soft_cap != 0.0f ? scores : 0},
@@ -61,36 +66,35 @@ class SmallBackward {
     const int64_t T = call_.T, S = call_.S, H = heads_.head_width, V = heads_.value_width;
     const Visibility visibility(call_, b);
     const auto scale = [this](int64_t) { return call_.scale; };
-    if (k == 0) {
-      stream_heads(call_.query, b, 0, T, call_.N, call_.H);
-      stream_heads(call_.d_out, b, 0, T, call_.N, call_.V);
-      stream_heads(call_.key, b, 0, S, call_.K, call_.H);
-      stream_heads(call_.value, b, 0, S, call_.K, call_.V);
-    }
+    heads_.stream(b, k, {0, T}, &call_.d_out);
     const float* finite_key = s.key;
-    if (!load_head<Isa>(call_.key, b, k, S, call_.H, s.key, H)) {
+    if (!load_head<Isa>(call_.key, {b, k, {0, S}}, call_.H, s.key, H)) {
       std::copy(s.key, s.key + S * H, s.finite_key);
       replace_nonfinite(s.finite_key, S * H);
       finite_key = s.finite_key;
     }
-    load_head<Isa>(call_.value, b, k, S, call_.V, s.value, V);
-    heads_.to_columns(s.key, H, s.key_columns);
-    heads_.to_columns(s.value, V, s.value_columns);
+    load_head<Isa>(call_.value, {b, k, {0, S}}, call_.V, s.value, V);
+    heads_.to_panels(s.key, H, s.key_panels);
+    heads_.to_panels(s.value, V, s.value_panels);
     for (int64_t n = k * heads_.group; n < (k + 1) * heads_.group; ++n) {
       find_d_scores(visibility, b, n, s);
       const int64_t columns = heads_.columns;
-      SmallProduct<Isa>::run({s.ds, T, columns, 1}, finite_key, H, H, S, s.d_query, H);
+      const LeftOperand ds{s.ds, S, 1, columns}, p{s.p, S, 1, columns};
+      const RightOperand query = Product::plain(s.query, T, H);
+      const RightOperand d_out = Product::plain(s.d_out, T, V);
+      Product::run({s.ds, T, columns, 1}, Product::plain(finite_key, S, H), H, s.d_query, H);
       if (n == k * heads_.group) {
-        SmallProduct<Isa>::run({s.ds, S, 1, columns}, s.query, H, H, T, s.d_key, H);
-        SmallProduct<Isa>::run({s.p, S, 1, columns}, s.d_out, V, V, T, s.d_value, V);
+        Product::run(ds, query, H, s.d_key, H);
+        Product::run(p, d_out, V, s.d_value, V);
       } else {
-        SmallProduct<Isa>::template run<true>({s.ds, S, 1, columns}, s.query, H, H, T, s.d_key, H);
-        SmallProduct<Isa>::template run<true>({s.p, S, 1, columns}, s.d_out, V, V, T, s.d_value, V);
+        Product::template run<true>(ds, query, H, s.d_key, H);
+        Product::template run<true>(p, d_out, V, s.d_value, V);
       }
-      store_head<Isa>(call_.d_query, b, n, {s.d_query, H, T, call_.H}, scale);
+      store_head<Isa>(call_.d_query, {b, n, {0, T}}, {s.d_query, H, call_.H}, scale);
     }
-    store_head<Isa>(call_.d_key, b, k, {s.d_key, H, S, call_.H}, scale);
-    store_head<Isa>(call_.d_value, b, k, {s.d_value, V, S, call_.V}, [](int64_t) { return 1.0f; });
+    store_head<Isa>(call_.d_key, {b, k, {0, S}}, {s.d_key, H, call_.H}, scale);
+    store_head<Isa>(call_.d_value, {b, k, {0, S}}, {s.d_value, V, call_.V},
+                    [](int64_t) { return 1.0f; });
   }
 
   // P and dS of query head n.
@@ -98,8 +102,8 @@ class SmallBackward {
     const int64_t T = call_.T, H = heads_.head_width, V = heads_.value_width;
     const Rules rules(call_, b, n);
     Statistics* statistics = s.statistics.get();
-    const bool finite = load_head<Isa>(call_.query, b, n, T, call_.H, s.query, H);
-    load_head<Isa>(call_.d_out, b, n, T, call_.V, s.d_out, V);
+    const bool finite = load_head<Isa>(call_.query, {b, n, {0, T}}, call_.H, s.query, H);
+    load_head<Isa>(call_.d_out, {b, n, {0, T}}, call_.V, s.d_out, V);
     for (int64_t i = 0; i < T; ++i) {
       statistics[i] = statistics_of(b, i, n);
       // A row that sees no key has no part in any sum.
@@ -116,8 +120,9 @@ class SmallBackward {
     // In the products of dS what is not finite would meet the zeros of hidden pairs. (A row that
     // does see it has NaN in dS.)
     if (!finite) replace_nonfinite(s.query, T * H);
-    heads_.scores(s.scaled_query, s.key, s.key_columns, H, call_.H, s.p);
-    heads_.scores(s.d_out, s.value, s.value_columns, V, call_.V, s.ds);
+    const Range all{0, heads_.columns};
+    heads_.scores(s.scaled_query, T, {s.key, s.key_panels, H, call_.H}, all, s.p);
+    heads_.scores(s.d_out, T, {s.value, s.value_panels, V, call_.V}, all, s.ds);
     for (int64_t i = 0; i < T; ++i) {
       const int64_t at = i * heads_.columns;
       if (statistics[i].empty) {

@@ -1,85 +1,19 @@
-// Heads of few queries and few keys: what they have in common, forward and backward. A head is
-// computed at once from plain rows, since packing it into whole register tiles, and one task for
-// each head, would cost more than its products.
+// Heads of few keys: what they have in common, forward and backward. All keys of a head are
+// computed with at once, from plain rows: packing queries into whole register tiles, an online
+// softmax, and one task for each head would cost more than is left to the products.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
 
 #include "cpu/rows/logit_rules.h"
-#include "cpu/simd/compiler.h"
 #include "cpu/small/head_rows.h"
+#include "cpu/small/small_product.h"
 #include "cpu/tiles/pack.h"
 #include "device.h"
 
 namespace jax_gluon::cpu {
 namespace {
-
-// out[r][c] (+)= sum over d < depth of a[r * row + d * step] * b[d][c], c in whole vectors.
-struct LeftOperand {
-  const float* data;
-  int64_t rows, row, step;
-};
-
-template <class Isa>
-class SmallProduct {
-  using F = typename Isa::F;
-  static constexpr int64_t W = Isa::kLanes;
-
- public:
-  template <bool kAdd = false>
-  static void run(LeftOperand a, const float* b, int64_t b_stride, int64_t columns, int64_t depth,
-                  float* out, int64_t out_stride) {
-    int64_t c = 0;
-    for (; c + 2 * W <= columns; c += 2 * W) {
-      run_rows<4, 2, kAdd>(a, b + c, b_stride, depth, out + c, out_stride);
-    }
-    if (c < columns) run_rows<8, 1, kAdd>(a, b + c, b_stride, depth, out + c, out_stride);
-  }
-
- private:
-  template <int kRows, int kVectors, bool kAdd>
-  static void run_rows(LeftOperand a, const float* b, int64_t b_stride, int64_t depth, float* out,
-                       int64_t out_stride) {
-    for (; a.rows >= kRows; a.rows -= kRows, a.data += kRows * a.row, out += kRows * out_stride) {
-      tile<kRows, kVectors, kAdd>(a, b, b_stride, depth, out, out_stride);
-    }
-    if constexpr (kRows > 1) {
-      if (a.rows > 0) {
-        run_rows<kRows / 2, kVectors, kAdd>(a, b, b_stride, depth, out, out_stride);
-      }
-    }
-  }
-
-  template <int kRows, int kVectors, bool kAdd>
-  static JAX_GLUON_INLINE void tile(LeftOperand a, const float* b, int64_t b_stride, int64_t depth,
-                                    float* out, int64_t out_stride) {
-    F acc[kRows][kVectors];
-    JAX_GLUON_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      JAX_GLUON_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] = kAdd ? Isa::load(out + r * out_stride + v * W) : Isa::zero();
-      }
-    }
-    for (int64_t d = 0; d < depth; ++d, a.data += a.step, b += b_stride) {
-      F right[kVectors];
-      JAX_GLUON_UNROLL
-      for (int v = 0; v < kVectors; ++v) right[v] = Isa::load(b + v * W);
-      JAX_GLUON_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const F x = Isa::set1(a.data[r * a.row]);
-        JAX_GLUON_UNROLL
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::fma(right[v], x, acc[r][v]);
-      }
-    }
-    JAX_GLUON_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      JAX_GLUON_UNROLL
-      for (int v = 0; v < kVectors; ++v) Isa::store(out + r * out_stride + v * W, acc[r][v]);
-    }
-  }
-};
 
 // Extents of a problem of small heads, and how it is split into tasks.
 template <class Isa>
@@ -89,19 +23,22 @@ class SmallHeads {
   static constexpr int64_t kMinWork = int64_t{1} << 17;
   // What a head costs beside its products, in products.
   static constexpr int64_t kHeadWork = 2048;
+  // Rows of a part of a head, at least: each loads all keys and values.
+  static constexpr int64_t kMinPartRows = 96;
+  // Bytes of rows that are brought into the cache at once, at most.
+  static constexpr int64_t kMaxStreamed = int64_t{1} << 20;
 
  public:
-  // Queries and keys, at most.
-  static constexpr int64_t kMaxTokens = 32;
-  using Rules = LogitRules<Isa, kMaxTokens>;
+  // Keys, at most.
+  static constexpr int64_t kMaxKeys = 256;
+  // Rows that are computed together, at most: as many tiles as keep their scores in the cache.
+  static constexpr int64_t kMaxBlockRows = 72;
+  using Rules = LogitRules<Isa, kMaxKeys>;
+  using Product = SmallProduct<Isa>;
 
   static bool takes(const AttentionCall& call) {
     return !call.query.quantization && !call.key.quantization && !call.value.quantization &&
-           call.T <= kMaxTokens && call.S <= kMaxTokens && !call.dropout;
-  }
-
-  static KernelOffer offer() {
-    return {Kernel::kSmall, "float32", {kMaxTokens, 0, 0, kMaxTokens}, {}, {}, {}};
+           call.S <= kMaxKeys && !call.dropout;
   }
 
   explicit SmallHeads(const AttentionCall& call)
@@ -110,24 +47,47 @@ class SmallHeads {
         columns(round_up(std::max<int64_t>(call.S, 1), W)),
         head_width(round_up(call.H, W)),
         value_width(round_up(call.V, W)),
-        by_dots_(call.S <= kMaxDots) {}
+        block_rows(block_rows_of(call.T)),
+        panel_keys_(call.S % W <= kMaxDots ? call.S / W * W : columns) {}
 
-  // Calls body(b, k, scratch) for every kv head, several in a task.
+  // Calls body(b, k, rows, scratch) for parts of the rows of every kv head, several in a task. Of
+  // heads enough for all threads, or where rows are not `divisible`, all rows are one part.
   template <class Scratch, class Prepare, class Body>
-  void run(Parallel& parallel, ScratchPool<Scratch>& scratch, Prepare prepare, Body body) const {
-    const int64_t heads = call_.B * call_.K;
-    if (heads * group == 0) return;
-    const int64_t work = group * (call_.T * call_.S * (call_.H + call_.V) + kHeadWork);
-    const int64_t most = ceil_div(heads, std::max<int64_t>(4 * parallel.threads(), 1));
-    const int64_t run = std::min(ceil_div(kMinWork, work), std::max<int64_t>(most, 1));
-    parallel.run(ceil_div(heads, run), [&](int64_t task) {
+  void run(Parallel& parallel, ScratchPool<Scratch>& scratch, bool divisible, Prepare prepare,
+           Body body) const {
+    const int64_t heads = call_.B * call_.K, wanted = 4 * std::max<int64_t>(parallel.threads(), 1);
+    if (heads * group * call_.T == 0) return;
+    const int64_t most_parts = divisible ? ceil_div(call_.T, kMinPartRows) : 1;
+    const int64_t rows =
+        round_up(ceil_div(call_.T, std::min(ceil_div(wanted, heads), most_parts)), block_rows);
+    const int64_t head_parts = ceil_div(call_.T, rows), parts = heads * head_parts;
+    const int64_t work =
+        group * (std::min(rows, call_.T) * call_.S * (call_.H + call_.V) + kHeadWork);
+    const int64_t run =
+        std::min(ceil_div(kMinWork, work), std::max<int64_t>(ceil_div(parts, wanted), 1));
+    parallel.run(ceil_div(parts, run), [&](int64_t task) {
       auto lease = scratch.acquire();
       prepare(*lease);
-      const int64_t end = std::min(heads, (task + 1) * run);
-      for (int64_t head = task * run; head < end; ++head) {
-        body(head / call_.K, head % call_.K, *lease);
+      const int64_t end = std::min(parts, (task + 1) * run);
+      for (int64_t part = task * run; part < end; ++part) {
+        const int64_t head = part / head_parts, first = part % head_parts * rows;
+        body(head / call_.K, head % call_.K, Range{first, std::min(first + rows, call_.T)}, *lease);
       }
     });
+  }
+
+  // Brings rows of all heads of a batch entry into the cache, if there they stay until they are
+  // used: those that a part with these rows of kv head k is the first to read.
+  void stream(int64_t b, int64_t k, Range rows, const Operand* d_out = nullptr) const {
+    const int64_t query =
+        row_bytes(call_.query, call_.H) + (d_out ? row_bytes(*d_out, call_.V) : 0);
+    const int64_t key_value = row_bytes(call_.key, call_.H) + row_bytes(call_.value, call_.V);
+    const int64_t bytes = call_.T * call_.N * query + call_.S * call_.K * key_value;
+    if (k != 0 || rows.end - rows.begin < call_.T || bytes > kMaxStreamed) return;
+    stream_heads(call_.query, b, 0, call_.T, call_.N, call_.H);
+    if (d_out) stream_heads(*d_out, b, 0, call_.T, call_.N, call_.V);
+    stream_heads(call_.key, b, 0, call_.S, call_.K, call_.H);
+    stream_heads(call_.value, b, 0, call_.S, call_.K, call_.V);
   }
 
   struct Piece {
@@ -147,48 +107,74 @@ class SmallHeads {
     }
   }
 
-  // Room for rows as right operand of scores(): none where their dot products are taken.
-  int64_t columns_size(int64_t width) const { return by_dots_ ? 0 : width * columns; }
-  // Rows [columns][width], zeros beyond the last key, as columns [width][columns].
-  void to_columns(const float* rows, int64_t width, float* out) const {
-    if (by_dots_) return;
-    for (int64_t j = 0; j < columns; j += W) {
+  // Room for rows as right operand of scores().
+  int64_t panels_size(int64_t width) const {
+    return width * round_up(panel_keys_, Product::kPanel);
+  }
+  // Rows [columns][width], zeros beyond the last key, as panels of columns.
+  void to_panels(const float* rows, int64_t width, float* out) const {
+    constexpr int64_t P = Product::kPanel;
+    for (int64_t j = 0; j < panel_keys_; j += W) {
+      float* panel = out + j / P * P * width + j % P;
       for (int64_t h = 0; h < width; h += W) {
         typename Isa::F x[W];
         for (int64_t i = 0; i < W; ++i) x[i] = Isa::load(rows + (j + i) * width + h);
         transpose<Isa>(x);
-        for (int64_t i = 0; i < W; ++i) Isa::store(out + (h + i) * columns + j, x[i]);
+        for (int64_t i = 0; i < W; ++i) Isa::store(panel + (h + i) * P, x[i]);
       }
     }
   }
-  // scores[i][j] = left row i . right row j for all T and S; zeros in the padding. `right` are rows
-  // [S][width], `right_columns` what to_columns made of them.
-  void scores(const float* left, const float* right, const float* right_columns, int64_t width,
-              int64_t n, float* out) const {
-    if (!by_dots_) {
-      SmallProduct<Isa>::run({left, call_.T, width, 1}, right_columns, columns, columns, n, out,
-                             columns);
-      return;
+  // The columns of scores, whole vectors, that have all of these keys.
+  Range columns_of(Range keys) const {
+    if (keys.empty()) return {0, 0};
+    return {keys.begin / Product::kPanel * Product::kPanel, round_up(keys.end, W)};
+  }
+
+  // Rows of `width` elements: as they are, and what to_panels made of them.
+  struct Right {
+    const float *rows, *panels;
+    int64_t width, elements;  // of which the rest is padding
+  };
+  // out[i][j] = row i of `left` . row j of `right` for some columns, of which those of no key may
+  // have anything finite.
+  void scores(const float* left, int64_t rows, const Right& right, Range some, float* out) const {
+    constexpr int64_t P = Product::kPanel;
+    const int64_t end = some.end == columns ? panel_keys_ : some.end;
+    if (some.begin < end) {
+      Product::run({left, rows, right.width, 1},
+                   {right.panels + some.begin * right.width, right.elements, P, P * right.width},
+                   end - some.begin, out + some.begin, columns);
     }
-    for (int64_t i = 0; i < call_.T; ++i, out += columns) {
-      for (int64_t j = 0; j < call_.S; ++j) {
+    for (int64_t j = end; j < std::min(some.end, call_.S); ++j) {
+      const float* row = right.rows + j * right.width;
+      for (int64_t i = 0; i < rows; ++i) {
         // Rows are padded with zeros.
-        out[j] = dot<Isa>(left + i * width, right + j * width, width);
+        out[i * columns + j] = dot<Isa>(left + i * right.width, row, right.width);
       }
     }
   }
 
  private:
-  // Of so few keys the columns would be padding for the most part.
+  // So few keys beyond whole vectors have dot products: a column of them would be padding for the
+  // most part.
   static constexpr int64_t kMaxDots = 2;
+
+  // Blocks as even as whole tiles make them: of a last block with a row or two, the loads would
+  // cost more than the products.
+  static int64_t block_rows_of(int64_t rows) {
+    const int64_t even = ceil_div(rows, std::max<int64_t>(ceil_div(rows, kMaxBlockRows), 1));
+    return std::max<int64_t>(round_up(even, Isa::kTileRows), Isa::kTileRows);
+  }
+
   const AttentionCall& call_;
 
  public:
   const int64_t group;                             // query heads of a kv head
   const int64_t columns, head_width, value_width;  // whole vectors: of scores, of rows
+  const int64_t block_rows;                        // rows of a block
 
  private:
-  const bool by_dots_;
+  const int64_t panel_keys_;  // whose scores are products of panels
 };
 
 }  // namespace
