@@ -474,7 +474,7 @@ class TestExplain:
         assert plan == jax_gluon.explain(q, k, v, is_causal=True, quantization="int8")
         assert plan.implementation == "cpu"
         assert plan.forward is not None
-        assert plan.forward.name == "baseline"
+        assert plan.forward.name in ("baseline", "gluon")
         assert len(plan.reasons) == 3
 
     def test_says_what_was_asked_for(self, random_operands):

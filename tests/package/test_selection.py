@@ -71,6 +71,21 @@ def test_the_default(changes, reason):
     assert select_kernel(problem, METAL)[0] == MetalKernel(reason.split(":")[0])
 
 
+@pytest.mark.parametrize("faster", ["baseline", "gluon"])
+def test_the_pipeline_that_is_faster_on_the_device_goes_before_sizes(faster):
+    offers = [
+        dataclasses.replace(x, reason="so it is" if x.name == faster else "")
+        for x in (BASELINE, GLUON)
+    ]
+    for keys in (100, 1024):
+        problem = dataclasses.replace(LARGE, visible_keys=keys)
+        kernel, reason = select_kernel(problem, offers)
+        assert (kernel.name, reason) == (faster, f"{faster}: so it is")
+    # What was measured here knows better.
+    kernel, _ = select_kernel(LARGE, offers, [row()])
+    assert kernel == row().fastest
+
+
 def test_a_kernel_made_for_such_problems_goes_first():
     everything = (DECODE, BASELINE, GLUON, SMALL)
     few = dataclasses.replace(LARGE, T=4, S=128)
@@ -261,7 +276,8 @@ def test_the_most_keys_that_a_row_sees(changes, keys):
         ({"direction": "backward_bias", "T": 9, "S": 9}, ["baseline"], "float32"),
     ],
 )
-def test_what_the_cpu_offers(changes, names, arithmetic):
+def test_what_the_cpu_offers(monkeypatch, changes, names, arithmetic):
+    monkeypatch.setenv("JAX_GLUON_CPU_ISA", "portable")
     _, offers = found_offers(**changes)
     assert [offer.name for offer in offers] == names
     assert {offer.arithmetic for offer in offers} == {arithmetic} or names[0] == "small"

@@ -37,10 +37,13 @@ class CodesEngine {
  public:
   static constexpr int64_t kStepKeys = kKeys;
 
-  // (A bias may be so large that log2(value scale) would vanish beside it.)
+  // Calls of enough queries.
   static bool takes(const AttentionCall& call) {
-    return ForwardBlocks<Core>::takes(call) && !has_row_offsets(call) && !call.bias &&
-           call.T >= kMinRows;
+    return takes_with_any_queries(call) && call.T >= kMinRows;
+  }
+  // (A bias may be so large that log2(value scale) would vanish beside it.)
+  static bool takes_with_any_queries(const AttentionCall& call) {
+    return ForwardBlocks<Core>::takes(call) && !has_row_offsets(call) && !call.bias;
   }
   static KernelOffer offer(const AttentionForwardCall& call) {
     // Keys and values of a block stay in L2, beside sums of values.
@@ -52,7 +55,6 @@ class CodesEngine {
     offer.kernel = Kernel::kGluon;
     offer.arithmetic = name_of(Core::kArithmetic);
     offer.block_k = {keys, kKeys, kMaxBlockKeys, kKeys};
-    offer.reason = "its softmax has no step across lanes";
     return offer;
   }
   static int64_t block_keys(const AttentionForwardCall& call) {

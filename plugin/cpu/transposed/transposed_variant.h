@@ -51,6 +51,11 @@ struct TransposedVariant {
     for (size_t i = 0; i < offers.size; ++i) {
       const Kernel kernel = offers.data[i].kernel;
       if (takes(call, kernel)) offers.data[i] = offer(call, kernel);
+      // Of few queries too: a program whose extents are symbolic has the pipeline of any size.
+      if (!Isa::kHasTiles && kernel == Kernel::kGluon &&
+          CodesEngine<Isa>::takes_with_any_queries(call)) {
+        offers.data[i].reason = "it is the faster one for INT8 codes";
+      }
     }
     return offers;
   }
