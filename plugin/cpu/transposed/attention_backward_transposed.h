@@ -28,8 +28,8 @@ struct TransposedBlocks {
   static constexpr int64_t kColumnStep = kUnitKeys;
   // Units of a step, at most: sums of dQ are loaded and stored for its keys.
   static constexpr int64_t kMaxUnits = 8;
-  // Bytes of P and dP that are kept, at most, by each thread.
-  static constexpr int64_t kMaxKeptBytes = 8 << 20;
+  // Bytes of P and dP that are kept, at most, by each thread: those of 20,000 keys and 128 rows.
+  static constexpr int64_t kMaxKeptBytes = 20 << 20;
 
   explicit TransposedBlocks(const AttentionBackwardCall& call)
       : parts(call),
