@@ -92,7 +92,7 @@ struct Avx512 {
     return _mm512_scalef_ps(p, n);
   }
 
-  // The same for numbers that are no larger than 8, to 7.5e-5. -inf gives 0, NaN itself.
+  // 2^x of numbers that are no larger than 8, to 7.5e-5; 0 of -inf, NaN of NaN.
   static F exp2_below(F x) {
     const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     F p = _mm512_fmadd_ps(f, _mm512_set1_ps(kCubic[3]), _mm512_set1_ps(kCubic[2]));

@@ -1,9 +1,10 @@
-// Flash attention backward on matrix tiles, transposed: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO,
-// dK += dS^T Q, dQ^T += K^T dS^T. For each block of rows one pass over the keys finds D, another
-// all gradients. On tile registers S and dP are made twice, so that only those of a unit of keys
-// are kept; vectors take longer to make them than to read P and dP again, as long as there is room.
-// The baseline pipeline does one after the other; in the gluon pipeline the products of the next
-// unit, and those of the unit before with P and dS, run between the steps of vectors.
+// Flash attention backward in bfloat16, on matrix tiles or on vectors, transposed: S^T = K Q^T,
+// dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T. For each block of rows one pass over
+// the keys finds D, another all gradients. On tile registers S and dP are made twice, so that only
+// those of a unit of keys are kept; vectors take longer to make them than to read P and dP again,
+// as long as there is room. The baseline pipeline does one after the other; in the gluon pipeline
+// the products of the next unit, and those of the unit before with P and dS, run between the steps
+// of vectors.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +53,7 @@ struct TransposedBlocks {
   bool keeps;         // P and dP of a block of rows
 };
 
-// kCodes: operands have scales beside their rows. `takes` refuses what the forward pass on tiles
+// kCodes: operands have scales beside their rows. `takes` refuses what forward on tiles
 // does; no rule is refused.
 template <class Core, bool kCodes, Kernel kKernel>
 class AttentionBackwardTransposed {

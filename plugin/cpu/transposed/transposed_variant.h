@@ -1,5 +1,6 @@
-// A variant whose backward pass is the transposed one where that takes the call, on tile registers
-// its forward pass too; all else is that of another variant.
+// A variant that has the transposed kernels for the calls that they take; all else is that of
+// another variant. On tile registers these are both passes, on vectors forward of INT8 codes and,
+// with kBackward, backward.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -38,7 +38,7 @@ class VectorQuadSteps {
     const char* right = static_cast<const char*>(quad.right.first);
     for (int64_t step = 0; step < quad.steps;
          ++step, left += quad.left.step, right += quad.right.step) {
-      for (int64_t lane = 0; lane < 16; ++lane) {
+      for (int64_t lane = 0; lane < kTileQueries; ++lane) {
         const char* line = right + lane * quad.right.stride;
         const I x0 = Isa::load_i32(line), x1 = Isa::load_i32(line + quad.right.next);
         JAX_GLUON_UNROLL

@@ -64,7 +64,9 @@ def run(kernel, arrays, quantization=None, **keywords):
 
     out = jax.block_until_ready(jax.jit(attention)(*arrays))
     ran = jax_gluon.debug.kernels()[-1]
+    assert ran["variant"] == plugin.cpu_isa()
     assert ran["kernel"] == kernel.name
+    assert ran["stages"] == 0  # the transposed kernels have no ring
     assert ran["block_k"] == kernel.block_k
     return out
 
