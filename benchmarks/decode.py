@@ -1,7 +1,9 @@
-"""`python -m benchmarks.decode`: one query over a long cache, as in generating token by token.
+"""`python -m benchmarks.decode`: a few queries over a long cache, as in generating token by token.
 
-Implementations take turns in one process on one core; times are those of the processor. JAX's peers
-read float32 caches in their best layout, `[B, N, S, H]`; jax-gluon reads `[B, S, K, H]`.
+Implementations take turns in one process on one core; times are those of the processor. JAX's
+`einsum` reads float32 caches in the layout that suits it best, `[B, K, S, H]`; jax-gluon reads
+`[B, S, K, H]`. The rate at which the core reads memory in order is measured in the same rounds, by
+a sum over an array of 256 MiB.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,61 +24,106 @@ import jax_gluon
 from benchmarks.report import machine
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of `heads` kv heads, each read by `group` query heads."""
+
+    heads: int
+    group: int
+    tokens: int
+    width: int
+    queries: int = 1
+
+    def __str__(self) -> str:
+        group = f" x {self.group}" if self.group > 1 else ""
+        return f"{self.heads}{group} heads, S{self.tokens}, H{self.width}, T{self.queries}"
+
+
+SHAPES = (
+    Shape(32, 1, 4096, 128),
+    Shape(32, 1, 4096, 64),
+    Shape(32, 1, 4096, 128, queries=4),
+    Shape(8, 4, 4096, 128),
+    Shape(4, 8, 4096, 128),
+    Shape(8, 4, 32768, 128),
+    Shape(32, 1, 512, 128),
+)
+READ_BYTES = 256 * 2**20
+
+
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    logits = jnp.einsum("bnth,bnsh->bnts", q, k) * q.shape[-1] ** -0.5
-    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(logits), v)
+    logits = jnp.einsum("bkgth,bksh->bkgts", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(logits), v)
 
 
-def _cases(heads: int, tokens: int, width: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+def _cases(shape: Shape) -> dict[str, tuple[Callable[..., Any], tuple]]:
     rng = np.random.default_rng(0)
-    query, key, value = (
-        rng.standard_normal((1, count, heads, width), np.float32) for count in (1, tokens, tokens)
-    )
-    swapped = [jnp.asarray(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (query, key, value)]
-    plain = [jnp.asarray(x) for x in (query, key, value)]
-    attend = jax.jit(lambda q, k, v: jax_gluon.dot_product_attention(q, k, v))
+    heads, tokens, width = shape.heads, shape.tokens, shape.width
+    query = rng.standard_normal((1, shape.queries, heads * shape.group, width), np.float32)
+    key, value = (rng.standard_normal((1, tokens, heads, width), np.float32) for _ in range(2))
+    by_head = query.reshape(1, shape.queries, heads, shape.group, width).transpose(0, 2, 3, 1, 4)
+    swapped = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (key, value)]
+    head_major = tuple(jnp.asarray(x) for x in (np.ascontiguousarray(by_head), *swapped))
+    plain = tuple(jnp.asarray(x) for x in (query, key, value))
     cases: dict[str, tuple[Callable[..., Any], tuple]] = {
-        "einsum float32": (jax.jit(_einsum), tuple(swapped)),
-        "jax.nn float32": (jax.jit(jax.nn.dot_product_attention), tuple(plain)),
-        "gluon float32": (attend, tuple(plain)),
+        "einsum": (jax.jit(_einsum), head_major),
+        "jax.nn": (jax.jit(jax.nn.dot_product_attention), plain),
+        "float32": (jax.jit(lambda q, k, v: jax_gluon.dot_product_attention(q, k, v)), plain),
     }
     for name in ("int8", "int4"):
         cache = jax_gluon.QuantizedKVCache.create(1, tokens, heads, width, quantization=name)
         cache = cache.append(plain[1], plain[2])
-        attention = jax.jit(lambda cache, q: cache.attention(q))
-        cases[f"gluon {name} cache"] = (attention, (cache, plain[0]))
+        cases[name] = (jax.jit(lambda cache, q: cache.attention(q)), (cache, plain[0]))
     return cases
+
+
+def _bytes(operands: tuple) -> int:
+    """Of keys and values with their scales; the query is small."""
+    return sum(x.nbytes for x in jax.tree.leaves(operands))
+
+
+def _time(run: Callable[[], Any], calls: int) -> float:
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
+
+
+def _row(shape: Shape, rounds: int) -> str:
+    cases = _cases(shape)
+    words = np.arange(READ_BYTES // 8, dtype=np.uint64)
+    read_rates: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        read_rates.append(READ_BYTES / _time(words.sum, 1))
+        for name, (run, operands) in cases.items():
+            jax.block_until_ready(run(*operands))
+            times[name].append(_time(lambda f=run, x=operands: jax.block_until_ready(f(*x)), 3))
+    medians = {name: statistics.median(x) for name, x in times.items()}
+    rate = statistics.median(read_rates)
+    best = min(medians["einsum"], medians["jax.nn"])
+    cells = [str(shape), *(f"{medians[name] * 1e3:.2f}" for name in cases)]
+    cells += [f"{best / medians[name]:.2f}" for name in ("float32", "int8", "int4")]
+    for name in ("float32", "int8", "int4"):
+        cells.append(f"{_bytes(cases[name][1]) / medians[name] / rate:.0%}")
+    return "| " + " | ".join([*cells, f"{rate / 1e9:.0f}"]) + " |"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    cases = _cases(options.heads, options.tokens, options.width)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(options.rounds):
-        for name, (run, operands) in cases.items():
-            jax.block_until_ready(run(*operands))
-            start = time.process_time()
-            for _ in range(3):
-                jax.block_until_ready(run(*operands))
-            times[name].append((time.process_time() - start) / 3)
     print("Machine: " + ", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"B1, {options.heads} heads, {options.tokens} tokens, H{options.width}, one core\n")
-    print("| implementation | median ms | spread | times the best float32 of JAX |")
-    print("|---|---|---|---|")
-    medians = {name: statistics.median(x) for name, x in times.items()}
-    best = min(medians["einsum float32"], medians["jax.nn float32"])
-    for name, median in medians.items():
-        low, _, high = statistics.quantiles(times[name], n=4)
-        print(
-            f"| {name} | {median * 1e3:.2f} | {(high - low) / median:.0%} | {best / median:.2f} |"
-        )
+    print("B1, one core; ms; times the best of JAX; share of the rate of reading memory, GB/s\n")
+    names = ("einsum", "jax.nn", "float32", "int8", "int4")
+    ratios = ("float32", "int8", "int4")
+    header = ["cache", *names, *(f"{x} / JAX" for x in ratios), *(f"{x} share" for x in ratios)]
+    print("| " + " | ".join([*header, "GB/s"]) + " |")
+    print("|" + "---|" * (len(header) + 1))
+    for shape in SHAPES:
+        print(_row(shape, options.rounds), flush=True)
 
 
 if __name__ == "__main__":

@@ -76,14 +76,15 @@ INTEGERS = {
         ROWS, QuantSpec(4, granularity="channel_block", block_size=9, **MINIMUM), ROWS
     ),
 }
-# Around a subtile (64 keys, of integers 16 or 32), a chunk (256 or 512), vectors of 8 and 16, and
-# blocks of 4 rows.
+# Around a subtile (64 keys, of integers 16 or 32), a chunk (256 or 512), vectors of 8 and 16,
+# blocks of 4 rows, and groups of all heads that fill several vectors; rows that are more than the
+# second cache holds, and fewer.
 SIZES = {
-    "one_row": dict(T=1, S=1100, N=4, K=4, H=64, V=64),
+    "one_row": dict(T=1, S=1100, N=7, K=7, H=64, V=64),
     "grouped": dict(T=1, S=530, N=10, K=2, H=30, V=22),
     "rows": dict(T=3, S=700, N=4, K=1, H=128, V=96),
     "many_rows": dict(T=3, S=300, N=26, K=2, H=40, V=56),
-    "short": dict(T=4, S=65, N=2, K=2, H=32, V=32),
+    "short": dict(T=4, S=65, N=24, K=12, H=32, V=64),
     "one_key": dict(T=2, S=1, N=2, K=1, H=2, V=258),
 }
 RNG = np.random.default_rng(7)

@@ -17,13 +17,20 @@ namespace {
 template <class Isa>
 bool load_scales_of_rows(const DecodeQueries<Isa>& queries, const QuantizableOperand& x, int64_t b,
                          Range keys, float* scale, float* offset) {
+  constexpr int64_t W = Isa::kLanes;
   const Quantization& q = x.quantization;
   const int64_t rows = queries.all_rows, padded = queries.padded_rows;
   const auto load = [&](const Operand& from, int64_t j, float* to) {
     const int64_t at = scale_offset(from, q, b, j, 0), step = from.stride[1];
-    if (queries.head_rows == 1 && step == 1 && from.dtype == DType::kF32) {
-      std::memcpy(to, static_cast<const float*>(from.data) + at,
-                  static_cast<size_t>(rows) * sizeof(float));
+    if (step == 1 && from.dtype == DType::kF32) {
+      const float* heads = static_cast<const float*>(from.data) + at;
+      for (int64_t i = 0; i < padded; i += W) {
+        // Those of the heads that the rows of the vector belong to.
+        const int64_t first = i / queries.head_rows;
+        const int count = static_cast<int>(std::min(W, queries.heads - first) * 4);
+        const auto row_head = Isa::load_i32(queries.row_head.get() + i);
+        Isa::store_i32(to + i, Isa::permute(Isa::load_bytes(heads + first, count), row_head));
+      }
     } else {
       for (int64_t i = 0; i < rows; i += queries.head_rows) {
         const float x = float_at(from.data, from.dtype, at + i / queries.head_rows * step);
@@ -67,35 +74,29 @@ class CodeWeights {
   }
 
   CodeWeights(const AttentionForwardCall& call, const DecodeQueries<Isa>& queries)
-      : call_(call),
-        queries_(queries),
-        groups_(queries.groups),
-        group_stride_(round_up(groups_, W) + W) {
+      : call_(call), queries_(queries), groups_(queries.groups), lanes_(queries.group_lanes) {
     if (groups_ > 1) find_groups();
   }
 
   struct Scratch {
-    Buffer<uint32_t> weights;     // [keys / 4][padded rows], or [all rows][keys / 4][group stride]
-    Buffer<float> unit;           // [padded rows], or [all rows][group stride]: of a weight of 1
-    Buffer<float> scale, offset;  // [keys][padded rows]
-    Buffer<float> group_scale, group_offset;  // [keys][groups in whole vectors]
+    Buffer<uint32_t> weights;     // [keys / 4][padded rows], or [keys / 4][head rows][group lanes]
+    Buffer<float> unit;           // [padded rows], or [head rows][group lanes]: of a weight of 1
+    Buffer<float> scale, offset;  // [keys][padded rows], or [keys][group lanes]
+    Buffer<float> by_head;        // [keys][head rows][heads] and a vector more: probabilities
   };
 
   void prepare(Scratch& s) const {
-    const int64_t padded = queries_.padded_rows;
-    const int64_t count = std::max(padded, queries_.all_rows * group_stride_);
+    const int64_t widest = std::max(queries_.padded_rows, lanes_);
+    // Groups are read in whole vectors from any of them on.
+    const int64_t count = std::max(queries_.padded_rows, queries_.head_rows * lanes_ + W);
     s.weights.allocate(kMaxKeys / 4 * count);
     s.unit.allocate(count);
-    const int64_t groups = round_up(groups_, W);
-    for (Buffer<float>* each : {&s.scale, &s.offset}) each->allocate(kMaxKeys * padded);
-    for (Buffer<float>* each : {&s.group_scale, &s.group_offset}) {
-      each->allocate(kMaxKeys * groups);
-      std::fill(each->get(), each->get() + kMaxKeys * groups, 0.0f);
-    }
+    for (Buffer<float>* each : {&s.scale, &s.offset}) each->allocate(kMaxKeys * widest);
+    s.by_head.allocate(kMaxKeys * queries_.all_rows + W);
   }
 
-  // What is weighed: probabilities, [keys][padded rows], and the sums of probability * offset that
-  // grow meanwhile, [all rows][groups].
+  // What is weighed: probabilities, [keys][padded rows] and a vector more, and the sums of
+  // probability * offset that grow meanwhile, in the order of the groups.
   struct Rows {
     float *probabilities, *offsets;
   };
@@ -107,23 +108,24 @@ class CodeWeights {
     groups_ == 1 ? weigh_rows<Value>(b, keys, rows, s) : weigh_groups<Value>(b, keys, rows, s);
   }
 
-  // Those of row i.
-  CodeWeightsOfRow of_row(int64_t i, const Scratch& s) const {
+  // Those of kv head k.
+  CodeWeightsOfHead of_head(int64_t k, const Scratch& s) const {
+    const int64_t i = k * queries_.head_rows;
     if (groups_ == 1) {
-      return {s.weights.get() + i, queries_.padded_rows, s.unit.get() + i, nullptr, nullptr};
+      return {s.weights.get() + i, queries_.padded_rows, s.unit.get() + i, 1, nullptr, nullptr};
     }
-    return {s.weights.get() + i * (kMaxKeys / 4) * group_stride_, group_stride_,
-            s.unit.get() + i * group_stride_, lane_group_.get(), first_group_.get()};
+    const int64_t first = k * groups_;
+    return {s.weights.get() + first, queries_.head_rows * lanes_, s.unit.get() + first, lanes_,
+            lane_group_.get(),       first_group_.get()};
   }
 
  private:
   static int64_t codes_of_byte(const Quantization& q) { return q.bits == 4 ? 2 : 1; }
 
-  // The groups that the lanes of a vector of values belong to.
   void find_groups() {
     const int64_t codes = codes_of_byte(call_.value.quantization);
     const int64_t group = call_.value.quantization.head_block / codes;
-    const int64_t vectors = queries_.value_width / codes / W;
+    const int64_t vectors = round_up(queries_.value_width / codes, W) / W;
     lane_group_.allocate(vectors * W);
     first_group_.allocate(vectors);
     for (int64_t vector = 0; vector < vectors; ++vector) {
@@ -136,7 +138,14 @@ class CodeWeights {
         lane_group_[vector * W + lane] = static_cast<int32_t>(group_of(lane) - group_of(0));
       }
     }
+    lane_head_.allocate(lanes_);
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      const int64_t head = std::min(lane / groups_, call_.K - 1);
+      lane_head_[lane] = static_cast<int32_t>(head - first_head(lane / W));
+    }
   }
+  // Of the groups that are vector `vector` of the lanes.
+  int64_t first_head(int64_t vector) const { return vector * W / groups_; }
 
   // Where weights of a vector of lanes go: as floats, and as bytes, from key to key.
   struct Lanes {
@@ -220,79 +229,98 @@ class CodeWeights {
     }
   }
 
-  // Whether the vectors that hold the groups of head k end within the scales or minima `x`: all but
-  // those of the last keys do, and what they hold besides belongs to other heads or keys.
-  bool has_whole_vectors(const Operand& x, Range keys, int64_t k) const {
-    const int64_t beside = round_up(groups_, W) - groups_;
-    return (call_.S - keys.end) * x.stride[0] + (call_.K - 1 - k) * x.stride[1] >= beside;
+  // Whether vectors of the groups of all heads can be read from the scales or minima `x` as they
+  // are stored: side by side, and for all but the last keys; past the last head they are another
+  // key's.
+  bool has_vectors_of_heads(const Operand& x, Range keys) const {
+    const int64_t beside = lanes_ - call_.K * groups_;
+    return has_bf16_rows(x) && (call_.K == 1 || x.stride[1] == groups_) &&
+           (call_.S - keys.end) * x.stride[0] >= beside;
   }
 
-  // The lanes are groups.
+  // The lanes are the groups of all heads.
   template <class Value>
   void weigh_groups(int64_t b, Range keys, const Rows& rows, Scratch& s) const {
     const Quantization& q = call_.value.quantization;
-    const int64_t count = keys.end - keys.begin, stride = round_up(groups_, W);
-    const bool is_plain = q.token_block == 1 && has_bf16_rows(q.scale) &&
-                          q.offset_kind == Quantization::Offset::kMinimum &&
-                          has_bf16_rows(q.offset);
-    for (int64_t k = 0; k < call_.K; ++k) {
-      if (is_plain && has_whole_vectors(q.scale, keys, k) && has_whole_vectors(q.offset, keys, k)) {
-        const auto first = [&](const Operand& x) {
-          return static_cast<const uint16_t*>(x.data) + scale_offset(x, q, b, keys.begin, k);
-        };
-        const uint16_t *scales = first(q.scale), *minima = first(q.offset);
-        const int64_t scale_step = q.scale.stride[0], minimum_step = q.offset.stride[0];
-        // What the least code adds to the minima is added for all keys at once.
-        weigh_head<Value>(k, count, -least_code(q), rows, s,
-                          [&](int64_t j, int64_t g, F* scale, F* offset) {
-                            *scale = Isa::load_bf16(scales + j * scale_step + g);
-                            *offset = Isa::load_bf16(minima + j * minimum_step + g);
-                          });
-        continue;
-      }
-      float *scales = s.group_scale.get(), *offsets = s.group_offset.get();
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t g = 0; g < groups_; ++g) {
-          const ScaleAndOffset x = scale_at(call_.value, b, keys.begin + j, k, g);
-          scales[j * stride + g] = x.scale;
-          offsets[j * stride + g] = x.offset;
-        }
-      }
-      weigh_head<Value>(k, count, 0.0f, rows, s, [&](int64_t j, int64_t g, F* scale, F* offset) {
-        *scale = Isa::load(scales + j * stride + g);
-        *offset = Isa::load(offsets + j * stride + g);
-      });
+    const int64_t count = keys.end - keys.begin;
+    if (q.token_block == 1 && q.offset_kind == Quantization::Offset::kMinimum &&
+        has_vectors_of_heads(q.scale, keys) && has_vectors_of_heads(q.offset, keys)) {
+      const auto first = [&](const Operand& x) {
+        return static_cast<const uint16_t*>(x.data) + scale_offset(x, q, b, keys.begin, 0);
+      };
+      const uint16_t *scales = first(q.scale), *minima = first(q.offset);
+      const int64_t scale_step = q.scale.stride[0], minimum_step = q.offset.stride[0];
+      // What the least code adds to the minima is added for all keys at once.
+      weigh_heads<Value>(count, -least_code(q), rows, s,
+                         [&](int64_t j, int64_t lane, F* scale, F* offset) {
+                           *scale = Isa::load_bf16(scales + j * scale_step + lane);
+                           *offset = Isa::load_bf16(minima + j * minimum_step + lane);
+                         });
+      return;
     }
+    float *scales = s.scale.get(), *offsets = s.offset.get();
+    std::fill(scales, scales + count * lanes_, 0.0f);
+    std::fill(offsets, offsets + count * lanes_, 0.0f);
+    for (int64_t i = 0; i < count * call_.K * groups_; ++i) {
+      const int64_t j = i / (call_.K * groups_), lane = i % (call_.K * groups_);
+      const ScaleAndOffset x =
+          scale_at(call_.value, b, keys.begin + j, lane / groups_, lane % groups_);
+      scales[j * lanes_ + lane] = x.scale;
+      offsets[j * lanes_ + lane] = x.offset;
+    }
+    weigh_heads<Value>(count, 0.0f, rows, s, [&](int64_t j, int64_t lane, F* scale, F* offset) {
+      *scale = Isa::load(scales + j * lanes_ + lane);
+      *offset = Isa::load(offsets + j * lanes_ + lane);
+    });
   }
 
-  // load_group(j, g, &scale, &offset) gives those of key j and W groups.
+  // Probabilities of row r of each head, side by side.
+  struct HeadRows {
+    const float* data;
+    int64_t key_step, row_step;
+  };
+  HeadRows rows_by_head(const float* probabilities, int64_t count, Scratch& s) const {
+    const int64_t padded = queries_.padded_rows, rows = queries_.head_rows, heads = call_.K;
+    if (rows == 1) return {probabilities, padded, 0};
+    float* to = s.by_head.get();
+    for (int64_t j = 0; j < count; ++j, probabilities += padded) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < heads; ++k) *to++ = probabilities[k * rows + r];
+      }
+    }
+    return {s.by_head.get(), rows * heads, heads};
+  }
+
+  // load_lanes(j, lane, &scale, &offset) gives those of key j and W lanes.
   template <class Value, class Load>
-  void weigh_head(int64_t k, int64_t count, float scale_offset, const Rows& rows, Scratch& s,
-                  Load load_group) const {
-    alignas(kAlignment) float weights[kMaxKeys * W], sums[W];
-    const int64_t first = k * queries_.head_rows, padded = queries_.padded_rows;
-    for (int64_t i = first; i < first + queries_.head_rows; ++i) {
-      const float* probabilities = rows.probabilities + i;
-      for (int64_t g = 0; g < groups_; g += W) {
+  void weigh_heads(int64_t count, float scale_offset, const Rows& rows, Scratch& s,
+                   Load load_lanes) const {
+    alignas(kAlignment) float weights[kMaxKeys * W];
+    const HeadRows by_head = rows_by_head(rows.probabilities, count, s);
+    const int64_t key_step = by_head.key_step, byte_step = queries_.head_rows * lanes_;
+    for (int64_t r = 0; r < queries_.head_rows; ++r) {
+      for (int64_t lane = 0; lane < lanes_; lane += W) {
+        const float* first = by_head.data + r * by_head.row_step + first_head(lane / W);
+        const I heads = Isa::load_i32(lane_head_.get() + lane);
         const auto load = [&](int64_t j, F* p, F* scale, F* offset) {
-          *p = Isa::set1(probabilities[j * padded]);
-          load_group(j, g, scale, offset);
+          *p = Isa::permute(Isa::load(first + j * key_step), heads);
+          load_lanes(j, lane, scale, offset);
         };
-        const Lanes to{weights, W, s.weights.get() + i * (kMaxKeys / 4) * group_stride_ + g,
-                       group_stride_, s.unit.get() + i * group_stride_ + g};
-        Isa::store(sums, weigh_lanes<Value, true>(count, Isa::zero(), scale_offset, to, load));
-        for (int64_t e = 0; e < std::min(W, groups_ - g); ++e) {
-          rows.offsets[i * groups_ + g + e] += sums[e];
-        }
+        const int64_t at = r * lanes_ + lane;
+        const Lanes to{weights, W, s.weights.get() + at, byte_step, s.unit.get() + at};
+        float* offsets = rows.offsets + at;
+        Isa::store(offsets,
+                   weigh_lanes<Value, true>(count, Isa::load(offsets), scale_offset, to, load));
       }
     }
   }
 
   const AttentionForwardCall& call_;
   const DecodeQueries<Isa>& queries_;
-  const int64_t groups_, group_stride_;
+  const int64_t groups_, lanes_;  // of a row, and of all heads in whole vectors
   // Of the vectors of a row of values: the group of the first lane, and those of all from there.
   Buffer<int32_t> first_group_, lane_group_;
+  Buffer<int32_t> lane_head_;  // of the groups of all heads: from the first of each vector
 };
 
 }  // namespace

@@ -26,8 +26,8 @@ class DecodeCodes {
   // Keys of a subtile, against whose largest probability the others are rounded: fewer where the
   // integers are smaller.
   static constexpr int64_t kSubtile = Weights::kMaxKeys, kShortSubtile = 16, kChunk = 512;
-  // Rows whose distance is a power of two share a set of the first cache, which holds eight.
-  static constexpr int64_t kRowsOfASet = 8;
+  // Keys and values that the second cache is taken to hold.
+  static constexpr int64_t kCachedBytes = 512 * 1024;
   using Rules = LogitRules<Isa, kSubtile>;
 
  public:
@@ -37,6 +37,8 @@ class DecodeCodes {
         weights_(call, queries_),
         subtile_(call.value.quantization.bits == 8 && Isa::kMaxWeight < 255 ? kShortSubtile
                                                                             : kSubtile),
+        streams_(call.S * call.K * (row_bytes(call.key, call.H) + row_bytes(call.value, call.V)) >
+                 kCachedBytes),
         scratch_(parallel.threads()) {}
 
   // Where all operands are codes and no scale but those of the keys lies along a product.
@@ -66,7 +68,6 @@ class DecodeCodes {
     Buffer<int64_t> key_of_row;  // byte of the key's head in its token
     Buffer<float> scores;        // [kSubtile][padded rows]: scores, then probabilities
     Buffer<float> key_scale, key_offset;  // [kSubtile][padded rows]
-    Buffer<char> gathered;
     typename Weights::Scratch weights;
   };
 
@@ -81,9 +82,8 @@ class DecodeCodes {
     std::fill(s.bias.get(), s.bias.get() + padded, 0);
     s.key_of_row.allocate(queries_.all_rows);
     for (Buffer<float>* each : {&s.scores, &s.key_scale, &s.key_offset}) {
-      each->allocate(kSubtile * padded);
+      each->allocate(kSubtile * padded + W);  // read in whole vectors from any row
     }
-    s.gathered.allocate(std::max(queries_.head_width, kSubtile * queries_.value_width));
   }
 
   template <class Function>
@@ -110,12 +110,8 @@ class DecodeCodes {
       find_scores<Key>(b, subtile, s);
       apply_rules(visibility, b, subtile, s);
       find_probabilities(subtile, s);
-      // Rows of few bytes, which lie far apart in each head, are read faster token by token.
-      if (row_bytes(call_.value, call_.V) <= 64) {
-        stream_heads(call_.value, b, subtile.begin, subtile.end, call_.K, call_.V);
-      }
       weights_.template weigh<Value>(b, subtile, {s.scores.get(), s.offsets.get()}, s.weights);
-      add_values<Value>(b, subtile, s);
+      add_values<Value>(b, subtile, keys.end, s);
     }
     queries_.template store<Value>(b, chunk, s);
   }
@@ -201,38 +197,51 @@ class DecodeCodes {
   // Products of all rows with `keys`.
   template <class Key>
   void dot_tokens(int64_t b, Range keys, float* scores, Scratch& s) const {
-    const int64_t used = row_bytes(call_.key, call_.H);
-    const int64_t bytes = Key::bytes(round_up(call_.H, Key::kStep)), rows = queries_.all_rows;
-    const int64_t* key_of_row = s.key_of_row.get();
-    for (int64_t j = keys.begin; j < keys.end; ++j, scores += queries_.padded_rows) {
-      const char* heads = token(call_.key, b, j, 0);
-      const auto dot_some = [&](int64_t first, int64_t count) {
-        I acc[W];
-        for (int64_t i = 0; i < W; ++i) {
-          if (i >= count) {
-            acc[i] = Isa::set1_i32(0);
-            continue;
-          }
-          const int8_t* query = s.codes.get() + (first + i) * queries_.head_width;
-          const char* key = heads + key_of_row[first + i];
-          if (used != bytes) key = padded(key, used, bytes, s.gathered.get());
-          acc[i] = Key::dot(key, query, bytes);
-        }
-        const I product = Isa::add_i32(Isa::sum_each(acc), Isa::load_i32(s.bias.get() + first));
-        const F scale = Isa::load(s.code_scale.get() + first);
-        const F constant = Isa::load(s.constant.get() + first);
-        Isa::store(scores + first, Isa::fma(Isa::to_float(product), scale, constant));
-      };
-      int64_t i = 0;
-      for (; i + W <= rows; i += W) dot_some(i, W);
-      if (i < rows) dot_some(i, rows - i);
-    }
+    Key::with_steps(row_bytes(call_.key, call_.H), [&](auto steps) {
+      for (int64_t j = keys.begin; j < keys.end; ++j, scores += queries_.padded_rows) {
+        ask_for_token(call_.value, b, j, call_.V);
+        dot_token<Key, decltype(steps)::value>(token(call_.key, b, j, 0), scores, s);
+      }
+    });
   }
 
-  static const char* padded(const char* row, int64_t used, int64_t bytes, char* to) {
-    std::memcpy(to, row, static_cast<size_t>(used));
-    std::memset(to + used, 0, static_cast<size_t>(bytes - used));
-    return to;
+  // The rows of all heads.
+  void ask_for_token(const Operand& x, int64_t b, int64_t j, int64_t width) const {
+    if (streams_) ask_for_heads(x, b, j, call_.K, width);
+  }
+
+  template <class Key, int kSteps>
+  void dot_token(const char* heads, float* scores, Scratch& s) const {
+    const int64_t rows = queries_.all_rows, width = queries_.head_width;
+    const int64_t bytes = row_bytes(call_.key, call_.H);
+    const int64_t* key_of_row = s.key_of_row.get();
+    const int8_t* codes = s.codes.get();
+    int64_t i = 0;
+    for (; i + W <= rows; i += W, codes += W * width) {
+      I acc[W];
+      JAX_GLUON_UNROLL
+      for (int64_t e = 0; e < W; ++e) {
+        acc[e] = Key::template dot<kSteps>(heads + key_of_row[i + e], codes + e * width, bytes);
+      }
+      store_scores<Key>(acc, i, scores, s);
+    }
+    if (i == rows) return;
+    I acc[W];
+    for (int64_t e = 0; e < W; ++e) {
+      acc[e] = i + e < rows
+                   ? Key::template dot<kSteps>(heads + key_of_row[i + e], codes + e * width, bytes)
+                   : Isa::set1_i32(0);
+    }
+    store_scores<Key>(acc, i, scores, s);
+  }
+
+  // Scores of W rows from the lanes of their products.
+  template <class Key>
+  JAX_GLUON_INLINE void store_scores(const I* acc, int64_t first, float* scores, Scratch& s) const {
+    const I product = Isa::add_i32(Isa::sum_each(acc), Isa::load_i32(s.bias.get() + first));
+    const F scale = Isa::load(s.code_scale.get() + first);
+    const F constant = Isa::load(s.constant.get() + first);
+    Isa::store(scores + first, Isa::fma(Isa::to_float(product), scale, constant));
   }
 
   // One scale, and perhaps an offset, for each row of keys.
@@ -303,27 +312,17 @@ class DecodeCodes {
   }
 
   template <class Value>
-  void add_values(int64_t b, Range keys, Scratch& s) const {
-    const int64_t used = row_bytes(call_.value, call_.V), count = keys.end - keys.begin;
-    const int64_t bytes = Value::bytes(round_up(call_.V, Value::kStep));
+  void add_values(int64_t b, Range keys, int64_t end, Scratch& s) const {
+    const int64_t bytes = row_bytes(call_.value, call_.V), width = queries_.value_width;
     const int64_t step = call_.value.stride[0] * static_cast<int64_t>(size_of(call_.value.dtype));
     for (int64_t k = 0; k < call_.K; ++k) {
-      StoredRows rows{token(call_.value, b, keys.begin, k), step, count};
-      if (used != bytes) {
-        for (int64_t j = 0; j < count; ++j) {
-          padded(rows.data + j * step, used, bytes, s.gathered.get() + j * bytes);
-        }
-        rows = {s.gathered.get(), bytes, count};
-      }
-      const int64_t block = rows.stride > bytes ? kRowsOfASet : count;
-      for (int64_t r = 0; r < queries_.head_rows; ++r) {
-        const int64_t i = k * queries_.head_rows + r;
-        const CodeWeightsOfRow weights = weights_.of_row(i, s.weights);
-        float* out = s.out.get() + i * queries_.value_width;
-        for (int64_t j = 0; j < count; j += block) {
-          Value::add_rows(rows.part(j, std::min(j + block, count)), bytes, weights.from(j), out);
-        }
-      }
+      const StoredRows rows{token(call_.value, b, keys.begin, k), step, keys.end - keys.begin};
+      float* out = s.out.get() + k * queries_.head_rows * width;
+      // The next keys, some for each head.
+      const int64_t next = keys.end + k * subtile_ / call_.K;
+      const int64_t stop = std::min(end, keys.end + (k + 1) * subtile_ / call_.K);
+      for (int64_t j = next; j < stop; ++j) ask_for_token(call_.key, b, j, call_.H);
+      Value::add_rows(rows, bytes, weights_.of_head(k, s.weights), queries_.head_rows, out, width);
     }
   }
 
@@ -331,6 +330,7 @@ class DecodeCodes {
   Queries queries_;
   const Weights weights_;
   const int64_t subtile_;
+  const bool streams_;  // whether rows are asked for before they are read
   ScratchPool<Scratch> scratch_;
 };
 

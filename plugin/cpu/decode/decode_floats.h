@@ -289,7 +289,7 @@ class DecodeFloats {
     for (int64_t r = 0; r < rows; ++r) {
       const float* probabilities = s.scores.get() + r * kSubtile;
       float* weights = s.weights.get() + r * kSubtile * groups;
-      float* sums = s.offsets.get() + (k * rows + r) * groups;
+      float* sums = s.offsets.get() + queries_.groups_at(k * rows + r);
       for (int64_t j = 0; j < keys.end - keys.begin; ++j) {
         const float p = probabilities[j];
         const float* scale = s.row_scale.get() + j * groups;

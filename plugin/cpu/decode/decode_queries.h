@@ -34,7 +34,15 @@ class DecodeQueries {
         padded_rows(round_up(all_rows, W)),
         head_width(round_up(call.H, step)),
         value_width(round_up(call.V, step)),
-        groups(groups) {}
+        groups(groups),
+        heads(call.K),
+        group_lanes(round_up(call.K * groups, W)) {
+    row_head.allocate(padded_rows);
+    for (int64_t i = 0; i < padded_rows; ++i) {
+      const int64_t row = std::min(i, all_rows - 1);
+      row_head[i] = static_cast<int32_t>(row / head_rows - i / W * W / head_rows);
+    }
+  }
 
   // Calls attend(b, chunk, visibility, keys) for every chunk with keys that some row may see.
   template <class Attend>
@@ -53,7 +61,7 @@ class DecodeQueries {
     Buffer<float> scale, offset;      // [head width]: of the elements of a key
     Buffer<float> maximum, sum;       // [padded rows]
     Buffer<float> out;                // [all rows][value width], in the order of stored values
-    Buffer<float> offsets;            // [all rows][groups]: sums of probability * offset
+    Buffer<float> offsets;            // at groups_at: sums of probability * offset
     Buffer<float> row;                // of a query
   };
 
@@ -65,9 +73,15 @@ class DecodeQueries {
     fill(s.maximum, padded_rows, kHidden);
     fill(s.query, all_rows * head_width, 0.0f);
     fill(s.out, all_rows * value_width, 0.0f);
-    fill(s.offsets, std::max(padded_rows, all_rows * groups), 0.0f);
+    fill(s.offsets, std::max(padded_rows, head_rows * group_lanes), 0.0f);
     s.folded.allocate(head_rows * head_width);
     for (Buffer<float>* each : {&s.scale, &s.offset, &s.row}) each->allocate(head_width);
+  }
+
+  // Where the groups of row i stand: [padded rows] if there is one, else [head rows][group lanes],
+  // those of all heads side by side as their scales are stored.
+  int64_t groups_at(int64_t i) const {
+    return groups == 1 ? i : i % head_rows * group_lanes + i / head_rows * groups;
   }
 
   // Query i, scaled; returned in the order of its elements.
@@ -104,7 +118,7 @@ class DecodeQueries {
   template <class Key>
   void fold_scales(int64_t b, int64_t j, int64_t k, Scratch& s) const {
     const Quantization& q = call_.key.quantization;
-    if (q.head_block == 1 && call_.H % Key::kStep == 0 && has_bf16_rows(q.scale) &&
+    if (q.head_block == 1 && call_.H % W == 0 && has_bf16_rows(q.scale) &&
         q.offset_kind == Quantization::Offset::kMinimum && has_bf16_rows(q.offset)) {
       const uint16_t* scales =
           static_cast<const uint16_t*>(q.scale.data) + scale_offset(q.scale, q, b, j, k);
@@ -112,8 +126,9 @@ class DecodeQueries {
           static_cast<const uint16_t*>(q.offset.data) + scale_offset(q.offset, q, b, j, k);
       const F below_minimum = Isa::set1(-least_code(q));
       fold<Key>(
-          k, [&](int64_t h) { return Isa::load_bf16(scales + h); },
+          k, [&](int64_t h) { return h < call_.H ? Isa::load_bf16(scales + h) : Isa::zero(); },
           [&](int64_t h, F scale) {
+            if (h >= call_.H) return Isa::zero();
             return Isa::fma(scale, below_minimum, Isa::load_bf16(minima + h));
           },
           s);
@@ -148,7 +163,7 @@ class DecodeQueries {
   // Of row i, whose maximum grew.
   void rescale(int64_t i, float factor, Scratch& s) const {
     scale_row<Isa>(s.out.get() + i * value_width, value_width, factor);
-    for (int64_t g = 0; g < groups; ++g) s.offsets[i * groups + g] *= factor;
+    scale_row<Isa>(s.offsets.get() + groups_at(i), groups, factor);
   }
 
   // The sums of all rows as partial results, values in the order of their elements.
@@ -158,7 +173,7 @@ class DecodeQueries {
     for (int64_t i = 0; i < all_rows; ++i) {
       const auto to = chunks_.partial(b, i / head_rows, chunk, i % head_rows);
       const float* out = s.out.get() + i * value_width;
-      const float* offsets = s.offsets.get() + i * groups;
+      const float* offsets = s.offsets.get() + groups_at(i);
       for (int64_t c = 0; c < call_.V; ++c) {
         to.values[c] = out[Value::value_position(c)] + offsets[c / size];
       }
@@ -209,7 +224,9 @@ class DecodeQueries {
  public:
   const int64_t head_rows, all_rows, padded_rows;  // of a kv head, of all, of all in whole vectors
   const int64_t head_width, value_width;           // of a row, in whole steps
-  const int64_t groups;
+  const int64_t groups;                            // of a row of values
+  const int64_t heads, group_lanes;  // of keys; groups of all of them in whole vectors
+  Buffer<int32_t> row_head;  // [padded rows]: kv heads from that of the vector's first row on
 };
 
 }  // namespace

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/compiler.h"
+
 namespace jax_gluon::cpu {
 namespace {
 
@@ -27,6 +29,17 @@ struct Avx2 {
   static F zero() { return _mm256_setzero_ps(); }
   static I load_i32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_i32(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  // The first `count` bytes, of [1, 4 * kLanes], then zeros. No other byte is read.
+  static I load_bytes(const void* p, int count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i whole = _mm256_cmpgt_epi32(_mm256_set1_epi32(count / 4), lane);
+    const I lanes = _mm256_maskload_epi32(static_cast<const int*>(p), whole);
+    if (count % 4 == 0) return lanes;
+    int32_t last = 0;
+    std::memcpy(&last, static_cast<const char*>(p) + count / 4 * 4, static_cast<size_t>(count % 4));
+    const I at_last = _mm256_cmpeq_epi32(_mm256_set1_epi32(count / 4), lane);
+    return _mm256_blendv_epi8(lanes, _mm256_set1_epi32(last), at_last);
+  }
   static I set1_i32(int32_t x) { return _mm256_set1_epi32(x); }
 
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -188,8 +201,7 @@ struct Avx2 {
   }
   // Bytes of four rows side by side: dword e of 16-byte lane l of out[v] is byte 16 l + 4 v + e of
   // each row.
-  static void interleave(const char* a, const char* b, const char* c, const char* d, I* out) {
-    const I x = load_i32(a), y = load_i32(b), z = load_i32(c), w = load_i32(d);
+  static void interleave(I x, I y, I z, I w, I* out) {
     const I xy = _mm256_unpacklo_epi8(x, y), zw = _mm256_unpacklo_epi8(z, w);
     const I xy_high = _mm256_unpackhi_epi8(x, y), zw_high = _mm256_unpackhi_epi8(z, w);
     out[0] = _mm256_unpacklo_epi16(xy, zw);
@@ -198,7 +210,7 @@ struct Avx2 {
     out[3] = _mm256_unpackhi_epi16(xy_high, zw_high);
   }
   // Lane i of the result is the sum of the lanes of x[i].
-  static I sum_each(const I* x) {
+  static JAX_GLUON_INLINE I sum_each(const I* x) {
     const auto pairs = [](I a, I b) {
       return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
     };

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/compiler.h"
+
 namespace jax_gluon::cpu {
 namespace {
 
@@ -37,6 +39,9 @@ struct Avx512 {
   static F zero() { return _mm512_setzero_ps(); }
   static I load_i32(const void* p) { return _mm512_loadu_si512(p); }
   static void store_i32(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I load_bytes(const void* p, int count) {
+    return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - count), p);
+  }
   static I set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
 
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -157,7 +162,14 @@ struct Avx512 {
 
   static constexpr int kKeyBias = 128, kMaxWeight = 255;
   static I dot_key_bytes(I acc, I key, I query) {
-    return dot(acc, _mm512_xor_si512(key, _mm512_set1_epi32(static_cast<int>(0x80808080))), query);
+    const I biased = _mm512_xor_si512(key, _mm512_set1_epi32(static_cast<int>(0x80808080)));
+#if !defined(JAX_GLUON_EMULATE_AVX512)
+    // A query that is read once may stay in memory.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(biased), "vm"(query));
+    return acc;
+#else
+    return dot(acc, biased, query);
+#endif
   }
   static I dot_key_nibbles(I acc, I bytes, I even, I odd) {
     I low, high;
@@ -170,8 +182,7 @@ struct Avx512 {
     *low = _mm512_and_si512(bytes, mask);
     *high = _mm512_and_si512(_mm512_srli_epi32(bytes, 4), mask);
   }
-  static void interleave(const char* a, const char* b, const char* c, const char* d, I* out) {
-    const I x = load_i32(a), y = load_i32(b), z = load_i32(c), w = load_i32(d);
+  static void interleave(I x, I y, I z, I w, I* out) {
     const I xy = _mm512_unpacklo_epi8(x, y), zw = _mm512_unpacklo_epi8(z, w);
     const I xy_high = _mm512_unpackhi_epi8(x, y), zw_high = _mm512_unpackhi_epi8(z, w);
     out[0] = _mm512_unpacklo_epi16(xy, zw);
@@ -179,7 +190,7 @@ struct Avx512 {
     out[2] = _mm512_unpacklo_epi16(xy_high, zw_high);
     out[3] = _mm512_unpackhi_epi16(xy_high, zw_high);
   }
-  static I sum_each(const I* x) {
+  static JAX_GLUON_INLINE I sum_each(const I* x) {
     const auto pairs = [](I a, I b) {
       return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     };

@@ -72,6 +72,13 @@ __mmask16 mask_lanes(Fn fn) {
 inline __m512 _mm512_loadu_ps(const void* p) { return load_bytes<__m512>(p); }
 inline void _mm512_storeu_ps(void* p, __m512 x) { std::memcpy(p, &x, sizeof x); }
 inline __m512i _mm512_loadu_si512(const void* p) { return load_bytes<__m512i>(p); }
+inline __m512i _mm512_maskz_loadu_epi8(uint64_t mask, const void* p) {
+  uint8_t bytes[64] = {};
+  for (int i = 0; i < 64; ++i) {
+    if (mask >> i & 1) bytes[i] = static_cast<const uint8_t*>(p)[i];
+  }
+  return load_bytes<__m512i>(bytes);
+}
 inline void _mm512_storeu_si512(void* p, __m512i x) { std::memcpy(p, &x, sizeof x); }
 inline __m128i _mm_loadu_si128(const __m128i* p) { return load_bytes<__m128i>(p); }
 inline void _mm_storeu_si128(__m128i* p, __m128i x) { std::memcpy(p, &x, sizeof x); }

@@ -48,6 +48,11 @@ struct Portable {
     return x;
   }
   static void store_i32(void* p, I x) { std::memcpy(p, &x, sizeof x); }
+  static I load_bytes(const void* p, int count) {
+    I x{};
+    std::memcpy(&x, p, static_cast<size_t>(count));
+    return x;
+  }
   static I set1_i32(int32_t x) {
     return map<I>([=](int) { return x; });
   }
@@ -187,7 +192,12 @@ struct Portable {
     *low = map<I>([&](int i) { return bytes.v[i] & 0x0f0f0f0f; });
     *high = map<I>([&](int i) { return bytes.v[i] >> 4 & 0x0f0f0f0f; });
   }
-  static void interleave(const char* a, const char* b, const char* c, const char* d, I* out) {
+  static void interleave(I x, I y, I z, I w, I* out) {
+    char a[4 * kLanes], b[4 * kLanes], c[4 * kLanes], d[4 * kLanes];
+    std::memcpy(a, &x, sizeof a);
+    std::memcpy(b, &y, sizeof b);
+    std::memcpy(c, &z, sizeof c);
+    std::memcpy(d, &w, sizeof d);
     for (int v = 0; v < 4; ++v) {
       char bytes[4 * kLanes];
       for (int i = 0; i < kLanes; ++i) {
