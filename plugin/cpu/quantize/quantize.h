@@ -54,7 +54,7 @@ class Quantize {
     parallel_.run(call_.B * chunks, [this, step, chunks](int64_t task) {
       const int64_t b = task / chunks, begin = task % chunks * step;
       if (call_.bits == 8 && call_.symmetric && call_.token_block == 1 && call_.head_block == 0 &&
-          !call_.rotate && call_.H % W == 0) {
+          !call_.rotate && call_.H >= W) {
         quantize_rows(b, {begin, std::min(call_.S, begin + step)});
         return;
       }
@@ -199,25 +199,33 @@ class Quantize {
     }
   }
 
+  // Calls body with where the vectors of a row start; the last ends with it, and may overlap.
+  template <class Body>
+  void each_vector(Body body) const {
+    int64_t h = 0;
+    for (; h + W <= call_.H; h += W) body(h);
+    if (h < call_.H) body(call_.H - W);
+  }
+
   // element(h) is a vector of a row.
   template <class Element>
   void round_row(Element element, int8_t* codes, float* scale) const {
     F max = Isa::zero(), probe = Isa::zero();
-    for (int64_t h = 0; h < call_.H; h += W) {
+    each_vector([&](int64_t h) {
       const F x = element(h);
       max = Isa::max(Isa::abs(x), max);
       probe = Isa::fma(x, Isa::zero(), probe);  // NaN once x is not finite
-    }
+    });
     const float largest = Isa::reduce_max(max) + Isa::reduce_add(probe);
     float step = largest / highest_;
     if (step < kMinScale) step = 0.0f;
     *scale = step;
     // Codes of a row without a usable scale are 0.
     const F divisor = Isa::set1(step > 0.0f ? step : std::numeric_limits<float>::infinity());
-    for (int64_t h = 0; h < call_.H; h += W) {
+    each_vector([&](int64_t h) {
       const F code = Isa::div(element(h), divisor);
       Isa::store_s8(codes + h, Isa::to_int(step > 0.0f ? code : Isa::zero()));
-    }
+    });
   }
 
   // Tokens [begin, end) of one head, which share scales.
