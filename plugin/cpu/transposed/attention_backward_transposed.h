@@ -254,19 +254,29 @@ class AttentionBackwardTransposed {
             s.keys.value_scale.get() + key,
             s.keys.gradient_scale.get() + key};
   }
+  // Keys of a unit, and rows of a pair, that are there.
+  static int64_t keys_of(const Part& part, int64_t unit) {
+    return std::min<int64_t>(part.keys.end - part.first_key - unit * kUnitKeys, kUnitKeys);
+  }
+  static int64_t rows_of(const Block& block, int64_t p) {
+    return std::min<int64_t>(block.rows.end - block.rows.begin - p * kPairQueries, kPairQueries);
+  }
+
   // S and dP of an item, if it is one.
   void multiply(const Block& block, const Item& item, Scratch& s) const {
     if (item.unit == block.units.end) return;
     const int64_t lanes = operands_.lanes(), value_lanes = blocks_.value_columns / 2;
     const int64_t key = item.unit * kUnitKeys, row = item.pair * kPairQueries;
     const BackwardUnit unit = unit_of(item, s);
+    const QuadExtent extent = {keys_of(block.part, item.unit), rows_of(block, item.pair)};
     const auto product = [&](Kind kind, const uint32_t* left, const uint32_t* right, int64_t width,
                              float* sums) {
       s.work.add({kind,
                   width / W,
                   {left + key * width, 4 * W * width, kTileStride, 4 * width},
                   {right + row * width, 4 * W * width, kTileBytes},
-                  {sums, kTileBytes, kUnitKeys / W * kTileBytes}});
+                  {sums, kTileBytes, kUnitKeys / W * kTileBytes},
+                  extent});
     };
     product(Kind::kScores, s.keys.keys.get(), s.queries.query.get(), lanes, unit.scores);
     product(Kind::kProducts, s.keys.values.get(), s.queries.d_out.get(), value_lanes,
@@ -369,11 +379,11 @@ class AttentionBackwardTransposed {
       // Of the unit before.
       queue_gradients(1, s);
       s.gradients_begin = s.gradients_end = 0;
-      add_d_key_value(block.part, item.unit, step, s);
+      add_d_key_value(block, item.unit, step, s);
       step.unit_copy = (step.unit_copy + 1) % kCopies;
       step.pairs = 0;
       if (next.unit >= std::min(step.first + blocks_.units, block.units.end)) {
-        for (int64_t p = 0; p < block.pairs(); ++p) add_d_query(step, p, s);
+        for (int64_t p = 0; p < block.pairs(); ++p) add_d_query(block, step, p, s);
         step.copy = (step.copy + 1) % kCopies;
       }
       if (!kPipelined) queue_gradients(1, s);
@@ -389,7 +399,8 @@ class AttentionBackwardTransposed {
   }
 
   // dV += P^T dO and dK += dS^T Q of a unit.
-  void add_d_key_value(const Part& part, int64_t unit, const Step& step, Scratch& s) const {
+  void add_d_key_value(const Block& block, int64_t unit, const Step& step, Scratch& s) const {
+    const Part& part = block.part;
     const Range pairs = range_of(step.pairs);
     for (int64_t p = pairs.begin; p < pairs.end; ++p) {
       if (has(step.pairs, p)) continue;
@@ -405,7 +416,8 @@ class AttentionBackwardTransposed {
             pairs.end - pairs.begin,
             {left, kTileBytes, 2 * kTileBytes},
             {right + (pairs.begin * columns + c) * W, kTileBytes, 4 * columns * W},
-            {sums + c, 4 * W * columns, 4 * W, 4 * columns}};
+            {sums + c, 4 * W * columns, 4 * W, 4 * columns},
+            {keys_of(part, unit), kPairQueries, rows_of(block, pairs.end - 1)}};
       }
     };
     const BackwardFactors from = factors(step, unit, pairs.begin, s);
@@ -417,7 +429,7 @@ class AttentionBackwardTransposed {
   }
 
   // dQ^T += K^T dS^T of a pair and a step, whose units it forgets.
-  void add_d_query(Step& step, int64_t p, Scratch& s) const {
+  void add_d_query(const Block& block, Step& step, int64_t p, Scratch& s) const {
     if (step.units[p] == 0) return;
     const int64_t columns = blocks_.head_columns;
     const Range units = range_of(step.units[p]);
@@ -434,7 +446,8 @@ class AttentionBackwardTransposed {
           units.end - units.begin,
           {left + h * W, kTileBytes, 4 * columns * W},
           {right, kTileBytes, 2 * kTileBytes},
-          {s.d_query.get() + (p * columns + h) * 2 * W, 2 * kTileBytes, kTileBytes}};
+          {s.d_query.get() + (p * columns + h) * 2 * W, 2 * kTileBytes, kTileBytes},
+          {2 * W, rows_of(block, p), keys_of(block.part, step.first + units.end - 1)}};
     }
     step.units[p] = 0;
   }

@@ -22,6 +22,13 @@ struct QuadSums {
   int64_t next_row, next_column, stride = kTileStride;
 };
 
+// What of a quad counts, where tokens end: vectors may leave out the rest, whose sums are then
+// zeros or stay as they are; tiles multiply it.
+struct QuadExtent {
+  int64_t rows = 2 * kTileQueries, columns = 2 * kTileQueries;
+  int64_t last = 2 * kTileQueries;  // terms of the last step, which products are summed over
+};
+
 // sums = left right over all steps, or sums += it.
 struct TileQuad {
   enum class Kind : uint8_t { kScores, kProducts, kAddedProducts };
@@ -29,6 +36,7 @@ struct TileQuad {
   int64_t steps;
   QuadOperand left, right;
   QuadSums sums;
+  QuadExtent extent = {};
 };
 
 // A list of quads, each cut into operations: `Steps::count(quad)` of them, which

@@ -19,42 +19,71 @@ class VectorQuadSteps {
  public:
   static constexpr int64_t count(const TileQuad&) { return 2 * kTileParts; }
   static void run(const TileQuad& quad, int64_t part) {
-    const int64_t tile = part / kTileParts, row = part % kTileParts * kRows;
-    char* first_sum = static_cast<char*>(quad.sums.first) + tile * quad.sums.next_row;
-    const auto sums = [&](int64_t r, int64_t column) {
-      return reinterpret_cast<float*>(first_sum + column * quad.sums.next_column +
-                                      (row + r) * quad.sums.stride);
-    };
-    F sum[kRows][2];
     const bool adds = quad.kind == TileQuad::Kind::kAddedProducts;
+    if (part * kRows >= quad.extent.rows) {
+      if (!adds) store_zeros(quad, part);
+    } else if (quad.extent.columns > W) {
+      adds ? multiply<2, true>(quad, part) : multiply<2, false>(quad, part);
+    } else {
+      adds ? multiply<1, true>(quad, part) : multiply<1, false>(quad, part);
+    }
+  }
+
+ private:
+  static constexpr int64_t W = kTileQueries;
+
+  // Of part `part`, which is of one tile.
+  static float* sums_of(const TileQuad& quad, int64_t part, int64_t r, int64_t column) {
+    const int64_t tile = part / kTileParts, row = part % kTileParts * kRows + r;
+    return reinterpret_cast<float*>(static_cast<char*>(quad.sums.first) +
+                                    tile * quad.sums.next_row + column * quad.sums.next_column +
+                                    row * quad.sums.stride);
+  }
+  static void store_zeros(const TileQuad& quad, int64_t part) {
+    for (int r = 0; r < kRows; ++r) {
+      Isa::store(sums_of(quad, part, r, 0), Isa::zero());
+      Isa::store(sums_of(quad, part, r, 1), Isa::zero());
+    }
+  }
+
+  template <int kColumns, bool kAdds>
+  static void multiply(const TileQuad& quad, int64_t part) {
+    F sum[kRows][kColumns];
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      sum[r][0] = adds ? Isa::load(sums(r, 0)) : Isa::zero();
-      sum[r][1] = adds ? Isa::load(sums(r, 1)) : Isa::zero();
+      JAX_GLUON_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        sum[r][c] = kAdds ? Isa::load(sums_of(quad, part, r, c)) : Isa::zero();
+      }
     }
     const int64_t stride = quad.left.stride;
-    const char* left =
-        static_cast<const char*>(quad.left.first) + tile * quad.left.next + row * stride;
+    const char* left = static_cast<const char*>(quad.left.first) +
+                       part / kTileParts * quad.left.next + part % kTileParts * kRows * stride;
     const char* right = static_cast<const char*>(quad.right.first);
     for (int64_t step = 0; step < quad.steps;
          ++step, left += quad.left.step, right += quad.right.step) {
-      for (int64_t lane = 0; lane < kTileQueries; ++lane) {
+      // Two terms each.
+      const int64_t lanes = step + 1 < quad.steps ? W : ceil_div(quad.extent.last, 2);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
         const char* line = right + lane * quad.right.stride;
-        const I x0 = Isa::load_i32(line), x1 = Isa::load_i32(line + quad.right.next);
+        I x[kColumns];
+        JAX_GLUON_UNROLL
+        for (int c = 0; c < kColumns; ++c) x[c] = Isa::load_i32(line + c * quad.right.next);
         JAX_GLUON_UNROLL
         for (int r = 0; r < kRows; ++r) {
           int32_t pair;
           std::memcpy(&pair, left + r * stride + 4 * lane, sizeof pair);
           const I y = Isa::set1_i32(pair);
-          sum[r][0] = Isa::dot_bf16(sum[r][0], x0, y);
-          sum[r][1] = Isa::dot_bf16(sum[r][1], x1, y);
+          JAX_GLUON_UNROLL
+          for (int c = 0; c < kColumns; ++c) sum[r][c] = Isa::dot_bf16(sum[r][c], x[c], y);
         }
       }
     }
     JAX_GLUON_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      Isa::store(sums(r, 0), sum[r][0]);
-      Isa::store(sums(r, 1), sum[r][1]);
+      JAX_GLUON_UNROLL
+      for (int c = 0; c < kColumns; ++c) Isa::store(sums_of(quad, part, r, c), sum[r][c]);
+      if (kColumns == 1 && !kAdds) Isa::store(sums_of(quad, part, r, 1), Isa::zero());
     }
   }
 };
