@@ -173,6 +173,8 @@ def _attend(
     K = operands.key.shape[2]
     dtype = scale.dtype
     query, key, value = _floats(problem, operands, dtype)
+    if scale.ndim:
+        scale = scale.reshape(K, N // K, 1, 1)
     # Query heads are grouped by the kv head that they read.
     query = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))

@@ -193,6 +193,22 @@ def test_array_scale_takes_the_gradient_of_a_finite_difference():
     np.testing.assert_allclose(jax.grad(loss)(scale), difference, rtol=1e-8)
 
 
+def test_a_scale_for_each_head_is_a_factor_of_its_queries():
+    q, k, v, *cotangents = draw()
+    scale = jnp.asarray([0.4, -0.7, 0.0, 1.1])
+
+    def scaled(q, k, v, scale):
+        return reference.attention_with_log_sum_exp(q, k, v, scale=scale)
+
+    def multiplied(q, k, v, scale):
+        return scaled(q * scale[:, None], k, v, 1.0)
+
+    actual, expected = (
+        results(f, (q, k, v, scale), tuple(cotangents)) for f in (scaled, multiplied)
+    )
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_poison_hidden_from_all_rows_reaches_no_result(poison, is_mapped):
