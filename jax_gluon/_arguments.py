@@ -48,6 +48,7 @@ from jax_gluon._token_arguments import (
     offset_of_queries,
     pair_of_tokens,
 )
+from jax_gluon._typing import Array, BoolOrInteger, Float, Integer, Key, Real, UInt32
 
 Implementation = Literal["cpu", "metal", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -61,23 +62,23 @@ _INTEGERS: Any = (int, np.integer)
 class AttentionKeywords(TypedDict, total=False):
     """Keywords of `dot_product_attention`, which describes them."""
 
-    scale: ArrayLike | None
+    scale: Real[ArrayLike, ""] | Real[ArrayLike, " N"] | None
     is_causal: bool
-    query_seq_lengths: ArrayLike | None
-    key_value_seq_lengths: ArrayLike | None
-    key_value_mask: ArrayLike | None
+    query_seq_lengths: Integer[ArrayLike, "*B"] | None
+    key_value_seq_lengths: Integer[ArrayLike, "*B"] | None
+    key_value_mask: BoolOrInteger[ArrayLike, "*#B S"] | None
     local_window_size: int | tuple[int, int] | None
-    query_offset: ArrayLike | None
-    query_segment_ids: ArrayLike | None
-    key_value_segment_ids: ArrayLike | None
-    query_positions: ArrayLike | None
-    key_value_positions: ArrayLike | None
+    query_offset: Integer[ArrayLike, ""] | Integer[ArrayLike, "*B"] | None
+    query_segment_ids: Integer[ArrayLike, "*#B T"] | None
+    key_value_segment_ids: Integer[ArrayLike, "*#B S"] | None
+    query_positions: Integer[ArrayLike, "*#B T"] | None
+    key_value_positions: Integer[ArrayLike, "*#B S"] | None
     quantization: Preset | AttentionQuantization | None
     logits_soft_cap: float | None
     dropout_rate: float
-    dropout_rng: jax.Array | None
+    dropout_rng: Key[Array, ""] | UInt32[Array, " words"] | None
     broadcast_dropout: bool
-    sinks: ArrayLike | None
+    sinks: Float[ArrayLike, " N"] | None
     layout: Layout
     implementation: Implementation | None
     kernel: KernelWishes

@@ -36,67 +36,69 @@ from jax_gluon._problem import (
 from jax_gluon._problem import log_sum_exp as natural_log_sum_exp
 from jax_gluon._quantization.formats import (
     AttentionQuantization,
+    Operand,
     Preset,
     QuantizedTensor,
 )
+from jax_gluon._typing import Array, BoolOrInteger, Float, Integer, Key, Real, UInt32
 
 
 @overload
 def dot_product_attention(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     *,
     return_residual: Literal[False] = False,
     **keywords: Unpack[AttentionKeywords],
-) -> jax.Array: ...
+) -> Float[Array, "*B T N V"]: ...
 
 
 @overload
 def dot_product_attention(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     *,
     return_residual: Literal[True],
     **keywords: Unpack[AttentionKeywords],
-) -> tuple[jax.Array, jax.Array]: ...
+) -> tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]: ...
 
 
 def dot_product_attention(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     *,
-    scale: ArrayLike | None = None,
+    scale: Real[ArrayLike, ""] | Real[ArrayLike, " N"] | None = None,
     is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: Integer[ArrayLike, "*B"] | None = None,
+    key_value_seq_lengths: Integer[ArrayLike, "*B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    key_value_mask: ArrayLike | None = None,
-    query_offset: ArrayLike | None = None,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    query_positions: ArrayLike | None = None,
-    key_value_positions: ArrayLike | None = None,
+    key_value_mask: BoolOrInteger[ArrayLike, "*#B S"] | None = None,
+    query_offset: Integer[ArrayLike, ""] | Integer[ArrayLike, "*B"] | None = None,
+    query_segment_ids: Integer[ArrayLike, "*#B T"] | None = None,
+    key_value_segment_ids: Integer[ArrayLike, "*#B S"] | None = None,
+    query_positions: Integer[ArrayLike, "*#B T"] | None = None,
+    key_value_positions: Integer[ArrayLike, "*#B S"] | None = None,
     quantization: Preset | AttentionQuantization | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
-    dropout_rng: jax.Array | None = None,
+    dropout_rng: Key[Array, ""] | UInt32[Array, " words"] | None = None,
     broadcast_dropout: bool = False,
-    sinks: ArrayLike | None = None,
+    sinks: Float[ArrayLike, " N"] | None = None,
     layout: Layout = "BTNH",
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
     differentiation: Differentiation | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     """Attention `softmax(scale * query key^T + bias) value`, as `jax.nn.dot_product_attention`.
 
     The logits are `logits_soft_cap(scale * q k^T + bias)`; masks hide keys after that. A row to
@@ -222,13 +224,13 @@ def dot_product_attention(
 
 
 def attention_with_log_sum_exp(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     **keywords: Unpack[AttentionKeywords],
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     """Attention and its differentiable log-sum-exp, which merging partial results needs.
 
     Results over disjoint parts of the keys merge as in section 3.1 of FlashAttention-2
@@ -272,11 +274,11 @@ class Plan:
 
 
 def explain(
-    query: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
-    key: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
-    value: ArrayLike | QuantizedTensor | jax.ShapeDtypeStruct,
-    bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
-    mask: ArrayLike | BlockMask | jax.ShapeDtypeStruct | None = None,
+    query: Float[Operand | jax.ShapeDtypeStruct, "*B T N H"],
+    key: Float[Operand | jax.ShapeDtypeStruct, "*B S K H"],
+    value: Float[Operand | jax.ShapeDtypeStruct, "*B S K V"],
+    bias: Float[ArrayLike | jax.ShapeDtypeStruct, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike | jax.ShapeDtypeStruct, "*#BNTS"] | BlockMask | None = None,
     *,
     return_residual: bool = False,
     **keywords: Any,

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jax_gluon._errors import Checker
+from jax_gluon._typing import Array, Bool, Int32, UInt8
 
+_Index = Int32[Array, "..."]
 #: `(batch, head, query index, key index)`, int32 arrays that broadcast, to whether the key is seen.
-MaskMod = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Any]
+MaskMod = Callable[[_Index, _Index, _Index, _Index], Any]
 
 _Result = TypeVar("_Result")
 
@@ -47,8 +49,8 @@ class BlockMask:
     - `query_length`, `key_value_length`: T and S.
     """
 
-    index: jax.Array
-    tiles: jax.Array
+    index: Int32[Array, "b n row_blocks key_blocks"]
+    tiles: UInt8[Array, "1 P block block//8"]
     query_length: int
     key_value_length: int
 
@@ -63,12 +65,12 @@ class BlockMask:
         b, n = self.index.shape[-4:-2]
         return b, n, self.query_length, self.key_value_length
 
-    def to_dense(self) -> jax.Array:
+    def to_dense(self) -> Bool[Array, "b n T S"]:
         """The mask, bool `[b, n, T, S]`."""
         rows, keys = (jnp.arange(x, dtype=jnp.int32) for x in self.shape[2:])
         return self.part(rows, keys)
 
-    def part(self, rows: jax.Array, keys: jax.Array) -> jax.Array:
+    def part(self, rows: Int32[Array, " t"], keys: Int32[Array, " s"]) -> Bool[Array, "b n t s"]:
         """What those rows see of those keys, int32 `[t]` and `[s]`: bool `[b, n, t, s]`."""
         size = self.block_size
         number = self.index[:, :, (rows // size)[:, None], (keys // size)[None, :]]

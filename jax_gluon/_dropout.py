@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gluon._errors import Checker
+from jax_gluon._typing import Array, Bool, Key, UInt32
 
 # Of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); seven
 # rounds are the fewest that pass BigCrush there.
@@ -89,8 +90,12 @@ def _product(constant: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dropout_mask(
-    key: jax.Array, shape: tuple[int, int, int, int], rate: float, *, broadcast: bool = False
-) -> jax.Array:
+    key: Key[Array, ""] | UInt32[Array, " words"],
+    shape: tuple[int, int, int, int],
+    rate: float,
+    *,
+    broadcast: bool = False,
+) -> Bool[Array, "B N T S"]:
     """Which probabilities `dot_product_attention(..., dropout_rng=key, dropout_rate=rate)` keeps.
 
     Each is kept by itself, with probability `1 - rate` to within 2^-17, and is then divided by

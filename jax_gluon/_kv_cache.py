@@ -22,12 +22,14 @@ from jax_gluon._quantization.formats import (
     CENTER_TOKENS,
     PRESETS,
     AttentionQuantization,
+    Operand,
     Preset,
     QuantizedTensor,
     QuantSpec,
     preset,
 )
 from jax_gluon._ragged_tokens import whole_blocks, with_tokens
+from jax_gluon._typing import Array, Float, Float32, Int32, Integer, Real
 from jax_gluon._xla.quantize import divide_large_tokens, ordinary_norm
 
 _GRANULARITIES = ("row", "group", "block", "channel_block")
@@ -77,14 +79,14 @@ class QuantizedKVCache:
     ((2, 1, 8, 64), [40, 40])
     """
 
-    key: QuantizedTensor
-    value: QuantizedTensor
-    key_head: jax.Array | None
-    value_head: jax.Array | None
-    key_tail: jax.Array | None
-    value_tail: jax.Array | None
-    length: jax.Array
-    dropped: jax.Array
+    key: Float[QuantizedTensor, "B capacity K H"]
+    value: Float[QuantizedTensor, "B capacity K V"]
+    key_head: Float32[Array, "B head K H"] | None
+    value_head: Float32[Array, "B head K V"] | None
+    key_tail: Float32[Array, "B key_block K H"] | None
+    value_tail: Float32[Array, "B value_block K V"] | None
+    length: Int32[Array, " B"]
+    dropped: Int32[Array, " B"]
     query: QuantSpec | None
     window: int | None
     dtype: np.dtype[Any]
@@ -181,7 +183,10 @@ class QuantizedKVCache:
         return sum(x.size * x.dtype.itemsize for x in leaves)
 
     def append(
-        self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
+        self,
+        key: Float[ArrayLike, "B T K H"],
+        value: Float[ArrayLike, "B T K V"],
+        lengths: Integer[ArrayLike, " B"] | None = None,
     ) -> QuantizedKVCache:
         """The cache with T more tokens, each behind those of its entry of the batch.
 
@@ -220,13 +225,13 @@ class QuantizedKVCache:
 
     def attention(
         self,
-        query: ArrayLike | QuantizedTensor,
+        query: Float[Operand, "B T N H"],
         *,
-        scale: ArrayLike | None = None,
+        scale: Real[ArrayLike, ""] | Real[ArrayLike, " N"] | None = None,
         logits_soft_cap: float | None = None,
         implementation: Implementation | None = None,
         **keywords: Any,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T N V"]:
         """Attention of the last T tokens over the cache, each up to its own position.
 
         Row t belongs to the token T - t before the end, whatever `lengths` its append had: the last

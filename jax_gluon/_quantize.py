@@ -10,16 +10,17 @@ from jax_gluon._arguments import IMPLEMENTATIONS, Implementation, check_metal
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from jax_gluon._typing import Float, Integer
 from jax_gluon._visible_tokens import tokens_within
 
 
 def quantize(
-    x: ArrayLike,
+    x: Float[ArrayLike, "*B T N H"],
     spec: QuantSpec,
     *,
-    lengths: ArrayLike | None = None,
+    lengths: Integer[ArrayLike, "*B"] | None = None,
     implementation: Implementation | None = None,
-) -> QuantizedTensor:
+) -> Float[QuantizedTensor, "*B T N H"]:
     """The integer codes of `x`, with the scales and what else `spec` asks for.
 
     Codes are those of `x` rounded to float32. A block with a NaN or an infinity dequantizes to NaN;

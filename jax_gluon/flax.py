@@ -27,6 +27,7 @@ from jax_gluon._errors import Checker
 from jax_gluon._kernels import KernelWishes
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._quantization.formats import AttentionQuantization, Preset, QuantizedTensor
+from jax_gluon._typing import Array, Float, Key, Num, Shaped, UInt32
 
 _CHECK = Checker("flax.attention_fn")
 
@@ -40,9 +41,9 @@ def attention_fn(
     quantization: Preset | AttentionQuantization | None = None,
     implementation: Implementation | None = None,
     kernel: KernelWishes = None,
-    sinks: ArrayLike | Callable[[], ArrayLike] | None = None,
+    sinks: Float[ArrayLike, " N"] | Callable[[], Float[ArrayLike, " N"]] | None = None,
     differentiation: Differentiation | None = None,
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Float[Array, "*B T N V"]]:
     """An `attention_fn` for `flax.linen` and `flax.nnx` multi-head attention modules.
 
     The function takes `query [..., T, N, H]`, `key [..., S, K, H]` and `value [..., S, K, Hv]` with
@@ -100,13 +101,13 @@ class _AttentionFn:
     # Linen passes only the keywords that it finds in the signature, by name: each is spelled out.
     def __call__(
         self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        bias: jax.Array | None = None,
-        mask: jax.Array | BlockMask | None = None,
+        query: Num[Array, "*B T N H"],
+        key: Num[Array, "*B S K H"],
+        value: Num[Array, "*B S K V"],
+        bias: Float[Array, "*#BNTS"] | None = None,
+        mask: Shaped[Array, "*#BNTS"] | BlockMask | None = None,
         broadcast_dropout: bool = True,
-        dropout_rng: jax.Array | None = None,
+        dropout_rng: Key[Array, ""] | UInt32[Array, " words"] | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         dtype: DTypeLike | None = None,
@@ -118,7 +119,7 @@ class _AttentionFn:
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
         promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
-    ) -> jax.Array:
+    ) -> Float[Array, "*B T N V"]:
         del precision, force_fp32_for_softmax
         if deterministic:
             dropout_rate = 0.0

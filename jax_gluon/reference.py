@@ -20,7 +20,8 @@ from jax_gluon._block_mask import BlockMask
 from jax_gluon._errors import Checker
 from jax_gluon._layouts import swapped, swapped_operands
 from jax_gluon._problem import MIN_LOGIT, AttentionProblem, Operands
-from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from jax_gluon._quantization.formats import Operand, QuantizedTensor, QuantSpec
+from jax_gluon._typing import Array, BoolOrInteger, Float, Integer
 from jax_gluon._visible_tokens import lowered, tokens_within, visible_tokens
 from jax_gluon._xla.quantize import quantize
 
@@ -35,40 +36,40 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @overload
 def dot_product_attention(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     *,
     return_residual: Literal[False] = False,
     **keywords: Unpack[AttentionKeywords],
-) -> jax.Array: ...
+) -> Float[Array, "*B T N V"]: ...
 
 
 @overload
 def dot_product_attention(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     *,
     return_residual: Literal[True],
     **keywords: Unpack[AttentionKeywords],
-) -> tuple[jax.Array, jax.Array]: ...
+) -> tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]: ...
 
 
 def dot_product_attention(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     *,
     return_residual: bool = False,
     **keywords: Unpack[AttentionKeywords],
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     """What `jax_gluon.dot_product_attention` should return; its gradient is what JAX derives.
 
     **Arguments**, **Returns** and **Raises** are those of `jax_gluon.dot_product_attention`;
@@ -89,13 +90,13 @@ def dot_product_attention(
 
 
 def attention_with_log_sum_exp(
-    query: ArrayLike | QuantizedTensor,
-    key: ArrayLike | QuantizedTensor,
-    value: ArrayLike | QuantizedTensor,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | BlockMask | None = None,
+    query: Float[Operand, "*B T N H"],
+    key: Float[Operand, "*B S K H"],
+    value: Float[Operand, "*B S K V"],
+    bias: Float[ArrayLike, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike, "*#BNTS"] | BlockMask | None = None,
     **keywords: Unpack[AttentionKeywords],
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     """What `jax_gluon.attention_with_log_sum_exp` should return.
 
     **Arguments** and **Raises** are those of `dot_product_attention` but `return_residual`.
@@ -114,7 +115,9 @@ def attention_with_log_sum_exp(
     return _run(check, query, key, value, bias, mask, keywords)
 
 
-def fake_quantize(x: jax.Array, spec: QuantSpec, *, lengths: jax.Array | None = None) -> jax.Array:
+def fake_quantize(
+    x: Float[Array, "*B T N H"], spec: QuantSpec, *, lengths: Integer[Array, "*B"] | None = None
+) -> Float[Array, "*B T N H"]:
     """`x` after a round trip through `spec`; its gradient is the identity (straight-through).
 
     **Arguments:** as `jax_gluon.quantize`: `x` is float `[B, T, N, H]` or `[T, N, H]`.

@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes
@@ -21,6 +21,7 @@ from jax_gluon._quantization.codes import (
     unpack,
     unrotated,
 )
+from jax_gluon._typing import Array, Float, Float32, Int8, UInt8, UInt16
 
 Preset = Literal["int8", "int4"]
 Granularity = Literal["tensor", "head", "row", "block", "group", "channel", "channel_block"]
@@ -203,10 +204,10 @@ class QuantizedTensor:
     checkpointing treat it as they treat an array. Attention's gradient through one is zero.
 
     - `data`: int8 `[..., T, N, H]`, or uint8 `[..., T, N, H // 2]` for 4 bits.
-    - `scale`: `[..., T', N', H']`, an entry for each block that shares one (`spec.block_shape`).
-      With `spec.token_powers`, the powers of the block's tokens follow along H', five in the bits
+    - `scale`: `[..., t, n, h]`, an entry for each block that shares one (`spec.block_shape`).
+      With `spec.token_powers`, the powers of the block's tokens follow along h, five in the bits
       of a number. In a cache, bfloat16 scales and minima are their bits, uint16.
-    - `zero_point`: int8, or `minimum`: `[..., T', N', H']`; whichever the spec asks for.
+    - `zero_point`: int8, or `minimum`: `[..., t, n, h]`; whichever the spec asks for.
     - `center`: float32 `[..., 1, N, H]`, with `spec.center` (of the rotated array, with
       `spec.rotate`).
     - `spec`; `dtype` of the float array; `head_dim`, H.
@@ -221,11 +222,11 @@ class QuantizedTensor:
     ((2, 128, 8, 64), 139264, (2, 32, 8, 64))
     """
 
-    data: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array | None
-    minimum: jax.Array | None
-    center: jax.Array | None
+    data: Int8[Array, "*B T N H"] | UInt8[Array, "*B T N half_H"]
+    scale: Float[Array, "*B t n scales"] | UInt16[Array, "*B t n scales"]
+    zero_point: Int8[Array, "*B t n h"] | None
+    minimum: Float[Array, "*B t n h"] | UInt16[Array, "*B t n h"] | None
+    center: Float32[Array, "*B 1 N H"] | None
     spec: QuantSpec
     dtype: np.dtype[Any]
     head_dim: int
@@ -264,7 +265,7 @@ class QuantizedTensor:
     def _parts(self) -> list[jax.Array]:
         return jax.tree.leaves(self)
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*B T N H"]:
         """The float array, of `dtype` or that of the array that was quantized."""
         return on_meshes(
             _dequantize, (np.dtype(self.dtype if dtype is None else dtype),), self.data, self
@@ -313,6 +314,10 @@ class QuantizedTensor:
                 )
             )
         return slice(start // block, max(start // block, _blocks(stop, block)))
+
+
+#: What attention takes as query, key or value.
+Operand = ArrayLike | QuantizedTensor
 
 
 def _dequantize(dtype: np.dtype[Any], x: QuantizedTensor) -> jax.Array:
