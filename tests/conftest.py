@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from tests.support import oracle as numpy_oracle
+from tests.support.arrays import placed
 
 
 def _plugin_is_missing() -> bool:
@@ -273,6 +274,6 @@ def random_operands():
     def draw(B=2, T=5, S=7, N=4, K=2, H=8, V=8, dtype="float32", seed=0) -> tuple[Any, ...]:
         rng = np.random.default_rng(seed)
         shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V)
-        return tuple(jax.numpy.asarray(rng.standard_normal(shape), dtype=dtype) for shape in shapes)
+        return tuple(placed(rng.standard_normal(shape), dtype) for shape in shapes)
 
     return draw

@@ -10,6 +10,7 @@ import pytest
 import jax_gluon
 from jax_gluon._quantization.formats import AttentionQuantization, QuantSpec, preset
 from tests.support import quantizer
+from tests.support.arrays import placed
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -119,7 +120,7 @@ def draw(B=2, *, T, S, N, K, H, V, dtype="float32"):
     rng = np.random.default_rng(3)
     # Keys and values off center: what they share must cancel, and not cost digits.
     q, k, v = (
-        jnp.asarray(rng.standard_normal(shape) + center, dtype)
+        placed(rng.standard_normal(shape) + center, dtype)
         for shape, center in (((B, T, N, H), 0), ((B, S, K, H), 2), ((B, S, K, V), 0.5))
     )
     return q, k, v

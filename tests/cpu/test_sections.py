@@ -3,11 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_gluon
+from tests.support.arrays import placed
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 
@@ -43,7 +43,7 @@ def problem():
 def test_documents_are_those_of_a_mask(variant, kernel, quantization, use, problem, relative_error):
     use(variant)
     operands, segments, expected = problem
-    *arrays, d_out = map(jnp.asarray, operands)
+    *arrays, d_out = map(placed, operands)
 
     def results(**keywords):
         attention = functools.partial(
@@ -56,7 +56,7 @@ def test_documents_are_those_of_a_mask(variant, kernel, quantization, use, probl
     bound = 3e-6
     if quantization:
         ids, keys = segments.values()
-        expected = results(mask=jnp.asarray(ids[:, None, :, None] == keys[:, None, None]))
+        expected = results(mask=placed(ids[:, None, :, None] == keys[:, None, None]))
         bound = 8e-3  # P has 8 bits, in units of a subtile's largest
     for found, exact in zip(results(**segments), expected, strict=True):
         assert np.all(np.isfinite(found))

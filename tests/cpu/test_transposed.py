@@ -13,6 +13,7 @@ import pytest
 import jax_gluon
 from jax_gluon import CpuKernel
 from tests.support import cases
+from tests.support.arrays import placed
 from tests.support.cases import BARS
 
 plugin = pytest.importorskip("jax_gluon._plugin")
@@ -143,7 +144,7 @@ def test_numbers_that_are_not_finite_reach_who_sees_them(use, variant, pipeline,
     def affected(operand, index):
         changed = [np.array(x) for x in arrays]
         changed[operand][index] = bad
-        out, _ = run(kernel, map(jnp.asarray, changed), is_causal=True)
+        out, _ = run(kernel, map(placed, changed), is_causal=True)
         finite = np.isfinite(np.asarray(out, np.float32))
         np.testing.assert_array_equal(np.asarray(out)[finite], np.asarray(plain)[finite])
         return ~finite[0, :, 0]

@@ -10,6 +10,7 @@ import pytest
 import jax_gluon
 from jax_gluon import reference
 from jax_gluon._quantization.formats import PRESETS
+from tests.support.arrays import placed
 
 B, T, S, N, K, H, V = 2, 5, 7, 4, 2, 6, 3
 FLOATS = ("query", "key", "value", "bias", "sinks")
@@ -35,7 +36,7 @@ def rng():
 
 @pytest.fixture
 def draw(rng):
-    return lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return lambda *shape: placed(rng.standard_normal(shape), jnp.float32)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def compare(program, rule, implementations, *operands, limit=2e-6, configure=Non
         expected = run(reference.dot_product_attention)
     else:
         with configure(jax_enable_x64=True):
-            exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), operands)
+            exact = jax.tree.map(lambda x: placed(x, jnp.float64), operands)
             expected = jax.tree.map(np.asarray, run(reference.dot_product_attention, exact))
     for implementation in implementations:
         ours = functools.partial(any_order, implementation=implementation)
@@ -280,7 +281,7 @@ def test_finite_differences_in_float64(floats, tangents, configure):
     """First and second derivatives along a direction."""
     with configure(jax_enable_x64=True):
         floats, tangents = (
-            {name: jnp.asarray(x, jnp.float64) for name, x in tree.items()}
+            {name: placed(x, jnp.float64) for name, x in tree.items()}
             for tree in (floats, tangents)
         )
         attention = of_floats(any_order, "all", implementation="xla")

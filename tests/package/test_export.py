@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
+from tests.support.arrays import placed
 
 export = pytest.importorskip("jax.export")
 N, K, H = 4, 2, 16
@@ -51,8 +52,8 @@ CASES = {
 
 def _draw(shape, dtype, rng):
     if dtype == jnp.float32:
-        return jnp.asarray(rng.standard_normal(shape), dtype)
-    return jnp.asarray(rng.integers(0, 4, shape)).astype(dtype)
+        return placed(rng.standard_normal(shape), dtype)
+    return placed(rng.integers(0, 4, shape), dtype)
 
 
 @pytest.mark.parametrize(

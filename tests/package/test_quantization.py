@@ -12,6 +12,7 @@ import jax_gluon
 from jax_gluon._quantization.codes import rotation
 from jax_gluon._quantization.formats import GRANULARITIES, PRESETS, QuantSpec
 from tests.support import quantizer
+from tests.support.arrays import placed
 
 WAYS = {
     "symmetric": dict(symmetric=True),
@@ -56,7 +57,7 @@ def quantize(implementation):
 # short, and the first 32 tokens, of which a center is made, are not all.
 def random_rows(seed=0, B=2, S=37, K=3, H=20, dtype=jnp.float32):
     x = np.random.default_rng(seed).standard_normal((B, S, K, H))
-    return jnp.asarray(x * np.linspace(0.01, 10, S)[:, None, None], dtype)
+    return placed(x * np.linspace(0.01, 10, S)[:, None, None], dtype)
 
 
 def steps(quantized):

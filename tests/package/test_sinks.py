@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 import jax_gluon
 from jax_gluon import AttentionQuantization, QuantSpec, reference
 from tests.support import oracle as numpy_oracle
+from tests.support.arrays import placed
 
 N = 4
 #: About as large as the logits, smaller, larger, and none.
@@ -32,10 +33,11 @@ FORMATS = {"float32": ("float32", None), "bfloat16": ("bfloat16", None),
 def draw(B, T, S, H=22, V=26, dtype="float32"):
     rng = np.random.default_rng(T + S)
     shapes = (B, T, N, H), (B, S, 2, H), (B, S, 2, V), (B, T, N, V)
-    q, k, v, d_out = (jnp.asarray(rng.standard_normal(x, np.float32), dtype) for x in shapes)
+    q, k, v, d_out = (rng.standard_normal(x, np.float32).astype(dtype) for x in shapes)
     # Off center, so that what centering takes away matters.
-    one = jnp.asarray(1, dtype)
-    return (q, k + one, v + one, d_out), jnp.asarray(rng.standard_normal((B, T, N), np.float32))
+    one = np.asarray(1, dtype)
+    d_log_sum_exp = rng.standard_normal((B, T, N), np.float32)
+    return tuple(map(placed, (q, k + one, v + one, d_out))), placed(d_log_sum_exp)
 
 
 def rules(T, S):

@@ -12,6 +12,7 @@ from jax_gluon._problem import EMPTY_ROW_LOG_SUM_EXP, AttentionOperands, Attenti
 from jax_gluon._xla import attention as xla
 from jax_gluon._xla import tiles as xla_tiles
 from jax_gluon._xla import visible
+from tests.support.arrays import placed
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def draw(seed=0, *, B=2, T=37, S=53, N=4, K=2, H=5, V=7, dtype=np.float64):
     """query, key, value, and cotangents of the output and of the log-sum-exp."""
     rng = np.random.default_rng(seed)
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V), (B, T, N)
-    return tuple(jnp.asarray(rng.standard_normal(shape).astype(dtype)) for shape in shapes)
+    return tuple(placed(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
 def random_mask(*shape, seed=1):
@@ -124,7 +125,7 @@ def build(case, dtype=np.float64):
     fields = dict(CASES[case])
     q, k, v, d_out, d_log_sum_exp = draw(**fields.pop("shape", {}), dtype=dtype)
     arrays = {
-        name: jnp.asarray(fields.pop(name)) for name in AttentionOperands._fields if name in fields
+        name: placed(fields.pop(name)) for name in AttentionOperands._fields if name in fields
     }
     if "bias" in arrays:
         arrays["bias"] = arrays["bias"].astype(dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_gluon
+from tests.support.arrays import placed
 
 
 def check(keywords, implementation, operands, oracle, relative_error):
@@ -16,8 +17,8 @@ def check(keywords, implementation, operands, oracle, relative_error):
     bias = keywords.get("bias")
     seen = np.broadcast_to(keywords.get("key_value_mask", True), k.shape[:2])[..., None, None]
     expected = oracle(q, np.where(seen, k, 0), np.where(seen, v, 0), **keywords, d_out=d_out)
-    k, v = (jnp.where(seen, x, jnp.nan) for x in (k, v))
-    arrays = {n: jnp.asarray(x) for n, x in keywords.items() if isinstance(x, np.ndarray)}
+    k, v = (placed(np.where(seen, x, np.nan), x.dtype) for x in (k, v))
+    arrays = {n: placed(x) for n, x in keywords.items() if isinstance(x, np.ndarray)}
     static = {n: x for n, x in keywords.items() if n not in arrays}
     arrays = arrays | {n: x.astype(jnp.int32) for n, x in arrays.items() if x.dtype == jnp.int64}
     arrays.pop("bias", None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 -- NumPy knows bfloat16 by it
 import numpy as np
+
+from tests.support.arrays import placed
 
 _RNG = np.random.default_rng(5)
 
@@ -171,5 +172,5 @@ def operands(case, dtype="float32", seed=3) -> Operands:
     keywords = {name: x for name, x in case.items() if len(name) > 1 and name != "bias"}
     d_log_sum_exp = rng.standard_normal((B, T, N)).astype(np.float32)
     d_out = draw(B, T, N, V)
-    arrays, d_out, d_log_sum_exp = jax.tree.map(jnp.asarray, (tuple(arrays), d_out, d_log_sum_exp))
+    arrays, d_out, d_log_sum_exp = jax.tree.map(placed, (tuple(arrays), d_out, d_log_sum_exp))
     return Operands(arrays, keywords, d_out, d_log_sum_exp)

@@ -8,10 +8,11 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+
+from tests.support.arrays import placed
 
 pytest.importorskip("jax_gluon._plugin", reason="jax_gluon._plugin is not built")
 
@@ -34,7 +35,7 @@ class Call:
 
     def run(self):
         call = jax.ffi.ffi_call(self.target, tuple(self.results.values()))
-        operands = [jnp.asarray(x) for x in self.operands.values()]
+        operands = [placed(x) for x in self.operands.values()]
         return jax.block_until_ready(call(*operands, **self.attributes))
 
     def error(self):
