@@ -8,6 +8,7 @@ import pytest
 import jax_gluon
 from jax_gluon._quantization.formats import PRESETS
 from tests.support import cases, quantizer
+from tests.support.arrays import placed
 from tests.support.cases import BARS
 
 plugin = pytest.importorskip("jax_gluon._plugin")
@@ -44,8 +45,7 @@ def test_rows_whose_logits_are_all_large_and_negative(
     query[0, T // 3 : 2 * T // 3] = query[1, : 30 if causal else T - 1] = 0
     # Scales that vary from row to row, which 8-bit probabilities take in.
     value = np.asarray(value) * np.exp2(np.arange(S) % 5 - 2).astype(value.dtype)[:, None, None]
-    query, value = jnp.asarray(query), jnp.asarray(value)
-    point = (query, key, value)
+    query, key, value = point = tuple(map(placed, (query, key, value)))
     if quantization:
         specs = PRESETS[quantization]
         point = tuple(
@@ -59,7 +59,7 @@ def test_rows_whose_logits_are_all_large_and_negative(
             *x, **keywords, implementation=implementation, quantization=quantization
         )
 
-    (out, log_sum_exp), pullback = jax.vjp(attention, query, key, value, jnp.asarray(bias))
+    (out, log_sum_exp), pullback = jax.vjp(attention, query, key, value, placed(bias))
     gradients = pullback((d_out, jnp.zeros_like(log_sum_exp)))
     forward, backward = (1.3e-2, 2e-2) if dtype == "int4" else BARS[dtype]
     log_sum_exp_error = 2e-2 if dtype == "int4" else 1e-3
@@ -85,11 +85,12 @@ def test_a_logit_of_minus_infinity_and_the_least_bias_hide(use, variant, T, S, d
     arrays, _, d_out, _ = cases.operands(dict(T=T, S=S, N=2, K=1), dtype)
     query, key, value = (np.abs(x) + np.asarray(0.1, x.dtype) for x in map(np.asarray, arrays))
 
+    @jax.jit
     def run(key, query, bias):
         def attention(*x):
             return jax_gluon.dot_product_attention(*x, implementation=implementation)
 
-        out, pullback = jax.vjp(attention, *map(jnp.asarray, (query, key, value, bias)))
+        out, pullback = jax.vjp(attention, query, key, value, bias)
         return out, *pullback(d_out)
 
     bias = np.zeros((1, 1, T, S), np.float32)
@@ -129,8 +130,11 @@ def test_blocks_that_a_mask_hides_are_as_if_they_were_not_there(use, variant, ke
                 quantization=quantization,
             )  # fmt: skip
 
-        out, pullback = jax.vjp(attention, *map(jnp.asarray, (query, key, value)))
-        return out, *pullback(d_out)
+        def results(*x):
+            out, pullback = jax.vjp(attention, *x)
+            return out, *pullback(d_out)
+
+        return jax.jit(results)(query, key, value)
 
     out, dq, dk, dv = run(key, value, mask)
     expected = run(key[:, shown], value[:, shown], mask[:, shown])
@@ -156,6 +160,7 @@ def test_what_is_hidden_never_leaks(use, variant, quantization, T, S):
     lengths = np.array([20, 20], np.int32)
     bias = np.zeros((2, 4, T, S), np.float32)
 
+    @jax.jit
     def gradients(query, key, value, bias):
         def loss(query, key, value, bias):
             out = jax_gluon.dot_product_attention(
