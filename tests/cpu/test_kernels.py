@@ -86,11 +86,12 @@ def _parameters():
                     yield pytest.param(variant, dtype, name, id=f"{variant}-{dtype}-{name}")
 
 
-@pytest.mark.parametrize(("variant", "dtype", "name"), list(_parameters()))
-def test_kernels_match_float64(use, relative_error, variant, dtype, name):
-    implementation = use(variant)
+@functools.lru_cache(maxsize=8)
+def _program(implementation, dtype, name, kernels):
+    """What the variants that choose these kernels run: compiled once for all of them."""
+    del kernels
+    _, keywords, _, _ = _operands_and_exact(dtype, name)
     quantization = "int8" if dtype == "int8" else None
-    arrays, keywords, cotangents, exact = _operands_and_exact(dtype, name)
 
     @jax.jit
     def attention(inputs, cotangents):
@@ -102,7 +103,24 @@ def test_kernels_match_float64(use, relative_error, variant, dtype, name):
         results, pullback = jax.vjp(function, *inputs)
         return *results, *pullback(cotangents)
 
-    out, log_sum_exp, *gradients = attention(arrays, cotangents)
+    return attention
+
+
+@pytest.mark.parametrize(("variant", "dtype", "name"), list(_parameters()))
+def test_kernels_match_float64(use, relative_error, variant, dtype, name):
+    implementation = use(variant)
+    arrays, keywords, cotangents, exact = _operands_and_exact(dtype, name)
+    quantization = "int8" if dtype == "int8" else None
+    plan = jax_gluon.explain(
+        *arrays, **keywords, implementation=implementation, quantization=quantization
+    )
+    kernels = plan.forward, plan.backward, plan.backward_bias
+    jax_gluon.debug.kernels()
+    results = _program(implementation, dtype, name, kernels)(arrays, cotangents)
+    out, log_sum_exp, *gradients = jax.block_until_ready(results)
+    ran = jax_gluon.debug.kernels()
+    assert {x["kernel"] for x in ran} == {x.name for x in kernels if x is not None}
+    assert implementation == "metal" or {x["variant"] for x in ran} == {variant}
     forward, backward = BARS[dtype]
     # Where probabilities have 8 or 16 bits their exponentials are good to 7.5e-5.
     log_sum_exp_error = 2e-5 if dtype == "float32" else 2e-4
