@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import resource
@@ -59,6 +60,9 @@ def pytest_configure(config):
 
     Each pipeline that the device makes is a line of the folder's file `pipelines`.
     """
+    # Traces make many objects, most of which are still there when they are looked through for
+    # cycles: with Python's thresholds that takes a seventh of the time.
+    gc.set_threshold(50_000, 20, 50)
     # Each of many programs runs once, here and in the processes that tests start.
     jax.config.update("jax_disable_most_optimizations", True)
     config.stash[_PEAKS] = []
