@@ -6,6 +6,7 @@ stands, and on nothing that a kernel, a device or a sharding chooses. Backward m
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -125,10 +126,19 @@ def dropout_mask(
     for name, extent in zip("BNTS", shape, strict=True):
         check.integer(f"shape[{name}]", extent, 0, "an int of at least 0")
     rate = check_rate(check, "rate", rate)
-    B, N, T, S = shape
+    is_broadcast = check.flag("broadcast", broadcast)
     if 0 in shape or rate == 0.0:
         return jnp.ones(shape, bool)
-    seeds = seeds_of(check_key(check, "key", key), B, check.flag("broadcast", broadcast))
+    return _mask(check_key(check, "key", key), shape, rate, is_broadcast)
+
+
+# Outside of jit each of its operations would be compiled, anew for each shape.
+@functools.partial(cast(Any, jax.jit), static_argnums=(1, 2, 3))
+def _mask(
+    key: jax.Array, shape: tuple[int, int, int, int], rate: float, is_broadcast: bool
+) -> jax.Array:
+    B, N, T, S = shape
+    seeds = seeds_of(key, B, is_broadcast)
     return kept(seeds, N, jnp.arange(T, dtype=jnp.int32), jnp.zeros((), jnp.int32), S, rate)
 
 
