@@ -56,7 +56,7 @@ def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(logits), v)
 
 
-def _cases(shape: Shape) -> dict[str, tuple[Callable[..., Any], tuple]]:
+def cases(shape: Shape) -> dict[str, tuple[Callable[..., Any], tuple]]:
     rng = np.random.default_rng(0)
     heads, tokens, width = shape.heads, shape.tokens, shape.width
     query = rng.standard_normal((1, shape.queries, heads * shape.group, width), np.float32)
@@ -65,7 +65,7 @@ def _cases(shape: Shape) -> dict[str, tuple[Callable[..., Any], tuple]]:
     swapped = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (key, value)]
     head_major = tuple(jnp.asarray(x) for x in (np.ascontiguousarray(by_head), *swapped))
     plain = tuple(jnp.asarray(x) for x in (query, key, value))
-    cases: dict[str, tuple[Callable[..., Any], tuple]] = {
+    made: dict[str, tuple[Callable[..., Any], tuple]] = {
         "einsum": (jax.jit(_einsum), head_major),
         "jax.nn": (jax.jit(jax.nn.dot_product_attention), plain),
         "float32": (jax.jit(lambda q, k, v: jax_gluon.dot_product_attention(q, k, v)), plain),
@@ -73,8 +73,8 @@ def _cases(shape: Shape) -> dict[str, tuple[Callable[..., Any], tuple]]:
     for name in ("int8", "int4"):
         cache = jax_gluon.QuantizedKVCache.create(1, tokens, heads, width, quantization=name)
         cache = cache.append(plain[1], plain[2])
-        cases[name] = (jax.jit(lambda cache, q: cache.attention(q)), (cache, plain[0]))
-    return cases
+        made[name] = (jax.jit(lambda cache, q: cache.attention(q)), (cache, plain[0]))
+    return made
 
 
 def _bytes(operands: tuple) -> int:
@@ -89,23 +89,23 @@ def _time(run: Callable[[], Any], calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def _row(shape: Shape, rounds: int) -> str:
-    cases = _cases(shape)
+def row(shape: Shape, rounds: int) -> str:
+    made = cases(shape)
     words = np.arange(READ_BYTES // 8, dtype=np.uint64)
     read_rates: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
         read_rates.append(READ_BYTES / _time(words.sum, 1))
-        for name, (run, operands) in cases.items():
+        for name, (run, operands) in made.items():
             jax.block_until_ready(run(*operands))
             times[name].append(_time(lambda f=run, x=operands: jax.block_until_ready(f(*x)), 3))
     medians = {name: statistics.median(x) for name, x in times.items()}
     rate = statistics.median(read_rates)
     best = min(medians["einsum"], medians["jax.nn"])
-    cells = [str(shape), *(f"{medians[name] * 1e3:.2f}" for name in cases)]
+    cells = [str(shape), *(f"{medians[name] * 1e3:.2f}" for name in made)]
     cells += [f"{best / medians[name]:.2f}" for name in ("float32", "int8", "int4")]
     for name in ("float32", "int8", "int4"):
-        cells.append(f"{_bytes(cases[name][1]) / medians[name] / rate:.0%}")
+        cells.append(f"{_bytes(made[name][1]) / medians[name] / rate:.0%}")
     return "| " + " | ".join([*cells, f"{rate / 1e9:.0f}"]) + " |"
 
 
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("| " + " | ".join([*header, "GB/s"]) + " |")
     print("|" + "---|" * (len(header) + 1))
     for shape in SHAPES:
-        print(_row(shape, options.rounds), flush=True)
+        print(row(shape, options.rounds), flush=True)
 
 
 if __name__ == "__main__":

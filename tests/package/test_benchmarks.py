@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import attention, features, gluon, implementations, report
+from benchmarks import attention, cliffs, decode, features, gluon, implementations, report
 from benchmarks.peers import PEERS
 from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
 
@@ -111,6 +111,27 @@ def test_what_features_cost_is_a_table(capsys):
     rows = [row for row in rows if len(row) == 6]
     assert len(rows) == len(features.rows(512, 2)) == 16
     assert all(float(row[3]) > 0 < float(row[4]) for row in rows)
+
+
+def test_decoding_is_of_the_same_cache(monkeypatch):
+    shape = decode.Shape(heads=2, group=3, tokens=64, width=16, queries=2)
+    outs = {name: run(*operands) for name, (run, operands) in decode.cases(shape).items()}
+    by_head = np.asarray(outs.pop("einsum")).transpose(0, 3, 1, 2, 4)
+    outs["einsum"] = by_head.reshape(outs["jax.nn"].shape)
+    bars = {"int8": 3e-2, "int4": 3e-1}
+    for name, out in outs.items():
+        error = np.linalg.norm(out - outs["jax.nn"]) / np.linalg.norm(outs["jax.nn"])
+        assert error < bars.get(name, 1e-5), name
+    monkeypatch.setattr(decode, "READ_BYTES", 8000)
+    cells = decode.row(shape, 2).split(" | ")
+    assert len(cells) == 13
+    assert all(float(cell) > 0 for cell in cells[1:9])
+
+
+def test_a_cliff_is_over_the_line_through_its_neighbours():
+    times = {1: 1.0, 2: 1.2, 4: 2.0, 8: 8.0, 10: 8.5, 20: 20.0}
+    assert cliffs.cliffs(times, 1.2) == {8: pytest.approx(8 / (2 + 4 / 6 * 6.5))}
+    assert cliffs.cliffs(dict.fromkeys(range(5), 1.0), 1.01) == {}
 
 
 def test_a_worker_that_dies_is_reported():
