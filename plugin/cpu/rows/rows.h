@@ -37,29 +37,28 @@ inline void touch(const void* from, int64_t bytes) {
   }
 }
 
-// Asks for bytes that are read soon. The first of a page is loaded: processors drop prefetches of
-// pages that are not in the TLB.
-inline void ask_for(const char* from, int64_t bytes) {
+// Asks for the rows of token i, of all heads, where they lie side by side: they are read soon. The
+// first line of a page is loaded: processors drop prefetches of pages that are not in the TLB.
+inline void ask_for_heads(const Operand& x, int64_t b, int64_t i, int64_t heads, int64_t width) {
 #if defined(__GNUC__)
   constexpr int64_t kPage = 4096, kLine = 64;
-  for (int64_t byte = 0; byte < bytes; byte += kLine) {
-    const char* line = from + byte;
-    if (byte == 0 || reinterpret_cast<uintptr_t>(line) % kPage < kLine) {
+  const int64_t size = static_cast<int64_t>(size_of(x.dtype)), bytes = row_bytes(x, width);
+  if (x.stride[1] * size != bytes) return;
+  const char* token = static_cast<const char*>(row_of(x, b, i, 0));
+  // Else the page of its first line is known from the token before.
+  const bool is_apart = x.stride[0] * size != heads * bytes;
+  for (int64_t byte = 0; byte < heads * bytes; byte += kLine) {
+    const char* line = token + byte;
+    if ((byte == 0 && is_apart) || reinterpret_cast<uintptr_t>(line) % kPage < kLine) {
       touch(line, 1);
     } else {
       __builtin_prefetch(line, 0, 2);
     }
   }
 #else
-  static_cast<void>(from), static_cast<void>(bytes);
+  static_cast<void>(x), static_cast<void>(b), static_cast<void>(i);
+  static_cast<void>(heads), static_cast<void>(width);
 #endif
-}
-
-// The rows of token i, of all heads, where they lie side by side.
-inline void ask_for_heads(const Operand& x, int64_t b, int64_t i, int64_t heads, int64_t width) {
-  const int64_t bytes = row_bytes(x, width);
-  if (x.stride[1] * static_cast<int64_t>(size_of(x.dtype)) != bytes) return;
-  ask_for(static_cast<const char*>(row_of(x, b, i, 0)), heads * bytes);
 }
 
 // Brings rows [begin, end) of all heads into the cache, in the order in which they lie in memory:
