@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/amx_support.h"
+#include "cpu/arm64_support.h"
 #include "cpu/kernels.h"
 #include "cpu/memory/block_pool.h"
 
@@ -36,6 +37,15 @@ const std::vector<const Kernels*>& variants() {
         __builtin_cpu_supports("f16c")) {
       found.push_back(&avx2_kernels());
     }
+#endif
+#if defined(JAX_GLUON_HAVE_NEON_I8MM_BF16)
+    if (has_i8mm_and_bf16()) found.push_back(&neon_i8mm_bf16_kernels());
+#endif
+#if defined(JAX_GLUON_HAVE_NEON_DOTPROD)
+    if (has_dotprod()) found.push_back(&neon_dotprod_kernels());
+#endif
+#if defined(JAX_GLUON_HAVE_NEON)
+    found.push_back(&neon_kernels());
 #endif
     found.push_back(&portable_kernels());
 #if defined(JAX_GLUON_HAVE_EMULATED_AVX512)

@@ -23,6 +23,9 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
+const Kernels& neon_kernels();
+const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_bf16_kernels();
 // Whether dot products of bfloat16 do more in a second than multiplications of float32: measured,
 // once. On some processors they take four times as long.
 bool avx512_bf16_is_fast();

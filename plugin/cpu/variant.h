@@ -15,14 +15,15 @@
 namespace jax_gluon::cpu {
 namespace {
 
-template <class Isa, bool kBf16Dot = false>
+template <class Isa, bool kBf16Dot = false, template <class> class CodeCore = Int8Core,
+          template <class> class PairCore = Bf16Core>
 struct Variant {
   // Calls body(core) with the core that multiplies a call's blocks.
   template <class Body>
   static auto with_core(const AttentionForwardCall& call, Body body) {
-    if (ForwardBlocks<Int8Core<Isa>>::takes(call)) return body(Int8Core<Isa>());
+    if (ForwardBlocks<CodeCore<Isa>>::takes(call)) return body(CodeCore<Isa>());
     if constexpr (kBf16Dot) {
-      if (ForwardBlocks<Bf16Core<Isa>>::takes(call)) return body(Bf16Core<Isa>());
+      if (ForwardBlocks<PairCore<Isa>>::takes(call)) return body(PairCore<Isa>());
     }
     return body(F32Core<Isa>());
   }

@@ -28,8 +28,11 @@ BARS = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 3e-4}
 BARS_OF_TRANSPOSED_CODES = {"out": 1.2e-3, "lse": 1e-4, **dict.fromkeys(("dq", "dk", "dv"), 7e-4)}
 EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
-# Those without the transposed kernels; the others have 16.
-LANES = {"portable": 8, "avx2": 8}
+# Keys of the largest subtile of floats, of variants without the transposed kernels; the others have
+# 256.
+SUBTILES = {
+    "portable": 128, "avx2": 128, "neon": 64, "neon_dotprod": 64, "neon_i8mm_bf16": 64,
+}  # fmt: skip
 
 CASES = cases.RULES | cases.WALKS
 ROW = QuantSpec(granularity="row")
@@ -160,13 +163,13 @@ SIZES = {
 
 def _sizes(name, variant, is_integer):
     """The pair of kernels. Codes have one subtile forward; transposed ones have blocks alone."""
-    M = 16 * LANES.get(variant, 16)
+    M = SUBTILES.get(variant, 256)
     forward, backward = SIZES[name](128 if is_integer else M)
     if not is_integer:
         return forward, backward
     forward = dataclasses.replace(forward, subtile=None)
     has_tiles = "amx" in variant
-    if has_tiles or (variant not in LANES and forward.name == "gluon"):
+    if has_tiles or (variant not in SUBTILES and forward.name == "gluon"):
         block_k = -(-forward.block_k // 128) * 128
         forward = dataclasses.replace(forward, block_k=block_k, stages=None)
     if has_tiles or variant in ("avx512_bf16", "emulated_avx512"):

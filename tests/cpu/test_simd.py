@@ -1,11 +1,15 @@
 """Each SIMD target's operations, one by one: simd/main.cc says what they are to give."""
 
+import platform
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from tools.arm64 import emulator
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "cpu" / "simd" / "main.cc"
@@ -13,13 +17,38 @@ SIMD = ROOT / "plugin" / "cpu" / "simd"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni", "bf16"))]
-# Of each target: its header, its struct, the compiler's flags, and what the processor needs for it.
+ARMV8_2 = "-march=armv8.2-a"
+ROWS, BLOCKS = "-DTARGET_HAS_ROWS", "-DTARGET_HAS_BLOCKS"
+
+
+class Target(NamedTuple):
+    header: str
+    struct: str
+    flags: list[str]
+    needs: frozenset[str] = frozenset()  # of the processor
+    emulated: str = ""  # of arm64: the model that qemu is to be, elsewhere
+
+
 TARGETS = {
-    "portable": ("portable.h", "Portable", [], set()),
-    "avx2": ("avx2.h", "Avx2", AVX2, {"avx2", "fma", "f16c"}),
-    "emulated_avx512": ("avx512.h", "Avx512", ["-DJAX_GLUON_EMULATE_AVX512"], set()),
-    "avx512": ("avx512.h", "Avx512", AVX512, {"avx512bw", "avx512_vnni", "avx512_bf16"}),
-}
+    "portable": Target("portable.h", "Portable", []),
+    "avx2": Target("avx2.h", "Avx2", AVX2, frozenset({"avx2", "fma", "f16c"})),
+    "emulated_avx512": Target(
+        "avx512.h", "Avx512", ["-DJAX_GLUON_EMULATE_AVX512", "-DTARGET_HAS_BF16"]
+    ),
+    "avx512": Target(
+        "avx512.h", "Avx512", [*AVX512, "-DTARGET_HAS_BF16"],
+        frozenset({"avx512bw", "avx512_vnni", "avx512_bf16"}),
+    ),
+    "neon": Target("neon.h", "Neon", [ROWS], emulated="cortex-a72"),
+    "neon_dotprod": Target(
+        "neon_dot.h", "NeonDot", [f"{ARMV8_2}+dotprod", ROWS], frozenset({"asimddp"}), "neoverse-n1"
+    ),
+    "neon_i8mm_bf16": Target(
+        "neon_matrix.h", "NeonMatrix", [f"{ARMV8_2}+dotprod+i8mm+bf16", ROWS, BLOCKS],
+        frozenset({"i8mm", "bf16"}), "max",
+    ),
+}  # fmt: skip
+IS_ARM64 = platform.machine() in ("aarch64", "arm64")
 
 
 def processor_flags() -> set[str]:
@@ -29,14 +58,17 @@ def processor_flags() -> set[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_operations_give_what_they_say(target, tmp_path):
-    compiler = shutil.which("g++") or shutil.which("c++")
+    header, struct, flags, needs, emulated = TARGETS[target]
+    compiler, run = shutil.which("g++") or shutil.which("c++"), []
+    if emulated and not IS_ARM64:
+        emulator.require(pytest)
+        compiler, run = emulator.COMPILER, [*emulator.command(emulated)]
+        flags, needs = [*flags, "-static"], frozenset()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    header, struct, flags, needs = TARGETS[target]
     program = tmp_path / target
-    has_bf16 = ["-DTARGET_HAS_BF16"] if struct == "Avx512" else []
     command = [
-        compiler, "-std=c++17", "-O1", "-ffp-contract=off", *flags, *has_bf16,
+        compiler, "-std=c++17", "-O1", "-ffp-contract=off", *flags,
         f"-DTARGET={struct}", f"-I{ROOT / 'plugin'}", "-include", SIMD / header,
         PROGRAM, "-o", program,
     ]  # fmt: skip
@@ -46,7 +78,9 @@ def test_operations_give_what_they_say(target, tmp_path):
     assert compiled.returncode == 0, compiled.stderr
     if missing := needs - processor_flags():
         pytest.skip(f"compiled; the processor has no {', '.join(sorted(missing))}")
-    finished = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
+    finished = subprocess.run(
+        [*run, program], capture_output=True, text=True, check=False, timeout=60
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout == "0 failures\n"
 
@@ -57,11 +91,17 @@ def static_functions(header: str) -> set[str]:
 
 
 def test_all_targets_have_the_same_operations_and_all_are_tested():
-    # Of a target itself, or of bfloat16 and the transposed kernels, which only one has.
+    # Of a target itself, or of bfloat16 and the transposed kernels, which only one has; of rows.
     own = {"map", "dot", "store_bf16_pair", "dot_bf16", "interleave_bf16", "any_less", "exp2_below"}
+    lanes = {"load_row", "fma_lane", "dot_keys_lane", "dot_values_lane"}
+    inner = {"map", "dot", "dot_lane", "dot_half", "exp2_half", "words", "floats"}
+    own |= lanes | inner
     operations = static_functions("portable.h") - own
     assert len(operations) > 40
-    for header in ("avx2.h", "avx512.h"):
+    for header in ("avx2.h", "avx512.h", "neon.h"):
         assert static_functions(header) - own == operations, header
-    tested = set(re.findall(r"\bT::(\w+)", PROGRAM.read_text()))
-    assert not (operations | own) - {"map", "dot"} - tested
+    own |= static_functions("neon_dot.h") | static_functions("neon_matrix.h")
+    sources = [PROGRAM.with_name(x) for x in ("main.cc", "checks.h", "rows_and_blocks.h")]
+    text = "".join(path.read_text() for path in sources)
+    tested = set(re.findall(r"\bT::(?:template )?(\w+)", text))
+    assert not (operations | own) - inner - tested

@@ -193,9 +193,11 @@ struct CodeProducts {
           } else {
             weight = Isa::set1_i32(static_cast<int32_t>(weights[r * w.row_step]));
           }
-          acc[r][v * kHalves] = Isa::dot_weights(acc[r][v * kHalves], weight, low);
           if constexpr (kNibbles) {
-            acc[r][2 * v + 1] = Isa::dot_weights(acc[r][2 * v + 1], weight, high);
+            acc[r][2 * v] = Isa::dot_nibble_weights(acc[r][2 * v], weight, low);
+            acc[r][2 * v + 1] = Isa::dot_nibble_weights(acc[r][2 * v + 1], weight, high);
+          } else {
+            acc[r][v] = Isa::dot_weights(acc[r][v], weight, low);
           }
         }
       }

@@ -187,7 +187,7 @@ class AttentionForward {
       const uint8_t* keep = group.dropout.find(group.rows.begin + r, keys.first + columns.begin,
                                                keys.first + columns.end, scratch);
       auto* row =
-          reinterpret_cast<ProbabilityElement<G>*>(scores.probabilities + r * (kBlockKeys / G));
+          reinterpret_cast<ProbabilityElement<Core>*>(scores.probabilities + r * (kBlockKeys / G));
       zero_dropped<Isa>(keep, count, row + columns.begin);
       if constexpr (kInt8) {
         float* logits = scores.scores + r * kBlockKeys + columns.begin;
@@ -205,14 +205,16 @@ class AttentionForward {
       scale_row<Isa>(out + r * value_columns_, value_columns_, scores.rescale[r]);
     }
     const int64_t step = kInt8 ? kSubtileKeys : columns.end - columns.begin;
+    const ValueRows<Core, kBlockKeys / G> p_rows(scores.probabilities, columns.begin / G,
+                                                 columns.end / G);
     for (int64_t p = 0; p < value_panels_; ++p) {
       for (int64_t j = columns.begin; j < columns.end; j += step) {
         const Lane* values = keys.value_lines(j) + p * panel_stride;
         const float* factor = kInt8 ? scores.subtile_factor[j / kSubtileKeys] : scores.rescale;
         for (int t = 0; t < kGroupRows; t += R) {
-          value_tile<Core, kBlockKeys / G>(scores.probabilities + (t * kBlockKeys + j) / G, values,
-                                           step / G, out + t * value_columns_ + p * C,
-                                           value_columns_, factor + t);
+          value_tile<Core, kBlockKeys / G>(p_rows.tile(t, j / G), values, step / G,
+                                           out + t * value_columns_ + p * C, value_columns_,
+                                           factor + t);
         }
       }
     }

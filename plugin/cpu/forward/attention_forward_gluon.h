@@ -282,8 +282,9 @@ class AttentionForwardGluon {
     for (int64_t r = 0; r < group.count(); ++r) {
       const uint8_t* keep =
           group.dropout.find(group.rows.begin + r, keys.first, keys.first + columns, scratch);
-      zero_dropped<Isa>(keep, columns,
-                        reinterpret_cast<ProbabilityElement<G>*>(probabilities + r * (kKeys / G)));
+      zero_dropped<Isa>(
+          keep, columns,
+          reinterpret_cast<ProbabilityElement<Core>*>(probabilities + r * (kKeys / G)));
       if constexpr (kInt8) {
         for (int64_t j = 0; j < columns; ++j) {
           scores[r * kKeys + j] = keep[j] ? scores[r * kKeys + j] : kHidden;
@@ -324,9 +325,10 @@ class AttentionForwardGluon {
       }
     }
     const float* factor = kInt8 ? group.factor : group.rescale;
+    const ValueRows<Core, kKeys / G> p_rows(probabilities, 0, columns / G);
     for (int64_t p = 0; p < value_panels_; ++p, values += panel_stride) {
       for (int t = 0; t < kGroupRows; t += R) {
-        value_tile<Core, kKeys / G>(probabilities + t * (kKeys / G), values, columns / G,
+        value_tile<Core, kKeys / G>(p_rows.tile(t, 0), values, columns / G,
                                     out + t * value_columns_ + p * C, value_columns_, factor + t);
       }
     }

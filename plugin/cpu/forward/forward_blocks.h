@@ -26,10 +26,13 @@ constexpr float kMaxProbability = 255.0f, kLog2OfMaxProbability = 7.99435344f;
 // The maximum of such a subtile with nothing visible: finite, since -inf - -inf would be NaN.
 constexpr float kEmptySubtileMaximum = -1e30f;
 
-// A probability of a core whose lanes hold G of them.
-template <int G>
+// Bytes of a probability, and the type of one.
+template <class Core>
+constexpr int kProbabilityBytes = sizeof(typename Core::Lane) / Core::kGroup;
+template <class Core>
 using ProbabilityElement =
-    std::conditional_t<G == 1, float, std::conditional_t<G == 2, uint16_t, uint8_t>>;
+    std::conditional_t<kProbabilityBytes<Core> == 4, float,
+                       std::conditional_t<kProbabilityBytes<Core> == 2, uint16_t, uint8_t>>;
 
 template <class Core>
 struct ForwardBlocks {
@@ -38,9 +41,10 @@ struct ForwardBlocks {
   static constexpr bool kBf16 = Core::kArithmetic == Arithmetic::kBf16;
   // Of the polynomial in exp2 of probabilities, which 8 or 16 bits round anyway.
   static constexpr int kExp2Degree = kInt8 || kBf16 ? 3 : 5;
-  // Keys of a subtile of the gluon pipeline, at most: a row's logits are kept in 16 registers, with
-  // AVX-512 half of all.
-  static constexpr int kSubtileColumns = kInt8 ? kSubtileKeys : 16 * Core::Isa::kLanes;
+  // Keys of a subtile of the gluon pipeline, at most: a row's logits are kept in registers, with
+  // AVX-512 and NEON half of all.
+  static constexpr int kSubtileColumns =
+      kInt8 ? kSubtileKeys : Core::Isa::kSubtileVectors * Core::Isa::kLanes;
   // Key ranges are rounded to this many keys.
   static constexpr int kStep = kInt8 ? (kSubtileKeys > C ? kSubtileKeys : C) : C;
   static_assert(kBlockKeys % kStep == 0 && kStep % C == 0 && kBlockRows % Core::kGroupRows == 0);

@@ -97,8 +97,10 @@ class OnlineSoftmax {
         p1 = Isa::template exp2<kDegree>(Isa::add(logit(j + W), minus_max));
         l1 = Isa::add(l1, p1);
       }
-      if constexpr (kBf16) {
+      if constexpr (kBf16 && kUnroll == 2) {
         Isa::store_bf16_pair(probabilities + j / G, p0, p1);
+      } else if constexpr (kBf16) {
+        Isa::store_bf16(probabilities + j / G, p0);
       } else {
         Isa::store(reinterpret_cast<float*>(probabilities) + j, p0);
         if constexpr (kUnroll == 2) Isa::store(reinterpret_cast<float*>(probabilities) + j + W, p1);
@@ -149,14 +151,16 @@ class OnlineSoftmax {
     const float rescale = before == kHidden ? 0.0f : std::exp2(before - reference);
     out.rescale[r] = rescale;
     float sum = state.sum[row] * rescale, offset_sum = state.value_offset[row] * rescale;
+    // Vectors that are stored together.
+    constexpr int kStored = Isa::kInt8Group;
     char* bytes = reinterpret_cast<char*>(out.probabilities + r * (kBlockKeys / G));
     for (int64_t j0 = begin; j0 < end; j0 += kSubtileKeys) {
       const float largest = subtile_max[j0 / kSubtileKeys];
       const F shift = Isa::set1(kLog2OfMaxProbability - largest);
       F l = Isa::zero(), offsets = Isa::zero();
-      for (int64_t j = j0; j < j0 + kSubtileKeys; j += G * W) {
-        F p[G];
-        for (int i = 0; i < G; ++i) {
+      for (int64_t j = j0; j < j0 + kSubtileKeys; j += kStored * W) {
+        F p[kStored];
+        for (int i = 0; i < kStored; ++i) {
           p[i] = Isa::template exp2<kDegree>(Isa::add(Isa::load(scores + j + i * W), shift));
           if constexpr (kValueOffsets) {
             const F unfolded = Isa::mul(p[i], Isa::load(inverse + j + i * W));
@@ -166,7 +170,7 @@ class OnlineSoftmax {
             l = Isa::fma(p[i], Isa::load(inverse + j + i * W), l);
           }
         }
-        Isa::store_probabilities(bytes + j * (4 / G), p);
+        Isa::store_probabilities(bytes + j * kProbabilityBytes<Core>, p);
       }
       const float move = origin[j0 / kSubtileKeys] - last_origin;
       const float factor = largest > kEmptySubtileMaximum

@@ -123,8 +123,8 @@ class SubtileSoftmax {
     for (int i = 0; i < kRows; ++i) {
       char* row = reinterpret_cast<char*>(rows.probabilities + i * (kKeys / G));
       JAX_GLUON_UNROLL
-      for (int v = 0; v < kVectors; v += G)
-        Isa::store_probabilities(row + v * W * (4 / G), x[i] + v);
+      for (int v = 0; v < kVectors; v += Isa::kInt8Group)
+        Isa::store_probabilities(row + v * W * kProbabilityBytes<Core>, x[i] + v);
       Isa::store(group.sums + (r + i) * W, sum[i]);
       if constexpr (kValueOffsets) Isa::store(group.offset_sums + (r + i) * W, offsets[i]);
     }
@@ -211,10 +211,13 @@ class SubtileSoftmax {
       sum[v % 2] = Isa::add(sum[v % 2], x[v]);
       if constexpr (!kBf16) Isa::store(out + v * W, x[v]);
     }
-    if constexpr (kBf16) {
+    if constexpr (kBf16 && C == W) {
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < kVectors; ++v) Isa::store_bf16(rows.probabilities + v * W / G, x[v]);
+    } else if constexpr (kBf16) {
       JAX_GLUON_UNROLL
       for (int v = 0; v < kVectors; v += 2) {
-        Isa::store_bf16_pair(rows.probabilities + v * W / 2, x[v], x[v + 1]);
+        Isa::store_bf16_pair(rows.probabilities + v * W / G, x[v], x[v + 1]);
       }
     }
     group.largest[r] = now;

@@ -16,9 +16,16 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   // Register tile: 6 rows x 2 vectors = 12 accumulators, 2 operands, 1 broadcast of 16 registers.
   static constexpr int kTileRows = 6, kTileVectors = 2;
+  // Lanes of a row that a tile of probabilities loads at once, and vectors of a row's logits that
+  // the gluon pipeline keeps in registers.
+  static constexpr int kRowLanes = 1, kSubtileVectors = 16;
   // Without VNNI, vpmaddwd on 16-bit pairs: exact for 8-bit codes, where vpmaddubsw would saturate,
   // and no slower (both need one multiply per 16 products). 0: no bfloat16 dot product.
   static constexpr int kInt8Group = 2;
+  // By how much keys of tiles are larger, and whether probabilities are read less 128, as signed
+  // bytes.
+  static constexpr int kTileKeyBias = 0;
+  static constexpr bool kShiftsProbabilities = false;
 
   using F = __m256;
   using I = __m256i;
@@ -193,6 +200,10 @@ struct Avx2 {
   static I dot_weights(I acc, I weights, I codes) {
     const I pairs = _mm256_maddubs_epi16(weights, codes);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  // The same of codes that are not negative and below 16, where weights may be up to 255.
+  static I dot_nibble_weights(I acc, I weights, I codes) {
+    return dot_weights(acc, weights, codes);
   }
   static void split_nibbles(I bytes, I* low, I* high) {
     const I mask = _mm256_set1_epi8(15);

@@ -22,7 +22,9 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   // Register tile: 12 rows x 2 vectors = 24 accumulators, 2 operands of 32 registers.
   static constexpr int kTileRows = 12, kTileVectors = 2;
-  static constexpr int kInt8Group = 4;  // vpdpbusd
+  static constexpr int kRowLanes = 1, kSubtileVectors = 16;
+  static constexpr int kInt8Group = 4, kTileKeyBias = 128;  // vpdpbusd
+  static constexpr bool kShiftsProbabilities = false;
   // Whether there are registers that hold matrices.
   static constexpr bool kHasTiles = false;
   struct Tiles {};
@@ -177,6 +179,7 @@ struct Avx512 {
     return dot(dot(acc, low, even), high, odd);
   }
   static I dot_weights(I acc, I weights, I codes) { return dot(acc, weights, codes); }
+  static I dot_nibble_weights(I acc, I weights, I codes) { return dot(acc, weights, codes); }
   static void split_nibbles(I bytes, I* low, I* high) {
     const I mask = _mm512_set1_epi32(0x0f0f0f0f);
     *low = _mm512_and_si512(bytes, mask);

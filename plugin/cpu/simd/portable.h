@@ -16,7 +16,9 @@ struct Portable {
   static constexpr int kLanes = 8;
   // 4 rows x 1 vector = 8 accumulators of four lanes, within the 16 registers of SSE2.
   static constexpr int kTileRows = 4, kTileVectors = 1;
-  static constexpr int kInt8Group = 4;
+  static constexpr int kRowLanes = 1, kSubtileVectors = 16;
+  static constexpr int kInt8Group = 4, kTileKeyBias = 128;
+  static constexpr bool kShiftsProbabilities = false;
 
   struct F {
     float v[kLanes];
@@ -188,6 +190,7 @@ struct Portable {
     return dot(dot(acc, low, even), high, odd);
   }
   static I dot_weights(I acc, I weights, I codes) { return dot(acc, weights, codes); }
+  static I dot_nibble_weights(I acc, I weights, I codes) { return dot(acc, weights, codes); }
   static void split_nibbles(I bytes, I* low, I* high) {
     *low = map<I>([&](int i) { return bytes.v[i] & 0x0f0f0f0f; });
     *high = map<I>([&](int i) { return bytes.v[i] >> 4 & 0x0f0f0f0f; });

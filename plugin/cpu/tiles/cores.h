@@ -1,8 +1,10 @@
-// What a 32-bit lane of the packed operands holds, and the two products that attention needs of it.
+// What a lane of the packed operands holds, of 32 bits here and of 64 in block_cores.h, and the two
+// products that attention needs of it.
 //
 // A `Core` fixes the format of the matrix products: a lane packs kGroup elements that are
-// contiguous along the contraction. Packed layouts, in lanes, zero-padded, R = kTileRows, C =
-// kTileColumns:
+// contiguous along the contraction. Where the target has kRowLanes, its products also take the left
+// operand from a lane of a register: dot_keys<kLane>, dot_values<kLane>. Packed layouts, in lanes,
+// zero-padded, R = kTileRows, C = kTileColumns:
 //   row tiles     [rows / R][ceil(n / kGroup)][R]       left operand of scores: queries
 //   score panels  [keys / C][ceil(n / kGroup)][C]       right operand of scores: keys
 //   value panels  [columns / C][ceil(keys / kGroup)][C] right operand of P V
@@ -34,6 +36,8 @@ constexpr const char* name_of(Arithmetic arithmetic) {
 template <class Isa_>
 struct Tiles {
   using Isa = Isa_;
+  // Whether products are of blocks of rows and columns: block_cores.h.
+  static constexpr bool kHasBlocks = false;
   static constexpr int kTileRows = Isa::kTileRows;
   static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
   static constexpr int kLaneStep = 1;
@@ -58,6 +62,15 @@ struct F32Core : Tiles<Isa> {
   static Accumulator dot_values(Accumulator acc, Vector value, Vector probability) {
     return Isa::fma(value, probability, acc);
   }
+  template <int kLane, class Row>
+  static Accumulator dot_keys(Accumulator acc, Vector key, Row query) {
+    return Isa::template fma_lane<kLane>(acc, key, query);
+  }
+  template <int kLane, class Row>
+  static Accumulator dot_values(Accumulator acc, Vector value, Row probability) {
+    return Isa::template fma_lane<kLane>(acc, value, probability);
+  }
+  static auto load_probabilities(const Lane* p) { return Isa::load_row(p); }
   static void store(void* p, Accumulator x) { Isa::store(static_cast<float*>(p), x); }
 };
 
@@ -82,7 +95,7 @@ struct Bf16Core : Tiles<Isa> {
   static void store(void* p, Accumulator x) { Isa::store(static_cast<float*>(p), x); }
 };
 
-// INT8 codes, products and sums in int32. kGroup 4: u8 . s8, keys stored biased by 128 and
+// INT8 codes, products and sums in int32. kGroup 4: bytes, keys stored biased by kKeyBias and
 // probabilities as u8; kGroup 2: both as 16-bit numbers.
 template <class Isa>
 struct Int8Core : Tiles<Isa> {
@@ -91,7 +104,7 @@ struct Int8Core : Tiles<Isa> {
   using Vector = typename Isa::I;
   using Accumulator = typename Isa::I;
   static constexpr int kGroup = Isa::kInt8Group;
-  static constexpr int kKeyBias = kGroup == 4 ? 128 : 0;
+  static constexpr int kKeyBias = Isa::kTileKeyBias;
 
   static Vector load(const Lane* p) { return Isa::load_i32(p); }
   static Vector broadcast(Lane x) { return Isa::set1_i32(static_cast<int32_t>(x)); }
@@ -101,6 +114,21 @@ struct Int8Core : Tiles<Isa> {
   }
   static Accumulator dot_values(Accumulator acc, Vector value, Vector probability) {
     return Isa::dot_values(acc, value, probability);
+  }
+  template <int kLane, class Row>
+  static Accumulator dot_keys(Accumulator acc, Vector key, Row query) {
+    return Isa::template dot_keys_lane<kLane>(acc, key, query);
+  }
+  template <int kLane, class Row>
+  static Accumulator dot_values(Accumulator acc, Vector value, Row probability) {
+    return Isa::template dot_values_lane<kLane>(acc, value, probability);
+  }
+  static auto load_probabilities(const Lane* p) {
+    if constexpr (Isa::kShiftsProbabilities) {
+      return Isa::load_shifted_row(p);
+    } else {
+      return Isa::load_row(p);
+    }
   }
   static void store(void* p, Accumulator x) { Isa::store_i32(p, x); }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd/compiler.h"
+#include "cpu/tiles/block_products.h"
 #include "cpu/tiles/cores.h"
 
 namespace jax_gluon::cpu {
@@ -13,7 +14,8 @@ template <class Core>
 JAX_GLUON_INLINE void multiply_panel(const typename Core::Lane* rows,
                                      const typename Core::Lane* panel, int64_t lanes,
                                      typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
-  constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
+  using Isa = typename Core::Isa;
+  constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes, J = Isa::kRowLanes;
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
     JAX_GLUON_UNROLL
@@ -23,11 +25,23 @@ JAX_GLUON_INLINE void multiply_panel(const typename Core::Lane* rows,
     typename Core::Vector key[NV];
     JAX_GLUON_UNROLL
     for (int v = 0; v < NV; ++v) key[v] = Core::load(panel + v * W);
-    JAX_GLUON_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const typename Core::Vector query = Core::broadcast(rows[r]);
+    if constexpr (J > 1) {
+      decltype(Isa::load_row(rows)) query[R / J];
       JAX_GLUON_UNROLL
-      for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_keys(acc[r][v], key[v], query);
+      for (int r = 0; r < R; r += J) query[r / J] = Isa::load_row(rows + r);
+      repeat<R>([&](auto r) {
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          acc[r][v] = Core::template dot_keys<r % J>(acc[r][v], key[v], query[r / J]);
+        }
+      });
+    } else {
+      JAX_GLUON_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const typename Core::Vector query = Core::broadcast(rows[r]);
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_keys(acc[r][v], key[v], query);
+      }
     }
   }
 }
@@ -40,7 +54,11 @@ JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
                                    int64_t stride) {
   constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
   typename Core::Accumulator acc[R][NV];
-  multiply_panel<Core>(rows, panel, lanes, acc);
+  if constexpr (Core::kHasBlocks) {
+    multiply_panel_blocks<Core>(rows, panel, lanes, acc);
+  } else {
+    multiply_panel<Core>(rows, panel, lanes, acc);
+  }
   char* out = static_cast<char*>(scores);
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -89,6 +107,61 @@ JAX_GLUON_NOINLINE void backward_tile(const float* rows, const float* panel, int
   }
 }
 
+// acc[r][c] = sum over lanes of p[r][lane] * value panel[lane][c].
+template <class Core, int kStride>
+JAX_GLUON_INLINE void multiply_values(const typename Core::Lane* p,
+                                      const typename Core::Lane* panel, int64_t lanes,
+                                      typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
+  using Isa = typename Core::Isa;
+  constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes, J = Isa::kRowLanes;
+  JAX_GLUON_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAX_GLUON_UNROLL
+    for (int v = 0; v < NV; ++v) acc[r][v] = Core::zero();
+  }
+  constexpr bool kShifts = Core::kArithmetic == Arithmetic::kInt8 && Isa::kShiftsProbabilities;
+  [[maybe_unused]] typename Core::Accumulator shift[NV];
+  if constexpr (kShifts) {
+    for (int v = 0; v < NV; ++v) shift[v] = Core::zero();
+  }
+  // Where J lanes of a row are loaded at once none is left: keys come in whole panels.
+  for (int64_t j = 0; j < lanes; j += J) {
+    if constexpr (J > 1) {
+      decltype(Isa::load_row(p)) row[R];
+      JAX_GLUON_UNROLL
+      for (int r = 0; r < R; ++r) row[r] = Core::load_probabilities(p + r * kStride + j);
+      repeat<J>([&](auto lane) {
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < NV; ++v, panel += W) {
+          const typename Core::Vector value = Core::load(panel);
+          if constexpr (kShifts) shift[v] = Isa::add_shift(shift[v], value);
+          JAX_GLUON_UNROLL
+          for (int r = 0; r < R; ++r) {
+            acc[r][v] = Core::template dot_values<lane>(acc[r][v], value, row[r]);
+          }
+        }
+      });
+    } else {
+      typename Core::Vector value[NV];
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v, panel += W) value[v] = Core::load(panel);
+      JAX_GLUON_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const typename Core::Vector probability = Core::broadcast(p[r * kStride + j]);
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_values(acc[r][v], value[v], probability);
+      }
+    }
+  }
+  if constexpr (kShifts) {
+    JAX_GLUON_UNROLL
+    for (int r = 0; r < R; ++r) {
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = Isa::without_shift(acc[r][v], shift[v]);
+    }
+  }
+}
+
 // out[r][c] = out[r][c] * factor[r] + sum over lanes of p[r][lane] * value panel[lane][c] where the
 // sum is float; out[r][c] += factor[r] * sum where it is int32. The tile's sum starts at zero: each
 // product added to `out` would be rounded at the size of the sum over all keys.
@@ -100,21 +173,10 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
   constexpr int R = Core::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
   constexpr bool kFloat = Core::kArithmetic != Arithmetic::kInt8;
   typename Core::Accumulator acc[R][NV];
-  JAX_GLUON_UNROLL
-  for (int r = 0; r < R; ++r) {
-    JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) acc[r][v] = Core::zero();
-  }
-  for (int64_t j = 0; j < lanes; ++j, panel += NV * W) {
-    typename Core::Vector value[NV];
-    JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) value[v] = Core::load(panel + v * W);
-    JAX_GLUON_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const typename Core::Vector probability = Core::broadcast(p[r * kStride + j]);
-      JAX_GLUON_UNROLL
-      for (int v = 0; v < NV; ++v) acc[r][v] = Core::dot_values(acc[r][v], value[v], probability);
-    }
+  if constexpr (Core::kHasBlocks) {
+    multiply_values_blocks<Core, kStride>(p, panel, lanes, acc);
+  } else {
+    multiply_values<Core, kStride>(p, panel, lanes, acc);
   }
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -135,7 +197,7 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
 template <class Isa, int kStride>
 JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int64_t rows,
                                         float* out, int64_t out_stride) {
-  constexpr int R = Isa::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes;
+  constexpr int R = Isa::kTileRows, NV = Isa::kTileVectors, W = Isa::kLanes, J = Isa::kRowLanes;
   typename Isa::F acc[R][NV];
   JAX_GLUON_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -146,11 +208,23 @@ JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int6
     typename Isa::F right[NV];
     JAX_GLUON_UNROLL
     for (int v = 0; v < NV; ++v) right[v] = Isa::load(panel + v * W);
-    JAX_GLUON_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const auto left = Isa::set1(a[r]);
+    if constexpr (J > 1) {
+      decltype(Isa::load_row(a)) left[R / J];
       JAX_GLUON_UNROLL
-      for (int v = 0; v < NV; ++v) acc[r][v] = Isa::fma(right[v], left, acc[r][v]);
+      for (int r = 0; r < R; r += J) left[r / J] = Isa::load_row(a + r);
+      repeat<R>([&](auto r) {
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          acc[r][v] = Isa::template fma_lane<r % J>(acc[r][v], right[v], left[r / J]);
+        }
+      });
+    } else {
+      JAX_GLUON_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const auto left = Isa::set1(a[r]);
+        JAX_GLUON_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][v] = Isa::fma(right[v], left, acc[r][v]);
+      }
     }
   }
   JAX_GLUON_UNROLL

@@ -36,6 +36,9 @@ void row_to_lanes(const void* row, DType dtype, int64_t n, int32_t bias, typenam
       std::memcpy(out, code, static_cast<size_t>(n));
       const uint32_t flip = bias ? 0x80808080u : 0u;
       for (int64_t i = 0; i < own; ++i) out[i] ^= flip;
+    } else if constexpr (G == 8) {
+      out[own - 1] = 0;
+      std::memcpy(out, code, static_cast<size_t>(n));
     } else {
       int16_t* wide = reinterpret_cast<int16_t*>(out);
       for (int64_t i = 0; i < n; ++i) wide[i] = code[i];
@@ -124,7 +127,7 @@ void pack_value_line(const Element* const* row, int64_t n, typename Core::Lane* 
         std::fill(out, out + columns, Lane(0));
       }
     } else {
-      constexpr int kBits = 32 / G;
+      constexpr int kBits = 8 * sizeof(Lane) / G;
       using Bits = std::conditional_t<sizeof(Element) == 1, uint8_t, uint16_t>;
       for (int64_t c = 0; c < columns; ++c) {
         Lane lane = 0;
