@@ -12,7 +12,7 @@ STAMPS := $(VENV)/stamps
 HEADERS := $(VENV)/ffi-headers
 # Every C++, Objective-C++ and Metal file. The plugin for a Mac also holds Metal's host code and the
 # shaders, which `make metal` builds elsewhere.
-SOURCES := $(shell find plugin shaders softmetal tests \
+SOURCES := $(shell find plugin shaders softmetal tests tools \
   -name "*.cc" -o -name "*.h" -o -name "*.mm" -o -name "*.metal")
 PLUGIN_SOURCES := $(filter plugin/%.cc plugin/%.h,$(SOURCES))
 ifeq ($(shell uname),Darwin)
@@ -37,13 +37,15 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test sanitize metal wheel-macos bench smoke lint format format-cxx typecheck tidy docs clean
+.PHONY: help demo test test-arm64 sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
 	@echo 'make sanitize   run the Metal kernels under the sanitizers of clang'
 	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
 	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
+	@echo 'make wheel-linux-arm64  cross-build the wheel for Linux on arm64, and check it'
+	@echo 'make test-arm64  run the suite of the CPU kernels on it, under qemu (ARGS=short: a few tests)'
 	@echo 'make bench      time attention against its peers'
 	@echo 'make smoke      load the built package under several releases of JAX'
 	@echo 'make lint       ruff, clang-format, workflows    make format   apply them'
@@ -71,6 +73,15 @@ endif
 # In .venv where it holds the package; with PYTHON=path, for that Python, in an environment of its own.
 wheel-macos: $(if $(PYTHON),,$(wildcard $(STAMPS)/package))
 	@PYTHON='$(PYTHON)' sh tools/macos/wheel.sh
+
+# The gate names the wheel after the systems that it runs on.
+wheel-linux-arm64: $(STAMPS)/arm64
+$(STAMPS)/arm64: $(STAMPS)/package $(PLUGIN_SOURCES) CMakeLists.txt $(wildcard tools/arm64/*)
+	sh tools/arm64/wheel.sh
+	touch $@
+
+test-arm64: $(STAMPS)/arm64
+	sh tools/arm64/test.sh $(ARGS)
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)

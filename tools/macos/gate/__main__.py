@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tools.arm64 import instructions
 from tools.macos import symbols
 from tools.macos.downloads import MLX, PYOBJC
 from tools.macos.gate import (
@@ -24,6 +25,7 @@ from tools.macos.gate import (
     wheel,
 )
 from tools.macos.gate.result import Result, table
+from tools.macos.target import LLVM
 
 ROOT = Path(__file__).resolve().parents[3]
 MACOS = ROOT / "build/macos"
@@ -67,6 +69,12 @@ def check_interface(plugin: Path, build: Path) -> list[Result]:
     ]
 
 
+def check_instructions(build: Path) -> Result:
+    """What the objects hold that not every Mac runs."""
+    evidence, problems = instructions.check(build, instructions.macos(LLVM))
+    return Result("instructions", evidence, tuple(problems))
+
+
 def check_wheel(path: Path) -> list[Result]:
     given = wheel.read(path)
     results = [
@@ -81,6 +89,7 @@ def check_wheel(path: Path) -> list[Result]:
         plugin.write_bytes(given.members[given.plugin])
         results += check_plugin(given, plugin)
         results += check_interface(plugin, ROOT / "build" / given.tag)
+        results.append(check_instructions(ROOT / "build" / given.tag))
     return results
 
 

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Runs the suite of the CPU kernels as processors of arm64 would, in JAX, under qemu: all of it, or a
+# few tests of every kind (`short`). What runs is the wheel that wheel.sh built.
+set -eu
+cd "$(dirname "$0")/../.."
+form=${1:-full}
+sh tools/arm64/sysroot.sh
+folder=$PWD/build/arm64
+rm -rf "$folder/package"
+mkdir -p "$folder/package"
+.venv/bin/python -m zipfile -e dist/jax_gluon-*-manylinux_*_aarch64.whl "$folder/package"
+# The wheel comes before the checkout, whose package has no plugin for arm64.
+export PYTHONPATH="$folder/package:$folder/site:$PWD" PYTHONDONTWRITEBYTECODE=1 JAX_PLATFORMS=cpu
+export OPENBLAS_NUM_THREADS=1
+
+# Each model of a processor gets the best variant that it has, and is refused what it lacks.
+for pair in cortex-a72:neon neoverse-n1:neon_dotprod max:neon_i8mm_bf16; do
+  ARM64_CPU=${pair%:*} "$folder/python" -P tools/arm64/check_choice.py "${pair#*:}"
+done
+
+run() {
+  "$folder/python" -P -m pytest -q -o pythonpath= -p no:cacheprovider "$@"
+}
+if [ "$form" = short ]; then
+  run @tools/arm64/short_1.txt &
+  first=$!
+  run @tools/arm64/short_2.txt
+  wait "$first"
+else
+  # Those that read or compile sources are the host's; pytest's processes are started by name.
+  run tests/cpu tests/ffi --ignore tests/cpu/test_simd.py --ignore tests/cpu/test_signatures.py \
+    -d --dist worksteal --tx "2*popen//python=$folder/python"
+  "$folder/python" -P tests/package/smoke.py
+fi
