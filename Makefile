@@ -106,8 +106,12 @@ typecheck: $(STAMPS)/dev
 	$(BIN)/pyright
 
 # Objective-C++ is read as the software Metal device compiles it; left out where `make metal` can't.
+# Sources of other processors are in no build for this one.
 tidy: $(STAMPS)/dev metal
-	$(CLANG_TIDY) -p $(firstword $(wildcard build/cp*)) $(filter plugin/%.cc,$(SOURCES))
+	@build=$$(echo build/cp*$$(uname -m) | cut -d' ' -f1); sources=; \
+	for each in $(filter plugin/%.cc,$(SOURCES)); do \
+	  if grep -q "$$each" "$$build/compile_commands.json"; then sources="$$sources $$each"; fi; done; \
+	echo "$(CLANG_TIDY) -p $$build$$sources"; $(CLANG_TIDY) -p "$$build" $$sources
 	@if [ -f $(METAL_BUILD)/compile_commands.json ]; then \
 	  echo "$(CLANG_TIDY) -p $(METAL_BUILD) plugin/metal/*.mm"; \
 	  $(CLANG_TIDY) -p $(METAL_BUILD) $(filter plugin/%.mm,$(SOURCES)); fi
