@@ -2,7 +2,7 @@
 
 Each loop is compiled as the plugin is, and read from the assembly; llvm-mca's models of processors
 say how many cycles a round takes, and how many its products alone would. Counted, not timed: no
-processor runs anything. With --check it fails where a loop spills or a share is below its bar.
+processor runs anything. Shares that are below their bar say so. It fails where a loop spills.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ PER_INSTRUCTION = {
     "usmmla": 32,
     "bfmmla": 16,
 }
-KERNELS = {"score_tile": "scores", "value_tile": "P V", "transposed_tile": "dK, dV"}
+LOOPS = {"score_tile": "scores", "value_tile": "P V", "transposed_tile": "dK, dV"}
 CORES = {"F32Core": "float32", "Bf16Core": "bfloat16", "Int8Core": "INT8"}
-# The share of the products' slots, at least, by the model.
-BARS = {"float32": 0.85, "INT8": 0.8, "bfloat16": 0.75}
+# The share of the products' slots, in percent, at least.
+BARS = {"float32": 85, "INT8": 80, "bfloat16": 75}
 
 
 def assembly(compiler: list[str], variant: Variant) -> list[str]:
@@ -108,9 +108,14 @@ def cycles(instructions: list[str], model: str) -> float:
     return int(total[1]) / rounds
 
 
+def spills_of(instructions: list[str]) -> int:
+    """Instructions that read or write the stack, by its pointer or the frame's."""
+    return sum("[sp" in each or "[x29" in each for each in instructions)
+
+
 class Count(NamedTuple):
     variant: str
-    kernel: str
+    loop: str
     element: str
     instructions: int
     products: int
@@ -122,30 +127,35 @@ class Count(NamedTuple):
         # One in nine dot products of P V takes away by how much probabilities are shifted.
         useful = self.products * 8 // 9 if self.products % 9 == 0 else self.products
         macs = useful * PER_INSTRUCTION[self.instruction]
-        shares = ", ".join(f"{model} {100 * x:.0f} %" for model, x in self.shares.items())
+        bar = BARS[self.element]
+        percent = {model: round(100 * x) for model, x in self.shares.items()}
+        shares = ", ".join(
+            f"{model} {x} %" + ("" if x >= bar else f" (bar {bar} %)")
+            for model, x in percent.items()
+        )
         return (
-            f"| `{self.variant}` | {self.kernel} | {self.element} | {self.products} "
+            f"| `{self.variant}` | {self.loop} | {self.element} | {self.products} "
             f"{self.instruction.upper()} of {self.instructions} | {macs / self.instructions:.1f} "
             f"| {self.spills} | {shares} |"
         )
 
 
 def count_loop(name: str, function: str, body: list[str], variant: Variant) -> Count:
-    kernel = next(x for x in KERNELS if x in function)
+    kind = next(x for x in LOOPS if x in function)
     element = next((x for each, x in CORES.items() if each in function), "float32")
     loop = inner_loop(body)
     products = [each for each in loop if PRODUCTS.match(each)]
     shares = {x: cycles(products, x) / cycles(loop, x) for x in variant.models}
     return Count(
-        name, KERNELS[kernel], element, len(loop), len(products), products[0].split()[0],
-        sum("[sp" in each for each in loop), shares,
+        name, LOOPS[kind], element, len(loop), len(products), products[0].split()[0],
+        spills_of(loop), shares,
     )  # fmt: skip
 
 
 def count_softmax(function: str, body: list[str]) -> str:
     instructions = [each for each in body if not each.endswith(":")]
     element = next(x for each, x in CORES.items() if each in function)
-    spills = sum("[sp" in each for each in instructions)
+    spills = spills_of(instructions)
     return (
         f"{element}: {len(instructions) / KEYS:.1f} ({spills} of {len(instructions)} on the stack)"
     )
@@ -153,30 +163,28 @@ def count_softmax(function: str, body: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clang", action="store_true", help="as compiled for macOS, by clang")
-    parser.add_argument("--check", action="store_true", help="fail below the bars")
+    parser.add_argument("--clang", action="store_true", help="with clang in place of GCC")
     arguments = parser.parse_args()
     wrong: list[str] = []
     softmax: list[str] = []
-    print("| variant | kernel | elements | products of instructions | MACs an instruction | spills "
+    print("| variant | loop | elements | products of instructions | MACs an instruction | spills "
           "| share of the products' slots |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for name, variant in VARIANTS.items():
         of_variant = []
         for function, body in functions(
             assembly(CLANG if arguments.clang else GCC, variant)
         ).items():
-            if any(kernel in function for kernel in KERNELS) and inner_loop(body):
+            if any(each in function for each in LOOPS) and inner_loop(body):
                 count = count_loop(name, function, body, variant)
                 print(count.row())
-                low = min(count.shares.values()) < BARS[count.element]
-                if count.spills or (low and count.instruction != "smlal"):
+                if count.spills:
                     wrong.append(count.row())
             elif "run_rows_int8" in function or "run_columnsILb0ELi64E" in function:
                 of_variant.append(count_softmax(function, body))
         softmax.append(f"| `{name}` | {'; '.join(sorted(set(of_variant)))} |")
     print("\n| variant | softmax: instructions an element |\n|---|---|", *softmax, sep="\n")
-    if arguments.check and wrong:
-        sys.exit("\n".join(["below the bars, or spilled:", *wrong]))
+    if wrong:
+        sys.exit("\n".join(["spilled:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@
 #define JAX_GLUON_NOINLINE __attribute__((noinline))
 #define JAX_GLUON_INLINE inline __attribute__((always_inline))
 #define JAX_GLUON_UNROLL _Pragma("GCC unroll 16")
-#define JAX_GLUON_UNROLL_TWICE _Pragma("GCC unroll 2")
+#define JAX_GLUON_UNROLL_FOUR _Pragma("GCC unroll 4")
 #else
 #define JAX_GLUON_NOINLINE
 #define JAX_GLUON_INLINE inline
 #define JAX_GLUON_UNROLL
-#define JAX_GLUON_UNROLL_TWICE
+#define JAX_GLUON_UNROLL_FOUR
 #endif
 
 namespace jax_gluon::cpu {

@@ -50,7 +50,7 @@ JAX_GLUON_INLINE void multiply_panel_blocks(
   constexpr int R = Core::kTileRows, C = Core::kTileColumns;
   static_assert(R == C, "one load for both");
   Sums sums;
-  JAX_GLUON_UNROLL_TWICE
+  JAX_GLUON_UNROLL_FOUR
   for (int64_t d = 0; d < lanes; ++d, rows += R, panel += C) {
     typename Core::Block query[Sums::kRows], key[Sums::kColumns];
     Sums::load(rows, query);
@@ -115,7 +115,7 @@ JAX_GLUON_INLINE void multiply_values_blocks(
   using Sums = BlockSums<Core>;
   constexpr int C = Core::kTileColumns;
   Sums sums;
-  JAX_GLUON_UNROLL_TWICE
+  JAX_GLUON_UNROLL_FOUR
   for (int64_t d = 0; d < lanes; ++d, p += 2, panel += C) {
     typename Core::Block probability[Sums::kRows], value[Sums::kColumns];
     JAX_GLUON_UNROLL

@@ -21,11 +21,13 @@ JAX_GLUON_INLINE void multiply_panel(const typename Core::Lane* rows,
     JAX_GLUON_UNROLL
     for (int v = 0; v < NV; ++v) acc[r][v] = Core::zero();
   }
-  for (int64_t d = 0; d < lanes; ++d, rows += R, panel += NV * W) {
-    typename Core::Vector key[NV];
-    JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) key[v] = Core::load(panel + v * W);
-    if constexpr (J > 1) {
+  // Several steps a round where rows are read in lanes: there the products are few.
+  if constexpr (J > 1) {
+    JAX_GLUON_UNROLL_FOUR
+    for (int64_t d = 0; d < lanes; ++d, rows += R, panel += NV * W) {
+      typename Core::Vector key[NV];
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) key[v] = Core::load(panel + v * W);
       decltype(Isa::load_row(rows)) query[R / J];
       JAX_GLUON_UNROLL
       for (int r = 0; r < R; r += J) query[r / J] = Isa::load_row(rows + r);
@@ -35,7 +37,12 @@ JAX_GLUON_INLINE void multiply_panel(const typename Core::Lane* rows,
           acc[r][v] = Core::template dot_keys<r % J>(acc[r][v], key[v], query[r / J]);
         }
       });
-    } else {
+    }
+  } else {
+    for (int64_t d = 0; d < lanes; ++d, rows += R, panel += NV * W) {
+      typename Core::Vector key[NV];
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) key[v] = Core::load(panel + v * W);
       JAX_GLUON_UNROLL
       for (int r = 0; r < R; ++r) {
         const typename Core::Vector query = Core::broadcast(rows[r]);
@@ -204,11 +211,12 @@ JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int6
     JAX_GLUON_UNROLL
     for (int v = 0; v < NV; ++v) acc[r][v] = Isa::zero();
   }
-  for (int64_t j = 0; j < rows; ++j, a += kStride, panel += NV * W) {
-    typename Isa::F right[NV];
-    JAX_GLUON_UNROLL
-    for (int v = 0; v < NV; ++v) right[v] = Isa::load(panel + v * W);
-    if constexpr (J > 1) {
+  if constexpr (J > 1) {
+    JAX_GLUON_UNROLL_FOUR
+    for (int64_t j = 0; j < rows; ++j, a += kStride, panel += NV * W) {
+      typename Isa::F right[NV];
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) right[v] = Isa::load(panel + v * W);
       decltype(Isa::load_row(a)) left[R / J];
       JAX_GLUON_UNROLL
       for (int r = 0; r < R; r += J) left[r / J] = Isa::load_row(a + r);
@@ -218,7 +226,12 @@ JAX_GLUON_NOINLINE void transposed_tile(const float* a, const float* panel, int6
           acc[r][v] = Isa::template fma_lane<r % J>(acc[r][v], right[v], left[r / J]);
         }
       });
-    } else {
+    }
+  } else {
+    for (int64_t j = 0; j < rows; ++j, a += kStride, panel += NV * W) {
+      typename Isa::F right[NV];
+      JAX_GLUON_UNROLL
+      for (int v = 0; v < NV; ++v) right[v] = Isa::load(panel + v * W);
       JAX_GLUON_UNROLL
       for (int r = 0; r < R; ++r) {
         const auto left = Isa::set1(a[r]);
