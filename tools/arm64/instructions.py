@@ -16,8 +16,8 @@ from typing import NamedTuple
 _DOT = re.compile(r"^[su]dot$")
 _MATRIX = re.compile(r"^(us|su)dot$|^(s|u|us)mmla$|^bf(dot|mmla|mlal[bt]?|cvtn?2?)$")
 # Of ARMv8.1 to 8.4 besides: atomics and so on.
-_ATOMIC = r"(ldadd|ldclr|ldset|swp|cas)[ab]?l?[bhp]?"
-_LATER = re.compile(rf"^({_ATOMIC}|sqrdml[as]h|fml[as]l2?|ldapr)$")
+_ATOMIC = r"((ld|st)(add|clr|set|eor|[su]max|[su]min)|swp|casp?)a?l?[bh]?"
+_LATER = re.compile(rf"^({_ATOMIC}|crc32c?[bhwx]|sqrdml[as]h|fml[as]l2?|ldapr[bh]?)$")
 # Of each variant's object: what it may hold.
 VARIANTS = {"neon_dotprod.cc": (_DOT,), "neon_i8mm_bf16.cc": (_DOT, _MATRIX)}
 CHOICE = "device.cc"

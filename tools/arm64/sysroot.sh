@@ -21,7 +21,9 @@ if [ ! -x "$sysroot/usr/bin/python$version" ]; then
   }
   get update
   get -y --no-install-recommends --download-only install "python$version" libstdc++6
-  for package in "$apt"/cache/archives/*.deb; do dpkg -x "$package" "$sysroot"; done
+  rm -rf "$sysroot" "$sysroot.new"
+  for package in "$apt"/cache/archives/*.deb; do dpkg -x "$package" "$sysroot.new"; done
+  mv "$sysroot.new" "$sysroot"
   rm -rf "$apt"
 fi
 

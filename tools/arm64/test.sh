@@ -8,7 +8,8 @@ sh tools/arm64/sysroot.sh
 folder=$PWD/build/arm64
 rm -rf "$folder/package"
 mkdir -p "$folder/package"
-.venv/bin/python -m zipfile -e dist/jax_gluon-*-manylinux_*_aarch64.whl "$folder/package"
+tag=$(.venv/bin/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+.venv/bin/python -m zipfile -e dist/jax_gluon-*-"$tag"-manylinux_*_aarch64.whl "$folder/package"
 # The wheel comes before the checkout, whose package has no plugin for arm64.
 export PYTHONPATH="$folder/package:$folder/site:$PWD" PYTHONDONTWRITEBYTECODE=1 JAX_PLATFORMS=cpu
 export OPENBLAS_NUM_THREADS=1
@@ -24,8 +25,10 @@ run() {
 if [ "$form" = short ]; then
   run @tools/arm64/short_1.txt &
   first=$!
-  run @tools/arm64/short_2.txt
-  wait "$first"
+  failed=0
+  run @tools/arm64/short_2.txt || failed=1
+  wait "$first" || failed=1
+  [ "$failed" = 0 ]
 else
   # Those that read or compile sources are the host's; pytest's processes are started by name.
   run tests/cpu tests/ffi --ignore tests/cpu/test_simd.py --ignore tests/cpu/test_signatures.py \

@@ -180,9 +180,9 @@ struct Avx2 {
   static I dot_keys(I acc, I key, I query) { return dot(acc, key, query); }
   static I dot_values(I acc, I value, I probability) { return dot(acc, value, probability); }
 
-  // Bytes. A query's codes are within [-127, 127], and weights of
-  // 8-bit codes within kMaxWeight: sums of two products, 2 * 127 * 128 and 2 * 255 * 15, then fit
-  // 16 bits, where vpmaddubsw would saturate.
+  // Bytes. A query's codes are within [-127, 127], and weights of 8-bit codes within kMaxWeight:
+  // sums of two products, 2 * 127 * 128 and 2 * 255 * 15, then fit 16 bits, where vpmaddubsw would
+  // saturate.
   static constexpr int kKeyBias = 0, kMaxWeight = 127;
   // acc += key . query, 4 products a lane; keys are larger by kKeyBias.
   static I dot_key_bytes(I acc, I key, I query) {

@@ -13,7 +13,7 @@ namespace jax_gluon::cpu {
 namespace {
 
 struct Neon {
-  // Of 32 registers.
+  // Vectors that 32 registers hold, two each.
   static constexpr int kRegisters = 16;
   static constexpr int kLanes = 8;
   // Register tile: 8 rows x 8 columns = 16 accumulators, 2 of keys or values, 2 of queries or 8 of

@@ -8,7 +8,6 @@ namespace jax_gluon::cpu {
 namespace {
 
 struct NeonMatrix : NeonDot {
-  static constexpr bool kShiftsProbabilities = false;
   static constexpr int kMaxWeight = 255;
 
   // acc += u8 . s8, 4 products a lane.
