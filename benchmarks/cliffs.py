@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cliffs`: sizes that take longer than their neighbours would let expect.
+"""`python -m benchmarks.cliffs`: sizes that take longer than their neighbours suggest.
 
 Along each axis, queries and keys together, keys alone and the head dim, the time of a size is held
 against the line through the sizes beside it. All programs are compiled first, then take turns on

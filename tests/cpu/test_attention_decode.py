@@ -81,7 +81,7 @@ INTEGERS = {
 # blocks of 4 rows, and groups of all heads that fill several vectors; rows that are more than the
 # second cache holds, and fewer.
 SIZES = {
-    "one_row": dict(T=1, S=1100, N=7, K=7, H=64, V=64),
+    "one_row": dict(T=1, S=1300, N=7, K=7, H=64, V=64),
     "grouped": dict(T=1, S=530, N=10, K=2, H=30, V=22),
     "rows": dict(T=3, S=700, N=4, K=1, H=128, V=96),
     "many_rows": dict(T=3, S=300, N=26, K=2, H=40, V=56),
@@ -200,13 +200,21 @@ def test_chunks_are_merged_by_shape_alone():
         np.testing.assert_array_equal(one, whole[:, :, 2 * head : 2 * head + 2])
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_hidden_keys_that_are_not_finite_leak_nowhere(storage):
+GROUPED_VALUES = AttentionQuantization(
+    ROWS, ROWS, QuantSpec(4, granularity="group", block_size=24, **MINIMUM)
+)
+
+
+@pytest.mark.parametrize(
+    "quantization", [None, "int8", GROUPED_VALUES], ids=["float32", "int8", "groups"]
+)
+def test_hidden_keys_that_are_not_finite_leak_nowhere(quantization):
     """Neither through a mask that only some rows have, nor past a row's causal range."""
-    q, k, v = draw(T=3, S=100, N=2, K=1, H=32, V=32)
+    # Groups of 24 values: of all heads they end within a vector, beside those of the next key.
+    q, k, v = draw(T=3, S=100, N=6, K=3, H=32, V=48)
     mask = np.ones((2, 1, 3, 100), bool)
     mask[:, :, 0, 40] = False
-    visible = dict(mask=jnp.asarray(mask), quantization=None if storage == "float32" else storage)
+    visible = dict(mask=jnp.asarray(mask), quantization=quantization)
     clean = jax_gluon.dot_product_attention(q, k, v, **visible)
     for bad in (np.nan, np.inf):
         out = jax_gluon.dot_product_attention(

@@ -138,8 +138,8 @@ def calls():
 def test_calls_are_what_annotations_say(require):
     require("cpu")
     for owner, values in calls():
-        for name in values.keys() & owner.__annotations__.keys():
-            assert fits(owner, owner.__annotations__, values), (owner, name)
+        assert values.keys() & owner.__annotations__.keys(), owner
+        assert fits(owner, owner.__annotations__, values), owner
 
 
 def mistakes(annotation):

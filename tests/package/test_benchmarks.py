@@ -122,7 +122,7 @@ def test_decoding_is_of_the_same_cache(monkeypatch):
     for name, out in outs.items():
         error = np.linalg.norm(out - outs["jax.nn"]) / np.linalg.norm(outs["jax.nn"])
         assert error < bars.get(name, 1e-5), name
-    monkeypatch.setattr(decode, "READ_BYTES", 8000)
+    monkeypatch.setattr(decode, "READ_BYTES", 8 * 2**20)
     cells = decode.row(shape, 2).split(" | ")
     assert len(cells) == 13
     assert all(float(cell) > 0 for cell in cells[1:9])

@@ -229,9 +229,9 @@ class CodeWeights {
     }
   }
 
-  // Whether vectors of the groups of all heads can be read from the scales or minima `x` as they
-  // are stored: side by side, and for all but the last keys; past the last head they are another
-  // key's.
+  // Whether the groups of all heads can be read in whole vectors from the scales or minima `x` as
+  // they are stored. Past the last head a vector holds numbers of later keys, which nobody uses:
+  // there have to be as many.
   bool has_vectors_of_heads(const Operand& x, Range keys) const {
     const int64_t beside = lanes_ - call_.K * groups_;
     return has_bf16_rows(x) && (call_.K == 1 || x.stride[1] == groups_) &&

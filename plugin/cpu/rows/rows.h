@@ -45,7 +45,7 @@ inline void ask_for_heads(const Operand& x, int64_t b, int64_t i, int64_t heads,
   const int64_t size = static_cast<int64_t>(size_of(x.dtype)), bytes = row_bytes(x, width);
   if (x.stride[1] * size != bytes) return;
   const char* token = static_cast<const char*>(row_of(x, b, i, 0));
-  // Else the page of its first line is known from the token before.
+  // Else the token before has ended on the page, and loaded a line of it.
   const bool is_apart = x.stride[0] * size != heads * bytes;
   for (int64_t byte = 0; byte < heads * bytes; byte += kLine) {
     const char* line = token + byte;
