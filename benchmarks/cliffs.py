@@ -8,10 +8,7 @@ one core; times are those of the processor, the least of all rounds, since what 
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -19,6 +16,7 @@ from tqdm import tqdm
 from benchmarks import implementations
 from benchmarks.problem import Problem
 from benchmarks.report import machine
+from benchmarks.timing import processor_time, use_one_core
 
 LENGTHS = (
     1, 2, 3, 4, 5, 6, 8, 9, 12, 15, 16, 17, 20, 24, 27, 28, 31, 32, 33, 40, 48, 49, 56, 63, 64,
@@ -41,23 +39,16 @@ AXES: dict[str, Callable[[str], dict[int, Problem]]] = {
 TURN = 2e-3
 
 
-def _turn(run: Callable[[], Any], calls: int) -> float:
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - start) / calls
-
-
 def _times(problems: dict[int, Problem], name: str, rounds: int) -> dict[int, float]:
     runs = {size: implementations.make(name, problem, 1)[0] for size, problem in problems.items()}
     calls = {}
     for size, run in runs.items():
         run()
-        calls[size] = max(1, round(TURN / max(_turn(run, 2), 1e-7)))
+        calls[size] = max(1, round(TURN / max(processor_time(run, 2), 1e-7)))
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for size, run in runs.items():
-            least[size] = min(least[size], _turn(run, calls[size]))
+            least[size] = min(least[size], processor_time(run, calls[size]))
     return least
 
 
@@ -85,8 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         choices=implementations.NAMES,
     )
     options = parser.parse_args(arguments)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    use_one_core()
     print("Machine: " + ", ".join(f"{name} {value}" for name, value in machine().items()))
     print("B1 N8, one core\n")
     print(f"| implementation | direction | axis | over {options.bar} of their neighbours' line |")

@@ -9,9 +9,7 @@ in order is measured in the same rounds, by a sum over an array of 256 MiB.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 
 import jax_gluon
 from benchmarks.report import machine
+from benchmarks.timing import processor_time, use_one_core
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,18 @@ def _bytes(operands: tuple) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(operands))
 
 
-def _time(run: Callable[[], Any], calls: int) -> float:
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - start) / calls
-
-
 def row(shape: Shape, rounds: int) -> str:
     made = cases(shape)
     words = np.arange(READ_BYTES // 8, dtype=np.uint64)
     read_rates: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
-        read_rates.append(READ_BYTES / _time(words.sum, 1))
+        read_rates.append(READ_BYTES / processor_time(words.sum, 1))
         for name, (run, operands) in made.items():
             jax.block_until_ready(run(*operands))
-            times[name].append(_time(lambda f=run, x=operands: jax.block_until_ready(f(*x)), 3))
+            times[name].append(
+                processor_time(lambda f=run, x=operands: jax.block_until_ready(f(*x)), 3)
+            )
     medians = {name: statistics.median(x) for name, x in times.items()}
     rate = statistics.median(read_rates)
     best = min(medians["einsum"], medians["jax.nn"])
@@ -114,8 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    use_one_core()
     print("Machine: " + ", ".join(f"{name} {value}" for name, value in machine().items()))
     print("B1, one core; ms; times the best of JAX; share of the rate of reading memory, GB/s\n")
     names = ("einsum", "jax.nn", "float32", "int8", "int4")
