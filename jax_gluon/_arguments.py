@@ -50,8 +50,11 @@ from jax_gluon._token_arguments import (
 )
 from jax_gluon._typing import Array, BoolOrInteger, Float, Integer, Key, Real, UInt32
 
-Implementation = Literal["cpu", "metal", "xla"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+#: What quantizes.
+QuantizeImplementation = Literal["cpu", "metal", "xla"]
+Implementation = Literal[QuantizeImplementation, "cudnn"]
+#: Those in which there are no kernels to choose from.
+WITHOUT_KERNELS = ("xla", "cudnn")
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
@@ -224,7 +227,7 @@ def _check_names(check: Checker, quantization: Any, implementation: Any, kernel:
         check.name("quantization", quantization, tuple(PRESETS), "an AttentionQuantization")
     if implementation == "metal":
         check_metal(check)
-    check.name("implementation", implementation, IMPLEMENTATIONS)
+    check.name("implementation", implementation, get_args(Implementation))
     _check_kernel(check, kernel, implementation)
 
 
@@ -241,8 +244,8 @@ def _check_kernel(check: Checker, kernel: Any, implementation: Any) -> None:
             if getattr(wish, size, None) is not None:
                 allowed = "an int of at least 1"
                 check.integer(f"kernel.{size}", getattr(wish, size), 1, allowed)
-        if name not in (None, "baseline") and implementation == "xla":
-            allowed = 'None, "baseline": XLA has no kernels to choose from'
+        if name not in (None, "baseline") and implementation in WITHOUT_KERNELS:
+            allowed = f'None, "baseline": "{implementation}" has no kernels to choose from'
             check.value_error("kernel", f'"{name}"', allowed)
 
 

@@ -18,6 +18,7 @@ from jax_gluon._arguments import (
     check_arguments,
 )
 from jax_gluon._block_mask import BlockMask
+from jax_gluon._cuda import cudnn
 from jax_gluon._derivative_modes import Differentiation, naming_the_argument
 from jax_gluon._differentiation import any_order, reverse
 from jax_gluon._dimensions import assumed
@@ -151,8 +152,9 @@ def dot_product_attention(
       `[B, K, S, H]`, the output like query, the log-sum-exp `[B, N, T]`. Nothing else changes, and
       the plugin transposes nothing: kernels read and write through strides.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
-      platform; head dims to 256), `"xla"`, or None, which takes the plugin on the CPU and XLA
-      elsewhere and for float64.
+      platform; head dims to 256), `"xla"`, `"cudnn"` (an NVIDIA GPU's fused kernels, for 16 bits),
+      or None, which takes the plugin on the CPU, cuDNN on NVIDIA GPUs where it takes the problem,
+      and XLA elsewhere and for float64.
     - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
       the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
       where the problem is of few queries, or of few keys of floats; or a `CpuKernel` or
@@ -321,13 +323,23 @@ def explain(
 def _plan(arguments: CheckedArguments, implementation: Implementation | None) -> Plan:
     platform = jax.default_backend()
     device: Device | None = "cpu"
+    operands = _scaled(arguments)
     if implementation is not None:
         reason = f'implementation="{implementation}" was asked for'
+        if implementation == "cudnn":
+            _check_cudnn(arguments, operands)
+            return Plan("cudnn", None, None, None, (reason, _CUDNN_CHOOSES))
         device = None if implementation == "xla" else implementation
     elif arguments.operands.query.dtype == jnp.float64:
         device, reason = None, "only the XLA implementation takes float64"
     elif platform == "cpu":
         device, reason = _device_by_size(arguments)
+    elif platform == "gpu":
+        refusal = _cudnn_refusal(arguments, operands)
+        if refusal is None:
+            reason = "cuDNN takes the problem, where the GPU is NVIDIA's"
+            return Plan("cudnn", None, None, None, (reason, _CUDNN_CHOOSES))
+        device, reason = None, refusal
     else:
         device, reason = None, f'the plugin has no kernels for platform "{platform}"'
     if device is None:
@@ -337,7 +349,6 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
         reason = f'{reason}; it runs on "{_native.metal_device()[0]}"'
     elif refusal := _native.plugin().cpu_isa_refusal():
         reason = f"{reason}; {refusal}"
-    operands = _scaled(arguments)
     query = KernelQuery.of(arguments.problem, operands)
     passes: tuple[Pass, ...] = ("forward", "backward")
     if operands.bias is not None:
@@ -398,7 +409,9 @@ def run(
             operands = swapped_operands(problem, operands)
             problem = replace(problem, layout="BTNH")
         query = operands.query
-        if problem.implementation != "xla" and _native.has_plugin():
+        if problem.implementation == "cudnn":
+            _check_cudnn(arguments, operands)
+        elif problem.implementation != "xla" and _native.has_plugin():
             kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)
             problem = replace(problem, kernels=kernels)
         attend = any_order.attend if is_any else reverse.attend
@@ -413,6 +426,24 @@ def run(
             out, log_sum_exp = swapped(arguments.problem, (out, log_sum_exp))
         out = out.astype(dtype)
     return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
+
+
+_CUDNN_CHOOSES = "cuDNN chooses its kernels"
+
+
+def _cudnn_refusal(arguments: CheckedArguments, operands: Operands) -> str | None:
+    if arguments.scale is not None:
+        return "cuDNN takes a scale that is a Python number"
+    problem, dtype = arguments.problem, operands.query.dtype
+    return cudnn.missing() or cudnn.refusal(problem, dtype, swapped_operands(problem, operands))
+
+
+def _check_cudnn(arguments: CheckedArguments, operands: Operands) -> None:
+    """Raises where cuDNN, which was asked for, does not take the problem."""
+    refusal = _cudnn_refusal(arguments, operands)
+    if refusal is not None:
+        found = f'"cudnn", but {refusal}'
+        arguments.check.value_error("implementation", found, 'None, "cpu", "metal", "xla"')
 
 
 # Jitted, because debug_infs looks at every intermediate result outside of jit, constants included.

@@ -1,4 +1,4 @@
-"""From a problem to what runs it: the plugin's custom calls, or the XLA implementation.
+"""From a problem to what runs it: the plugin's custom calls, cuDNN, or the XLA implementation.
 
 Every function here is jitted with the problem static, so that a call outside `jax.jit` compiles
 once per problem and shape.
@@ -17,6 +17,7 @@ import numpy as np
 from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
+from jax_gluon._cuda import cudnn
 from jax_gluon._derivative_modes import not_differentiated
 from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._operands import with_codes
@@ -77,11 +78,19 @@ def forward(
     implementation has its logits, since a change of base rounds: 2 in the plugin, e in XLA.
     All that the call makes has its name of `CHECKPOINT_NAMES`.
     """
+    given = swapped_operands(problem, not_differentiated(operands))
     log_sum_exp, residuals = _on_platform(
         problem.implementation,
         functools.partial(_ffi.forward, problem, dtype),
         functools.partial(xla.forward, problem, dtype),
-        swapped_operands(problem, not_differentiated(operands)),
+        given,
+        on_cuda=_on_cuda(
+            problem,
+            dtype,
+            given,
+            functools.partial(cudnn.forward, problem, dtype),
+            functools.partial(xla.forward, problem, dtype, tiling=xla.GPU),
+        ),
     )
     return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
 
@@ -123,11 +132,19 @@ def backward(
 
     `d_log_sum_exp` is the cotangent of the natural-log form.
     """
+    given = _swapped_cotangents(problem, residuals, d_out, d_log_sum_exp)
     gradients = _on_platform(
         problem.implementation,
         functools.partial(_ffi.backward, problem),
         functools.partial(xla.backward, problem),
-        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
+        *given,
+        on_cuda=_on_cuda(
+            problem,
+            residuals.out.dtype,
+            given[0].operands,
+            functools.partial(cudnn.backward, problem),
+            functools.partial(xla.backward, problem, tiling=xla.GPU),
+        ),
     )
     return swapped(problem, gradients)
 
@@ -196,15 +213,43 @@ def tangent(
     return _on_platform(problem.implementation, in_plugin, in_xla, log_sum_exp, residuals, tangents)
 
 
+def _on_cuda(
+    problem: AttentionProblem,
+    dtype: np.dtype[Any],
+    operands: Operands,
+    in_cudnn: _Function,
+    in_xla: _Function,
+) -> _Function | None:
+    """What runs on NVIDIA GPUs; None where programs can't get there, or are kept from it.
+
+    `in_xla` are the large tiles of XLA's implementation.
+    """
+    if problem.implementation == "cudnn":
+        return in_cudnn
+    if problem.implementation not in ("xla", None) or cudnn.missing():
+        return None
+    if problem.implementation == "xla" or cudnn.refusal(problem, dtype, operands):
+        return in_xla
+    return in_cudnn
+
+
 def _on_platform(
     implementation: str | None,
     native: Callable[..., _Result],
     in_xla: Callable[..., _Result],
     *operands: Any,
+    on_cuda: Callable[..., _Result] | None = None,
 ) -> _Result:
-    if implementation == "xla":
-        return in_xla(*operands)
-    _native.plugin()
-    if implementation is not None:
+    if implementation == "cudnn":
+        return (on_cuda or in_xla)(*operands)
+    if implementation not in ("xla", None):
+        _native.plugin()
         return native(*operands)
-    return cast(_Result, jax.lax.platform_dependent(*operands, cpu=native, default=in_xla))
+    platforms = {} if on_cuda is None else {"cuda": on_cuda}
+    # Where programs run elsewhere by default, nobody misses the plugin.
+    if implementation is None and (jax.default_backend() == "cpu" or _native.has_plugin()):
+        _native.plugin()
+        platforms["cpu"] = native
+    if not platforms:
+        return in_xla(*operands)
+    return cast(_Result, jax.lax.platform_dependent(*operands, default=in_xla, **platforms))

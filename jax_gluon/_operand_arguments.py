@@ -104,7 +104,7 @@ def check_dtypes(
             allowed = f"{first}'s dtype, {dtype.name}; write {' and '.join(casts)}"
             check.type_error(name, f"of dtype {x.dtype.name}", allowed)
     is_float64 = jnp.float64 in (dtype, arrays["query"].dtype)
-    if is_float64 and implementation in ("cpu", "metal"):
+    if is_float64 and implementation not in ("xla", None):
         check.value_error(
             "implementation",
             f'"{implementation}" for float64 operands, which its kernels do not take',

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 from jax.typing import ArrayLike
 
 from jax_gluon import _lowering, _native
-from jax_gluon._arguments import IMPLEMENTATIONS, Implementation, check_metal
+from jax_gluon._arguments import QuantizeImplementation, check_metal
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import on_meshes
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
@@ -19,7 +21,7 @@ def quantize(
     spec: QuantSpec,
     *,
     lengths: Integer[ArrayLike, "*B"] | None = None,
-    implementation: Implementation | None = None,
+    implementation: QuantizeImplementation | None = None,
 ) -> Float[QuantizedTensor, "*B T N H"]:
     """The integer codes of `x`, with the scales and what else `spec` asks for.
 
@@ -60,7 +62,7 @@ def quantize(
         check.value_error("x", f"of head dim 0 (shape {array.shape})", "at least 1")
     if spec.bits == 4:
         check.even_head_dim("x", H)
-    check.name("implementation", implementation, IMPLEMENTATIONS)
+    check.name("implementation", implementation, get_args(QuantizeImplementation))
     if implementation == "metal":
         check_metal(check)
         widest = _native.plugin().METAL_MAX_QUANTIZED_HEAD_DIM

@@ -29,6 +29,7 @@ from jax_gluon._xla.tiles import (
     KEYS_FIRST,
     QUERIES_FIRST,
     Tiles,
+    Tiling,
     add_slice,
     all_finite,
     arrange,
@@ -41,7 +42,7 @@ _State = TypeVar("_State")
 
 
 def forward(
-    problem: AttentionProblem, operands: FloatOperands
+    problem: AttentionProblem, operands: FloatOperands, tiling: Tiling | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output `[B, T, N, V]` in query's dtype, and the two parts of each row's log-sum-exp.
 
@@ -52,17 +53,17 @@ def forward(
     """
     B, T, N, _ = operands.query.shape
     _, S, _, V = operands.value.shape
-    tiles = Tiles(problem, operands)
+    tiles = Tiles(problem, operands, tiling=tiling)
     # Like the query: in `shard_map`, the loop's state varies as the operands do.
     out = jnp.zeros_like(operands.query, shape=(B, T, N, V))
     row_maximum = jnp.zeros_like(out, tiles.dtype, (B, T, N, 1))
     log_sum = jnp.full_like(row_maximum, EMPTY_ROW_LOG_SUM_EXP)
     if 0 in (B, T, S):
         return out, row_maximum[..., 0], log_sum[..., 0]
-    value_is_finite = all_finite(operands.value)
+    value_is_finite = _finite(tiling, operands.value)
 
     def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array]):
-        query = tiles.rows(operands.query, i)
+        query = tiles.rows(operands.query, i, tiles.multiplied)
 
         def key_chunk(c: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
             weighted, maximum, total = state
@@ -79,7 +80,7 @@ def forward(
             )
             return weighted * decay + products, raised, total
 
-        column = jnp.zeros_like(query[..., :1])
+        column = jnp.zeros_like(query[..., :1], tiles.dtype)
         state = (jnp.broadcast_to(column, (*query.shape[:-1], V)), column + MIN_LOGIT, column)
         weighted, maximum, total = _loop(*tiles.chunk_range(i), key_chunk, state)
         is_empty = total == 0
@@ -105,6 +106,7 @@ def backward(
     log_sum: jax.Array,
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value, in their dtype, from `forward`'s results.
 
@@ -116,12 +118,15 @@ def backward(
     query, key, value = operands[:3]
     if 0 in (*query.shape, *key.shape):
         return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
-    tiles = Tiles(problem, operands)
+    tiles = Tiles(problem, operands, tiling=tiling)
     cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
-    keeps_rows = out.dtype != tiles.dtype and _kept_rows(query, key) > 0
+    kept_rows = _kept_rows(query, key, tiling)
+    keeps_rows = out.dtype != tiles.dtype and kept_rows > 0
     if keeps_rows:
-        tiles = Tiles(problem, operands, _kept_rows(query, key))
-    query_is_finite, key_is_finite, d_out_is_finite = map(all_finite, (query, key, d_out))
+        tiles = Tiles(problem, operands, kept_rows, tiling)
+    query_is_finite, key_is_finite, d_out_is_finite = (
+        _finite(tiling, x) for x in (query, key, d_out)
+    )
 
     def query_block(i: jax.Array, results: tuple[jax.Array, jax.Array, jax.Array, _Kept]):
         d_query, d_key, d_value, kept = results
@@ -148,7 +153,7 @@ def backward(
                 add_slice(d_value, d_value_chunk, {2: start}),
             )
 
-        state = (keys_first(jnp.zeros_like(rows.query)), d_key, d_value)
+        state = (keys_first(jnp.zeros_like(rows.query, tiles.dtype)), d_key, d_value)
         d_columns, d_key, d_value = _loop(*tiles.chunk_range(i), key_chunk, state)
         d_rows = jnp.transpose(problem.scale * d_columns, (0, 1, 3, 4, 2))
         return tiles.write_rows(d_query, i, d_rows.astype(query.dtype)), d_key, d_value, kept
@@ -282,13 +287,21 @@ _Kept = _Probabilities | None
 _MAX_KEPT, _MAX_KEPT_ROWS, _MIN_KEPT_ROWS = 2**24, 64, 16
 
 
-def _kept_rows(query: jax.Array, key: jax.Array) -> int:
+def _kept_rows(query: jax.Array, key: jax.Array, tiling: Tiling | None) -> int:
     """Rows of a block whose P and dP are kept; 0 where there is no room."""
     B, _, N, _ = query.shape
     if not is_static(B, key.shape[1]):
         return 0
-    rows = _MAX_KEPT // (B * N * key.shape[1])
-    return min(rows, _MAX_KEPT_ROWS) if rows >= _MIN_KEPT_ROWS else 0
+    most, most_rows = (
+        (_MAX_KEPT, _MAX_KEPT_ROWS) if tiling is None else (tiling.kept, tiling.kept_rows)
+    )
+    rows = most // (B * N * key.shape[1])
+    return min(rows, most_rows) if rows >= _MIN_KEPT_ROWS else 0
+
+
+def _finite(tiling: Tiling | None, x: jax.Array) -> jax.Array | None:
+    """Whether no element is NaN or infinite; None where that is known."""
+    return None if tiling is not None and tiling.is_plain else all_finite(x)
 
 
 def _room(tiles: Tiles, cotangent: _Cotangent) -> _Probabilities:
@@ -312,7 +325,7 @@ def _saved_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardR
     log_sum = tiles.rows(cotangent.log_sum[..., None], i)
     # Nothing is visible to an empty row; 0 keeps its unused exponentials finite.
     log_sum = jnp.where(log_sum == EMPTY_ROW_LOG_SUM_EXP, 0.0, log_sum)
-    query, d_out = (tiles.rows(x, i) for x in (tiles.query, cotangent.d_out))
+    query, d_out = (tiles.rows(x, i, tiles.multiplied) for x in (tiles.query, cotangent.d_out))
     return _BackwardRows(query, d_out, maximum, log_sum, jnp.zeros_like(log_sum))
 
 
@@ -363,7 +376,7 @@ def _probabilities(
     # In this order: the logarithm of the sum would vanish in a large maximum.
     below_maximum = logits - arrange(rows.maximum, order)
     p = hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)
-    d_p = jnp.einsum(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
+    d_p = tiles.products(f"bkgtv,bksv->{order}", rows.d_out, tiles.values(c))
     kept = tiles.kept(i, c)
     if kept is not None:
         kept = arrange(kept, order)

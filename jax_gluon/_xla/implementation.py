@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -23,12 +25,19 @@ from jax_gluon._problem import (
 from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._xla import attention, forward_mode
 from jax_gluon._xla.quantize import quantize
+from jax_gluon._xla.tiles import Tiling, all_finite
 
 _Result = TypeVar("_Result")
 
 
-def _float_operands(operands: Operands, dtype: DTypeLike) -> FloatOperands:
-    compute = compute_dtype(dtype)
+#: Of GPUs: few large products, which P and dP of half a gigabyte each make room for.
+GPU = Tiling(rows=2048, keys=2048, scores=2**27, kept=2**27, kept_rows=2048, is_plain=True)
+
+
+def _float_operands(
+    operands: Operands, dtype: DTypeLike, tiling: Tiling | None = None
+) -> FloatOperands:
+    compute = compute_dtype(dtype) if tiling is None else dtype
     if not any(isinstance(x, QuantizedTensor) for x in operands[:3]):
         return cast(FloatOperands, operands)
     query, key, value = (
@@ -38,12 +47,32 @@ def _float_operands(operands: Operands, dtype: DTypeLike) -> FloatOperands:
     return FloatOperands(query, key, value, *operands[3:])
 
 
+def _tiled(
+    tiling: Tiling | None, operands: Operands, dtype: DTypeLike, run: Callable[..., _Result]
+) -> _Result:
+    """`run(floats, tiling)`; with small tiles where an operand is not finite."""
+    small = _float_operands(operands, dtype)
+    if tiling is None:
+        return run(small, None)
+    floats = _float_operands(operands, dtype, tiling)
+    is_finite = functools.reduce(jnp.logical_and, map(all_finite, floats[:3]))
+    return cast(Any, jax.lax.cond)(is_finite, lambda: run(floats, tiling), lambda: run(small, None))
+
+
 def forward(
-    problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
+    problem: AttentionProblem,
+    dtype: np.dtype[Any],
+    operands: Operands,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, Residuals]:
     operands = quantize_operands(problem, operands, quantize)
-    out, row_maximum, log_sum = attention.forward(problem, _float_operands(operands, dtype))
-    residuals = Residuals(operands, out.astype(dtype), row_maximum, log_sum)
+
+    def run(floats: FloatOperands, tiling: Tiling | None) -> tuple[jax.Array, ...]:
+        out, row_maximum, log_sum = attention.forward(problem, floats, tiling)
+        return out.astype(dtype), row_maximum, log_sum
+
+    out, row_maximum, log_sum = _tiled(tiling, operands, dtype, run)
+    residuals = Residuals(operands, out, row_maximum, log_sum)
     return log_sum_exp(row_maximum, log_sum, operands.sinks, 1.0), residuals
 
 
@@ -52,9 +81,15 @@ def backward(
     residuals: Residuals,
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    gradients = _apply_xla(attention.backward, problem, residuals, d_out, d_log_sum_exp)
-    d_query, d_key, d_value = (gradient.astype(residuals.out.dtype) for gradient in gradients)
+    def run(floats: FloatOperands, tiling: Tiling | None) -> tuple[jax.Array, ...]:
+        differentiate = functools.partial(attention.backward, tiling=tiling)
+        given = (problem, floats, residuals, d_out, d_log_sum_exp)
+        gradients = _apply_xla(differentiate, *given)
+        return tuple(gradient.astype(residuals.out.dtype) for gradient in gradients)
+
+    d_query, d_key, d_value = _tiled(tiling, residuals.operands, residuals.out.dtype, run)
     return d_query, d_key, d_value
 
 
@@ -64,7 +99,8 @@ def backward_bias(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> jax.Array:
-    return _apply_xla(attention.backward_bias, problem, residuals, d_out, d_log_sum_exp)
+    floats = _float_operands(residuals.operands, residuals.out.dtype)
+    return _apply_xla(attention.backward_bias, problem, floats, residuals, d_out, d_log_sum_exp)
 
 
 def compute_operands(operands: Operands) -> FloatOperands:
@@ -116,11 +152,11 @@ def _of_any_values(x: _Result) -> _Result:
 def _apply_xla(
     backward: Callable[..., _Result],
     problem: AttentionProblem,
+    operands: FloatOperands,
     residuals: Residuals,
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> _Result:
-    operands = _float_operands(residuals.operands, residuals.out.dtype)
     dtype = operands.query.dtype
     d_out, d_log_sum_exp = _of_any_values((d_out, d_log_sum_exp))
     return backward(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_gluon import _dropout as dropout
 from jax_gluon._block_mask import BlockMask
@@ -32,6 +33,23 @@ _MIN_QUERY_BLOCK = 32
 _ALIGNMENT = 16
 # Offsets and windows as far as this reach past any sequence, and their sums fit into 32 bits.
 _FAR = 2**29
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of tiles, and what is multiplied.
+
+    `rows` and `keys` are those of a tile, at most; `scores` its elements, `kept` the elements of P
+    that backward keeps of a block of at most `kept_rows` rows. `is_plain`: 16-bit operands are
+    multiplied as they are, and all are finite.
+    """
+
+    rows: int
+    keys: int
+    scores: int
+    kept: int
+    kept_rows: int
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ class Scores(NamedTuple):
 class Tiles:
     """The operands, cut into tiles. Query heads are grouped by the kv head they read: N = K * G.
 
-    `most_rows` bounds the rows of a block of queries.
+    `most_rows` bounds the rows of a block of queries. `tiling`: None is that of a CPU.
     """
 
     def __init__(
@@ -112,12 +130,15 @@ class Tiles:
         problem: AttentionProblem,
         operands: FloatOperands,
         most_rows: int | None = None,
+        tiling: Tiling | None = None,
     ):
+        tiling = tiling or Tiling(_QUERY_BLOCK, _KEY_CHUNK, _TILE_SCORES, 0, 0)
         B, T, N, _ = operands.query.shape
         _, S, K, _ = operands.key.shape
         self.problem = problem
         self.groups = (K, N // K)
         self.dtype = np.promote_types(operands.query.dtype, np.float32)
+        self.multiplied = operands.query.dtype if tiling.is_plain else self.dtype
         self.query = operands.query
         self.key = swap_tokens_and_heads(operands.key)
         self.value = swap_tokens_and_heads(operands.value)
@@ -134,9 +155,12 @@ class Tiles:
             self.sinks = operands.sinks.astype(self.dtype).reshape(1, *self.groups, 1, 1)
         if 0 in (B, T, S):
             return
-        self.chunks = Blocks.of(S, _KEY_CHUNK)
-        fit = max_extent(_MIN_QUERY_BLOCK, _TILE_SCORES // (B * N * self.chunks.size))
-        self.queries = Blocks.of(T, min_extent(fit, min(_QUERY_BLOCK, most_rows or _QUERY_BLOCK)))
+        keys = tiling.keys
+        if tiling.is_plain and not problem.is_causal and is_static(B, T):
+            keys = max(keys, tiling.scores // (B * N * min(T, tiling.rows)))
+        self.chunks = Blocks.of(S, keys)
+        fit = max_extent(_MIN_QUERY_BLOCK, tiling.scores // (B * N * self.chunks.size))
+        self.queries = Blocks.of(T, min_extent(fit, min(tiling.rows, most_rows or tiling.rows)))
         self._chunks_of_blocks = self._find_chunks_of_blocks()
 
     def _find_chunks_of_blocks(self) -> tuple[jax.Array, jax.Array] | None:
@@ -185,12 +209,12 @@ class Tiles:
             jnp.max(jnp.where(seen, chunk + 1, 0), axis=1),
         )
 
-    def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
-        """Block i of `[B, T, N, X]` as `[B, K, G, t, X]`."""
+    def rows(self, x: jax.Array, i: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        """Block i of `[B, T, N, X]` as `[B, K, G, t, X]`, of `dtype` or that of sums."""
         block = _slice(x, self.queries.start(i), self.queries.size, 1)
         B, t, _, X = block.shape
         block = block.reshape(B, t, *self.groups, X)
-        return jnp.transpose(block, (0, 2, 3, 1, 4)).astype(self.dtype)
+        return jnp.transpose(block, (0, 2, 3, 1, 4)).astype(dtype or self.dtype)
 
     def write_rows(self, x: jax.Array, i: jax.Array, block: jax.Array) -> jax.Array:
         """`x`, the bits of `[B, T, N, X]`, with the rows of block i that are new replaced."""
@@ -213,7 +237,7 @@ class Tiles:
 
     def tokens(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """Chunk c of `[B, K, S, X]`."""
-        return _slice(x, self.chunks.start(c), self.chunks.size, 2).astype(self.dtype)
+        return _slice(x, self.chunks.start(c), self.chunks.size, 2).astype(self.multiplied)
 
     def chunk_range(self, i: jax.Array) -> tuple[int | jax.Array, int | jax.Array]:
         """The chunks of keys, begin and end, that any row of query block i may see."""
@@ -257,9 +281,13 @@ class Tiles:
     def _offset(self) -> jax.Array | None:
         return None if self.query_offset is None else jnp.clip(self.query_offset, -_FAR, _FAR)
 
+    def products(self, subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """`einsum`, of sums as wide as they are meant to be."""
+        return jnp.einsum(subscripts, x, y, preferred_element_type=self.dtype)
+
     def scores(self, query: jax.Array, i: jax.Array, c: jax.Array, order: str) -> Scores:
         """The tile of query block i, `[B, K, G, t, H]`, and chunk c of the keys."""
-        products = jnp.einsum(f"bkgth,bksh->{order}", query, self.keys(c))
+        products = self.products(f"bkgth,bksh->{order}", query, self.keys(c))
         logits = self.problem.scale * products
         bias = self.tile(self.bias, i, c)
         if bias is not None:

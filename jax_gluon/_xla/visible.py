@@ -18,14 +18,18 @@ def sum_visible(
     weights: jax.Array,
     rows: jax.Array,
     visible: jax.Array | None,
-    rows_are_finite: jax.Array,
+    rows_are_finite: jax.Array | None,
 ) -> jax.Array:
-    """`einsum(subscripts, weights, rows)` over visible weights; hidden weights are 0."""
+    """`einsum(subscripts, weights, rows)` over visible weights; hidden weights are 0.
+
+    The sum is of weights' dtype. `rows_are_finite`: None where they are known to be.
+    """
 
     def multiply(weights: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, weights.astype(rows.dtype), rows)
+        of_rows = weights.astype(rows.dtype)
+        return jnp.einsum(subscripts, of_rows, rows, preferred_element_type=weights.dtype)
 
-    if visible is None:
+    if visible is None or rows_are_finite is None:
         return multiply(weights, rows)
     everywhere = jnp.broadcast_to(visible, weights.shape)
 

@@ -327,7 +327,7 @@ CASES = {
     ),
     "kernel_gluon": (
         {"kernel": "gluon"}, ValueError, "kernel", '"gluon"',
-        'None, "baseline": XLA has no kernels to choose from',
+        'None, "baseline": "xla" has no kernels to choose from',
     ),
     "dropout_without_a_key": (
         {"dropout_rate": 0.1}, ValueError, "dropout_rng", "None", "a key, where dropout_rate is 0.1"

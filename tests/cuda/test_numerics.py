@@ -1,0 +1,168 @@
+"""Every rule on an NVIDIA GPU, by what is chosen there, against the float64 oracle.
+
+`python -m pytest --noconftest tests/cuda` on a machine that has one; elsewhere it is skipped.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+from tests.support import oracle
+from tests.support.cases import BARS, CASES, operands
+
+if jax.default_backend() != "gpu":
+    pytest.skip("JAX finds no GPU", allow_module_level=True)
+
+RNG = np.random.default_rng(7)
+
+
+def _bias(*shape):
+    bias = RNG.standard_normal(shape, np.float32)
+    bias[..., 3:9, :] = -np.inf  # rows that see no key
+    bias[..., 5] = -np.inf
+    return np.asarray(bias, jnp.bfloat16)
+
+
+# What cuDNN takes in forms of its own.
+FORMS = {
+    "wide_causal": dict(T=256, S=256, H=128, V=128, is_causal=True),
+    "odd_rows": dict(T=77, S=131, H=64, V=64, is_causal=True),
+    "window_of_lengths": dict(
+        T=140, S=140, is_causal=True, local_window_size=(31, 0),
+        key_value_seq_lengths=np.array([140, 3], np.int32),
+    ),
+    "wide_192": dict(T=70, S=70, H=192, V=192),
+    "wide_256": dict(T=70, S=70, H=256, V=256, is_causal=True),
+    "odd_lengths": dict(
+        T=77, S=131, H=64, V=64, is_causal=True,
+        query_seq_lengths=np.array([77, 40], np.int32),
+        key_value_seq_lengths=np.array([30, 131], np.int32),
+    ),
+    "left_window_S_more": dict(T=90, S=210, local_window_size=(20, 0)),
+    "both_lengths": dict(
+        T=120, S=200, is_causal=True, query_seq_lengths=np.array([100, 64], np.int32),
+        key_value_seq_lengths=np.array([150, 0], np.int32),
+    ),
+    "bias_16": dict(T=100, S=300, bias=_bias(2, 4, 100, 300)),
+    "bias_16_heads": dict(T=100, S=300, bias=_bias(1, 4, 100, 300), is_causal=True),
+    "bias_16_batch": dict(T=100, S=300, bias=_bias(2, 1, 100, 300)),
+    "gqa_1": dict(T=130, S=130, N=8, K=1, H=128, V=128),
+    "decode": dict(T=1, S=700, N=8, K=2, H=128, V=128),
+}  # fmt: skip
+XLA = ("everything", "packed", "mask_in_blocks", "holes", "sinks", "head_dim_257")
+
+
+def relative(actual, exact):
+    actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)
+    return np.linalg.norm(actual - exact) / max(np.linalg.norm(exact), 1e-30)
+
+
+def _names():
+    for name, case in (CASES | FORMS).items():
+        given = operands(case, "bfloat16")
+        takes = jax_gluon.explain(*given.arrays, **given.keywords).implementation == "cudnn"
+        assert takes or name not in FORMS, name
+        if takes or name in XLA:
+            yield name
+
+
+@pytest.mark.parametrize("hides_nan", [False, True])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("name", list(_names()))
+def test_rule(name, quantization, hides_nan):
+    case = (CASES | FORMS)[name]
+    arrays, keywords, d_out, _ = operands(case, "bfloat16")
+    lengths = keywords.get("key_value_seq_lengths")
+    if hides_nan:
+        if lengths is None or quantization:
+            pytest.skip("no tokens are padding")
+        hidden = np.arange(case["S"]) >= np.asarray(lengths)[:, None]
+        exact_arrays = list(arrays)
+        arrays = (
+            arrays[0],
+            *(jnp.where(hidden[..., None, None], jnp.nan, x) for x in arrays[1:3]),
+            *arrays[3:],
+        )
+    else:
+        exact_arrays = list(arrays)
+    if quantization:
+        if name in XLA:
+            pytest.skip("the XLA implementation's codes are tested on the CPU")
+        exact_arrays[:3] = _dequantized(arrays, keywords, case)
+
+    @jax.jit
+    def run(arrays, d_out):
+        def attention(*arrays):
+            return jax_gluon.dot_product_attention(*arrays, quantization=quantization, **keywords)
+
+        out, pullback = jax.vjp(attention, *arrays)
+        return out, *pullback(d_out)
+
+    out, *gradients = run(arrays, d_out)
+    exact = oracle.attention(
+        *(np.asarray(x, np.float64) for x in exact_arrays), d_out=d_out, **keywords
+    )
+    forward, backward = BARS["int8" if quantization else "bfloat16"]
+    wanted = exact.out, *exact[2 : 2 + len(arrays)]
+    errors = [relative(x, y) for x, y in zip((out, *gradients), wanted, strict=True)]
+    print(name, quantization, hides_nan, " ".join(f"{x:.1e}" for x in errors))
+    assert errors[0] <= forward
+    # Of one key the gradients of query and key are 0: cuDNN's are what rounding leaves.
+    assert max(errors[3:] if case["S"] == 1 else errors[1:]) <= backward
+    with_sum = jax.jit(
+        lambda *arrays: jax_gluon.attention_with_log_sum_exp(
+            *arrays, quantization=quantization, **keywords
+        )
+    )
+    log_sum_exp = np.asarray(with_sum(*arrays)[1], np.float64)
+    seen = np.isfinite(exact.log_sum_exp)
+    assert np.array_equal(seen, np.isfinite(log_sum_exp))
+    # cuDNN's codes are of 16 bits.
+    np.testing.assert_allclose(
+        log_sum_exp[seen], exact.log_sum_exp[seen], rtol=0, atol=1.5e-2 if quantization else 2e-3
+    )
+
+
+def _dequantized(arrays, keywords, case):
+    from jax_gluon._quantization.formats import PRESETS
+
+    preset = PRESETS["int8"]
+    lengths = keywords.get("query_seq_lengths"), *(keywords.get("key_value_seq_lengths"),) * 2
+    return [
+        jax_gluon.quantize(x, spec, lengths=length, implementation="xla").dequantize(jnp.float32)
+        for x, spec, length in zip(
+            arrays, (preset.query, preset.key, preset.value), lengths, strict=False
+        )
+    ]
+
+
+def test_gradient_of_the_log_sum_exp():
+    case = FORMS["wide_causal"]
+    arrays, keywords, d_out, d_log_sum_exp = operands(case, "bfloat16")
+
+    def loss(*arrays):
+        out, log_sum_exp = jax_gluon.attention_with_log_sum_exp(*arrays, **keywords)
+        return jnp.sum(out.astype(jnp.float32) * d_out) + jnp.sum(log_sum_exp * d_log_sum_exp)
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+    exact = oracle.attention(
+        *(np.asarray(x, np.float64) for x in arrays),
+        d_out=d_out, d_log_sum_exp=d_log_sum_exp, **keywords,
+    )  # fmt: skip
+    for x, y in zip(gradients, exact[2:5], strict=True):
+        assert relative(x, y) <= BARS["bfloat16"][1]
+
+
+def test_vmap_and_checkpoint():
+    arrays, keywords, *_ = operands(FORMS["odd_rows"], "bfloat16")
+
+    def loss(*arrays):
+        attend = jax.checkpoint(lambda *x: jax_gluon.dot_product_attention(*x, **keywords))
+        return jnp.sum(attend(*arrays).astype(jnp.float32) ** 2)
+
+    whole = jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+    mapped = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*(x[:, None] for x in arrays))
+    for x, y in zip(whole, mapped, strict=True):
+        assert relative(y[:, 0], x) <= 1e-2

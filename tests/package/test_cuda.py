@@ -1,0 +1,186 @@
+"""What NVIDIA GPUs are given: lowered for the platform here, where there is none of them."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gluon
+from jax_gluon import _native
+from jax_gluon._cuda import cudnn
+from jax_gluon._problem import AttentionOperands, AttentionProblem
+from jax_gluon._xla import implementation as xla
+from tests.support import oracle as numpy_oracle
+from tests.support.arrays import placed
+
+B, T, S, N, K, H = 2, 32, 48, 4, 2, 64
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+@pytest.fixture
+def has_cudnn(monkeypatch):
+    """JAX asks its CUDA plugin for cuDNN's version when a call is traced."""
+    if cudnn._calls is None:
+        pytest.skip("this JAX calls cuDNN in another way")
+    monkeypatch.setattr(cudnn._calls, "check_cudnn_version", lambda: 91900)
+    if (why := cudnn.missing()) is not None:
+        pytest.skip(why)
+
+
+def shapes(dtype=jnp.bfloat16, head_major=False, T=T, H=H):
+    def of(T, N):
+        return jax.ShapeDtypeStruct((B, N, T, H) if head_major else (B, T, N, H), dtype)
+
+    return of(T, N), of(S, K), of(S, K)
+
+
+def gradient(**keywords):
+    def loss(q, k, v):
+        out = jax_gluon.dot_product_attention(q, k, v, **keywords)
+        return jnp.sum(out.astype(jnp.float32))
+
+    return jax.grad(loss, (0, 1, 2))
+
+
+def calls(function, *arguments):
+    """The names of the custom calls of a program for CUDA."""
+    traced = jax.jit(function).trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @([\w$]+)", text)
+
+
+TAKEN = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"is_causal": True, "local_window_size": 7},
+    "left_window": {"local_window_size": (7, 0)},
+    "int8": {"quantization": "int8"},
+    "head_major": {"layout": "BNTH"},
+    "lengths": {"key_value_seq_lengths": np.asarray([48, 5], np.int32)},
+    "forced": {"implementation": "cudnn"},
+}
+# What it is refused for, and of which operands.
+REFUSED = {
+    "float32": ({}, {"dtype": jnp.float32}),
+    "head dims to 128 that 8 divides": ({}, {"H": 20}),
+    "no mask": ({"mask": np.ones((1, 1, T, S), bool)}, {}),
+    "no key_value_mask": ({"key_value_mask": np.ones((B, S), bool)}, {}),
+    "no positions": ({"query_positions": np.arange(T), "key_value_positions": np.arange(S)}, {}),
+    "no segment_ids": (
+        {"query_segment_ids": np.zeros(T, int), "key_value_segment_ids": np.zeros(S, int)}, {},
+    ),
+    "no sinks": ({"sinks": np.zeros(N, np.float32)}, {}),
+    "no query_offset": ({"query_offset": 3}, {}),
+    "soft cap": ({"logits_soft_cap": 3.0}, {}),
+    "positive scale": ({"scale": -1.0}, {}),
+    "a scale that is a Python number": ({"scale": np.ones(N, np.float32)}, {}),
+    "windows to the left": ({"local_window_size": (3, 3)}, {}),
+    "at most as many as keys": ({"local_window_size": (3, 0)}, {"T": 100}),
+    "a bias bfloat16": ({"bias": np.zeros((1, 1, T, S), np.float32)}, {}),
+    "dropout": ({"dropout_rate": 0.5, "dropout_rng": np.zeros(2, np.uint32)}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_cudnn_takes_each_pass_once(case, has_cudnn):
+    """Backward reads what forward kept: it does not run forward again."""
+    given = shapes(head_major=case == "head_major")
+    assert calls(gradient(**TAKEN[case]), *given) == [FORWARD, BACKWARD]
+
+
+def test_odd_numbers_of_tokens(has_cudnn):
+    """Which JAX's call refuses to differentiate: they are padded."""
+    assert calls(gradient(is_causal=True), *shapes(T=33)) == [FORWARD, BACKWARD]
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals(reason, has_cudnn, monkeypatch):
+    keywords, of_shapes = REFUSED[reason]
+    given = shapes(**of_shapes)
+    with pytest.raises(ValueError, match=f'implementation is "cudnn", but .*{reason}'):
+        jax_gluon.explain(*given, implementation="cudnn", **keywords)
+    forced = functools.partial(jax_gluon.dot_product_attention, implementation="cudnn", **keywords)
+    with pytest.raises(ValueError, match=f"jax_gluon.dot_product_attention: .*{reason}"):
+        jax.eval_shape(forced, *given)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    plan = jax_gluon.explain(*given, **keywords)
+    assert plan.implementation == "xla"
+    assert re.search(reason, plan.reasons[0])
+
+
+def test_a_refused_problem_runs_in_xla(has_cudnn):
+    keywords, of_shapes = REFUSED["no sinks"]
+    assert not calls(gradient(**keywords), *shapes(**of_shapes))
+    assert not calls(gradient(implementation="xla"), *shapes())
+
+
+def test_explain_on_a_gpu(has_cudnn, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    plan = jax_gluon.explain(*shapes(), is_causal=True)
+    assert (plan.implementation, plan.forward) == ("cudnn", None)
+
+
+def test_without_cudnn():
+    if cudnn.missing() is None:
+        pytest.skip("JAX finds cuDNN here")
+    with pytest.raises(ValueError, match='implementation is "cudnn", but JAX'):
+        jax_gluon.explain(*shapes(), implementation="cudnn")
+    assert not calls(gradient(scale=0.122), *shapes())  # traced anew
+
+
+def test_nobody_misses_the_plugin_where_programs_run_elsewhere(monkeypatch):
+    monkeypatch.setattr(_native, "has_plugin", lambda: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not calls(gradient(scale=0.123), *shapes(jnp.float32))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+    def missing():
+        raise ImportError("no plugin")
+
+    monkeypatch.setattr(_native, "plugin", missing)
+    with pytest.raises(ImportError, match="no plugin"):
+        calls(gradient(scale=0.124), *shapes(jnp.float32))
+
+
+SMALL = dataclasses.replace(xla.GPU, rows=16, keys=32, scores=B * N * 16 * 32, kept=2**13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_finite", [False, True])
+def test_large_tiles(dtype, is_causal, is_finite):
+    """Of GPUs: 16-bit operands multiplied as they are, unless one is not finite."""
+    rng = np.random.default_rng(3)
+    q, k, v, d_out = (
+        rng.standard_normal(shape, np.float32).astype(dtype)
+        for shape in ((B, T + 1, N, 24), (B, S, K, 24), (B, S, K, 24), (B, T + 1, N, 24))
+    )
+    lengths = np.asarray([40, 17], np.int32)
+    exact = numpy_oracle.attention(
+        q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, d_out=d_out
+    )
+    if not is_finite:
+        hidden = np.arange(S) >= lengths[:, None]
+        k, v = (np.where(hidden[..., None, None], np.asarray(np.nan, dtype), x) for x in (k, v))
+    problem = AttentionProblem(24**-0.5, is_causal=is_causal)
+
+    @jax.jit
+    def run(q, k, v, d_out, lengths):
+        operands = AttentionOperands(q, k, v, key_value_seq_lengths=lengths)
+        _, residuals = xla.forward(problem, q.dtype, operands, SMALL)
+        return residuals.out, *xla.backward(problem, residuals, d_out, None, SMALL)
+
+    given = [placed(x) for x in (q, k, v, d_out, lengths)]
+    if dtype == "bfloat16" and is_finite:
+        # XLA's CPU has no such product for tests/cuda to be spared.
+        text = run.lower(*given).as_text()
+        assert re.search(r"dot_general.*bf16>, tensor<\w+xbf16>\) -> tensor<\w+xf32>", text)
+        return
+    found = run(*given)
+    for x, y in zip(found, (exact.out, *exact[2:5]), strict=True):
+        error = np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+        assert error <= (3e-6 if dtype == "float32" else 7e-3)
