@@ -32,16 +32,23 @@ def threshold_of(rate: float) -> int:
 
 
 def seeds_of(rng: jax.Array, batch: int, is_broadcast: bool) -> jax.Array:
-    """int32 `[B, 4]`: the generator's key, the batch index, and what a head's is multiplied by.
+    """int32 `[B, 5]`: the generator's key, the batch index, the first head's, and a head's step.
 
     With `is_broadcast` all heads of all entries drop alike.
     """
     key = jax.lax.bitcast_convert_type(jax.random.bits(rng, (2,), jnp.uint32), jnp.int32)
-    index = jnp.arange(batch, dtype=jnp.int32)
+    index = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    first_head = jnp.zeros_like(index)
     if is_broadcast:
         index = jnp.zeros_like(index)
-    step = jnp.full((batch, 1), 0 if is_broadcast else 1, jnp.int32)
-    return jnp.concatenate([jnp.broadcast_to(key, (batch, 2)), index[:, None], step], axis=1)
+    step = jnp.full_like(index, 0 if is_broadcast else 1)
+    key = jnp.broadcast_to(key, (batch, 2))
+    return jnp.concatenate([key, index, first_head, step], axis=1)
+
+
+def of_later_heads(seeds: jax.Array, first: jax.Array) -> jax.Array:
+    """The seeds of a call whose head 0 is the head `first` (int32) of the call that they are of."""
+    return seeds.at[:, 3].add(first * seeds[:, 4])
 
 
 def kept(
@@ -53,7 +60,7 @@ def kept(
     lane = jnp.arange(tiles * _LANES, dtype=jnp.uint32)
     seeds = jax.lax.bitcast_convert_type(seeds, jnp.uint32)[:, :, None, None, None]
     shape = (seeds.shape[0], heads, rows.shape[0], tiles * _LANES)
-    head = jnp.arange(heads, dtype=jnp.uint32)[:, None, None] * seeds[:, 3]
+    head = seeds[:, 3] + jnp.arange(heads, dtype=jnp.uint32)[:, None, None] * seeds[:, 4]
     counter = [
         first_tile.astype(jnp.uint32) * np.uint32(_LANES) + lane,
         rows.astype(jnp.uint32)[:, None],

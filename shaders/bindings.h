@@ -170,12 +170,13 @@ struct BatchEntry {
   int rows;
   int keys;
   int has_ranks;
-  // Of dropout: the generator's key, the batch index, and what a head's index is multiplied by.
+  // Of dropout: the generator's key, the batch index, the index of the first head, and what is
+  // added to that for each head after it.
   int key0;
   int key1;
   int batch;
+  int first_head;
   int head_step;
-  int padding;
 };
 
 struct AttentionParameters {

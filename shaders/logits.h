@@ -66,7 +66,7 @@ struct HeadRules {
       const BatchEntry entry = operands.entries[b];
       dropout.key = uint2(uint(entry.key0), uint(entry.key1));
       dropout.batch = uint(entry.batch);
-      dropout.head = uint(n) * uint(entry.head_step);
+      dropout.head = uint(entry.first_head) + uint(n) * uint(entry.head_step);
     }
   }
 

@@ -155,7 +155,8 @@ void AttentionEncoder::bind_entries() {
       entry.key0 = own[0];
       entry.key1 = own[1];
       entry.batch = own[2];
-      entry.head_step = own[3];
+      entry.first_head = own[3];
+      entry.head_step = own[4];
     }
     entry.list = -1;
     if (call.visible_keys.empty()) continue;

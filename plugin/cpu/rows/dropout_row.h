@@ -25,7 +25,8 @@ class DropoutRow {
         call.dropout.seeds.data + call.dropout.seeds.batch_offset[static_cast<size_t>(b)];
     for (int i = 0; i < 2; ++i) key_[i] = static_cast<uint32_t>(seeds[i]);
     batch_ = static_cast<uint32_t>(seeds[2]);
-    head_ = static_cast<uint32_t>(n) * static_cast<uint32_t>(seeds[3]);
+    head_ = static_cast<uint32_t>(seeds[3]) +
+            static_cast<uint32_t>(n) * static_cast<uint32_t>(seeds[4]);
   }
 
   // Bytes that `find` needs for this many keys.
