@@ -29,6 +29,8 @@ from jax_gluon._quantization.formats import (
     preset,
 )
 from jax_gluon._ragged_tokens import whole_blocks, with_tokens
+from jax_gluon._sharding.partitioned import partitioned
+from jax_gluon._sharding.split import LENGTHS, QUERY, Split
 from jax_gluon._typing import Array, Float, Float32, Int32, Integer, Real
 from jax_gluon._xla.quantize import divide_large_tokens, ordinary_norm
 
@@ -313,6 +315,16 @@ def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> ja
 def _append(
     cache: QuantizedKVCache, key: jax.Array, value: jax.Array, count: jax.Array
 ) -> QuantizedKVCache:
+    letters: Any = dict.fromkeys(_ARRAYS, QUERY) | {"length": LENGTHS, "dropped": LENGTHS}
+    axes = dataclasses.replace(cache, **letters)
+    operands = jax.lax.stop_gradient((cache, key, value, count))
+    return partitioned(_append_to_part, (), (axes, QUERY, QUERY, LENGTHS), axes, *operands)
+
+
+def _append_to_part(
+    split: Split, cache: QuantizedKVCache, key: jax.Array, value: jax.Array, count: jax.Array
+) -> QuantizedKVCache:
+    del split  # all that is done is of one entry and head
     stored = count
     if cache.window is None:
         stored = jnp.minimum(count, cache.capacity - cache.length)
@@ -339,7 +351,7 @@ def _stored(
     """The first `count` of the new tokens behind `length` others: codes, and the floats kept."""
     spec = cached.spec
     block = spec.token_block
-    x = jax.lax.stop_gradient(new).astype(jnp.float32)
+    x = new.astype(jnp.float32)
     center, recoded = cached.center, None
     if head is not None:
         head = with_tokens(head, x, length, count)

@@ -20,9 +20,27 @@ from jax_gluon import _ffi, _native
 from jax_gluon._cuda import cudnn
 from jax_gluon._derivative_modes import not_differentiated
 from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
-from jax_gluon._operands import with_codes
+from jax_gluon._operands import quantize_operands, with_codes
 from jax_gluon._problem import AttentionProblem, Operands, Residuals, Tangents
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
+from jax_gluon._sharding.partitioned import partitioned
+from jax_gluon._sharding.split import (
+    KEY,
+    LOGITS,
+    QUERY,
+    ROWS,
+    TOKENS,
+    WHOLE,
+    Split,
+    axes_of_operands,
+    axes_of_residuals,
+    codes_span_devices,
+    gradients_of_all,
+    own_kv_heads,
+    own_operands,
+    own_residuals,
+    summed,
+)
 from jax_gluon._xla import implementation as xla
 from jax_gluon._xla import quantize as xla_quantize
 
@@ -55,13 +73,26 @@ def quantize(
         dtype = x.dtype
         quantized = quantize(spec, implementation, x.astype(jnp.float32), visible)
         return dataclasses.replace(quantized, dtype=dtype)
+    static = (spec, implementation)
+    return partitioned(_quantize, static, (QUERY, TOKENS), QUERY, x, visible)
 
+
+def _quantize(
+    spec: QuantSpec,
+    implementation: str | None,
+    split: Split,
+    x: jax.Array,
+    visible: jax.Array | None,
+) -> QuantizedTensor:
     def in_plugin(x: jax.Array, visible: jax.Array | None) -> QuantizedTensor:
         return _ffi.quantize(implementation, x, spec, visible)
 
     def in_xla(x: jax.Array, visible: jax.Array | None) -> QuantizedTensor:
-        return xla_quantize.quantize(x, spec, visible)
+        return xla_quantize.quantize(x, spec, visible, split.batch + split.heads)
 
+    if split != WHOLE and spec.granularity == "tensor":
+        # The plugin does not know the extremes of other devices' parts; codes are the same.
+        return in_xla(x, visible)
     return _on_platform(implementation, in_plugin, in_xla, x, visible)
 
 
@@ -78,21 +109,49 @@ def forward(
     implementation has its logits, since a change of base rounds: 2 in the plugin, e in XLA.
     All that the call makes has its name of `CHECKPOINT_NAMES`.
     """
-    given = swapped_operands(problem, not_differentiated(operands))
+    operands = swapped_operands(problem, not_differentiated(operands))
+    log_sum_exp, codes, out, row_maximum, log_sum = partitioned(
+        _forward,
+        (problem, dtype),
+        (axes_of_operands(operands),),
+        (ROWS, [QUERY, KEY, KEY], QUERY, ROWS, ROWS),
+        operands,
+    )
+    residuals = Residuals(with_codes(operands, codes), out, row_maximum, log_sum)
+    return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
+
+
+def _forward(
+    problem: AttentionProblem, dtype: np.dtype[Any], split: Split, operands: Operands
+) -> tuple[jax.Array, list[QuantizedTensor | None], jax.Array, jax.Array, jax.Array]:
+    left = problem
+    if codes_span_devices(problem, split, operands):
+
+        def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None) -> QuantizedTensor:
+            return _quantize(spec, problem.implementation, split, x, visible)
+
+        operands = quantize_operands(problem, operands, quantize, split.heads)
+        left = dataclasses.replace(problem, quantization=(None, None, None))
+    own = own_operands(split, operands)
     log_sum_exp, residuals = _on_platform(
         problem.implementation,
-        functools.partial(_ffi.forward, problem, dtype),
-        functools.partial(xla.forward, problem, dtype),
-        given,
+        functools.partial(_ffi.forward, left, dtype),
+        functools.partial(xla.forward, left, dtype),
+        own,
         on_cuda=_on_cuda(
             problem,
             dtype,
-            given,
-            functools.partial(cudnn.forward, problem, dtype),
-            functools.partial(xla.forward, problem, dtype, tiling=xla.GPU),
+            own,
+            functools.partial(cudnn.forward, left, dtype),
+            functools.partial(xla.forward, left, dtype, tiling=xla.GPU),
         ),
     )
-    return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
+    made = operands if left is not problem else residuals.operands
+    codes = [
+        None if spec is None else cast(QuantizedTensor, x)
+        for x, spec in zip(made[:3], problem.quantization, strict=True)
+    ]
+    return log_sum_exp, codes, residuals.out, residuals.row_maximum, residuals.log_sum
 
 
 def with_names(
@@ -133,20 +192,29 @@ def backward(
     `d_log_sum_exp` is the cotangent of the natural-log form.
     """
     given = _swapped_cotangents(problem, residuals, d_out, d_log_sum_exp)
+    axes, result_axes = (axes_of_residuals(given[0]), QUERY, ROWS), (QUERY, KEY, KEY)
+    return swapped(problem, partitioned(_backward, (problem,), axes, result_axes, *given))
+
+
+def _backward(
+    problem: AttentionProblem, split: Split, residuals: Residuals, *cotangents: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    own = own_residuals(split, residuals)
     gradients = _on_platform(
         problem.implementation,
         functools.partial(_ffi.backward, problem),
         functools.partial(xla.backward, problem),
-        *given,
+        own,
+        *cotangents,
         on_cuda=_on_cuda(
             problem,
             residuals.out.dtype,
-            given[0].operands,
+            own.operands,
             functools.partial(cudnn.backward, problem),
             functools.partial(xla.backward, problem, tiling=xla.GPU),
         ),
     )
-    return swapped(problem, gradients)
+    return gradients_of_all(split, residuals.operands, gradients)
 
 
 @jit(0)
@@ -157,12 +225,30 @@ def backward_bias(
     d_log_sum_exp: jax.Array | None,
 ) -> jax.Array:
     """Gradient of the bias. A call of its own, so that XLA drops it when nobody asks for it."""
-    return _on_platform(
+    bias = residuals.operands.bias
+    assert bias is not None
+    is_shared = bias.shape[0] == 1, bias.shape[1] == 1
+    given = _swapped_cotangents(problem, residuals, d_out, d_log_sum_exp)
+    axes = axes_of_residuals(given[0]), QUERY, ROWS
+    return partitioned(_backward_bias, (problem, is_shared), axes, LOGITS, *given)
+
+
+def _backward_bias(
+    problem: AttentionProblem,
+    is_shared: tuple[bool, bool],
+    split: Split,
+    residuals: Residuals,
+    *cotangents: jax.Array | None,
+) -> jax.Array:
+    gradient = _on_platform(
         problem.implementation,
         functools.partial(_ffi.backward_bias, problem),
         functools.partial(xla.backward_bias, problem),
-        *_swapped_cotangents(problem, residuals, d_out, d_log_sum_exp),
+        own_residuals(split, residuals),
+        *cotangents,
     )
+    by_batch, by_head = is_shared
+    return summed(gradient, split.batch * by_batch + split.heads * by_head)
 
 
 @jit(0)
@@ -203,14 +289,38 @@ def tangent(
     `tangents` are those of query, key and value (of what codes stand for), bias and sinks; None:
     zero. The plugin computes anew what forward kept, in the same pass.
     """
+    axes = ROWS, axes_of_residuals(residuals), axes_of_operands(tangents)
+    log_sum_exp, kept, d_out, d_log_sum_exp = partitioned(
+        _tangent,
+        (problem,),
+        axes,
+        (ROWS, (QUERY, ROWS, ROWS), QUERY, ROWS),
+        log_sum_exp,
+        residuals,
+        tangents,
+    )
+    return log_sum_exp, Residuals(residuals.operands, *kept), d_out, d_log_sum_exp
 
+
+def _tangent(
+    problem: AttentionProblem,
+    split: Split,
+    log_sum_exp: jax.Array,
+    residuals: Residuals,
+    tangents: Tangents,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array]:
     def in_plugin(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
         return _ffi.tangent(problem, residuals.out.dtype, residuals.operands, tangents)
 
     def in_xla(log_sum_exp: jax.Array, residuals: Residuals, tangents: Tangents) -> Any:
         return log_sum_exp, residuals, *xla.tangent(problem, residuals, tangents)
 
-    return _on_platform(problem.implementation, in_plugin, in_xla, log_sum_exp, residuals, tangents)
+    own = own_residuals(split, residuals), own_kv_heads(split, residuals.operands, tangents)
+    log_sum_exp, kept, d_out, d_log_sum_exp = _on_platform(
+        problem.implementation, in_plugin, in_xla, log_sum_exp, *own
+    )
+    kept = kept.out, kept.row_maximum, kept.log_sum
+    return log_sum_exp, kept, d_out, d_log_sum_exp
 
 
 def _on_cuda(

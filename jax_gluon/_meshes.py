@@ -81,9 +81,21 @@ def _explicit_mesh(tree: Any) -> Any:
 
 
 def _explicit_axes(mesh: Any) -> tuple[str, ...]:
-    explicit: Any = jax.sharding.AxisType.Explicit
+    return _axes_of_type(mesh, "Explicit")
+
+
+def _axes_of_type(mesh: Any, name: str) -> tuple[str, ...]:
+    wanted: Any = getattr(jax.sharding.AxisType, name)
     pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in pairs if kind == explicit)
+    return tuple(axis for axis, kind in pairs if kind == wanted)
+
+
+def is_manual() -> bool:
+    """Whether a `shard_map` is being traced, whose arrays are those of one device."""
+    if not _HAS_MESHES:
+        return False
+    mesh: Any = cast(Any, jax.sharding).get_abstract_mesh()
+    return not mesh.empty and bool(_axes_of_type(mesh, "Manual"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)

@@ -16,15 +16,16 @@ def quantize_operands(
     problem: AttentionProblem,
     operands: Operands,
     quantize: Callable[[jax.Array, QuantSpec, jax.Array | None], QuantizedTensor],
+    heads_over: tuple[str, ...] = (),
 ) -> Operands:
     """The operands with those that `problem.quantization` names as codes of `quantize`.
 
-    Codes know nothing of hidden tokens.
+    Codes know nothing of hidden tokens. `heads_over` is as for `visible_tokens`.
     """
     query_spec, key_spec, value_spec = problem.quantization
     if not any(problem.quantization):
         return operands
-    query_visible, key_value_visible = visible_tokens(problem, operands)
+    query_visible, key_value_visible = visible_tokens(problem, operands, heads_over)
 
     def codes(x: Any, spec: QuantSpec | None, visible: jax.Array | None) -> Any:
         return x if spec is None else quantize(x, spec, visible)

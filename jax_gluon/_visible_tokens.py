@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,12 @@ def lowered(position: jax.Array, by: int) -> jax.Array:
 
 
 def visible_tokens(
-    problem: AttentionProblem, operands: Operands
+    problem: AttentionProblem, operands: Operands, heads_over: tuple[str, ...] = ()
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The query rows and the keys that may be seen: bool `[B, T]` and `[B, S]`; None: all.
 
     Masks and biases count where they are the same for all rows; then a key is seen if any head
-    sees it.
+    sees it, where heads are split over axes of a mesh on any of their devices.
     """
     B, T = operands.query.shape[:2]
     S = operands.key.shape[1]
@@ -61,7 +61,10 @@ def visible_tokens(
         by_head.append(~(wide < MIN_LOGIT))  # NaN is visible
     if by_head:
         seen = functools.reduce(jnp.logical_and, by_head)
-        conditions.append(jnp.any(seen, axis=(1, 2)))
+        by_any = jnp.any(seen, axis=(1, 2))
+        if heads_over:
+            by_any = cast(Any, jax.lax.pmax)(by_any.astype(jnp.int32), heads_over) > 0
+        conditions.append(by_any)
     if conditions:
         keys = jnp.broadcast_to(functools.reduce(jnp.logical_and, conditions), (B, S))
     return query, keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,15 @@ _LARGEST_CENTER = 2.0**100
 _MIN_ORDINARY_NORM = 2.0**-100
 
 
-def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) -> QuantizedTensor:
+def quantize(
+    x: jax.Array,
+    spec: QuantSpec,
+    visible: jax.Array | None = None,
+    over: tuple[str, ...] = (),
+) -> QuantizedTensor:
     """Codes of float `x` `[..., T, N, H]`; `visible`, bool `[..., T]`, says what can be seen.
 
+    `x` is a part of the batch and heads, which are split over these axes of a mesh.
     A hidden token counts in no extreme and in no center, and is coded as zeros. A block with a NaN
     or an infinity gets a NaN scale and codes of 0, so that it dequantizes to NaN.
     """
@@ -49,7 +55,7 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None = None) ->
     powers = None
     if spec.token_powers:
         x, powers = divide_large_tokens(x, ordinary_norm(x, visible))
-    least, most = _extremes(x, hidden, spec)
+    least, most = _extremes(x, hidden, spec, over)
     scale, zero_point, minimum = _parameters(least, most, spec)
     codes = _codes(x, scale, zero_point, minimum, spec)
     if powers is not None:
@@ -129,7 +135,7 @@ def _lower_median(x: jax.Array) -> jax.Array:
 
 
 def _extremes(
-    x: jax.Array, hidden: jax.Array | None, spec: QuantSpec
+    x: jax.Array, hidden: jax.Array | None, spec: QuantSpec, over: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Least and largest element of each block; NaN where one of them is not finite.
 
@@ -158,6 +164,10 @@ def _extremes(
     least, most = reduced(jnp.min, x, jnp.inf), reduced(jnp.max, x, -jnp.inf)
     # XLA's minimum and maximum drop a NaN on the CPU.
     is_finite = reduced(jnp.all, jnp.isfinite(x), True)
+    if over and spec.granularity == "tensor":
+        least = cast(Any, jax.lax.pmin)(least, over)
+        most = cast(Any, jax.lax.pmax)(most, over)
+        is_finite = cast(Any, jax.lax.pmin)(is_finite.astype(jnp.int32), over) > 0
     nan = jnp.full_like(least, jnp.nan)
     is_empty = least > most
     least, most = (

@@ -1,0 +1,1 @@
+"""Batch and heads over the devices of a mesh."""
