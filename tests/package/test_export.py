@@ -158,3 +158,22 @@ def test_a_cache_of_any_batch(require):
     q = jax.random.normal(jax.random.key(2), (3, 1, N, H))
     found = attend(symbolic, query).call(append(symbolic, token, token).call(empty, k, v), q)
     np.testing.assert_array_equal(found, empty.append(k, v).attention(q))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_other_platforms_have_no_custom_call_of_the_plugin(platform, quantization):
+    """Forward and gradient, without `disabled_checks`: JAX would refuse the calls."""
+
+    def loss(q, k, v, bias):
+        out = jax_gluon.dot_product_attention(
+            q, k, v, bias, is_causal=True, quantization=quantization
+        )
+        return jnp.sum(out * out)
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+    query, key = (jax.ShapeDtypeStruct((2, 70, heads, H), jnp.bfloat16) for heads in (N, K))
+    bias = jax.ShapeDtypeStruct((1, N, 70, 70), jnp.float32)
+    exported = export.export(gradient, platforms=(platform,))(query, key, key, bias)
+    assert exported.platforms == (platform,)
+    assert "jax_gluon." not in exported.mlir_module()
