@@ -8,6 +8,7 @@ vmap: here is a primitive that has one, and is such a call where it is lowered f
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
+from jax.interpreters import partial_eval as pe
 
 from jax_gluon._meshes import is_manual
 from jax_gluon._sharding.placement import Placement
@@ -65,7 +67,8 @@ def _spread(axes: Any, tree: Any) -> tuple[str, ...]:
 class _Call:
     """The function, of flat operands, and the axes of these and of its flat results.
 
-    `mapped` has for each vmap, the outermost first, which of the operands it maps, along axis 0.
+    `used` are those of the results that are asked for; None: all. `mapped` has for each vmap, the
+    outermost first, which of the operands it maps, along axis 0.
     """
 
     function: Callable[..., Any]
@@ -73,6 +76,7 @@ class _Call:
     structure: Any
     axes: tuple[str, ...]
     result_axes: tuple[str, ...]
+    used: tuple[bool, ...] | None = None
     mapped: tuple[tuple[bool, ...], ...] = ()
 
     def on(self, split: Split) -> Callable[..., list[Any]]:
@@ -80,11 +84,20 @@ class _Call:
 
         def flat(*leaves: Any) -> list[Any]:
             operands = self.structure.unflatten(leaves)
-            return jax.tree.leaves(self.function(*self.static, split, *operands))
+            return self._asked_for(jax.tree.leaves(self.function(*self.static, split, *operands)))
 
         for of_all in reversed(self.mapped):
             flat = jax.vmap(flat, [0 if is_mapped else None for is_mapped in of_all])
         return flat
+
+    def _asked_for(self, results: Sequence[_Result]) -> list[_Result]:
+        return list(results if self.used is None else itertools.compress(results, self.used))
+
+    def using(self, used: Sequence[bool]) -> _Call:
+        """The call for some of the results that were asked for."""
+        left = iter(used)
+        before = self.used or (True,) * len(self.result_axes)
+        return replace(self, used=tuple(is_used and next(left) for is_used in before))
 
     def placement(self, jaxpr: Any) -> Placement:
         """Of operands and results: an axis that vmap added is another along which to split."""
@@ -93,7 +106,7 @@ class _Call:
             (*(x for x, of_all in zip(levels, self.mapped, strict=True) if of_all[i]), *axes)
             for i, axes in enumerate(self.axes)
         ]
-        of_results = [(*levels, *axes) for axes in self.result_axes]
+        of_results = [(*levels, *axes) for axes in self._asked_for(self.result_axes)]
 
         def named(axes: Sequence[tuple[str, ...]], avals: Sequence[Any]) -> Any:
             return [(each, aval.shape) for each, aval in zip(axes, avals, strict=True)]
@@ -134,6 +147,19 @@ def _batch(
 
 
 cast(Any, batching.primitive_batchers)[_partitioned_p] = _batch
+
+
+def _without_unused(used: Sequence[bool], equation: Any) -> tuple[list[bool], Any]:
+    if not any(used):
+        return [False] * len(equation.invars), None
+    closed = equation.params["jaxpr"]
+    jaxpr, _ = cast(Any, pe.dce_jaxpr)(closed.jaxpr, list(used), instantiate=True)
+    params = {"jaxpr": closed.replace(jaxpr=jaxpr), "call": equation.params["call"].using(used)}
+    results: list[Any] = list(itertools.compress(equation.outvars, used))
+    return [True] * len(equation.invars), equation.replace(params=params, outvars=results)
+
+
+cast(Any, pe.dce_rules)[_partitioned_p] = _without_unused
 
 
 def _lower(context: Any, *values: Any, jaxpr: Any, call: _Call) -> Any:
