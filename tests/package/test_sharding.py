@@ -138,6 +138,20 @@ def test_nothing_is_gathered(case, arguments, require):
     assert_close(actual, run(given), 2e-5)
 
 
+def test_nothing_is_gathered_by_the_older_partitioner(arguments, configure, require):
+    """GSPMD, which asks in other words."""
+    require("cpu")
+    if not getattr(jax.config, "jax_use_shardy_partitioner", False):
+        pytest.skip("this JAX has but one")
+    given = chosen(arguments, "bias", "sinks")
+    run = jax.jit(functools.partial(gradients, implementation="cpu", quantization="int8"))
+    on_mesh = placed(mesh_of(), given, {name: SPECS[name] for name in given})
+    with configure(jax_use_shardy_partitioner=False):
+        compiled = run.lower(on_mesh).compile()
+    assert collectives(compiled)["all-gather"] == 0
+    assert_close(compiled(on_mesh), run(given), 2e-5)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (8, 1), (12, 3), (16, 8)])
 def test_devices_that_share_kv_heads(implementation, heads, kv_heads, random_operands, require):
