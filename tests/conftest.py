@@ -42,7 +42,7 @@ _PEAKS = pytest.StashKey[list[int]]()
 # of MLIR each takes three times as long. `make smoke` has the defaults.
 QUICK_XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # Arrays are on the first of them, but where a test makes a mesh of several.
-DEVICES_FLAG = "--xla_force_host_platform_device_count=4"
+DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
 
 
 def _xla_takes(flags):

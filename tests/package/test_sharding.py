@@ -14,8 +14,8 @@ from jax_gluon import QuantizedKVCache, QuantSpec
 
 if not hasattr(jax.lax, "pcast"):
     pytest.skip("this JAX has neither Explicit axes nor checks", allow_module_level=True)
-if jax.device_count() < 4:
-    pytest.skip("one device alone", allow_module_level=True)
+if jax.device_count() < 6:
+    pytest.skip("fewer than six devices", allow_module_level=True)
 
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -315,6 +315,37 @@ def test_tokens_and_rows_may_be_sharded(implementation, arguments, require):
         "value": P(None, None, None, HEADS), "d_out": P((BATCH, HEADS)),
     }  # fmt: skip
     assert_close(run(placed(mesh, given, specs)), run(given), 2e-5)
+
+
+PLACES = {
+    "permuted": ((2, 2), [3, 1, 0, 2], EACH),
+    "transposed": ((2, 2), [4, 5, 1, 3], P(HEADS, None, BATCH)),
+    "three_by_two": ((3, 2), [5, 4, 3, 2, 1, 0], EACH),
+    "two_by_three": ((2, 3), range(6), P(HEADS, None, BATCH)),
+    "heads_alone": ((3, 2), range(6), P(None, None, (HEADS, BATCH))),
+    "batch_alone": ((2, 3), range(6), P((BATCH, HEADS))),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_any_order_of_devices_and_axes(place, random_operands, require):
+    """A device finds its heads, for bias and dropout, wherever it is in the mesh."""
+    require("cpu")
+    shape, order, spec = PLACES[place]
+    devices = np.array(jax.devices())[list(order)]
+    mesh = jax.sharding.Mesh(devices.reshape(shape), (BATCH, HEADS))
+    q, k, v, d_out = random_operands(6, T, S, 12, 6, H)
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal((12, T, S)), jnp.float32)
+    given = {"query": q, "key": k, "value": v, "d_out": d_out, "bias": bias}
+    specs = dict.fromkeys(given, spec) | {"bias": P(*spec[2:3])}
+    keywords = dict(dropout_rate=0.3, dropout_rng=jax.random.key(3))
+    run = jax.jit(functools.partial(gradients, implementation="cpu", **keywords))
+    on_mesh = placed(mesh, given, specs)
+    compiled = run.lower(on_mesh).compile()
+    assert collectives(compiled)["all-gather"] == 0
+    actual = compiled(on_mesh)
+    assert actual[1]["key"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
+    assert_close(actual, run(given), 2e-5)
 
 
 @pytest.mark.parametrize(("implementation", "quantization"), [("cpu", "int8"), ("xla", None)])
