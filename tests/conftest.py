@@ -41,8 +41,6 @@ _PEAKS = pytest.StashKey[list[int]]()
 # Most of the suite's time is XLA's, which compiles thousands of small programs: with its emitters
 # of MLIR each takes three times as long. `make smoke` has the defaults.
 QUICK_XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-# Arrays are on the first of them, but where a test makes a mesh of several.
-DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
 
 
 def _xla_takes(flags):
@@ -73,9 +71,8 @@ def pytest_configure(config):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     # NumPy's threads of several processes would spin for each other's cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if "XLA_FLAGS" not in os.environ:
-        quick = QUICK_XLA_FLAGS if _xla_takes(QUICK_XLA_FLAGS) else ""
-        os.environ["XLA_FLAGS"] = f"{quick} {DEVICES_FLAG}"
+    if "XLA_FLAGS" not in os.environ and _xla_takes(QUICK_XLA_FLAGS):
+        os.environ["XLA_FLAGS"] = QUICK_XLA_FLAGS
     run = config.stash[_RUN] = Path(tempfile.mkdtemp(prefix="jax-gluon-tests-"))
     os.environ.setdefault("SOFTMETAL_CACHE_DIR", str(run / "softmetal"))
     os.environ.setdefault("SOFTMETAL_PIPELINES", str(run / "pipelines"))
