@@ -127,7 +127,7 @@ def test_dropout_does_not_know_of_shards(implementation, axis_type, random_opera
     np.testing.assert_array_equal(np.asarray(weights) != 0, mask)
 
 
-@pytest.mark.parametrize("implementation", [None, "cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
 def test_tokens_and_rows_may_be_sharded(implementation, arguments, require):
     """They are gathered; so are heads and entries of other parts than the query's."""
     require("cpu")

@@ -65,8 +65,10 @@ def test_codes_are_made_where_their_heads_are(name, random_operands, require):
             assert collectives(values.lower(codes).compile()) == {}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(("quantization", "window"), [("int8", 20), ("int4", None)])
+@pytest.mark.parametrize(
+    ("axis_type", "quantization", "window"),
+    [(AxisType.Auto, "int4", None), (AxisType.Explicit, "int8", 20)],
+)
 def test_a_cache_stays_where_it_is(quantization, window, axis_type, random_operands, require):
     require("cpu")
     q, k, v, _ = random_operands(B, 37, 37, N, K, H)

@@ -86,8 +86,9 @@ def test_pmap(implementation, quantization, arguments, require):
     assert_close(actual, jax.tree.map(lambda *x: jnp.stack(x), *each))
 
 
-@pytest.mark.parametrize("implementation", [None, "cpu", "xla"])
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(
+    ("implementation", "quantization"), [(None, "int8"), ("cpu", None), ("xla", None)]
+)
 def test_shard_map(implementation, quantization, arguments, require):
     require(implementation or "cpu")
     given = chosen(arguments, "bias", "sinks", "mask")
