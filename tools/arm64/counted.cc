@@ -18,11 +18,10 @@ void scores(const void* rows, const void* panel, int64_t lanes, void* out) {
 }
 
 template <class Core>
-void values(const void* p, const void* panel, int64_t lanes, float* out) {
+void values(const void* p, const void* panel, int64_t lanes, float* out, const float* factors) {
   using Lane = typename Core::Lane;
-  static constexpr float kOne[16] = {1, 1, 1, 1, 1, 1, 1, 1};
-  value_tile<Core, kKeys / Core::kGroup>(static_cast<const Lane*>(p),
-                                         static_cast<const Lane*>(panel), lanes, out, kKeys, kOne);
+  value_tile<Core, kKeys / Core::kGroup>(
+      static_cast<const Lane*>(p), static_cast<const Lane*>(panel), lanes, out, kKeys, factors);
 }
 
 template <class Core>

@@ -9,6 +9,9 @@ namespace {
 
 struct NeonMatrix : NeonDot {
   static constexpr int kMaxWeight = 255;
+  // Register tile of blocks: 12 rows x 8 columns = 24 accumulators, 4 of keys or values, and 2 of
+  // rows at a time. With 8 rows, loads would take the place of products.
+  static constexpr int kBlockTileRows = 12;
 
   // acc += u8 . s8, 4 products a lane.
   static I dot_weights(I acc, I weights, I codes) {

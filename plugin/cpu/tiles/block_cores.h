@@ -9,7 +9,7 @@ namespace jax_gluon::cpu {
 namespace {
 
 template <class Isa>
-struct BlockInt8Core : Tiles<Isa> {
+struct BlockInt8Core : Tiles<Isa, Isa::kBlockTileRows> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kInt8;
   using Lane = uint64_t;
   using Accumulator = typename Isa::I;
@@ -28,7 +28,7 @@ struct BlockInt8Core : Tiles<Isa> {
 };
 
 template <class Isa>
-struct BlockBf16Core : Tiles<Isa> {
+struct BlockBf16Core : Tiles<Isa, Isa::kBlockTileRows> {
   static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
   using Lane = uint64_t;
   using Accumulator = typename Isa::F;

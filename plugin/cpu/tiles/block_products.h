@@ -8,77 +8,61 @@
 namespace jax_gluon::cpu {
 namespace {
 
-// The sums of a tile: sum[i][j] is of rows 2 i and 2 i + 1, columns 2 j and 2 j + 1.
-template <class Core>
-struct BlockSums {
+// acc[r][c] = sum over lanes of row tile[r] . panel[c]: `multiply` adds the products of a block of
+// rows and one of columns to 2 x 2 sums.
+template <class Core, class Multiply>
+JAX_GLUON_INLINE void multiply_blocks(const typename Core::Lane* rows,
+                                      const typename Core::Lane* panel, int64_t lanes,
+                                      Multiply multiply,
+                                      typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
   using Isa = typename Core::Isa;
   using Block = typename Core::Block;
-  static constexpr int kRows = Core::kTileRows / 2, kColumns = Core::kTileColumns / 2;
-  Block sum[kRows][kColumns];
-
-  JAX_GLUON_INLINE BlockSums() {
-    JAX_GLUON_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      JAX_GLUON_UNROLL
-      for (int j = 0; j < kColumns; ++j) sum[i][j] = Isa::zero_row();
-    }
-  }
-
-  static JAX_GLUON_INLINE void load(const typename Core::Lane* lanes, Block* out) {
-    JAX_GLUON_UNROLL
-    for (int i = 0; i < kColumns; ++i) out[i] = Isa::load_row(lanes + 2 * i);
-  }
-
-  JAX_GLUON_INLINE void rows(typename Core::Accumulator (*acc)[Isa::kTileVectors]) const {
-    static_assert(kColumns == 4 && Isa::kTileVectors == 1, "a row is a vector of four blocks");
-    JAX_GLUON_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      Block low[2], high[2];
-      Isa::zip_halves(sum[i][0], sum[i][1], low);
-      Isa::zip_halves(sum[i][2], sum[i][3], high);
-      acc[2 * i][0] = Core::row_of(low[0], high[0]);
-      acc[2 * i + 1][0] = Core::row_of(low[1], high[1]);
-    }
-  }
-};
-
-template <class Core>
-JAX_GLUON_INLINE void multiply_panel_blocks(
-    const typename Core::Lane* rows, const typename Core::Lane* panel, int64_t lanes,
-    typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
-  using Sums = BlockSums<Core>;
   constexpr int R = Core::kTileRows, C = Core::kTileColumns;
-  static_assert(R == C, "one load for both");
-  Sums sums;
+  static_assert(R % 4 == 0 && C == 8 && Isa::kTileVectors == 1, "a row is a vector of 4 blocks");
+  Block sum[R / 2][C / 2];
+  JAX_GLUON_UNROLL
+  for (int i = 0; i < R / 2; ++i) {
+    JAX_GLUON_UNROLL
+    for (int j = 0; j < C / 2; ++j) sum[i][j] = Isa::zero_row();
+  }
   JAX_GLUON_UNROLL_FOUR
   for (int64_t d = 0; d < lanes; ++d, rows += R, panel += C) {
-    typename Core::Block query[Sums::kRows], key[Sums::kColumns];
-    Sums::load(rows, query);
-    Sums::load(panel, key);
+    Block right[C / 2];
     JAX_GLUON_UNROLL
-    for (int i = 0; i < Sums::kRows; ++i) {
+    for (int j = 0; j < C / 2; ++j) right[j] = Isa::load_row(panel + 2 * j);
+    // Two blocks of rows at a time: all of them would push sums out of the registers.
+    JAX_GLUON_UNROLL
+    for (int i = 0; i < R / 2; i += 2) {
+      const Block left[2] = {Isa::load_row(rows + 2 * i), Isa::load_row(rows + 2 * i + 2)};
       JAX_GLUON_UNROLL
-      for (int j = 0; j < Sums::kColumns; ++j) {
-        sums.sum[i][j] = Core::multiply_keys(sums.sum[i][j], query[i], key[j]);
+      for (int k = 0; k < 2; ++k) {
+        JAX_GLUON_UNROLL
+        for (int j = 0; j < C / 2; ++j) sum[i + k][j] = multiply(sum[i + k][j], left[k], right[j]);
       }
     }
   }
-  sums.rows(acc);
+  JAX_GLUON_UNROLL
+  for (int i = 0; i < R / 2; ++i) {
+    Block low[2], high[2];
+    Isa::zip_halves(sum[i][0], sum[i][1], low);
+    Isa::zip_halves(sum[i][2], sum[i][3], high);
+    acc[2 * i][0] = Core::row_of(low[0], high[0]);
+    acc[2 * i + 1][0] = Core::row_of(low[1], high[1]);
+  }
 }
 
-// Rows of p, kStride apart, as blocks: lanes of rows 2 i and 2 i + 1 take turns in row 2 i, and go
-// on in row 2 i + 1. Values are multiplied with them in every panel, so that it pays to do it
-// before.
+// Lanes of R rows of p, kStride apart, as a row tile. Values are multiplied with it in every panel,
+// so that it pays to make it before.
 template <class Core, int kStride>
-void pair_rows(const typename Core::Lane* p, int64_t rows, int64_t lanes,
-               typename Core::Lane* out) {
+void to_row_tile(const typename Core::Lane* p, int64_t lanes, typename Core::Lane* out) {
   using Isa = typename Core::Isa;
-  for (int64_t r = 0; r < rows; r += 2, p += 2 * kStride, out += 2 * kStride) {
+  constexpr int R = Core::kTileRows;
+  for (int r = 0; r < R; r += 2, p += 2 * kStride, out += 2) {
     for (int64_t d = 0; d < lanes; d += 2) {
       typename Core::Block pair[2];
       Isa::zip_halves(Isa::load_row(p + d), Isa::load_row(p + kStride + d), pair);
-      Isa::store_row(out + 2 * d, pair[0]);
-      Isa::store_row(out + 2 * d + 2, pair[1]);
+      Isa::store_row(out + d * R, pair[0]);
+      Isa::store_row(out + (d + 1) * R, pair[1]);
     }
   }
 }
@@ -88,49 +72,27 @@ void pair_rows(const typename Core::Lane* p, int64_t rows, int64_t lanes,
 template <class Core, int kStride>
 class ValueRows {
   using Lane = typename Core::Lane;
+  static constexpr int R = Core::kTileRows;
 
  public:
   ValueRows(const Lane* p, int64_t begin, int64_t end) : rows_(p) {
     if constexpr (Core::kHasBlocks) {
-      pair_rows<Core, kStride>(p + begin, Core::kGroupRows, end - begin, pairs_ + 2 * begin);
+      for (int64_t r = 0; r < Core::kGroupRows; r += R) {
+        to_row_tile<Core, kStride>(p + r * kStride + begin, end - begin,
+                                   tiles_ + r * kStride + begin * R);
+      }
     }
   }
   // Those of the tile whose first row is r, from a lane on.
   const Lane* tile(int64_t r, int64_t lane) const {
-    if constexpr (Core::kHasBlocks) return pairs_ + r * kStride + 2 * lane;
+    if constexpr (Core::kHasBlocks) return tiles_ + r * kStride + lane * R;
     return rows_ + r * kStride + lane;
   }
 
  private:
   const Lane* rows_;
-  Lane pairs_[Core::kHasBlocks ? Core::kGroupRows * kStride : 1];
+  Lane tiles_[Core::kHasBlocks ? Core::kGroupRows * kStride : 1];
 };
-
-// Of such pairs of rows.
-template <class Core, int kStride>
-JAX_GLUON_INLINE void multiply_values_blocks(
-    const typename Core::Lane* p, const typename Core::Lane* panel, int64_t lanes,
-    typename Core::Accumulator (*acc)[Core::Isa::kTileVectors]) {
-  using Isa = typename Core::Isa;
-  using Sums = BlockSums<Core>;
-  constexpr int C = Core::kTileColumns;
-  Sums sums;
-  JAX_GLUON_UNROLL_FOUR
-  for (int64_t d = 0; d < lanes; ++d, p += 2, panel += C) {
-    typename Core::Block probability[Sums::kRows], value[Sums::kColumns];
-    JAX_GLUON_UNROLL
-    for (int i = 0; i < Sums::kRows; ++i) probability[i] = Isa::load_row(p + 2 * i * kStride);
-    Sums::load(panel, value);
-    JAX_GLUON_UNROLL
-    for (int i = 0; i < Sums::kRows; ++i) {
-      JAX_GLUON_UNROLL
-      for (int j = 0; j < Sums::kColumns; ++j) {
-        sums.sum[i][j] = Core::multiply_values(sums.sum[i][j], probability[i], value[j]);
-      }
-    }
-  }
-  sums.rows(acc);
-}
 
 }  // namespace
 }  // namespace jax_gluon::cpu

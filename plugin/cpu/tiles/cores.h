@@ -33,12 +33,12 @@ constexpr const char* name_of(Arithmetic arithmetic) {
 
 // Sizes of tiles, in rows and columns, which are those of registers whatever they hold. Rows are
 // padded to a multiple of kLaneStep lanes.
-template <class Isa_>
+template <class Isa_, int kRows = Isa_::kTileRows>
 struct Tiles {
   using Isa = Isa_;
   // Whether products are of blocks of rows and columns: block_cores.h.
   static constexpr bool kHasBlocks = false;
-  static constexpr int kTileRows = Isa::kTileRows;
+  static constexpr int kTileRows = kRows;
   static constexpr int kTileColumns = Isa::kTileVectors * Isa::kLanes;
   static constexpr int kLaneStep = 1;
   // Rows whose scores are alive at once: enough that a panel read from L2 is used twice.

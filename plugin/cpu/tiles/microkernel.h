@@ -62,7 +62,8 @@ JAX_GLUON_NOINLINE void score_tile(const typename Core::Lane* rows,
   constexpr int R = Core::kTileRows, NV = Core::Isa::kTileVectors, W = Core::Isa::kLanes;
   typename Core::Accumulator acc[R][NV];
   if constexpr (Core::kHasBlocks) {
-    multiply_panel_blocks<Core>(rows, panel, lanes, acc);
+    const auto multiply = [](auto sum, auto x, auto y) { return Core::multiply_keys(sum, x, y); };
+    multiply_blocks<Core>(rows, panel, lanes, multiply, acc);
   } else {
     multiply_panel<Core>(rows, panel, lanes, acc);
   }
@@ -181,7 +182,8 @@ JAX_GLUON_NOINLINE void value_tile(const typename Core::Lane* p, const typename 
   constexpr bool kFloat = Core::kArithmetic != Arithmetic::kInt8;
   typename Core::Accumulator acc[R][NV];
   if constexpr (Core::kHasBlocks) {
-    multiply_values_blocks<Core, kStride>(p, panel, lanes, acc);
+    const auto multiply = [](auto sum, auto x, auto y) { return Core::multiply_values(sum, x, y); };
+    multiply_blocks<Core>(p, panel, lanes, multiply, acc);
   } else {
     multiply_values<Core, kStride>(p, panel, lanes, acc);
   }
