@@ -3,7 +3,7 @@
 # oldest systems that it runs on. Needs .venv with the package's build requirements.
 set -eu
 cd "$(dirname "$0")/../.."
-sh tools/arm64/install_toolchain.sh
+sh tools/install_packages.sh arm64
 venv=$PWD/.venv headers=$PWD/.venv/ffi-headers
 tag=$("$venv/bin/python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 "$venv/bin/python" -m pip install --quiet "auditwheel==6.8.2" wheel

@@ -3,7 +3,7 @@
 # build/macos and .venvs. PYTHON chooses the version of Python that the wheel is for.
 set -eu
 cd "$(dirname "$0")/../.."
-sh tools/macos/install_toolchain.sh
+sh tools/install_packages.sh macos
 
 # .venv holds all that is needed, once the package is installed in it; else an environment of its own.
 if [ -z "${PYTHON:-}" ] && [ -f .venv/stamps/package ]; then
