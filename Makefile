@@ -22,7 +22,6 @@ PYTHON_PATHS := $(wildcard jax_gluon tests demo benchmarks tools plugin/metal so
 # Development on Linux: Metal's host code against the software device (softmetal).
 METAL_BUILD := build/metal
 SOFTMETAL_CLANG ?= clang++-19
-CLANG_TIDY = $(BIN)/clang-tidy --quiet --extra-arg=-Wno-unknown-warning-option
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
   --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON \
@@ -106,16 +105,11 @@ format-cxx: $(STAMPS)/dev
 typecheck: $(STAMPS)/dev
 	$(BIN)/pyright
 
-# Objective-C++ is read as the software Metal device compiles it; left out where `make metal` can't.
-# Sources of other processors are in no build for this one.
+# Objective-C++ is read as the software Metal device compiles it, NEON as the wheel for arm64 does; each
+# is left out where its build is not there.
 tidy: $(STAMPS)/dev metal
-	@build=$$(echo build/cp*$$(uname -m) | cut -d' ' -f1); sources=; \
-	for each in $(filter plugin/%.cc,$(SOURCES)); do \
-	  if grep -q "$$each" "$$build/compile_commands.json"; then sources="$$sources $$each"; fi; done; \
-	echo "$(CLANG_TIDY) -p $$build$$sources"; $(CLANG_TIDY) -p "$$build" $$sources
-	@if [ -f $(METAL_BUILD)/compile_commands.json ]; then \
-	  echo "$(CLANG_TIDY) -p $(METAL_BUILD) plugin/metal/*.mm"; \
-	  $(CLANG_TIDY) -p $(METAL_BUILD) $(filter plugin/%.mm,$(SOURCES)); fi
+	$(BIN)/python tools/tidy.py $$(ls -d build/cp*$$(uname -m) | head -n 1) \
+	  build/cp*linux_aarch64 $(METAL_BUILD)
 
 docs: $(STAMPS)/dev
 	$(PIP_BUILD) -e '.[docs]'
