@@ -13,8 +13,8 @@ from pathlib import Path
 from tools.arm64 import instructions
 
 ROOT = Path(__file__).resolve().parents[2]
-# GCC 12's C++ library; glibc 2.35, as Ubuntu 22.04 has.
-EXPECTED = "manylinux_2_35_aarch64"
+# Those of glibc 2.27, as jaxlib's.
+EXPECTED = "manylinux_2_27_aarch64"
 ELF_AARCH64 = 183
 
 

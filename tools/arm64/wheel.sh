@@ -13,7 +13,12 @@ export _PYTHON_HOST_PLATFORM=linux-aarch64
 export SETUPTOOLS_EXT_SUFFIX=.cpython-${tag#cp}-aarch64-linux-gnu.so
 export CMAKE_TOOLCHAIN_FILE=$PWD/tools/arm64/toolchain.cmake
 export PATH="$venv/bin:$PATH"
-rm -rf build/arm64/wheel
+# Linked anew, with the toolchain's flags: CMake reads them once.
+build=build/$tag-$tag-linux_aarch64
+rm -rf build/arm64/wheel "$build/CMakeCache.txt" "$build/_plugin."*
+mkdir -p build/arm64
+aarch64-linux-gnu-gcc -O2 -fPIC -Wall -Wextra -Werror -c tools/arm64/old_glibc.c \
+  -o build/arm64/old_glibc.o
 rm -f "dist/jax_gluon-"*"-$tag-$tag-"*aarch64.whl
 python -m pip wheel --quiet --no-deps --no-build-isolation -w build/arm64/wheel \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$headers/jaxlib/include" \
