@@ -1,5 +1,5 @@
 #!/bin/sh
-# What parts of the project need of Debian: install_packages.sh softmetal|macos|arm64...
+# What parts of the project need of Debian: install_packages.sh softmetal|macos|arm64|ccache...
 # Installed where this machine lets us, else named.
 set -eu
 packages="" tools=""
@@ -17,7 +17,8 @@ for part in "$@"; do
         packages="$packages g++-aarch64-linux-gnu qemu-user-static"
         tools="$tools aarch64-linux-gnu-g++ qemu-aarch64-static"
       fi ;;
-    *) echo "install_packages.sh: part is '$part', expected softmetal, macos or arm64" >&2; exit 2 ;;
+    ccache) packages="$packages ccache" tools="$tools ccache" ;;
+    *) echo "install_packages.sh: part is '$part', expected softmetal, macos, arm64 or ccache" >&2; exit 2 ;;
   esac
 done
 missing() {

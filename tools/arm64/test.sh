@@ -15,9 +15,12 @@ export PYTHONPATH="$folder/package:$folder/site:$PWD" PYTHONDONTWRITEBYTECODE=1 
 export OPENBLAS_NUM_THREADS=1
 
 # Each model of a processor gets the best variant that it has, and is refused what it lacks.
+checks=""
 for pair in cortex-a72:neon neoverse-n1:neon_dotprod max:neon_i8mm_bf16; do
-  ARM64_CPU=${pair%:*} "$folder/python" -P tools/arm64/check_choice.py "${pair#*:}"
+  ARM64_CPU=${pair%:*} "$folder/python" -P tools/arm64/check_choice.py "${pair#*:}" &
+  checks="$checks $!"
 done
+for check in $checks; do wait "$check"; done
 
 run() {
   "$folder/python" -P -m pytest -q -o pythonpath= -p no:cacheprovider "$@"
