@@ -232,6 +232,7 @@ def _backward_call(
         *cotangents,
         **_attributes(problem, getattr(problem.kernels, direction), operands),
         has_d_log_sum_exp=np.int64(d_log_sum_exp is not None),
+        is_partial=np.int64(problem.is_partial),
     )
 
 

@@ -38,7 +38,9 @@ class AttentionProblem:
     `implementation` None leaves the choice to the platform that the program is lowered for.
     `layout` is that of the caller's float operands and results, which passes are given and return.
     `quantization` is how query, key and value are still to be quantized. The kernels are those of
-    the plugin.
+    the plugin. Where `is_partial`, the keys are a part of those that rows see: backward gets output
+    and log-sum-exp of all, and as the cotangent of the log-sum-exp what is left when D, each row's
+    mean of dP, is taken from it: no part knows D.
     """
 
     scale: float
@@ -50,6 +52,7 @@ class AttentionProblem:
     implementation: str | None = None
     layout: Layout = "BTNH"
     kernels: PassKernels = _DEFAULT_KERNELS
+    is_partial: bool = False
 
 
 #: A bias below this hides its key like -inf, unless there is a soft cap. It is about the least
@@ -113,7 +116,7 @@ def compute_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def log_sum_exp(
-    row_maximum: jax.Array, log_sum: jax.Array, sinks: jax.Array | None, unit: float
+    row_maximum: jax.Array, log_sum: jax.Array, sinks: jax.Array | None, unit: float | jax.Array
 ) -> jax.Array:
     """The natural log-sum-exp of parts in multiples of `unit`; finite where a row sees no key.
 
@@ -128,7 +131,10 @@ def log_sum_exp(
 
 
 def sinks_gradient(
-    residuals: Residuals, d_out: jax.Array, d_log_sum_exp: jax.Array | None, unit: float
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_log_sum_exp: jax.Array | None,
+    unit: float | jax.Array,
 ) -> jax.Array:
     """The gradient of the sinks, of their shape and dtype; parts are in multiples of `unit`.
 

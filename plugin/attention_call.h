@@ -255,6 +255,9 @@ struct AttentionBackwardCall : AttentionCall {
   Operand row_maximum, log2_sum;  // [B, T, N], strides T, N: as the forward call wrote them
   Operand d_out;                  // [B, T, N, V]
   Operand d_log_sum_exp;  // optional, float32, [B, T, N]: cotangent of the natural-log value
+  // Whether the keys are a part of those that rows see: log-sum-exp and output are those of all,
+  // and D, the rows' mean of dP, has been taken from `d_log_sum_exp`, since no part knows it.
+  bool is_partial = false;
 
   Result d_query;  // [B, T, N, H], float
   Result d_key;    // [B, S, K, H], float
@@ -264,6 +267,7 @@ struct AttentionBackwardCall : AttentionCall {
 // The gradient of the bias alone: a call of its own, so that XLA drops it when nobody asks.
 struct AttentionBackwardBiasCall : AttentionCall {
   Operand out, row_maximum, log2_sum, d_out, d_log_sum_exp;  // as in AttentionBackwardCall
+  bool is_partial = false;
   // Shape [L, b, n, t, s], float: L is the product of the vmap axes, b is 1 or the real batch, n is
   // 1 or N, t is 1 or T, s is 1 or S; an axis of extent 1 is summed over.
   Result d_bias;

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_gluon._dimensions import is_static, number
 from jax_gluon._problem import (
@@ -42,9 +43,12 @@ _State = TypeVar("_State")
 
 
 def forward(
-    problem: AttentionProblem, operands: FloatOperands, tiling: Tiling | None = None
+    problem: AttentionProblem,
+    operands: FloatOperands,
+    dtype: DTypeLike | None = None,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output `[B, T, N, V]` in query's dtype, and the two parts of each row's log-sum-exp.
+    """Output `[B, T, N, V]` of `dtype` (None: query's), and two parts of each row's log-sum-exp.
 
     Those are the maximum of its logits, the sink among them, and the natural logarithm of the sum
     of their exponentials relative to it, `[B, T, N]`, float32 (float64 for float64 operands) and
@@ -55,7 +59,8 @@ def forward(
     _, S, _, V = operands.value.shape
     tiles = Tiles(problem, operands, tiling=tiling)
     # Like the query: in `shard_map`, the loop's state varies as the operands do.
-    out = jnp.zeros_like(operands.query, shape=(B, T, N, V))
+    dtype = operands.query.dtype if dtype is None else dtype
+    out = jnp.zeros_like(operands.query, dtype, (B, T, N, V))
     row_maximum = jnp.zeros_like(out, tiles.dtype, (B, T, N, 1))
     log_sum = jnp.full_like(row_maximum, EMPTY_ROW_LOG_SUM_EXP)
     if 0 in (B, T, S):
@@ -88,14 +93,14 @@ def forward(
         total, maximum, log_total = _with_sinks(tiles.sinks, total, maximum)
         log_total = jnp.where(is_empty, EMPTY_ROW_LOG_SUM_EXP, log_total)
         return (
-            tiles.write_rows(results[0], i, (weighted / total).astype(operands.query.dtype)),
+            tiles.write_rows(results[0], i, (weighted / total).astype(dtype)),
             tiles.write_rows(results[1], i, jnp.where(is_empty, 0.0, maximum)),
             tiles.write_rows(results[2], i, log_total),
         )
 
     results = (to_bits(out), row_maximum, log_sum)
     out, row_maximum, log_sum = _loop(0, number(tiles.queries.count), query_block, results)
-    return from_bits(out, operands.query.dtype), row_maximum[..., 0], log_sum[..., 0]
+    return from_bits(out, dtype), row_maximum[..., 0], log_sum[..., 0]
 
 
 def backward(
@@ -108,7 +113,7 @@ def backward(
     d_log_sum_exp: jax.Array | None,
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value, in their dtype, from `forward`'s results.
+    """Gradients of query, key and value, in the output's dtype, from `forward`'s results.
 
     `d_out` is the cotangent of `out`, and `d_log_sum_exp` `[B, T, N]` that of the *natural*
     log-sum-exp. P is recomputed tile by tile: `dS = P * (dO V^T - rowsum(dO * O))`. Where `out` was
@@ -117,11 +122,12 @@ def backward(
     """
     query, key, value = operands[:3]
     if 0 in (*query.shape, *key.shape):
-        return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
+        d_query, d_key, d_value = (jnp.zeros_like(x, out.dtype) for x in (query, key, value))
+        return d_query, d_key, d_value
     tiles = Tiles(problem, operands, tiling=tiling)
     cotangent = _Cotangent(out, row_maximum, log_sum, d_out, d_log_sum_exp)
     kept_rows = _kept_rows(query, key, tiling)
-    keeps_rows = out.dtype != tiles.dtype and kept_rows > 0
+    keeps_rows = _finds_means(tiles, out) and kept_rows > 0
     if keeps_rows:
         tiles = Tiles(problem, operands, kept_rows, tiling)
     query_is_finite, key_is_finite, d_out_is_finite = (
@@ -156,19 +162,19 @@ def backward(
         state = (keys_first(jnp.zeros_like(rows.query, tiles.dtype)), d_key, d_value)
         d_columns, d_key, d_value = _loop(*tiles.chunk_range(i), key_chunk, state)
         d_rows = jnp.transpose(problem.scale * d_columns, (0, 1, 3, 4, 2))
-        return tiles.write_rows(d_query, i, d_rows.astype(query.dtype)), d_key, d_value, kept
+        return tiles.write_rows(d_query, i, d_rows.astype(out.dtype)), d_key, d_value, kept
 
     results = (
-        to_bits(jnp.zeros_like(query)),
+        to_bits(jnp.zeros_like(query, out.dtype)),
         jnp.zeros_like(tiles.key, tiles.dtype),
         jnp.zeros_like(tiles.value, tiles.dtype),
         _room(tiles, cotangent) if keeps_rows else None,
     )
     d_query, d_key, d_value, _ = _loop(0, number(tiles.queries.count), query_block, results)
     return (
-        from_bits(d_query, query.dtype),
-        swap_tokens_and_heads((problem.scale * d_key).astype(key.dtype)),
-        swap_tokens_and_heads(d_value.astype(value.dtype)),
+        from_bits(d_query, out.dtype),
+        swap_tokens_and_heads((problem.scale * d_key).astype(out.dtype)),
+        swap_tokens_and_heads(d_value.astype(out.dtype)),
     )
 
 
@@ -329,12 +335,19 @@ def _saved_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardR
     return _BackwardRows(query, d_out, maximum, log_sum, jnp.zeros_like(log_sum))
 
 
+def _finds_means(tiles: Tiles, out: jax.Array) -> bool:
+    """Whether D takes a sweep of its own, since the output was rounded."""
+    return out.dtype != tiles.dtype and not tiles.problem.is_partial
+
+
 def _backward_rows(
     tiles: Tiles, cotangent: _Cotangent, i: jax.Array, kept: _Kept
 ) -> tuple[_BackwardRows, _Kept]:
     """A query block; P and its gradient, for all keys, where there is room for them."""
     rows = _saved_rows(tiles, cotangent, i)
-    if cotangent.out.dtype == tiles.dtype:
+    if tiles.problem.is_partial:
+        delta = jnp.zeros_like(rows.delta)
+    elif not _finds_means(tiles, cotangent.out):
         delta = jnp.sum(rows.d_out * tiles.rows(cotangent.out, i), axis=-1, keepdims=True)
     else:
         delta, kept = _mean_d_probability(tiles, rows, i, kept)

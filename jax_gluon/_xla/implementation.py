@@ -68,8 +68,7 @@ def forward(
     operands = quantize_operands(problem, operands, quantize)
 
     def run(floats: FloatOperands, tiling: Tiling | None) -> tuple[jax.Array, ...]:
-        out, row_maximum, log_sum = attention.forward(problem, floats, tiling)
-        return out.astype(dtype), row_maximum, log_sum
+        return attention.forward(problem, floats, dtype, tiling)
 
     out, row_maximum, log_sum = _tiled(tiling, operands, dtype, run)
     residuals = Residuals(operands, out, row_maximum, log_sum)
@@ -85,9 +84,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def run(floats: FloatOperands, tiling: Tiling | None) -> tuple[jax.Array, ...]:
         differentiate = functools.partial(attention.backward, tiling=tiling)
-        given = (problem, floats, residuals, d_out, d_log_sum_exp)
-        gradients = _apply_xla(differentiate, *given)
-        return tuple(gradient.astype(residuals.out.dtype) for gradient in gradients)
+        return _apply_xla(differentiate, problem, floats, residuals, d_out, d_log_sum_exp)
 
     d_query, d_key, d_value = _tiled(tiling, residuals.operands, residuals.out.dtype, run)
     return d_query, d_key, d_value

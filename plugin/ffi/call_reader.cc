@@ -172,6 +172,10 @@ void read_forward_results(BufferReader& reader, AttentionForwardCall& call, int6
 // What a backward call reads besides: the forward call's results and the cotangents.
 template <class Call>
 void read_cotangents(BufferReader& reader, Call& call, int64_t batch, bool has_d_log_sum_exp) {
+  call.is_partial = reader.flag("is_partial");
+  if (call.is_partial && !has_d_log_sum_exp) {
+    reader.fail("attribute has_d_log_sum_exp is 0, expected 1 where is_partial is");
+  }
   const Shape rows = {batch, call.T, call.N};
   const Shape out = {batch, call.T, call.N, call.V};
   RowReader floats(reader, call.head_major);

@@ -34,6 +34,12 @@ Status run_on(Wanted wanted, int64_t products, int64_t widest, Run run) {
   return "there is no Metal device: " + why;
 }
 
+// Metal's kernels find D themselves, of the keys that they have.
+template <class Call>
+Wanted device_of_part(const Call& call, Wanted wanted) {
+  return call.is_partial && wanted == Wanted::kEither ? Wanted::kCpu : wanted;
+}
+
 int64_t products_of(const AttentionCall& call) {
   return call.B * call.N * call.T * call.S * (call.H + call.V);
 }
@@ -142,7 +148,8 @@ ffi::Error attention_backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
                     zero(call.d_value, call.B * call.S * call.K * call.V);
                     return {};
                   }
-                  return run_pass("backward", &Device::backward, wanted, call, parallel);
+                  return run_pass("backward", &Device::backward, device_of_part(call, wanted), call,
+                                  parallel);
                 });
 }
 
@@ -155,7 +162,8 @@ ffi::Error attention_backward_bias(ffi::ThreadPool pool, ffi::RemainingArgs args
           zero(call.d_bias, call.L * call.b * call.n * call.t * call.s);
           return {};
         }
-        return run_pass("backward_bias", &Device::backward_bias, wanted, call, parallel);
+        return run_pass("backward_bias", &Device::backward_bias, device_of_part(call, wanted), call,
+                        parallel);
       });
 }
 

@@ -24,6 +24,7 @@ constexpr int64_t kDecodeKeys = 256;
 constexpr int64_t kMaxSplits = 16;
 constexpr const char* kForwardStem = "attention_forward";
 constexpr const char* kDecodeStem = "attention_decode";
+constexpr const char* kNoParts = "Metal has no backward pass over a part of the keys";
 
 MTLSize grid(int64_t x, int64_t y, int64_t z) {
   return MTLSizeMake(static_cast<NSUInteger>(x), static_cast<NSUInteger>(y),
@@ -96,6 +97,7 @@ class MetalDevice : public Device {
   }
 
   Status backward(const AttentionBackwardCall& call, Parallel&, KernelRun& ran) override {
+    if (call.is_partial) return kNoParts;
     return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
       AttentionEncoder encoder(context_, buffers, call);
       encoder.bind_cotangents(call);
@@ -112,6 +114,7 @@ class MetalDevice : public Device {
   }
 
   Status backward_bias(const AttentionBackwardBiasCall& call, Parallel&, KernelRun& ran) override {
+    if (call.is_partial) return kNoParts;
     return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
       AttentionEncoder encoder(context_, buffers, call);
       encoder.bind_cotangents(call);

@@ -210,6 +210,7 @@ def attention(target, formats="float", *, full=True):
         if full:
             operands["d_log_sum_exp"] = draw(B, T, N)
         attributes["has_d_log_sum_exp"] = np.int64(full)
+        attributes["is_partial"] = np.int64(0)
         results = {
             "d_query": result(B, T, N, H),
             "d_key": result(B, S, K, H),

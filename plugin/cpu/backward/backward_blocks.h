@@ -41,7 +41,7 @@ class BackwardBlocks {
         value_columns(round_up(call.V, Core::kTileColumns)),
         tile_keys(std::min({kMaxTileKeys, round_up(subtile_of(call.cpu_kernel), kColumnStep),
                             round_up(std::max<int64_t>(call.S, 1), kColumnStep)})),
-        reads_output(output_is_exact && call.S > tile_keys),
+        reads_output((output_is_exact || call.is_partial) && call.S > tile_keys),
         block_keys(round_up(call.cpu_kernel.block_k, tile_keys)),
         stages(std::max<int64_t>(call.cpu_kernel.stages, 1)) {
     const int64_t rows = std::max<int64_t>(call.T, 1), group = call.N / call.K;
@@ -95,7 +95,7 @@ class BackwardBlocks {
   BackwardParts parts;
   const int64_t head_columns, value_columns;  // in whole panels
   const int64_t tile_keys;
-  // Whether D is found from dO and O; else from P and dP of whole rows, which are kept.
+  // Whether D is found from dO and O, or known; else from P and dP of whole rows, which are kept.
   const bool reads_output;
   const int64_t block_keys;
   const int64_t stages;                     // blocks of keys that are packed ahead, and in use

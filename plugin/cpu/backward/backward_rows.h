@@ -62,10 +62,12 @@ class BackwardRows {
     float center = 0.0f;                    // added to every logit before bias and soft cap
     // P and P dP of the sink, a key whose value is 0.
     float sink = 0.0f, weighted_sink = 0.0f;
+    bool has_mean = false;  // D is in delta
 
     // D, the mean of dP, from sums of P dP and of P over the keys. Codes' probabilities may not sum
     // to 1 exactly, and no rounding of the log-sum-exp is left in a mean.
     float mean(float weighted, float total) const {
+      if (has_mean) return 0.0f;
       total += sink;
       return total == 0.0f ? 0.0f : (weighted + weighted_sink) / total;
     }
@@ -80,6 +82,8 @@ class BackwardRows {
     s.empty = s.log2_sum == kEmptyRowLog2Sum;
     if (s.empty) return s;
     if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    s.has_mean = call_.is_partial;
+    if (s.has_mean) s.delta -= value_center_product(b, n, d_out);
     s.sink = sink_probability(call_, b, n, s.maximum, s.log2_sum);
     if (s.sink != 0.0f) s.weighted_sink = -s.sink * value_center_product(b, n, d_out);
     if (const float* stored = key_center(b, n / (call_.N / call_.K))) {

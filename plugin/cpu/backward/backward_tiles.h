@@ -79,7 +79,7 @@ class BackwardTiles {
     if (block.heads == 1) {
       touch_rows(call_.query, b, block.queries.begin, block.queries.end, block.n, H);
       touch_rows(call_.d_out, b, block.queries.begin, block.queries.end, block.n, V);
-      if (blocks_.reads_output) {
+      if (blocks_.reads_output && !call_.is_partial) {
         touch_rows(call_.out, b, block.queries.begin, block.queries.end, block.n, V);
       }
     }
@@ -94,7 +94,7 @@ class BackwardTiles {
           rows_.query(b, i, n, q);
           rows_.d_out(b, i, n, d);
           statistics = rows_.statistics(b, i, n, q, d);
-          if (blocks_.reads_output && !statistics.empty) {
+          if (blocks_.reads_output && !statistics.empty && !statistics.has_mean) {
             statistics.delta += rows_.output_delta(b, i, n, d, row);
           }
         }

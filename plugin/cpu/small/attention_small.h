@@ -33,7 +33,7 @@ struct AttentionSmall {
     }
   }
   static void run(const AttentionBackwardCall& call, Parallel& parallel) {
-    if (has_one_probability(call)) {
+    if (has_one_probability(call) && !call.is_partial) {
       OneKeyBackward<Isa>(call, parallel).run();
     } else {
       SmallBackward<Isa>(call, parallel).run();

@@ -147,6 +147,7 @@ class SmallBackward {
     s.log2_sum = scalar_of(call_.log2_sum, b, i, n);
     s.empty = s.log2_sum == kEmptyRowLog2Sum;
     if (call_.d_log_sum_exp) s.delta = -scalar_of(call_.d_log_sum_exp, b, i, n);
+    s.has_mean = call_.is_partial;
     if (!s.empty) s.sink = sink_probability(call_, b, n, s.maximum, s.log2_sum);
     return s;
   }
