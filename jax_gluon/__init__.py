@@ -8,6 +8,8 @@ from jax_gluon._attention import (
     explain,
 )
 from jax_gluon._block_mask import BlockMask, block_mask
+from jax_gluon._context_parallel.attention import ring_attention
+from jax_gluon._context_parallel.token_layouts import reorder_tokens, restore_tokens
 from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._export import export_checks
@@ -41,6 +43,9 @@ __all__ = [
     "pin",
     "quantize",
     "reference",
+    "reorder_tokens",
+    "restore_tokens",
+    "ring_attention",
 ]
 
 _native.register()

@@ -189,7 +189,7 @@ def check_arguments(
     problem = AttentionProblem(
         scale=static_scale,
         is_causal=check.flag("is_causal", is_causal),
-        local_window=_window(check, local_window_size, (T, S) if stands_at_index else None),
+        local_window=window_of(check, local_window_size, (T, S) if stands_at_index else None),
         soft_cap=soft_cap_of(check, logits_soft_cap),
         quantization=specs,
         dropout_rate=0.0 if operands.dropout_seeds is None else float(dropout_rate),
@@ -264,7 +264,8 @@ def _specs(
     return left["query"], left["key"], left["value"]
 
 
-def _window(check: Checker, size: Any, extents: tuple[int, int] | None) -> tuple[int, int] | None:
+def window_of(check: Checker, size: Any, extents: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Left and right; `extents` are those of rows and keys that stand at their index."""
     if size is None:
         return None
     allowed = "an int >= 0, a pair (left, right) of them, or None"

@@ -323,7 +323,7 @@ def explain(
 def _plan(arguments: CheckedArguments, implementation: Implementation | None) -> Plan:
     platform = jax.default_backend()
     device: Device | None = "cpu"
-    operands = _scaled(arguments)
+    operands = scaled_operands(arguments)
     if implementation is not None:
         reason = f'implementation="{implementation}" was asked for'
         if implementation == "cudnn":
@@ -363,7 +363,7 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
     return Plan(device, kernels["forward"], kernels["backward"], bias_kernel, reasons)
 
 
-def _scaled(arguments: CheckedArguments) -> Operands:
+def scaled_operands(arguments: CheckedArguments) -> Operands:
     """The operands of the call, an array scale multiplied into the query."""
     operands = arguments.operands
     if arguments.scale is None:
@@ -389,7 +389,7 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """Output and natural log-sum-exp, finite in empty rows, in the caller's rank."""
     dtype = arguments.operands.query.dtype
-    operands = _scaled(arguments)
+    operands = scaled_operands(arguments)
     is_head_major = arguments.problem.layout == "BNTH"
     T, N, _ = shape_of(operands.query, is_head_major)
     S, _, V = shape_of(operands.value, is_head_major)

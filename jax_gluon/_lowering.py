@@ -109,6 +109,15 @@ def forward(
     implementation has its logits, since a change of base rounds: 2 in the plugin, e in XLA.
     All that the call makes has its name of `CHECKPOINT_NAMES`.
     """
+    log_sum_exp, residuals = forward_part(problem, dtype, operands)
+    return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
+
+
+@jit(0, 1)
+def forward_part(
+    problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
+) -> tuple[jax.Array, Residuals]:
+    """The same without names, with tokens before heads."""
     operands = swapped_operands(problem, not_differentiated(operands))
     log_sum_exp, codes, out, row_maximum, log_sum = partitioned(
         _forward,
@@ -117,8 +126,7 @@ def forward(
         (ROWS, [QUERY, KEY, KEY], QUERY, ROWS, ROWS),
         operands,
     )
-    residuals = Residuals(with_codes(operands, codes), out, row_maximum, log_sum)
-    return with_names(problem, swapped(problem, log_sum_exp), swapped_residuals(problem, residuals))
+    return log_sum_exp, Residuals(with_codes(operands, codes), out, row_maximum, log_sum)
 
 
 def _forward(

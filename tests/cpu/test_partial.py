@@ -1,5 +1,6 @@
 """Backward over parts of the keys, whose sums are the gradients of all of them."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -57,7 +58,7 @@ def test_parts_add_up(name, variant, use):
 
     blocks = [
         (codes(k[:, a:b], specs.key), codes(v[:, a:b], specs.value), bias[..., a:b])
-        for a, b in zip(starts, starts[1:], strict=False)
+        for a, b in itertools.pairwise(starts)
     ]
     query = codes(q, specs.query)
     floats = [np.asarray(x, np.float64) for x in (query, *(

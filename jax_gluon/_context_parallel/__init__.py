@@ -1,0 +1,1 @@
+"""Attention over tokens that several devices share: which blocks move where, and what is done."""

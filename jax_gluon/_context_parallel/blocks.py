@@ -1,0 +1,223 @@
+"""Attention of a device's rows over one block of keys, and its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_gluon import _lowering, _native
+from jax_gluon._context_parallel.problem import (
+    ContextProblem,
+    Cotangents,
+    Gradients,
+    Keys,
+    Partial,
+    Rows,
+)
+from jax_gluon._context_parallel.token_layouts import positions
+from jax_gluon._errors import Checker
+from jax_gluon._meshes import vary_like
+from jax_gluon._plan.choice import kernels_of
+from jax_gluon._problem import (
+    EMPTY_ROW_LOG_SUM_EXP,
+    AttentionOperands,
+    AttentionProblem,
+    Operands,
+    Residuals,
+    compute_dtype,
+)
+
+Index = int | jax.Array
+
+
+def attend(
+    context: ContextProblem, rows: Rows, keys: Keys, place: tuple[Index, Index], seen: Any
+) -> Partial:
+    """Rows of shard `place[0]` (0, of all rows) over keys of shard `place[1]`.
+
+    `seen` says whether the device may see any of them: a bool, or a traced one.
+    """
+    dtype = compute_dtype(rows.query.dtype)
+
+    def compute(rows: Rows, keys: Keys) -> Partial:
+        problem, operands = _of_block(context, rows, keys, place)
+        _, residuals = _lowering.forward_part(problem, dtype, operands)
+        return Partial(residuals.out, residuals.row_maximum, residuals.log_sum)
+
+    def skip(rows: Rows, keys: Keys) -> Partial:
+        return nothing(rows, keys)
+
+    return _if_seen(_may_see(context, rows, keys, seen), compute, skip, rows, keys)
+
+
+def nothing(rows: Rows, keys: Keys) -> Partial:
+    """Attention of rows that see no key."""
+    dtype = compute_dtype(rows.query.dtype)
+    shape = rows.query.shape[:-1]
+    out = jnp.zeros((*shape, keys.value.shape[-1]), dtype)
+    statistics = np.promote_types(dtype, np.float32)
+    maximum = jnp.zeros(shape, statistics)
+    log_sum = jnp.full(shape, EMPTY_ROW_LOG_SUM_EXP, statistics)
+    return vary_like((rows, keys), Partial(out, maximum, log_sum))
+
+
+def differentiate(
+    context: ContextProblem,
+    rows: Rows,
+    keys: Keys,
+    place: tuple[Index, Index],
+    seen: Any,
+    whole: Partial,
+    cotangents: Cotangents,
+) -> Gradients:
+    """The gradients that go through the rows' attention to a block, from what is of all keys."""
+    dtype = compute_dtype(rows.query.dtype)
+
+    def compute(rows: Rows, keys: Keys, whole: Partial, cotangents: Cotangents) -> Gradients:
+        problem, operands = _of_block(context, rows, keys, place)
+        problem = replace(problem, is_partial=True)
+        residuals = Residuals(operands, *whole)
+        gradients = _lowering.backward(problem, residuals, *cotangents)
+        d_bias = None
+        if operands.bias is not None:
+            d_bias = _lowering.backward_bias(problem, residuals, *cotangents)
+        return Gradients(*gradients, d_bias)
+
+    def skip(rows: Rows, keys: Keys, whole: Partial, cotangents: Cotangents) -> Gradients:
+        query, key, value = (jnp.zeros(x.shape, dtype) for x in (rows.query, keys.key, keys.value))
+        bias = _columns(rows.bias, keys, 0)
+        d_bias = None if bias is None else jnp.zeros_like(bias)
+        return vary_like((rows, keys, cotangents), Gradients(query, key, value, d_bias))
+
+    seen = _may_see(context, rows, keys, seen)
+    return _if_seen(seen, compute, skip, rows, keys, whole, cotangents)
+
+
+def _if_seen(seen: Any, compute: Any, skip: Any, *operands: Any) -> Any:
+    if isinstance(seen, bool):
+        return (compute if seen else skip)(*operands)
+    return jax.lax.cond(seen, compute, skip, *operands)
+
+
+def _may_see(context: ContextProblem, rows: Rows, keys: Keys, seen: Any) -> bool | jax.Array:
+    """Whether positions and segments leave anything to be seen, by their least and largest."""
+    if seen is False:
+        return False
+    conditions: list[jax.Array] = [] if seen is True else [seen]
+    if rows.segment_ids is not None and keys.segment_ids is not None:
+        of_rows, of_keys = rows.segment_ids, keys.segment_ids
+        overlap = _least(of_rows) <= _largest(of_keys)
+        conditions.append(jnp.any(overlap & (_least(of_keys) <= _largest(of_rows))))
+    if keys.positions is not None and rows.positions is not None and context.problem.is_causal:
+        conditions.append(jnp.any(_least(keys.positions) <= _largest(rows.positions)))
+    if not conditions:
+        return True
+    return jnp.all(jnp.stack(conditions))
+
+
+def _least(x: jax.Array) -> jax.Array:
+    return jnp.min(x, axis=1)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(x, axis=1)
+
+
+def _of_block(
+    context: ContextProblem, rows: Rows, keys: Keys, place: tuple[Index, Index]
+) -> tuple[AttentionProblem, Operands]:
+    """The problem of a block as one device has it; floats and codes as they are multiplied."""
+    sight = context.sight
+    is_contiguous = sight.layout == "contiguous"
+    B, T = rows.query.shape[:2]
+    S = keys.key.shape[1]
+    first_row, first_key = place[0] * sight.tokens[0], place[1] * sight.tokens[1]
+    lengths = key_value_lengths = offset = stands = None
+    if rows.lengths is not None and is_contiguous:
+        lengths = jnp.clip(rows.lengths - first_row, 0, T)
+    if rows.key_value_lengths is not None and is_contiguous:
+        key_value_lengths = jnp.clip(rows.key_value_lengths - first_key, 0, S)
+    if context.is_by_position and rows.positions is not None and keys.positions is not None:
+        stands = rows.positions, keys.positions
+    elif context.is_by_position and is_contiguous:
+        distance = first_row - first_key
+        if not (isinstance(distance, int) and distance == 0 and rows.offset is None):
+            offset = jnp.broadcast_to(jnp.asarray(distance, jnp.int32), (B,))
+            offset = offset if rows.offset is None else offset + rows.offset
+    elif context.is_by_position:
+        stands = _by_layout(context, rows, place, (B, T, S))
+    segment_ids = None
+    if rows.segment_ids is not None and keys.segment_ids is not None:
+        segment_ids = rows.segment_ids, keys.segment_ids
+    operands = cast(Any, AttentionOperands)(
+        rows.query,
+        keys.key,
+        keys.value,
+        _columns(rows.bias, keys, place[1]),
+        _columns(rows.mask, keys, place[1]),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=key_value_lengths,
+        key_value_mask=keys.mask,
+        query_offset=offset,
+        segment_ids=segment_ids,
+        positions=stands,
+        dropout_seeds=rows.dropout_seeds,
+    )
+    problem = replace(context.problem, quantization=(None, None, None), layout="BTNH")
+    if problem.implementation != "xla" and _native.has_plugin():
+        check = Checker(context.function)
+        problem = replace(problem, kernels=kernels_of(check, problem, operands, context.wish))
+    return problem, operands
+
+
+def _by_layout(
+    context: ContextProblem, rows: Rows, place: tuple[Index, Index], extents: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    B, T, S = extents
+    sight = context.sight
+    of_rows = row_positions(context, place[0], T)
+    of_keys = positions(sight.layout, place[1], sight.shards, S)
+    of_rows = jnp.broadcast_to(of_rows, (B, T))
+    if rows.offset is not None:
+        of_rows += rows.offset[:, None]
+    return of_rows, jnp.broadcast_to(of_keys, (B, S))
+
+
+def row_positions(context: ContextProblem, shard: Index, rows: int) -> jax.Array:
+    """Where the rows of a shard stand by the layout; of all shards where there are as many rows."""
+    sight = context.sight
+    if rows == sight.tokens[0]:
+        return positions(sight.layout, shard, sight.shards, rows)
+    each = (positions(sight.layout, r, sight.shards, sight.tokens[0]) for r in range(sight.shards))
+    return jnp.concatenate(list(each))
+
+
+def _columns(x: jax.Array | None, keys: Keys, shard: Index) -> jax.Array | None:
+    """The columns of `[b, n, t, S]` that belong to a block of keys."""
+    if x is None or x.shape[3] == 1:
+        return x
+    size = keys.key.shape[1]
+    return jax.lax.dynamic_slice_in_dim(x, shard * size, size, 3)
+
+
+def added_columns(
+    bias: jax.Array | None,
+    so_far: jax.Array | None,
+    part: jax.Array | None,
+    shard: Index,
+    keys: Keys,
+) -> jax.Array | None:
+    """The gradient of the bias with that of a block's columns added."""
+    if bias is None or part is None:
+        return None
+    dtype = np.promote_types(part.dtype, np.float32)
+    part = part.astype(dtype)
+    if bias.shape[3] == 1:
+        return part if so_far is None else so_far + part
+    if so_far is None:
+        so_far = vary_like(part, jnp.zeros(bias.shape, dtype))
+    return jax.lax.dynamic_update_slice_in_dim(so_far, part, shard * keys.key.shape[1], 3)

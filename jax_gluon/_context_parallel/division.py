@@ -1,0 +1,142 @@
+"""How whole arrays are divided over a mesh: the specs of all arguments, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_gluon._errors import Checker
+from jax_gluon._quantization.formats import QuantizedTensor
+
+Axis = str | tuple[str, ...]
+
+_OF_TOKENS = (
+    "query_positions", "query_segment_ids", "key_value_positions", "key_value_segment_ids",
+    "key_value_mask",
+)  # fmt: skip
+_OF_BATCH = ("query_seq_lengths", "key_value_seq_lengths", "query_offset")
+_OF_HEADS = ("sinks", "scale")
+_OF_LOGITS = ("bias", "mask")
+_ROWS = ("query", "key", "value")
+
+# Younger than the oldest JAX that is supported.
+_shard_map: Any = getattr(jax, "shard_map", None)
+if _shard_map is None:
+    from jax.experimental import shard_map as _module
+
+    _shard_map = cast(Any, _module).shard_map
+
+
+@dataclass(frozen=True)
+class Division:
+    """Axes of the mesh for tokens, batch entries and heads.
+
+    `batch_rank` is the number of the caller's batch axes, the first of which may be sharded.
+    """
+
+    check: Checker
+    mesh: Any
+    tokens: Axis
+    batch: Axis | None
+    heads: Axis | None
+    is_head_major: bool
+    batch_rank: int
+
+    @staticmethod
+    def of(
+        check: Checker, mesh: Any, axes: dict[str, Any], arrays: dict[str, Any], layout: Any
+    ) -> Division:
+        """Of the arguments `axis`, `batch_axis` and `head_axis`; arrays that fit them."""
+        if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+            check.type_error("mesh", f"a {type(mesh).__name__}", "a jax.sharding.Mesh")
+        known = ", ".join(f'"{name}"' for name in mesh.axis_names)
+        taken: list[str] = []
+        for argument, axis in axes.items():
+            if axis is None and argument != "axis":
+                continue
+            for name in _names(axis):
+                if name not in mesh.axis_names:
+                    check.value_error(argument, f"{axis!r}", f"axes of the mesh: {known}")
+                if name in taken:
+                    check.value_error(argument, f"{axis!r}, which is taken", f"another of {known}")
+                taken.append(name)
+        ranks = {
+            name: np.ndim(arrays[name]) if not isinstance(arrays[name], QuantizedTensor) else 0
+            for name in _ROWS
+        }
+        for name in _ROWS:
+            if isinstance(arrays[name], QuantizedTensor):
+                allowed = "a float array: each device quantizes its part as quantization says"
+                check.type_error(name, "a QuantizedTensor", allowed)
+            if ranks[name] < 3:
+                check.value_error(name, f"of rank {ranks[name]}", "rank 3 or more, [..., T, N, H]")
+        division = Division(
+            check, mesh, axes["axis"], axes["batch_axis"], axes["head_axis"],
+            layout == "BNTH", ranks["query"] - 3,
+        )  # fmt: skip
+        for name in _ROWS:
+            division._check_rows(name, arrays[name])
+        return division
+
+    def _check_rows(self, name: str, x: Any) -> None:
+        what = {self.tokens: "tokens", self.batch: "batch entries", self.heads: "heads"}
+        for extent, axis in zip(np.shape(x), self.spec(name, np.shape(x)), strict=False):
+            size = math.prod(self.mesh.shape[each] for each in _names(axis))
+            if extent % size:
+                found = f"of {extent} {what[axis]} along {size} devices of {axis!r}"
+                self.check.value_error(name, found, f"a multiple of {size}")
+        sharding = getattr(x, "sharding", None)
+        at = np.ndim(x) - (2 if self.is_head_major else 3)
+        if isinstance(sharding, NamedSharding) and at < len(sharding.spec):
+            placed = _names(sharding.spec[at])
+            if placed and placed != _names(self.tokens):
+                found = f"sharded along {sharding.spec[at]!r} by tokens"
+                self.check.value_error(name, found, f"along axis, {self.tokens!r}, or along none")
+
+    def spec(self, name: str, shape: tuple[int, ...]) -> Any:
+        """How the argument of this name and shape is divided."""
+        if name in _ROWS:
+            middle = (self.heads, self.tokens) if self.is_head_major else (self.tokens, self.heads)
+            return PartitionSpec(*self._of_batch(self.batch_rank), *middle, None)
+        whole: tuple[Any, ...] = ()
+        if name in _OF_LOGITS:
+            whole = (*self._of_batch(self.batch_rank), self.heads, self.tokens, None)
+        elif name in _OF_TOKENS:
+            whole = (*self._of_batch(self.batch_rank), self.tokens)
+        elif name in _OF_BATCH:
+            whole = self._of_batch(self.batch_rank)
+        elif name in _OF_HEADS:
+            whole = (self.heads,)
+        axes = whole[len(whole) - len(shape) :]
+        return PartitionSpec(
+            *(None if extent == 1 else axis for extent, axis in zip(shape, axes, strict=False))
+        )
+
+    def _of_batch(self, rank: int) -> tuple[Any, ...]:
+        axes: tuple[Any, ...] = (self.batch,) if rank else ()
+        return axes + (None,) * (rank - 1)
+
+    def spec_of_statistics(self) -> Any:
+        """Of a number for each row."""
+        return PartitionSpec(*tuple(self.spec("query", ()))[:-1])
+
+    def mapped(self, function: Callable[..., Any], arrays: dict[str, Any], results: Any) -> Any:
+        """`function(name=shard, ...)` of the arrays' shards, on every device."""
+        names = tuple(arrays)
+        specs = tuple(self.spec(name, np.shape(arrays[name])) for name in names)
+
+        def local(*shards: Any) -> Any:
+            return function(dict(zip(names, shards, strict=True)))
+
+        mapped = _shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=results)
+        return mapped(*arrays.values())
+
+
+def _names(axis: Axis | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)

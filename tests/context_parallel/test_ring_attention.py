@@ -1,0 +1,158 @@
+"""Attention over shards of tokens equals attention over all of them, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_gluon
+from tests.context_parallel.conftest import DEVICES
+from tests.support import oracle
+
+B, T, N, K, H, V = 2, 8 * 12, 4, 2, 8, 6
+TOKENS = P(None, "ring")
+
+
+def mesh():
+    return Mesh(np.array(jax.devices()[:DEVICES]), ("ring",))
+
+
+def draw(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def segments(rng, tokens=T):
+    return np.sort(rng.integers(0, 3, (B, tokens)), axis=1).astype(np.int32)
+
+
+CASES = {
+    "plain": {},
+    "causal": dict(is_causal=True),
+    "causal_zigzag": dict(is_causal=True, token_layout="zigzag"),
+    "causal_striped": dict(is_causal=True, token_layout="striped"),
+    "window": dict(local_window_size=(17, 5), logits_soft_cap=2.0),
+    "window_zigzag": dict(local_window_size=(17, 0), is_causal=True, token_layout="zigzag"),
+    "lengths": dict(lengths=True, is_causal=True, sinks=True),
+    "lengths_striped": dict(lengths=True, is_causal=True, token_layout="striped", sinks=True),
+    "segments_zigzag": dict(segments=True, is_causal=True, token_layout="zigzag"),
+    "bias_and_mask": dict(bias=True, mask=True, key_value_mask=True),
+    "bias_of_rows": dict(bias=True, is_causal=True, token_layout="striped"),
+    "given": dict(is_causal=True, token_layout="given"),
+    "offset": dict(is_causal=True, query_offset=np.array([5, -9], np.int32)),
+    "xla": dict(is_causal=True, implementation="xla", token_layout="zigzag", sinks=True),
+    "xla_lengths": dict(lengths=True, implementation="xla", bias=True),
+    "gathered": dict(is_causal=True, strategy="all_gather", token_layout="striped", bias=True),
+    "gathered_window": dict(local_window_size=9, strategy="all_gather", sinks=True),
+    "heads": dict(
+        is_causal=True, strategy="all_to_all", token_layout="zigzag", N=16, K=8, sinks=True
+    ),
+    "heads_segments": dict(segments=True, strategy="all_to_all", N=8, K=8, lengths=True),
+}
+
+
+def build(case, seed=0):
+    """Arguments of one device; those of all have their tokens in another order."""
+    case = dict(case)
+    rng = np.random.default_rng(seed)
+    n, k = case.pop("N", N), case.pop("K", K)
+    arrays = [draw(rng, B, T, n, H), draw(rng, B, T, k, H), draw(rng, B, T, k, V)]
+    d_out = draw(rng, B, T, n, V)
+    keywords = {}
+    if case.pop("bias", False):
+        keywords["bias"] = draw(rng, 1, n, T, T)
+    if case.pop("mask", False):
+        keywords["mask"] = rng.random((B, 1, T, T)) < 0.7
+    if case.pop("sinks", False):
+        keywords["sinks"] = draw(rng, n)
+    if case.pop("lengths", False):
+        keywords["query_seq_lengths"] = np.array([T - 7, 30], np.int32)
+        keywords["key_value_seq_lengths"] = np.array([41, T], np.int32)
+    if case.pop("segments", False):
+        ids = segments(rng)
+        keywords |= dict(query_segment_ids=ids, key_value_segment_ids=ids)
+    if case.pop("key_value_mask", False):
+        keywords["key_value_mask"] = rng.random((B, T)) < 0.8
+    layout, strategy = case.pop("token_layout", "contiguous"), case.pop("strategy", "ring")
+    if layout == "given":
+        at = rng.permuted(np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)), axis=1)
+        keywords |= dict(query_positions=at, key_value_positions=at)
+    return arrays, d_out, keywords, case, layout, strategy
+
+
+#: Axes of tokens, which are put into the order of the shards.
+AXES = {
+    "bias": (2, 3), "mask": (2, 3), "query_segment_ids": (1,), "key_value_segment_ids": (1,),
+    "query_positions": (1,), "key_value_positions": (1,), "key_value_mask": (1,),
+}  # fmt: skip
+SPECS = {
+    "bias": P(None, None, "ring"), "mask": P(None, None, "ring"), "sinks": P(),
+    "query_seq_lengths": P(), "key_value_seq_lengths": P(),
+}  # fmt: skip
+
+
+def ordered(x, layout, axes, order=jax_gluon.reorder_tokens):
+    for axis in axes if layout != "given" else ():
+        x = order(x, DEVICES, layout, axis=axis)
+    return x
+
+
+def sharded(keywords, static, layout, strategy):
+    """The function of q, k, v, d_out and arrays that computes output and gradients on the mesh."""
+    names = tuple(keywords)
+    specs = (TOKENS,) * 3 + (tuple(SPECS.get(name, TOKENS) for name in names),)
+
+    def local(q, k, v, arrays):
+        given = dict(zip(names, arrays, strict=True))
+        return jax_gluon.ring_attention(
+            q, k, v, axis_name="ring", token_layout=layout, strategy=strategy,
+            return_residual=True, **given, **static,
+        )  # fmt: skip
+
+    return jax.shard_map(local, mesh=mesh(), in_specs=specs, out_specs=(TOKENS, TOKENS))
+
+
+def run(case):
+    arrays, d_out, keywords, static, layout, strategy = build(case)
+    function = sharded(keywords, static, layout, strategy)
+    put = lambda x, axes=(1,): ordered(jnp.asarray(x), layout, axes)  # noqa: E731
+    moved = tuple(put(x, AXES.get(name, ())) for name, x in keywords.items())
+    differentiable = [i for i, name in enumerate(keywords) if name in ("bias", "sinks")]
+
+    def loss(q, k, v, floats):
+        given = list(moved)
+        for i, x in zip(differentiable, floats, strict=True):
+            given[i] = x
+        out, lse = function(q, k, v, tuple(given))
+        return jnp.sum(out * put(d_out)), (out, lse)
+
+    floats = tuple(moved[i] for i in differentiable)
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    (_, results), gradients = gradient(*map(put, arrays), floats)
+    *gradients, of_floats = gradients
+    back = functools.partial(ordered, layout=layout, axes=(1,), order=jax_gluon.restore_tokens)
+    results = [back(x) for x in (*results, *gradients)]
+    names = [list(keywords)[i] for i in differentiable]
+    others = {
+        f"d_{name}": ordered(x, layout, AXES.get(name, ()), jax_gluon.restore_tokens)
+        for name, x in zip(names, of_floats, strict=True)
+    }
+    wanted = oracle.attention(*arrays, d_out=d_out, **keywords, **{
+        name: x for name, x in static.items() if name != "implementation"
+    })  # fmt: skip
+    return dict(zip(wanted._fields, results, strict=False)) | others, wanted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_give_what_one_device_does(name):
+    found, wanted = run(CASES[name])
+    for field, x in found.items():
+        y = getattr(wanted, field)
+        assert x.shape == y.shape
+        finite = np.isfinite(y)
+        np.testing.assert_array_equal(np.isfinite(x), finite)
+        error = np.linalg.norm(np.where(finite, x - y, 0)) / np.linalg.norm(y[finite])
+        assert error <= (2e-6 if field in ("out", "log_sum_exp") else 3e-6), (field, error)
