@@ -100,7 +100,7 @@ def differentiate(
 def _if_seen(seen: Any, compute: Any, skip: Any, *operands: Any) -> Any:
     if isinstance(seen, bool):
         return (compute if seen else skip)(*operands)
-    return jax.lax.cond(seen, compute, skip, *operands)
+    return cast(Any, jax.lax).cond(seen, compute, skip, *operands)
 
 
 def _may_see(context: ContextProblem, rows: Rows, keys: Keys, seen: Any) -> bool | jax.Array:

@@ -17,6 +17,7 @@ from jax import ad_checkpoint
 from jax_gluon import _lowering
 from jax_gluon._context_parallel import all_gather, all_to_all, ring, wire
 from jax_gluon._context_parallel.blocks import row_positions
+from jax_gluon._context_parallel.centers import without_common_center
 from jax_gluon._context_parallel.merging import hidden, natural, unit_of, with_sinks
 from jax_gluon._context_parallel.problem import (
     ContextProblem,
@@ -101,16 +102,34 @@ def _key_positions(context: ContextProblem, rank: jax.Array) -> jax.Array:
     return positions(sight.layout, rank, sight.shards, sight.tokens[1])
 
 
+def _row_sums(
+    context: ContextProblem, saved: _Saved, mean: jax.Array, d_natural: jax.Array
+) -> jax.Array:
+    """Of dS over all keys: the sink, a key whose value is 0, has the rest."""
+    sinks = saved.rows.sinks
+    if sinks is None:
+        return d_natural
+    total = natural(saved.whole, None, unit_of(context.problem))
+    of_sink = jnp.exp(jnp.minimum(sinks[:, None].astype(total.dtype) - total, 0.0))
+    return of_sink * mean + (1.0 - of_sink) * d_natural
+
+
 def _backward(
     context: ContextProblem, saved: _Saved, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, Any]:
     rows, keys, whole = saved
     d_out, d_natural = cotangents
+    # Else XLA keeps blocks that forward was sent, for sends of backward that are the same.
+    keys, d_out = cast(Any, jax.lax).optimization_barrier((keys, d_out))
     wide = compute_dtype(rows.query.dtype)
     # D: a row that sees no key has none.
     mean = jnp.sum(d_out.astype(wide) * whole.out, axis=-1).astype(whole.log_sum.dtype)
     given = Cotangents(d_out, d_natural - mean)
-    sums = _STRATEGIES[context.strategy].backward(context, rows, keys, whole, given)
+    blocks = without_common_center(
+        context, rows, keys, whole, _row_sums(context, saved, mean, d_natural)
+    )
+    sums = _STRATEGIES[context.strategy].backward(context, rows, blocks.keys, blocks.whole, given)
+    d_query = sums.query if blocks.d_query is None else sums.query + blocks.d_query
     query_spec, key_spec, value_spec = context.problem.quantization
 
     def of(x: Any, spec: Any, gradient: jax.Array) -> jax.Array | None:
@@ -124,7 +143,7 @@ def _backward(
         unit = unit_of(context.problem)
         d_sinks = sinks_gradient(Residuals(operands, *whole), d_out, d_natural, unit)
     return (
-        cast(Any, Rows)(of(rows.query, query_spec, sums.query), bias=d_bias, sinks=d_sinks),
+        cast(Any, Rows)(of(rows.query, query_spec, d_query), bias=d_bias, sinks=d_sinks),
         cast(Any, Keys)(of(keys.key, key_spec, sums.key), of(keys.value, value_spec, sums.value)),
     )
 

@@ -107,11 +107,6 @@ class Step:
     def direction(self) -> int:
         return (self.distance > 0) - (self.distance < 0)
 
-    @property
-    def is_first(self) -> bool:
-        """Whether the block comes from its own device."""
-        return abs(self.distance) == 1
-
 
 @functools.lru_cache(maxsize=256)
 def route(sight: Sight) -> tuple[Step, ...]:
