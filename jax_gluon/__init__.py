@@ -9,7 +9,12 @@ from jax_gluon._attention import (
 )
 from jax_gluon._block_mask import BlockMask, block_mask
 from jax_gluon._context_parallel.attention import ring_attention
+from jax_gluon._context_parallel.choice import ContextPlan
 from jax_gluon._context_parallel.token_layouts import reorder_tokens, restore_tokens
+from jax_gluon._context_parallel.whole import (
+    context_parallel_attention,
+    explain_context_parallel,
+)
 from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._export import export_checks
@@ -25,6 +30,7 @@ __all__ = [
     "CHECKPOINT_NAMES",
     "AttentionQuantization",
     "BlockMask",
+    "ContextPlan",
     "CpuKernel",
     "MetalKernel",
     "Pin",
@@ -34,11 +40,13 @@ __all__ = [
     "QuantizedTensor",
     "attention_with_log_sum_exp",
     "block_mask",
+    "context_parallel_attention",
     "debug",
     "default_differentiation",
     "dot_product_attention",
     "dropout_mask",
     "explain",
+    "explain_context_parallel",
     "export_checks",
     "pin",
     "quantize",

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_gluon._errors import Checker
@@ -31,6 +30,8 @@ if _shard_map is None:
     from jax.experimental import shard_map as _module
 
     _shard_map = cast(Any, _module).shard_map
+# Of arrays on Explicit axes, which say how they are sharded.
+_reshard: Any = getattr(jax, "reshard", None) or getattr(jax.sharding, "reshard", None)
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,16 @@ class Division:
                 if name in taken:
                     check.value_error(argument, f"{axis!r}, which is taken", f"another of {known}")
                 taken.append(name)
-        ranks = {
-            name: np.ndim(arrays[name]) if not isinstance(arrays[name], QuantizedTensor) else 0
-            for name in _ROWS
-        }
         for name in _ROWS:
-            if isinstance(arrays[name], QuantizedTensor):
+            x = arrays[name]
+            if isinstance(x, QuantizedTensor):
                 allowed = "a float array: each device quantizes its part as quantization says"
                 check.type_error(name, "a QuantizedTensor", allowed)
-            if ranks[name] < 3:
-                check.value_error(name, f"of rank {ranks[name]}", "rank 3 or more, [..., T, N, H]")
+            if x.ndim < 3:
+                check.value_error(name, f"of rank {x.ndim}", "rank 3 or more, [..., T, N, H]")
         division = Division(
             check, mesh, axes["axis"], axes["batch_axis"], axes["head_axis"],
-            layout == "BNTH", ranks["query"] - 3,
+            layout == "BNTH", arrays["query"].ndim - 3,
         )  # fmt: skip
         for name in _ROWS:
             division._check_rows(name, arrays[name])
@@ -86,13 +84,13 @@ class Division:
 
     def _check_rows(self, name: str, x: Any) -> None:
         what = {self.tokens: "tokens", self.batch: "batch entries", self.heads: "heads"}
-        for extent, axis in zip(np.shape(x), self.spec(name, np.shape(x)), strict=False):
-            size = math.prod(self.mesh.shape[each] for each in _names(axis))
+        for extent, axis in zip(x.shape, self.spec(name, x.shape), strict=False):
+            size = self.size_of(axis)
             if extent % size:
                 found = f"of {extent} {what[axis]} along {size} devices of {axis!r}"
                 self.check.value_error(name, found, f"a multiple of {size}")
         sharding = getattr(x, "sharding", None)
-        at = np.ndim(x) - (2 if self.is_head_major else 3)
+        at = x.ndim - (2 if self.is_head_major else 3)
         if isinstance(sharding, NamedSharding) and at < len(sharding.spec):
             placed = _names(sharding.spec[at])
             if placed and placed != _names(self.tokens):
@@ -126,16 +124,38 @@ class Division:
         """Of a number for each row."""
         return PartitionSpec(*tuple(self.spec("query", ()))[:-1])
 
+    def size_of(self, axis: Axis | None) -> int:
+        """Devices along axes."""
+        return math.prod(self.mesh.shape[name] for name in _names(axis))
+
+    def shapes_of_device(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """What a device has of arrays of these shapes."""
+
+        def part(name: str, x: Any) -> Any:
+            axes = (*self.spec(name, x.shape), *[None] * x.ndim)
+            extents = [n // self.size_of(axis) for n, axis in zip(x.shape, axes, strict=False)]
+            return jax.ShapeDtypeStruct(tuple(extents), x.dtype)
+
+        return {name: part(name, x) for name, x in arrays.items()}
+
     def mapped(self, function: Callable[..., Any], arrays: dict[str, Any], results: Any) -> Any:
         """`function(name=shard, ...)` of the arrays' shards, on every device."""
         names = tuple(arrays)
-        specs = tuple(self.spec(name, np.shape(arrays[name])) for name in names)
+        specs = tuple(self.spec(name, arrays[name].shape) for name in names)
 
         def local(*shards: Any) -> Any:
             return function(dict(zip(names, shards, strict=True)))
 
         mapped = _shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=results)
+        if _has_explicit_axes(self.mesh):
+            shardings = [NamedSharding(self.mesh, spec) for spec in specs]
+            return mapped(*map(cast(Any, _reshard), arrays.values(), shardings))
         return mapped(*arrays.values())
+
+
+def _has_explicit_axes(mesh: Any) -> bool:
+    kind: Any = getattr(jax.sharding, "AxisType", None)
+    return kind is not None and kind.Explicit in mesh.axis_types
 
 
 def _names(axis: Axis | None) -> tuple[str, ...]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import jax
 from jax.typing import ArrayLike
 
-from jax_gluon._arguments import AttentionKeywords
+from jax_gluon._arguments import KEYWORDS, AttentionKeywords
+from jax_gluon._context_parallel.arguments import check_context
 from jax_gluon._context_parallel.attention import attend
+from jax_gluon._context_parallel.choice import ContextPlan, plan, strategy_of
 from jax_gluon._context_parallel.division import Axis, Division
 from jax_gluon._context_parallel.problem import Strategy
 from jax_gluon._context_parallel.token_layouts import TokenLayout
 from jax_gluon._errors import Checker
+from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._typing import Array, BoolOrInteger, Float
 
 #: Keywords that may be arrays. Numbers among them stay what they are.
@@ -76,26 +80,105 @@ def context_parallel_attention(
     """
     check = Checker("context_parallel_attention")
     check.flag("return_residual", return_residual)
-    given: dict[str, Any] = {
-        "query": query, "key": key, "value": value, "bias": bias, "mask": mask, **keywords
-    }  # fmt: skip
-    axes = {"axis": axis, "batch_axis": batch_axis, "head_axis": head_axis}
-    division = Division.of(check, mesh, axes, given, keywords.get("layout"))
-    arrays = {
-        name: check.array(name, x) if not isinstance(x, jax.Array) else x
-        for name, x in given.items()
-        if name in (*_OPERANDS, *_ARRAYS) and x is not None and not isinstance(x, int | float)
-    }
-    static = {name: x for name, x in given.items() if name not in arrays}
-    how = token_layout, strategy
+    whole = _Whole.of(
+        check,
+        {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **keywords},
+        mesh,
+        {"axis": axis, "batch_axis": batch_axis, "head_axis": head_axis},
+    )
 
     def local(shards: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        own = static | shards
-        operands = tuple(own.pop(name) for name in _OPERANDS)
-        return attend(check, operands, axis, how, own)
+        operands, others = whole.of_device(shards)
+        return attend(check, operands, axis, (token_layout, strategy), others)
 
+    division = whole.division
     results = division.spec("query", ()), division.spec_of_statistics()
-    out, log_sum_exp = division.mapped(local, arrays, results)
+    out, log_sum_exp = division.mapped(local, whole.arrays, results)
     if not return_residual:
         return out
-    return out, jax.lax.stop_gradient(log_sum_exp).astype(arrays["key"].dtype)
+    return out, jax.lax.stop_gradient(log_sum_exp).astype(whole.arrays["key"].dtype)
+
+
+def explain_context_parallel(
+    query: Float[ArrayLike | jax.ShapeDtypeStruct, "*B T N H"],
+    key: Float[ArrayLike | jax.ShapeDtypeStruct, "*B S K H"],
+    value: Float[ArrayLike | jax.ShapeDtypeStruct, "*B S K V"],
+    bias: Float[ArrayLike | jax.ShapeDtypeStruct, "*#BNTS"] | None = None,
+    mask: BoolOrInteger[ArrayLike | jax.ShapeDtypeStruct, "*#BNTS"] | None = None,
+    *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    axis: Axis,
+    batch_axis: Axis | None = None,
+    head_axis: Axis | None = None,
+    token_layout: TokenLayout = "contiguous",
+    strategy: Strategy | None = None,
+    **keywords: Any,
+) -> ContextPlan:
+    """The plan for these arguments of `context_parallel_attention`, without running it.
+
+    **Arguments:** those of `context_parallel_attention` but `return_residual`, arrays or
+    `jax.ShapeDtypeStruct`s.
+
+    **Returns:** a `ContextPlan`: the strategy, why it is that one, the bytes that each would send,
+    and how the work is divided.
+
+    **Raises:** as `context_parallel_attention`.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon
+    >>> mesh = jax.sharding.AbstractMesh((8,), ("sequence",))
+    >>> query = jax.ShapeDtypeStruct((1, 8192, 8, 128), jnp.bfloat16)
+    >>> key = value = jax.ShapeDtypeStruct((1, 8192, 2, 128), jnp.bfloat16)
+    >>> plan = jax_gluon.explain_context_parallel(
+    ...     query, key, value, mesh=mesh, axis="sequence", is_causal=True, token_layout="zigzag"
+    ... )
+    >>> plan.strategy, plan.traffic["ring"].forward, set(plan.work)
+    ('ring', 7340032, {0.125})
+    >>> plan.refused
+    {'all_to_all': '8 query and 2 kv heads are no multiples of 8 devices'}
+    """
+    check = Checker("explain_context_parallel")
+    whole = _Whole.of(
+        check,
+        {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **keywords},
+        mesh,
+        {"axis": axis, "batch_axis": batch_axis, "head_axis": head_axis},
+    )
+    plans: list[ContextPlan] = []
+    size = whole.division.size_of(axis)
+
+    def of_shards(shards: dict[str, Any]) -> None:
+        operands, others = whole.of_device(shards)
+        given = check_context(check, operands, (axis, size), token_layout, others)
+        strategy_of(check, given.context, strategy, given.rows, given.keys)
+        plans.append(plan(given.context, strategy, given.rows, given.keys))
+
+    jax.eval_shape(of_shards, whole.division.shapes_of_device(whole.arrays))
+    return plans[0]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Arguments of all tokens: arrays, which are divided, and all others."""
+
+    arrays: dict[str, Any]
+    static: dict[str, Any]
+    division: Division
+
+    @staticmethod
+    def of(
+        check: Checker, given: dict[str, Any], mesh: Any, axes: dict[str, Axis | None]
+    ) -> _Whole:
+        check.keywords({name: None for name in given if name not in _OPERANDS}, KEYWORDS)
+        ready = jax.Array | jax.ShapeDtypeStruct | QuantizedTensor
+        arrays = {
+            name: x if isinstance(x, ready) else check.array(name, x)
+            for name, x in given.items()
+            if name in (*_OPERANDS, *_ARRAYS) and x is not None and not isinstance(x, int | float)
+        }
+        static = {name: x for name, x in given.items() if name not in arrays}
+        return _Whole(arrays, static, Division.of(check, mesh, axes, arrays, given.get("layout")))
+
+    def of_device(self, shards: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Query, key, value, bias and mask of a device, and its other arguments."""
+        own = self.static | shards
+        return tuple(own.pop(name) for name in _OPERANDS), own

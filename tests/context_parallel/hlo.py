@@ -16,6 +16,14 @@ def sent(compiled) -> int:
     return _count(compiled.as_text(), "collective-permute")
 
 
+def sent_by_all(compiled, devices) -> float:
+    """Bytes that a device sends in all collectives but reductions to all."""
+    text = compiled.as_text()
+    whole = _count(text, "all-gather") + _count(text, "all-to-all")
+    scattered = _count(text, "reduce-scatter") * devices
+    return sent(compiled) + (whole + scattered) * (devices - 1) / devices
+
+
 def _count(text, operation):
     computations, name = {}, None
     for line in text.splitlines():
