@@ -149,7 +149,7 @@ class Division:
         mapped = _shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=results)
         if _has_explicit_axes(self.mesh):
             shardings = [NamedSharding(self.mesh, spec) for spec in specs]
-            return mapped(*map(cast(Any, _reshard), arrays.values(), shardings))
+            return mapped(*map(_reshard, arrays.values(), shardings))
         return mapped(*arrays.values())
 
 
