@@ -87,8 +87,13 @@ def calls_of_attention():
         yield called(module.attention_with_log_sum_exp, q, k, v, *logits)
         for flag in (False, True):
             yield called(module.dot_product_attention, q, k, v, *logits, return_residual=flag)
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     yield called(jax_gluon.explain, *shapes, *logits, implementation="xla")
+    on_mesh = dict(mesh=jax.sharding.Mesh(jax.devices()[:1], ("ring",)), axis="ring")
+    for flag in (False, True):
+        whole = jax_gluon.context_parallel_attention
+        yield called(whole, q, k, v, *logits, return_residual=flag, **on_mesh)
+    yield called(jax_gluon.explain_context_parallel, *shapes, *logits, **on_mesh)
     codes = [jax_gluon.quantize(x, QuantSpec()) for x in (q, k, v)]
     yield called(ours, *codes)
     yield called(ours, *(np.zeros(x.shape[1:], np.float16) for x in (q, k, v)))  # no batch
@@ -103,6 +108,7 @@ def calls_of_others():
     for x, lengths in ((zeros("BTNH"), zeros("B", int32)), (zeros("TNH"), zeros("", int32))):
         yield called(jax_gluon.quantize, x, QuantSpec(), lengths=lengths, implementation="xla")
         yield called(reference.fake_quantize, x, QuantSpec(), lengths=lengths)
+    yield called(jax_gluon.reorder_tokens, zeros("BTNH"), T, "striped")
     key = jax.random.key(0)
     for each in (key, jax.random.key_data(key)):
         yield called(jax_gluon.dropout_mask, each, (B, N, T, S), 0.5)
