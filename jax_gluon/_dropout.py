@@ -32,9 +32,10 @@ def threshold_of(rate: float) -> int:
 
 
 def seeds_of(rng: jax.Array, batch: int, is_broadcast: bool) -> jax.Array:
-    """int32 `[B, 5]`: the generator's key, the batch index, the first head's, and a head's step.
+    """int32 `[B, 7]`: key (two), batch index, first head, a head's step, first row, first key.
 
-    With `is_broadcast` all heads of all entries drop alike.
+    All are indices, which the bits are of. That of the first key is one for all entries. With
+    `is_broadcast` all heads of all entries drop alike.
     """
     key = jax.lax.bitcast_convert_type(jax.random.bits(rng, (2,), jnp.uint32), jnp.int32)
     index = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -42,8 +43,8 @@ def seeds_of(rng: jax.Array, batch: int, is_broadcast: bool) -> jax.Array:
     if is_broadcast:
         index = jnp.zeros_like(index)
     step = jnp.full_like(index, 0 if is_broadcast else 1)
-    key = jnp.broadcast_to(key, (batch, 2))
-    return jnp.concatenate([key, index, first_head, step], axis=1)
+    key, tokens = jnp.broadcast_to(key, (batch, 2)), jnp.zeros((batch, 2), jnp.int32)
+    return jnp.concatenate([key, index, first_head, step, tokens], axis=1)
 
 
 def of_later_heads(seeds: jax.Array, first: jax.Array) -> jax.Array:
@@ -51,10 +52,25 @@ def of_later_heads(seeds: jax.Array, first: jax.Array) -> jax.Array:
     return seeds.at[:, 3].add(first * seeds[:, 4])
 
 
+def of_later_tokens(seeds: jax.Array, row: Any, key: Any) -> jax.Array:
+    """The seeds of a call whose row 0 and key 0 are these of the call that they are of."""
+    first = [jnp.full_like(seeds[:, :1], x) for x in (row, key)]
+    return jnp.concatenate([seeds[:, :5], seeds[:, 5:] + jnp.concatenate(first, axis=1)], axis=1)
+
+
+def of_later_entries(seeds: jax.Array, first: jax.Array) -> jax.Array:
+    """The seeds of a call whose entry 0 is the entry `first` (int32) of the call they are of.
+
+    A head's step is 0 where all entries drop alike.
+    """
+    return seeds.at[:, 2].add(first * seeds[:, 4])
+
+
 def kept(
     seeds: jax.Array, heads: int, rows: jax.Array, first_key: jax.Array, keys: int, rate: float
 ) -> jax.Array:
     """Which are kept of `rows` (int32 `[t]`) and `keys` keys: bool `[B, N, t, s]`."""
+    first_key = first_key + seeds[0, 6]
     first_tile = first_key // _TILE
     tiles = (keys + _TILE - 1) // _TILE + 1
     lane = jnp.arange(tiles * _LANES, dtype=jnp.uint32)
@@ -63,7 +79,7 @@ def kept(
     head = seeds[:, 3] + jnp.arange(heads, dtype=jnp.uint32)[:, None, None] * seeds[:, 4]
     counter = [
         first_tile.astype(jnp.uint32) * np.uint32(_LANES) + lane,
-        rows.astype(jnp.uint32)[:, None],
+        rows.astype(jnp.uint32)[:, None] + seeds[:, 5],
         head,
         seeds[:, 2],
     ]

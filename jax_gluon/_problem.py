@@ -76,7 +76,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     `i + query_offset[b]` (int32 `[B]`; None: 0), in which causal and window are meant; or rows and
     keys stand at `positions` (int32 `[B, T]` and `[B, S]`). A row sees keys of its segment only,
     where there are `segment_ids` (likewise). `sinks` `[1, N]`, float32 (float64 for float64
-    operands), are logits that are in the denominator alone. `dropout_seeds` (int32 `[B, 5]`) are
+    operands), are logits that are in the denominator alone. `dropout_seeds` (int32 `[B, 7]`) are
     there where the problem's `dropout_rate` is not 0.
     """
 

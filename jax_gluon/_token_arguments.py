@@ -90,7 +90,7 @@ def _of_tokens(
 def dropout_seeds(
     check: Checker, rate: Any, rng: Any, broadcast: Any, batch: int
 ) -> jax.Array | None:
-    """int32 `[B, 5]`; None: nothing is dropped."""
+    """int32 `[B, 7]`; None: nothing is dropped."""
     is_broadcast = check.flag("broadcast_dropout", broadcast)
     if threshold_of(check_rate(check, "dropout_rate", rate)) == 0:
         return None

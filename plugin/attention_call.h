@@ -44,7 +44,8 @@ struct TokenIntegers {
 
 // A probability is dropped where 16 random bits are below `threshold`; else it is multiplied by
 // `scale`. 0: none is. Of entry b, `seeds` has the generator's key (two numbers), its batch index,
-// the index of its first head, and what is added to that for each head after it.
+// the index of its first head, and what is added to that for each head after it; and the indices of
+// its first row and its first key.
 struct Dropout {
   uint32_t threshold = 0;
   float scale = 1.0f;

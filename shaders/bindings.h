@@ -171,12 +171,14 @@ struct BatchEntry {
   int keys;
   int has_ranks;
   // Of dropout: the generator's key, the batch index, the index of the first head, and what is
-  // added to that for each head after it.
+  // added to that for each head after it; the indices of the first row and the first key.
   int key0;
   int key1;
   int batch;
   int first_head;
   int head_step;
+  int first_row;
+  int first_key;
 };
 
 struct AttentionParameters {

@@ -10,11 +10,13 @@ struct Dropout {
   uint batch;
   uint head;
   uint row;
+  int first_key;
 
   // Philox4x32-7 (Salmon et al., SC 2011) of the counter that key `token` shares with seven others
   // has 16 bits for each of them.
   bool keeps(int token) const thread {
     if (threshold == 0) return true;
+    token += first_key;
     uint4 x = uint4(uint(token / 64 * 8 + token % 8), row, head, batch);
     uint2 k = key;
     for (int round = 0; round < 7; ++round) {

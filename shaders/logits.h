@@ -61,12 +61,14 @@ struct HeadRules {
       bias += (operands.batch_offset(kBiasBatch, b) + n * p.bias.head) * bias_size(p);
     }
     if (p.has_mask != 0) mask += operands.batch_offset(kMaskBatch, b) + n * p.mask.head;
-    dropout = {uint(p.dropout_threshold), uint2(0), 0, 0, 0};
+    dropout = {uint(p.dropout_threshold), uint2(0), 0, 0, 0, 0};
     if (p.dropout_threshold != 0) {
       const BatchEntry entry = operands.entries[b];
       dropout.key = uint2(uint(entry.key0), uint(entry.key1));
       dropout.batch = uint(entry.batch);
       dropout.head = uint(entry.first_head) + uint(n) * uint(entry.head_step);
+      dropout.row = uint(entry.first_row);
+      dropout.first_key = entry.first_key;
     }
   }
 
@@ -74,7 +76,7 @@ struct HeadRules {
     RowRules rules;
     rules.visible = i < p.T ? visibility.of_row(i) : Range{0, 0};
     rules.dropout = dropout;
-    rules.dropout.row = uint(i);
+    rules.dropout.row += uint(i);
     rules.visible_ranks = {0, 0};
     rules.ranks = visibility.list;
     if (visibility.has_ranks && i < p.T) {

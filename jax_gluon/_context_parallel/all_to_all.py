@@ -21,6 +21,7 @@ from jax_gluon._context_parallel.problem import (
     Partial,
     Rows,
 )
+from jax_gluon._dropout import of_later_heads
 
 
 def forward(context: ContextProblem, rows: Rows, keys: Keys) -> Partial:
@@ -50,12 +51,17 @@ def exchanged(context: ContextProblem, rows: Rows, keys: Keys) -> tuple[Rows, Ke
     def of_all(x: jax.Array | None) -> jax.Array | None:
         return None if x is None else wire.rows_of(wire.gathered(x, context.axis_name))
 
-    return (
-        rows._replace(
-            query=query, positions=of_all(rows.positions), segment_ids=of_all(rows.segment_ids)
-        ),
-        everyone,
+    seeds = rows.dropout_seeds
+    if seeds is not None:
+        rank = jax.lax.axis_index(context.axis_name)
+        seeds = of_later_heads(seeds, rank * (rows.query.shape[2] // context.shards))
+    own = rows._replace(
+        query=query,
+        positions=of_all(rows.positions),
+        segment_ids=of_all(rows.segment_ids),
+        dropout_seeds=seeds,
     )
+    return own, everyone
 
 
 def by_heads(context: ContextProblem, x: jax.Array) -> jax.Array:

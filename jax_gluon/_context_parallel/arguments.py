@@ -52,8 +52,6 @@ def check_context(
     layout = layout_of(check, "token_layout", token_layout)
     if checked.differentiation == "any":
         check.value_error("differentiation", '"any"', 'None, "reverse"')
-    if checked.operands.dropout_seeds is not None:
-        check.value_error("dropout_rate", f"{keywords['dropout_rate']}", "0 over shards of tokens")
     if checked.problem.implementation == "metal":
         check.value_error("implementation", '"metal"', 'None, "cpu", "xla"')
     own = checked.operands

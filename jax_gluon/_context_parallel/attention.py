@@ -17,6 +17,7 @@ from jax_gluon._context_parallel.choice import strategy_of
 from jax_gluon._context_parallel.problem import Strategy
 from jax_gluon._context_parallel.token_layouts import TokenLayout
 from jax_gluon._derivative_modes import naming_the_argument
+from jax_gluon._dropout import of_later_entries, of_later_heads
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import vary_alike
 from jax_gluon._quantization.formats import Operand, QuantizedTensor
@@ -60,9 +61,12 @@ def ring_attention(
       any, whose positions are arguments. Causal masks and windows are exact in all of them.
     - `strategy`: `"ring"`; `"all_gather"`, all keys at once; `"all_to_all"`, all tokens of N / P
       heads (DeepSpeed Ulysses, https://arxiv.org/abs/2309.14509), where P divides N and K, without
-      bias, mask and dropout; or None, which takes the one that sends the fewest bytes, as
+      bias and mask; or None, which takes the one that sends the fewest bytes, as
       `explain_context_parallel` says.
     - `return_residual`: also return the log-sum-exp of each row over all keys.
+
+    Dropout's bits are those of `dot_product_attention` of the whole arrays, in the order of the
+    shards; where batch entries or heads are sharded too, `context_parallel_attention` knows of it.
 
     **Returns:** as `dot_product_attention`, of the device's rows.
 
@@ -102,8 +106,13 @@ def attend(
     axis_name: Any,
     how: tuple[Any, Any],
     keywords: dict[str, Any],
+    first: tuple[Any, Any] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and natural log-sum-exp, -inf in empty rows; `how`: token layout and strategy."""
+    """Output and natural log-sum-exp, -inf in empty rows; `how`: token layout and strategy.
+
+    `first` are the numbers, among all devices' parts, of this device's part of the batch entries
+    and of the heads.
+    """
     token_layout, strategy = how
     axis = axis_name, axis_size(check, axis_name)
     given = check_context(check, operands, axis, token_layout, keywords)
@@ -111,10 +120,14 @@ def attend(
     if 0 in given.rows.query.shape[:2] or 0 in given.keys.key.shape[:2]:
         return run(checked, False)
     strategy = strategy_of(check, given.context, strategy, given.rows, given.keys)
+    seeds = given.rows.dropout_seeds
+    if seeds is not None and first is not None:
+        B, _, N, _ = given.rows.query.shape
+        seeds = of_later_heads(of_later_entries(seeds, first[0] * B), first[1] * N)
     context = replace(given.context, strategy=strategy)
     # All of them vary over the axis, as what is computed does.
     rank = jax.lax.axis_index(axis_name)
-    operands_of_axis: Any = vary_alike(rank, given.rows, given.keys)
+    operands_of_axis: Any = vary_alike(rank, given.rows._replace(dropout_seeds=seeds), given.keys)
     _, rows, keys = operands_of_axis
     with naming_the_argument():
         out, log_sum_exp = differentiation.attend(context, rows, keys)

@@ -19,6 +19,7 @@ from jax_gluon._context_parallel.problem import (
     Rows,
 )
 from jax_gluon._context_parallel.token_layouts import positions
+from jax_gluon._dropout import of_later_tokens
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import vary_like
 from jax_gluon._plan.choice import kernels_of
@@ -150,6 +151,10 @@ def _of_block(
             offset = offset if rows.offset is None else offset + rows.offset
     elif context.is_by_position:
         stands = _by_layout(context, rows, place, (B, T, S))
+    seeds = rows.dropout_seeds
+    if seeds is not None:
+        # By places in the whole arrays, in the order of the shards.
+        seeds = of_later_tokens(seeds, first_row, first_key)
     segment_ids = None
     if rows.segment_ids is not None and keys.segment_ids is not None:
         segment_ids = rows.segment_ids, keys.segment_ids
@@ -165,7 +170,7 @@ def _of_block(
         query_offset=offset,
         segment_ids=segment_ids,
         positions=stands,
-        dropout_seeds=rows.dropout_seeds,
+        dropout_seeds=seeds,
     )
     problem = replace(context.problem, quantization=(None, None, None), layout="BTNH")
     if problem.implementation != "xla" and _native.has_plugin():

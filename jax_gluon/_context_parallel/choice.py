@@ -114,9 +114,9 @@ def refusal_of_heads(context: ContextProblem, rows: Rows, keys: Keys) -> str | N
     N, K = rows.query.shape[2], keys.key.shape[2]
     if N % P or K % P:
         return f"{N} query and {K} kv heads are no multiples of {P} devices"
-    for name in ("bias", "mask", "dropout_seeds"):
+    for name in ("bias", "mask"):
         if getattr(rows, name) is not None:
-            return f"{name.removesuffix('_seeds')} has no rows of all devices"
+            return f"{name} has no rows of all devices"
     query = rows.query
     spec = query.spec if isinstance(query, QuantizedTensor) else context.problem.quantization[0]
     if spec is not None and not _is_of_tokens(spec, rows.query.shape[1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ _OF_HEADS = ("sinks", "scale")
 _OF_LOGITS = ("bias", "mask")
 _ROWS = ("query", "key", "value")
 
-# Younger than the oldest JAX that is supported.
+# Younger than the oldest JAX that is supported; its checks need `jax.lax.pcast`.
 _shard_map: Any = getattr(jax, "shard_map", None)
 if _shard_map is None:
     from jax.experimental import shard_map as _module
 
-    _shard_map = cast(Any, _module).shard_map
+    _shard_map = functools.partial(cast(Any, _module).shard_map, check_rep=False)
+elif not hasattr(jax.lax, "pcast"):
+    _shard_map = functools.partial(_shard_map, check_vma=False)
 # Of arrays on Explicit axes, which say how they are sharded.
 _reshard: Any = getattr(jax, "reshard", None) or getattr(jax.sharding, "reshard", None)
 
@@ -119,6 +122,14 @@ class Division:
     def _of_batch(self, rank: int) -> tuple[Any, ...]:
         axes: tuple[Any, ...] = (self.batch,) if rank else ()
         return axes + (None,) * (rank - 1)
+
+    def place(self) -> tuple[Any, Any]:
+        """Numbers of a device's part of the batch entries and of the heads, among all parts."""
+
+        def index(axis: Axis | None) -> Any:
+            return 0 if axis is None else jax.lax.axis_index(axis)
+
+        return index(self.batch), index(self.heads)
 
     def spec_of_statistics(self) -> Any:
         """Of a number for each row."""

@@ -33,7 +33,13 @@ class Sight:
 
     def blocks(self) -> tuple[tuple[bool, ...], ...]:
         """Whether any row of device q (outer) may see any key of device k (inner)."""
-        return _blocks(self)
+
+        def seen(q: int, k: int) -> bool:
+            rows, keys = self._stretches(q, k)
+            return any(self._may_see(a, b) for a in rows for b in keys)
+
+        shards = range(self.shards)
+        return tuple(tuple(not self.is_known or seen(q, k) for k in shards) for q in shards)
 
     def pairs(self) -> list[list[int]]:
         """How many pairs of row and key are visible, for each q (outer) and k (inner)."""
@@ -73,22 +79,6 @@ class Sight:
         if left is not None:
             begin = np.clip(-((keys.start - row + left) // keys.step), 0, keys.size)
         return int(np.sum(np.maximum(end - begin, 0)))
-
-
-@functools.lru_cache(maxsize=256)
-def _blocks(sight: Sight) -> tuple[tuple[bool, ...], ...]:
-    def seen(q: int, k: int) -> bool:
-        if not sight.is_known:
-            return True
-        rows, keys = sight._stretches(q, k)  # pyright: ignore[reportPrivateUsage]
-        return any(
-            sight._may_see(a, b)  # pyright: ignore[reportPrivateUsage]
-            for a in rows
-            for b in keys
-        )
-
-    shards = range(sight.shards)
-    return tuple(tuple(seen(q, k) for k in shards) for q in shards)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def context_parallel_attention(
 
     def local(shards: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         operands, others = whole.of_device(shards)
-        return attend(check, operands, axis, (token_layout, strategy), others)
+        how = token_layout, strategy
+        return attend(check, operands, axis, how, others, whole.division.place())
 
     division = whole.division
     results = division.spec("query", ()), division.spec_of_statistics()

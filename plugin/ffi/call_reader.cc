@@ -156,7 +156,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
     read_tokens("query_positions", call.T, call.query_positions);
     read_tokens("key_value_positions", call.S, call.key_value_positions);
   }
-  if (call.dropout) read_tokens("dropout_seeds", 5, call.dropout.seeds);
+  if (call.dropout) read_tokens("dropout_seeds", 7, call.dropout.seeds);
   if (!reader.failed()) call.visible_keys = find_visible_keys(call);
   return batch;
 }

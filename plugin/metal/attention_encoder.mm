@@ -157,6 +157,8 @@ void AttentionEncoder::bind_entries() {
       entry.batch = own[2];
       entry.first_head = own[3];
       entry.head_step = own[4];
+      entry.first_row = own[5];
+      entry.first_key = own[6];
     }
     entry.list = -1;
     if (call.visible_keys.empty()) continue;

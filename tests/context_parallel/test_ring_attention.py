@@ -50,6 +50,12 @@ CASES = {
     "heads": dict(
         is_causal=True, strategy="all_to_all", token_layout="zigzag", N=16, K=8, sinks=True
     ),
+    "dropout": dict(dropout=True, is_causal=True, bias=True),
+    "dropout_zigzag": dict(
+        dropout=True, is_causal=True, token_layout="zigzag", strategy="all_gather"
+    ),
+    "dropout_heads": dict(dropout=True, strategy="all_to_all", N=8, K=8),
+    "dropout_xla": dict(dropout=True, implementation="xla", token_layout="striped"),
     "heads_segments": dict(segments=True, strategy="all_to_all", N=8, K=8, lengths=True),
 }
 
@@ -76,6 +82,8 @@ def build(case, seed=0):
         keywords |= dict(query_segment_ids=ids, key_value_segment_ids=ids)
     if case.pop("key_value_mask", False):
         keywords["key_value_mask"] = rng.random((B, T)) < 0.8
+    if case.pop("dropout", False):
+        case |= dict(dropout_rate=0.25, dropout_rng=jax.random.key(5))
     layout, strategy = case.pop("token_layout", "contiguous"), case.pop("strategy", "ring")
     if layout == "given":
         at = rng.permuted(np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)), axis=1)
@@ -140,9 +148,13 @@ def run(case):
         f"d_{name}": ordered(x, layout, AXES.get(name, ()), jax_gluon.restore_tokens)
         for name, x in zip(names, of_floats, strict=True)
     }
-    wanted = oracle.attention(*arrays, d_out=d_out, **keywords, **{
-        name: x for name, x in static.items() if name != "implementation"
-    })  # fmt: skip
+    static = {name: x for name, x in static.items() if name != "implementation"}
+    if "dropout_rng" in static:
+        key = static.pop("dropout_rng")
+        # Bits are of places in the order of the shards.
+        kept = jax_gluon.dropout_mask(key, (B, arrays[0].shape[2], T, T), static["dropout_rate"])
+        static["kept"] = np.asarray(ordered(kept, layout, (2, 3), jax_gluon.restore_tokens))
+    wanted = oracle.attention(*arrays, d_out=d_out, **keywords, **static)
     return dict(zip(wanted._fields, results, strict=False)) | others, wanted
 
 

@@ -81,6 +81,16 @@ def test_heads_before_tokens_scales_of_heads_and_more_batch_axes():
     np.testing.assert_allclose(np.asarray(out), exact, rtol=2e-5, atol=2e-5)
 
 
+def test_dropout_is_that_of_one_device():
+    q, k, v, _ = operands()
+    dropout = dict(dropout_rate=0.3, dropout_rng=jax.random.key(3))
+    for broadcast in (False, True):
+        options = dropout | dict(broadcast_dropout=broadcast, is_causal=True)
+        out = jax_gluon.context_parallel_attention(q, k, v, mesh=cube(), **ALONG, **options)
+        wanted = jax_gluon.dot_product_attention(q, k, v, **options)
+        np.testing.assert_allclose(np.asarray(out), wanted, rtol=2e-5, atol=2e-5)
+
+
 def plan(query, key, shards=DEVICES, **keywords):
     mesh = AbstractMesh((shards,), ("ring",))
     return jax_gluon.explain_context_parallel(query, key, key, mesh=mesh, axis="ring", **keywords)

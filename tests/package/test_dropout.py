@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import jax_gluon
+from jax_gluon import _dropout, _lowering
+from jax_gluon._problem import AttentionOperands, AttentionProblem
 
 B, T, S, N, K, H, V = 2, 70, 210, 4, 2, 22, 26
 KEY = jax.random.key(7)
@@ -270,3 +272,19 @@ def test_with_sinks_and_segments(kernel, implementation, oracle, relative_error,
     for gradient, expected in zip(gradients, exact[2:5], strict=True):
         assert relative_error(gradient, expected) <= 3e-6
     assert relative_error(d_sinks, exact.d_sinks) <= 3e-6
+
+
+def test_tokens_of_a_part_have_the_bits_of_their_places(implementation):
+    """Rows and keys may be a part of others, as where devices share them."""
+    B, N, T, S, rate = 2, 3, 9, 33, 0.4
+    key, first_row, first_key = jax.random.key(4), 5, 70
+    problem = AttentionProblem(1.0, dropout_rate=rate, implementation=implementation)
+    seeds = _dropout.of_later_tokens(_dropout.seeds_of(key, B, False), first_row, first_key)
+    # Of equal logits; values tell which keys are there.
+    query, keys = jnp.zeros((B, T, N, 4)), jnp.zeros((B, S, N, 4))
+    value = jnp.broadcast_to(jnp.eye(S)[None, :, None, :], (B, S, N, S))
+    operands = AttentionOperands(query, keys, value, dropout_seeds=seeds)
+    _, residuals = _lowering.forward(problem, np.dtype(np.float32), operands)
+    kept = np.swapaxes(np.asarray(residuals.out), 1, 2) > 0.5 / S
+    mask = jax_gluon.dropout_mask(key, (B, N, first_row + T, first_key + S), rate)
+    np.testing.assert_array_equal(kept, mask[:, :, first_row:, first_key:])

@@ -154,7 +154,7 @@ def attention(target, formats="float", *, full=True):
             "key_value_segment_ids": np.arange(B * S, dtype=np.int32).reshape(B, S) % 2,
             "query_positions": draw(B, T, dtype=np.int8).astype(np.int32),
             "key_value_positions": draw(B, S, dtype=np.int8).astype(np.int32),
-            "dropout_seeds": np.array([[7, 8, b, 3, 1] for b in range(B)], np.int32),
+            "dropout_seeds": np.array([[7, 8, b, 3, 1, 5, 70] for b in range(B)], np.int32),
         }
     if target == FORWARD:
         attributes |= {f"has_{name}_visible": np.int64(full) for name in ("query", "key_value")}

@@ -27,6 +27,8 @@ class DropoutRow {
     batch_ = static_cast<uint32_t>(seeds[2]);
     head_ = static_cast<uint32_t>(seeds[3]) +
             static_cast<uint32_t>(n) * static_cast<uint32_t>(seeds[4]);
+    first_row_ = seeds[5];
+    first_key_ = seeds[6];
   }
 
   // Bytes that `find` needs for this many keys.
@@ -39,6 +41,9 @@ class DropoutRow {
   // Of row i and the keys from `begin` on: 1 where kept. Written to `scratch`, into which the
   // result points.
   const uint8_t* find(int64_t i, int64_t begin, int64_t end, uint8_t* scratch) const {
+    i += first_row_;
+    begin += first_key_;
+    end += first_key_;
     const int64_t first = begin / kTile * kTile;
     for (int64_t j = first; j < end; j += kTiles * kTile) {
       find_tiles(static_cast<uint32_t>(i), static_cast<uint32_t>(j / kTile), scratch + (j - first));
@@ -94,6 +99,7 @@ class DropoutRow {
   uint32_t threshold_;
   float scale_;
   uint32_t key_[2] = {}, batch_ = 0, head_ = 0;
+  int64_t first_row_ = 0, first_key_ = 0;
 };
 
 // Zeros the elements of a row that are not kept; of floats, whole vectors of them.
