@@ -6,7 +6,6 @@ where each has tokens from both ends (zigzag), or every P-th token (striped).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -110,13 +109,7 @@ def reorder_tokens(
     >>> jax_gluon.reorder_tokens(jnp.arange(8), 2, "striped", axis=0).tolist()
     [0, 2, 4, 6, 1, 3, 5, 7]
     """
-
-    def reorder(order: list[int] | None, cut: jax.Array, at: int) -> jax.Array:
-        if order is None:
-            return jnp.swapaxes(cut, at, at + 1)
-        return jnp.take(cut, np.asarray(order), axis=at)
-
-    return _permuted(Checker("reorder_tokens"), x, shards, token_layout, axis, False, reorder)
+    return _permuted(Checker("reorder_tokens"), x, shards, token_layout, axis, False)
 
 
 def restore_tokens(
@@ -137,13 +130,7 @@ def restore_tokens(
     >>> jax_gluon.restore_tokens(x, 3, "zigzag", axis=0).tolist()
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     """
-
-    def restore(order: list[int] | None, cut: jax.Array, at: int) -> jax.Array:
-        if order is None:
-            return jnp.swapaxes(cut, at, at + 1)
-        return jnp.take(cut, np.argsort(order), axis=at)
-
-    return _permuted(Checker("restore_tokens"), x, shards, token_layout, axis, True, restore)
+    return _permuted(Checker("restore_tokens"), x, shards, token_layout, axis, True)
 
 
 def _permuted(
@@ -153,7 +140,6 @@ def _permuted(
     layout: Any,
     axis: int,
     is_inverse: bool,
-    permute: Callable[[list[int] | None, jax.Array, int], jax.Array],
 ) -> jax.Array:
     array = check.array("x", x)
     P = check.integer("shards", shards, 1, "an int of at least 1")
@@ -172,8 +158,10 @@ def _permuted(
         check.value_error("x", f"of {T} tokens along axis {axis}", allowed)
     before, after = array.shape[:axis], array.shape[axis + 1 :]
     if layout == "zigzag":
+        order = np.asarray([chunk for r in range(P) for chunk in (r, 2 * P - 1 - r)])
         cut = array.reshape(*before, 2 * P, T // (2 * P), *after)
-        order = [chunk for r in range(P) for chunk in (r, 2 * P - 1 - r)]
-        return permute(order, cut, axis).reshape(array.shape)
-    parts = (P, T // P) if is_inverse else (T // P, P)
-    return permute(None, array.reshape(*before, *parts, *after), axis).reshape(array.shape)
+        cut = jnp.take(cut, np.argsort(order) if is_inverse else order, axis=axis)
+    else:
+        parts = (P, T // P) if is_inverse else (T // P, P)
+        cut = jnp.swapaxes(array.reshape(*before, *parts, *after), axis, axis + 1)
+    return cut.reshape(array.shape)
