@@ -36,7 +36,7 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test test-arm64 sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean
+.PHONY: help demo test test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
@@ -45,6 +45,7 @@ help:
 	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
 	@echo 'make wheel-linux-arm64  cross-build the wheel for Linux on arm64, and check it'
 	@echo 'make test-arm64  run the suite of the CPU kernels on it, under qemu (ARGS=short: a few tests)'
+	@echo 'make test-cuda-compile  compile for several NVIDIA GPUs, without any'
 	@echo 'make bench      time attention against its peers'
 	@echo 'make smoke      load the built package under several releases of JAX'
 	@echo 'make lint       ruff, clang-format, workflows    make format   apply them'
@@ -82,6 +83,16 @@ $(STAMPS)/arm64: $(STAMPS)/package $(PLUGIN_SOURCES) CMakeLists.txt $(wildcard t
 
 test-arm64: $(STAMPS)/arm64
 	sh tools/arm64/test.sh $(ARGS)
+
+# Compiled for GPUs that are described: nothing of this runs, and none is needed.
+test-cuda-compile: .venvs/cuda/stamp
+	PYTHONPATH=. .venvs/cuda/bin/python -m pytest --noconftest tests/cuda/test_compile.py $(ARGS)
+
+.venvs/cuda/stamp: $(STAMPS)/venv
+	$(BIN)/python -m venv .venvs/cuda
+	.venvs/cuda/bin/python -m pip install --quiet pytest jax-cuda13-plugin jax-cuda13-pjrt jax \
+	  nvidia-cudnn-cu13 nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-nvcc
+	touch $@
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)
