@@ -152,9 +152,10 @@ def dot_product_attention(
       `[B, K, S, H]`, the output like query, the log-sum-exp `[B, N, T]`. Nothing else changes, and
       the plugin transposes nothing: kernels read and write through strides.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
-      platform; head dims to 256), `"xla"`, `"cudnn"` (an NVIDIA GPU's fused kernels, for 16 bits),
-      or None, which takes the plugin on the CPU, cuDNN on NVIDIA GPUs where it takes the problem,
-      and XLA elsewhere and for float64.
+      platform; head dims to 256), `"xla"`, `"cudnn"` (an NVIDIA GPU's fused kernels, for 16 bits;
+      to them a hidden NaN is not absent where it is causal masking or a window that hides it), or
+      None, which takes the plugin on the CPU, cuDNN on NVIDIA GPUs where it takes the problem, and
+      XLA elsewhere and for float64.
     - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
       the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
       where the problem is of few queries, or of few keys of floats; or a `CpuKernel` or
