@@ -73,6 +73,8 @@ def refusal(problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands)
             return f"cuDNN takes no {name} as it is meant here"
     if operands.dropout_seeds is not None:
         return "cuDNN's dropout drops other elements"
+    if problem.is_partial:
+        return "cuDNN's backward makes its own means"
     if problem.soft_cap is not None:
         return "cuDNN has no soft cap"
     if problem.scale <= 0:
