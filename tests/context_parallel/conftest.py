@@ -1,6 +1,6 @@
 """Tests that need eight devices, which JAX makes of the CPU where it is told so before it starts.
 
-`tests/package/test_context_parallel.py` runs them in a process of its own; in any other they are
+`tests/package/test_several_devices.py` runs them in processes of their own; in any other they are
 not collected.
 """
 

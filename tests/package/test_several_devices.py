@@ -1,4 +1,4 @@
-"""The tests of `tests/devices`, each file in a process that has six devices."""
+"""Tests that need several devices, each file in a process that has as many."""
 
 import os
 import subprocess
@@ -8,17 +8,21 @@ from pathlib import Path
 import jax
 import pytest
 
-FILES = sorted((Path(__file__).parents[1] / "devices").glob("test_*.py"))
+TESTS = Path(__file__).resolve().parents[1]
+# Of the tests in each folder.
+DEVICES = {"devices": 6, "context_parallel": 8}
+FILES = [file for folder in DEVICES for file in sorted((TESTS / folder).glob("test_*.py"))]
 
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="this JAX has no Explicit axes")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_on_six_devices(file):
-    flags = "--xla_force_host_platform_device_count=6"
+def test_on_several_devices(file):
+    flags = f"--xla_force_host_platform_device_count={DEVICES[file.parent.name]}"
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"},
-        cwd=file.parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        env=os.environ
+        | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", "JAX_PLATFORMS": "cpu"},
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
         check=False,
