@@ -248,13 +248,17 @@ class _Cotangent(NamedTuple):
 
 
 class _BackwardRows(NamedTuple):
-    """One query block, `[B, K, G, t, X]`; X is 1 but for `query` and `d_out`."""
+    """One query block, `[B, K, G, t, X]`; X is 1 but for `query` and `d_out`.
+
+    `is_seen`: which rows are not empty; None where nothing is visible to those that are.
+    """
 
     query: jax.Array
     d_out: jax.Array
     maximum: jax.Array
     log_sum: jax.Array
     delta: jax.Array
+    is_seen: jax.Array | None
 
 
 class _Probabilities(NamedTuple):
@@ -329,10 +333,13 @@ def _saved_rows(tiles: Tiles, cotangent: _Cotangent, i: jax.Array) -> _BackwardR
     """A query block as forward left it: without delta, which is zeros."""
     maximum = tiles.rows(cotangent.row_maximum[..., None], i)
     log_sum = tiles.rows(cotangent.log_sum[..., None], i)
-    # Nothing is visible to an empty row; 0 keeps its unused exponentials finite.
-    log_sum = jnp.where(log_sum == EMPTY_ROW_LOG_SUM_EXP, 0.0, log_sum)
+    is_empty = log_sum == EMPTY_ROW_LOG_SUM_EXP
+    # 0 keeps the unused exponentials of an empty row finite.
+    log_sum = jnp.where(is_empty, 0.0, log_sum)
     query, d_out = (tiles.rows(x, i, tiles.multiplied) for x in (tiles.query, cotangent.d_out))
-    return _BackwardRows(query, d_out, maximum, log_sum, jnp.zeros_like(log_sum))
+    # Who asked for a part of the keys may have hidden rows when the parts were merged.
+    is_seen = ~is_empty if tiles.problem.is_partial else None
+    return _BackwardRows(query, d_out, maximum, log_sum, jnp.zeros_like(log_sum), is_seen)
 
 
 def _finds_means(tiles: Tiles, out: jax.Array) -> bool:
@@ -386,6 +393,9 @@ def _probabilities(
     tiles: Tiles, rows: _BackwardRows, i: jax.Array, c: jax.Array, order: str
 ) -> _Probabilities:
     logits, visible, slope = tiles.scores(rows.query, i, c, order)
+    if rows.is_seen is not None:
+        is_seen = arrange(rows.is_seen, order)
+        visible = is_seen if visible is None else visible & is_seen
     # In this order: the logarithm of the sum would vanish in a large maximum.
     below_maximum = logits - arrange(rows.maximum, order)
     p = hide(jnp.exp(below_maximum - arrange(rows.log_sum, order)), visible)

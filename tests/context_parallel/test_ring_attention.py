@@ -44,7 +44,9 @@ CASES = {
     "given": dict(is_causal=True, token_layout="given"),
     "offset": dict(is_causal=True, query_offset=np.array([5, -9], np.int32)),
     "xla": dict(is_causal=True, implementation="xla", token_layout="zigzag", sinks=True),
-    "xla_lengths": dict(lengths=True, implementation="xla", bias=True),
+    "xla_lengths": dict(
+        lengths=True, implementation="xla", bias=True, sinks=True, token_layout="striped"
+    ),
     "gathered": dict(is_causal=True, strategy="all_gather", token_layout="striped", bias=True),
     "gathered_window": dict(local_window_size=9, strategy="all_gather", sinks=True),
     "heads": dict(
@@ -168,3 +170,29 @@ def test_shards_give_what_one_device_does(name):
         np.testing.assert_array_equal(np.isfinite(x), finite)
         error = np.linalg.norm(np.where(finite, x - y, 0)) / np.linalg.norm(y[finite])
         assert error <= (2e-6 if field in ("out", "log_sum_exp") else 3e-6), (field, error)
+
+
+def test_rows_and_keys_past_the_lengths_may_be_nan():
+    """In no gradient, whoever computes it."""
+    arrays, d_out, keywords, *_ = build(dict(lengths=True))
+    bad = [x.copy() for x in arrays]
+    for x, name in zip(bad, ("query", *["key_value"] * 2), strict=True):
+        for entry, length in zip(x, keywords[f"{name}_seq_lengths"], strict=True):
+            entry[length:] = np.nan
+    wanted = oracle.attention(*arrays, d_out=d_out, **keywords)
+    for implementation in (None, "xla"):
+        function = sharded(keywords, dict(implementation=implementation), "zigzag", "ring")
+        put = functools.partial(ordered, layout="zigzag", axes=(1,))
+
+        @jax.jit
+        def results(*x, function=function):
+            (out, _), pull = jax.vjp(
+                lambda *x: function(*x, tuple(map(jnp.asarray, keywords.values()))), *x[:3]
+            )
+            return out, *pull((x[3], jnp.zeros((B, T, N), x[3].dtype)))
+
+        found = results(*(put(jnp.asarray(x)) for x in (*bad, d_out)))
+        names = "out", "d_query", "d_key", "d_value"
+        for name, x in zip(names, found, strict=True):
+            x = ordered(x, "zigzag", (1,), jax_gluon.restore_tokens)
+            np.testing.assert_allclose(x, getattr(wanted, name), atol=2e-5, err_msg=name)
