@@ -53,21 +53,33 @@ def visible_tokens(
         conditions.append(tokens_within(operands.key_value_seq_lengths, S))
     if operands.key_value_mask is not None:
         conditions.append(operands.key_value_mask)
-    by_head: list[jax.Array] = []
-    if isinstance(operands.mask, jax.Array) and operands.mask.shape[2] == 1:
-        by_head.append(operands.mask)
-    if operands.bias is not None and operands.bias.shape[2] == 1 and problem.soft_cap is None:
-        wide = operands.bias.astype(jnp.promote_types(operands.bias.dtype, jnp.float32))
-        by_head.append(~(wide < MIN_LOGIT))  # NaN is visible
-    if by_head:
-        seen = functools.reduce(jnp.logical_and, by_head)
-        by_any = jnp.any(seen, axis=(1, 2))
-        if heads_over:
-            by_any = cast(Any, jax.lax.pmax)(by_any.astype(jnp.int32), heads_over) > 0
-        conditions.append(by_any)
+    of_logits = visible_by_logits(problem, operands.bias, operands.mask, heads_over)
+    if of_logits is not None:
+        conditions.append(of_logits)
     if conditions:
         keys = jnp.broadcast_to(functools.reduce(jnp.logical_and, conditions), (B, S))
     return query, keys
+
+
+def visible_by_logits(
+    problem: AttentionProblem, bias: jax.Array | None, mask: Any, over: tuple[str, ...]
+) -> jax.Array | None:
+    """The keys that a mask and a bias of no rows leave to any head: bool `[b, s]`; None: all.
+
+    Or to heads on any device along axes `over` of a mesh.
+    """
+    by_head: list[jax.Array] = []
+    if isinstance(mask, jax.Array) and mask.shape[2] == 1:
+        by_head.append(mask)
+    if bias is not None and bias.shape[2] == 1 and problem.soft_cap is None:
+        wide = bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
+        by_head.append(~(wide < MIN_LOGIT))  # NaN is visible
+    if not by_head:
+        return None
+    by_any = jnp.any(functools.reduce(jnp.logical_and, by_head), axis=(1, 2))
+    if over:
+        by_any = cast(Any, jax.lax.pmax)(by_any.astype(jnp.int32), over) > 0
+    return by_any
 
 
 def mask_as_segments(operands: AttentionOperands[_Rows]) -> AttentionOperands[_Rows]:

@@ -16,7 +16,6 @@ from jax import ad_checkpoint
 
 from jax_gluon import _lowering
 from jax_gluon._context_parallel import all_gather, all_to_all, ring, wire
-from jax_gluon._context_parallel.blocks import row_positions
 from jax_gluon._context_parallel.centers import without_common_center
 from jax_gluon._context_parallel.merging import hidden, natural, unit_of, with_sinks
 from jax_gluon._context_parallel.problem import (
@@ -26,7 +25,11 @@ from jax_gluon._context_parallel.problem import (
     Partial,
     Rows,
 )
-from jax_gluon._context_parallel.token_layouts import positions
+from jax_gluon._context_parallel.visible import (
+    keys_within_lengths,
+    visible_keys,
+    visible_rows,
+)
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionOperands,
@@ -54,14 +57,16 @@ def _forward(
     context: ContextProblem, rows: Rows, keys: Keys
 ) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
     dtype = rows.query.dtype
-    rows, keys = wire.encoded(context, rows, _visible(context, rows, keys))
+    visible = None, None
+    if any(context.problem.quantization):
+        visible = visible_rows(context, rows), visible_keys(context, rows, keys)
+    rows, keys = wire.encoded(context, rows, _with_lengths(context, rows, keys), visible)
     rows, keys = rows._replace(query=_named_codes(rows.query)), _named_keys(keys)
     unit = unit_of(context.problem)
     whole = _STRATEGIES[context.strategy].forward(context, rows, keys)
-    if rows.lengths is not None and context.sight.layout != "contiguous":
-        rank = jax.lax.axis_index(context.axis_name)
-        index = row_positions(context, rank, context.sight.tokens[0])
-        whole = hidden(whole, index[None, :] < rows.lengths[:, None])
+    is_seen = visible_rows(context, rows)
+    if is_seen is not None and context.sight.layout != "contiguous":
+        whole = hidden(whole, is_seen)
     whole = with_sinks(whole, rows.sinks, unit)
     whole = Partial(
         _named(_lowering.OUT_NAME, whole.out),
@@ -86,20 +91,12 @@ def _named_keys(keys: Keys) -> Keys:
     return keys._replace(key=_named_codes(keys.key), value=_named_codes(keys.value))
 
 
-def _visible(context: ContextProblem, rows: Rows, keys: Keys) -> Keys:
+def _with_lengths(context: ContextProblem, rows: Rows, keys: Keys) -> Keys:
     """Keys past the lengths as a mask that goes with them, where they are not the last ones."""
-    sight = context.sight
-    if rows.key_value_lengths is None or sight.layout == "contiguous":
+    mask = keys_within_lengths(context, rows)
+    if mask is None or context.sight.layout == "contiguous":
         return keys
-    rank = jax.lax.axis_index(context.axis_name)
-    index = _key_positions(context, rank)
-    mask = index[None, :] < rows.key_value_lengths[:, None]
     return keys._replace(mask=mask if keys.mask is None else mask & keys.mask)
-
-
-def _key_positions(context: ContextProblem, rank: jax.Array) -> jax.Array:
-    sight = context.sight
-    return positions(sight.layout, rank, sight.shards, sight.tokens[1])
 
 
 def _row_sums(

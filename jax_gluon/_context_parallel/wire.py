@@ -18,18 +18,27 @@ _Tree = TypeVar("_Tree")
 _lax: Any = jax.lax
 
 
-def encoded(context: ContextProblem, rows: Rows, keys: Keys) -> tuple[Rows, Keys]:
-    """The operands with codes for floats that `quantization` names; hidden keys are in no scale."""
+def encoded(
+    context: ContextProblem,
+    rows: Rows,
+    keys: Keys,
+    visible: tuple[jax.Array | None, jax.Array | None] = (None, None),
+) -> tuple[Rows, Keys]:
+    """The operands with codes for floats that `quantization` names.
+
+    Tokens that are not `visible`, bool `[B, T]` and `[B, S]` (None: all are), are in no scale.
+    """
     query_spec, key_spec, value_spec = context.problem.quantization
     implementation = context.problem.implementation
 
     def codes(x: Any, spec: Any, visible: jax.Array | None) -> Any:
         return x if spec is None else _lowering.quantize(spec, implementation, x, visible)
 
+    of_rows, of_keys = visible
     return (
-        rows._replace(query=codes(rows.query, query_spec, None)),
+        rows._replace(query=codes(rows.query, query_spec, of_rows)),
         keys._replace(
-            key=codes(keys.key, key_spec, keys.mask), value=codes(keys.value, value_spec, keys.mask)
+            key=codes(keys.key, key_spec, of_keys), value=codes(keys.value, value_spec, of_keys)
         ),
     )
 

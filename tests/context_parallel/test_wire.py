@@ -180,3 +180,38 @@ def test_codes_that_are_given_travel_as_they_are():
     parts = [jax_gluon.quantize(x, spec).dequantize() for x in jnp.split(k, DEVICES, axis=1)]
     exact = oracle.attention(q, np.concatenate(parts, 1), v).out
     np.testing.assert_allclose(jax.jit(function)(q, k, v), exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("hidden_by", ["lengths", "mask", "bias"])
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_hidden_tokens_are_in_no_scale(hidden_by, layout):
+    """NaN past the lengths would be in the scale of a whole block of tokens."""
+    rng = np.random.default_rng(9)
+    tokens, last = DEVICES * 32, 41
+    q, k, v = (draw(rng, 2, tokens, 2, 16) for _ in range(3))
+    is_seen = np.arange(tokens) < np.array([[last], [tokens]])
+    bad = [np.where(is_seen[..., None, None], x, np.nan) for x in (k, v)]
+    put = functools.partial(ordered, layout=layout)
+    if hidden_by == "lengths":
+        given = dict(key_value_seq_lengths=np.array([last, tokens]))
+    else:
+        hidden = put(jnp.asarray(is_seen[:, None, None]), axes=(3,))
+        hidden = jnp.where(hidden, 0.0, -jnp.inf) if hidden_by == "bias" else hidden
+        given = {hidden_by: hidden}
+
+    @jax.jit
+    def attention(q, k, v):
+        return jax_gluon.context_parallel_attention(
+            q, k, v, mesh=mesh(), axis="ring", quantization="int4", token_layout=layout, **given
+        )
+
+    out, clean = (
+        ordered(
+            attention(*(put(jnp.asarray(x), axes=(1,)) for x in (q, *keys))),
+            layout, (1,), jax_gluon.restore_tokens,
+        )
+        for keys in (bad, (k, v))
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, clean)
+    exact = oracle.attention(q, k, v, key_value_seq_lengths=np.array([last, tokens])).out
+    assert np.linalg.norm(out - exact) <= 0.15 * np.linalg.norm(exact)
