@@ -157,6 +157,19 @@ class Checker:
 
     def lengths(self, argument: str, lengths: Any, shape: tuple[int, ...], limit: int) -> jax.Array:
         """Integers of any dtype as int32, clamped to `[0, limit]` before they are narrowed."""
+        array = self._any_integers(argument, lengths)
+        if array.shape != shape:
+            allowed = f"shape [B] = {list(shape)}" if shape else "a scalar"
+            self.value_error(argument, f"of shape {list(array.shape)}", allowed)
+        if not is_static(limit):
+            return jnp.minimum(self._clipped(array, _INT32_MAX), number(limit))
+        return self._clipped(array, limit)
+
+    def narrow_lengths(self, argument: str, lengths: Any) -> jax.Array:
+        """The same of any shape and of unknown limit."""
+        return self._clipped(self._any_integers(argument, lengths), _INT32_MAX)
+
+    def _any_integers(self, argument: str, lengths: Any) -> Any:
         array: Any = lengths
         if not isinstance(lengths, _ARRAYS):
             leaves: list[Any] = jax.tree.leaves(lengths)
@@ -174,14 +187,9 @@ class Checker:
                 array = np.clip(array, 0, _INT32_MAX).astype(np.int64)
         if not np.issubdtype(array.dtype, np.integer):
             self.type_error(argument, f"of dtype {array.dtype.name}", "an integer dtype")
-        if array.shape != shape:
-            allowed = f"shape [B] = {list(shape)}" if shape else "a scalar"
-            self.value_error(argument, f"of shape {list(array.shape)}", allowed)
-        if not is_static(limit):
-            narrow = self._clipped(array, min(_INT32_MAX, int(np.iinfo(array.dtype).max)))
-            return jnp.minimum(narrow, number(limit))
-        return self._clipped(array, min(limit, int(np.iinfo(array.dtype).max)))
+        return array
 
     def _clipped(self, array: Any, limit: int) -> jax.Array:
         clip = jnp.clip if isinstance(array, jax.Array) else np.clip
+        limit = min(limit, int(np.iinfo(array.dtype).max))
         return jnp.asarray(clip(array, 0, limit).astype(np.int32))

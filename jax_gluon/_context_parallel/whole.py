@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
 from jax_gluon._arguments import KEYWORDS, AttentionKeywords
@@ -20,11 +21,12 @@ from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._typing import Array, BoolOrInteger, Float
 
 #: Keywords that may be arrays. Numbers among them stay what they are.
-_ARRAYS = (
-    "query_seq_lengths", "key_value_seq_lengths", "key_value_mask", "query_offset",
-    "query_segment_ids", "key_value_segment_ids", "query_positions", "key_value_positions",
-    "sinks", "scale", "dropout_rng",
+_LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
+_INTEGERS = (
+    "query_offset", "query_segment_ids", "key_value_segment_ids", "query_positions",
+    "key_value_positions",
 )  # fmt: skip
+_ARRAYS = (*_LENGTHS, *_INTEGERS, "key_value_mask", "sinks", "scale", "dropout_rng")
 _OPERANDS = ("query", "key", "value", "bias", "mask")
 
 
@@ -170,11 +172,10 @@ class _Whole:
         check: Checker, given: dict[str, Any], mesh: Any, axes: dict[str, Axis | None]
     ) -> _Whole:
         check.keywords({name: None for name in given if name not in _OPERANDS}, KEYWORDS)
-        ready = jax.Array | jax.ShapeDtypeStruct | QuantizedTensor
         arrays = {
-            name: x if isinstance(x, ready) else check.array(name, x)
+            name: _array_of(check, name, x)
             for name, x in given.items()
-            if name in (*_OPERANDS, *_ARRAYS) and x is not None and not isinstance(x, int | float)
+            if name in (*_OPERANDS, *_ARRAYS) and x is not None and not _is_number(name, x)
         }
         static = {name: x for name, x in given.items() if name not in arrays}
         return _Whole(arrays, static, Division.of(check, mesh, axes, arrays, given.get("layout")))
@@ -183,3 +184,19 @@ class _Whole:
         """Query, key, value, bias and mask of a device, and its other arguments."""
         own = self.static | shards
         return tuple(own.pop(name) for name in _OPERANDS), own
+
+
+def _is_number(name: str, x: Any) -> bool:
+    if name == "scale" and not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        # A number of NumPy's is no array scale, which would be multiplied in.
+        return not isinstance(x, np.ndarray) or x.ndim == 0
+    return isinstance(x, int | float)
+
+
+def _array_of(check: Checker, name: str, x: Any) -> Any:
+    """An array that has a sharding, without integers that its 32 bits do not hold."""
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct | QuantizedTensor):
+        return x
+    if name in _LENGTHS:
+        return check.narrow_lengths(name, x)
+    return check.int32(name, x) if name in _INTEGERS else check.array(name, x)

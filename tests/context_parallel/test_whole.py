@@ -152,6 +152,22 @@ def test_balanced_layouts_share_the_work():
     assert plan(query, query, query_segment_ids=jnp.zeros(DEVICES * 64, jnp.int32)).work is None
 
 
+@pytest.mark.parametrize("lengths", [np.array([2**63 - 1, 5]), [2**63 - 1, 5]])
+def test_lengths_past_32_bits_are_clamped(lengths):
+    q, k, v, _ = operands(batch=2)
+    out = jax_gluon.context_parallel_attention(
+        q, k, v, mesh=cube(), axis="ring", key_value_seq_lengths=lengths
+    )
+    exact = oracle.attention(q, k, v, key_value_seq_lengths=np.array([T, 5])).out
+    np.testing.assert_allclose(np.asarray(out), exact, atol=2e-5)
+
+
+def test_a_number_of_numpys_is_no_array_scale():
+    """Which is multiplied into a wider query, and is then of more bytes."""
+    query = shape(DEVICES * 64, 8, dtype=jnp.bfloat16)
+    assert plan(query, query, scale=np.float32(0.1)) == plan(query, query, scale=0.1)
+
+
 WRONG = {
     "axis_not_in_mesh": (dict(axis="rings"), "axis is 'rings'; allowed: axes of the mesh"),
     "axis_taken": (dict(batch_axis="ring"), "batch_axis is 'ring', which is taken"),
@@ -171,6 +187,15 @@ WRONG = {
     "metal": (dict(implementation="metal"), "implementation is "),
     "mask": (dict(mask=np.ones((T, 40), bool)), "mask is of shape"),
     "keyword": (dict(window=3), 'unexpected keyword argument "window"'),
+    "wide_offset": (
+        dict(query_offset=np.array([2**33] * B), is_causal=True),
+        "query_offset is from 8589934592 to 8589934592; allowed: numbers of 32 bits",
+    ),
+    "wide_segments": (
+        dict(query_segment_ids=np.full(T, 2**32)),
+        "query_segment_ids is from 4294967296 to 4294967296; allowed: numbers of 32 bits",
+    ),
+    "list_scale": (dict(scale=[0.1] * N), "scale is a list; allowed: a real"),
     "lengths": (dict(query_seq_lengths=np.zeros(B, np.int32), token_layout="given"), "is set"),
 }  # fmt: skip
 
