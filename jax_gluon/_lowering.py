@@ -93,7 +93,7 @@ def _quantize(
     if split != WHOLE and spec.granularity == "tensor":
         # The plugin does not know the extremes of other devices' parts; codes are the same.
         return in_xla(x, visible)
-    return _on_platform(implementation, in_plugin, in_xla, x, visible)
+    return on_platform(implementation, in_plugin, in_xla, x, visible)
 
 
 @jit(0, 1)
@@ -141,7 +141,7 @@ def _forward(
         operands = quantize_operands(problem, operands, quantize, split.heads)
         left = dataclasses.replace(problem, quantization=(None, None, None))
     own = own_operands(split, operands)
-    log_sum_exp, residuals = _on_platform(
+    log_sum_exp, residuals = on_platform(
         problem.implementation,
         functools.partial(_ffi.forward, left, dtype),
         functools.partial(xla.forward, left, dtype),
@@ -208,7 +208,7 @@ def _backward(
     problem: AttentionProblem, split: Split, residuals: Residuals, *cotangents: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     own = own_residuals(split, residuals)
-    gradients = _on_platform(
+    gradients = on_platform(
         problem.implementation,
         functools.partial(_ffi.backward, problem),
         functools.partial(xla.backward, problem),
@@ -248,7 +248,7 @@ def _backward_bias(
     residuals: Residuals,
     *cotangents: jax.Array | None,
 ) -> jax.Array:
-    gradient = _on_platform(
+    gradient = on_platform(
         problem.implementation,
         functools.partial(_ffi.backward_bias, problem),
         functools.partial(xla.backward_bias, problem),
@@ -267,7 +267,7 @@ def backward_sinks(
     d_log_sum_exp: jax.Array | None,
 ) -> jax.Array:
     """Gradient of the sinks, which takes no kernel."""
-    return _on_platform(
+    return on_platform(
         problem.implementation,
         _ffi.backward_sinks,
         xla.backward_sinks,
@@ -324,7 +324,7 @@ def _tangent(
         return log_sum_exp, residuals, *xla.tangent(problem, residuals, tangents)
 
     own = own_residuals(split, residuals), own_kv_heads(split, residuals.operands, tangents)
-    log_sum_exp, kept, d_out, d_log_sum_exp = _on_platform(
+    log_sum_exp, kept, d_out, d_log_sum_exp = on_platform(
         problem.implementation, in_plugin, in_xla, log_sum_exp, *own
     )
     kept = kept.out, kept.row_maximum, kept.log_sum
@@ -351,13 +351,14 @@ def _on_cuda(
     return in_cudnn
 
 
-def _on_platform(
+def on_platform(
     implementation: str | None,
     native: Callable[..., _Result],
     in_xla: Callable[..., _Result],
     *operands: Any,
     on_cuda: Callable[..., _Result] | None = None,
 ) -> _Result:
+    """`native` where the plugin runs, cuDNN's or XLA's function where they do."""
     if implementation == "cudnn":
         return (on_cuda or in_xla)(*operands)
     if implementation not in ("xla", None):

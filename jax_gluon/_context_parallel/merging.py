@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_gluon._context_parallel.problem import Partial
+from jax_gluon._lowering import on_platform
 from jax_gluon._problem import EMPTY_ROW_LOG_SUM_EXP, AttentionProblem, log_sum_exp
 
 _EMPTY = EMPTY_ROW_LOG_SUM_EXP
@@ -16,13 +16,11 @@ _EMPTY = EMPTY_ROW_LOG_SUM_EXP
 
 def unit_of(problem: AttentionProblem) -> jax.Array:
     """The natural logarithm of the base that parts of a log-sum-exp are in."""
-    of_plugin, of_xla = jnp.float32(math.log(2.0)), jnp.float32(1.0)
-    if problem.implementation == "xla":
-        return of_xla
-    if problem.implementation is not None:
-        return of_plugin
-    platform_dependent: Any = jax.lax.platform_dependent
-    return platform_dependent(cpu=lambda: of_plugin, default=lambda: of_xla)
+    return on_platform(
+        problem.implementation,
+        lambda: jnp.float32(math.log(2.0)),
+        lambda: jnp.float32(1.0),
+    )
 
 
 def merged(a: Partial, b: Partial, unit: jax.Array) -> Partial:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_gluon
+from jax_gluon import _native
 from tests.context_parallel.conftest import DEVICES
 from tests.support import oracle
 
@@ -196,3 +197,14 @@ def test_rows_and_keys_past_the_lengths_may_be_nan():
         for name, x in zip(names, found, strict=True):
             x = ordered(x, "zigzag", (1,), jax_gluon.restore_tokens)
             np.testing.assert_allclose(x, getattr(wanted, name), atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+def test_parts_merge_where_another_platform_lacks_the_plugin(monkeypatch, strategy):
+    """A host of GPUs without it runs XLA's implementation on its CPU, whose parts are in base e."""
+    monkeypatch.setattr(_native, "has_plugin", lambda: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rng = np.random.default_rng(4)
+    arrays = [draw(rng, 1, DEVICES * 5, 1, 4) for _ in range(3)]
+    out, _ = jax.jit(sharded({}, {}, "contiguous", strategy))(*arrays, ())
+    np.testing.assert_allclose(np.asarray(out), oracle.attention(*arrays).out, atol=2e-6)
