@@ -118,7 +118,8 @@ def attend(
     given = check_context(check, operands, axis, token_layout, keywords)
     checked = given.checked
     if 0 in given.rows.query.shape[:2] or 0 in given.keys.key.shape[:2]:
-        return run(checked, False)
+        out, log_sum_exp = run(checked, False)
+        return out, differentiation.show_empty_rows(log_sum_exp)
     strategy = strategy_of(check, given.context, strategy, given.rows, given.keys)
     seeds = given.rows.dropout_seeds
     if seeds is not None and first is not None:

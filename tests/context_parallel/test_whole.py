@@ -93,6 +93,16 @@ def test_dropout_is_that_of_one_device():
         np.testing.assert_allclose(np.asarray(out), wanted, rtol=2e-5, atol=2e-5)
 
 
+def test_no_keys_are_empty_rows():
+    q, *_ = operands()
+    none = np.zeros((B, 0, K, H), np.float32)
+    out, residual = jax_gluon.context_parallel_attention(
+        q, none, none, mesh=cube(), return_residual=True, **ALONG
+    )
+    assert not np.any(out)
+    assert np.all(np.asarray(residual) == -np.inf)
+
+
 def plan(query, key, shards=DEVICES, **keywords):
     mesh = AbstractMesh((shards,), ("ring",))
     return jax_gluon.explain_context_parallel(query, key, key, mesh=mesh, axis="ring", **keywords)
