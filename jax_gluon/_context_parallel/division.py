@@ -64,6 +64,9 @@ class Division:
         for argument, axis in axes.items():
             if axis is None and argument != "axis":
                 continue
+            if not isinstance(axis, str) and not _is_tuple_of_names(axis):
+                found, allowed = f"{axis!r}", "a name of the mesh's axes, or a tuple of them"
+                check.type_error(argument, found, allowed)
             for name in _names(axis):
                 if name not in mesh.axis_names:
                     check.value_error(argument, f"{axis!r}", f"axes of the mesh: {known}")
@@ -167,6 +170,10 @@ class Division:
 def _has_explicit_axes(mesh: Any) -> bool:
     kind: Any = getattr(jax.sharding, "AxisType", None)
     return kind is not None and kind.Explicit in mesh.axis_types
+
+
+def _is_tuple_of_names(axis: Any) -> bool:
+    return isinstance(axis, tuple) and all(isinstance(x, str) for x in cast(Any, axis))
 
 
 def _names(axis: Axis | None) -> tuple[str, ...]:

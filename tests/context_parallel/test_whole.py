@@ -180,6 +180,8 @@ def test_a_number_of_numpys_is_no_array_scale():
 
 WRONG = {
     "axis_not_in_mesh": (dict(axis="rings"), "axis is 'rings'; allowed: axes of the mesh"),
+    "axis_list": (dict(axis=["ring"]), "axis is ['ring']; allowed: a name of the mesh's axes, or"),
+    "axis_number": (dict(batch_axis=0), "batch_axis is 0; allowed: a name of the mesh's axes, or"),
     "axis_taken": (dict(batch_axis="ring"), "batch_axis is 'ring', which is taken"),
     "tokens": (dict(tokens=49), "query is of 49 tokens along 2 devices of 'ring'"),
     "zigzag": (dict(tokens=6, token_layout="zigzag"), "of 3 tokens on each of 2 devices"),
