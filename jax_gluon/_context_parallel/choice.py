@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,7 +38,19 @@ class ContextPlan:
 
     `traffic` are the bytes that a device sends by each strategy that can be; `refused` says why
     others can't. `work` is, for each device, its part of the pairs of row and key that are visible;
-    None where positions or segments are arrays, which are not known when a program is traced.
+    None where arrays say which are (positions, offsets, segments, masks, lengths), which are not
+    known when a program is traced.
+
+    >>> import jax, jax.numpy as jnp, jax_gluon
+    >>> mesh = jax.sharding.AbstractMesh((4,), ("sequence",))
+    >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.bfloat16)
+    >>> plan = jax_gluon.explain_context_parallel(
+    ...     x, x, x, mesh=mesh, axis="sequence", is_causal=True
+    ... )
+    >>> plan.strategy, {name: x.total for name, x in plan.traffic.items()}
+    ('all_to_all', {'ring': 25165824, 'all_gather': 25165824, 'all_to_all': 13492224})
+    >>> [round(4 * x, 2) for x in plan.work]
+    [0.25, 0.75, 1.25, 1.75]
     """
 
     strategy: Strategy
@@ -51,23 +64,37 @@ def plan(context: ContextProblem, strategy: Strategy | None, rows: Rows, keys: K
     """The plan for operands as a device has them; shapes will do."""
     refusal = refusal_of_heads(context, rows, keys)
     refused = {} if refusal is None else {"all_to_all": refusal}
-    traffic = {
-        name: traffic_of(context, name, rows, keys) for name in STRATEGIES if name not in refused
-    }
+    traffic = _traffic(context, rows, keys, refused)
     if strategy is not None:
         chosen, reason = strategy, f'strategy="{strategy}" was asked for'
     else:
-        # Of equals the first: the ring needs no memory for all keys, and sends while it computes.
-        chosen = min(traffic, key=lambda name: traffic[name].total)
+        chosen = _least(traffic)
         counts = ", ".join(f"{name} {each.total}" for name, each in traffic.items())
         reason = f"the fewest bytes sent by a device, forward and backward: {counts}"
-        chosen = cast(Strategy, chosen)
     return ContextPlan(chosen, reason, traffic, refused, _work(context, rows, keys))
 
 
+def _traffic(
+    context: ContextProblem, rows: Rows, keys: Keys, refused: Container[str]
+) -> dict[str, Traffic]:
+    names = [name for name in STRATEGIES if name not in refused]
+    return {name: traffic_of(context, name, rows, keys) for name in names}
+
+
+def _least(traffic: dict[str, Traffic]) -> Strategy:
+    # Of equals the first: the ring needs no memory for all keys, and sends while it computes.
+    return cast(Strategy, min(traffic, key=lambda name: traffic[name].total))
+
+
 def _work(context: ContextProblem, rows: Rows, keys: Keys) -> tuple[float, ...] | None:
-    is_given = rows.segment_ids is not None or keys.mask is not None or rows.mask is not None
-    if is_given or not context.sight.is_known:
+    arrays = (
+        rows.segment_ids, keys.mask, rows.mask, rows.lengths, rows.key_value_lengths,
+    )  # fmt: skip
+    if any(x is not None for x in arrays):
+        return None
+    if not context.is_by_position:
+        return (1 / context.shards,) * context.shards
+    if not context.sight.is_known:
         return None
     pairs = [sum(row) for row in context.sight.pairs()]
     return tuple(x / max(sum(pairs), 1) for x in pairs)
@@ -132,7 +159,10 @@ def _is_of_tokens(spec: QuantSpec, tokens: int) -> bool:
 def strategy_of(
     check: Checker, context: ContextProblem, strategy: Any, rows: Rows, keys: Keys
 ) -> Strategy:
-    """The strategy that was asked for, if it can be; that of the plan for None."""
+    """The strategy that was asked for, if it can be; the one that sends the fewest bytes for None.
+
+    Calls are traced with it, so it counts no pairs of row and key.
+    """
     check.name("strategy", strategy, STRATEGIES)
     if strategy == "all_to_all":
         refusal = refusal_of_heads(context, rows, keys)
@@ -140,4 +170,5 @@ def strategy_of(
             check.value_error("strategy", f'"all_to_all", but {refusal}', '"ring", "all_gather"')
     if strategy is not None:
         return strategy
-    return plan(context, None, rows, keys).strategy
+    refused = () if refusal_of_heads(context, rows, keys) is None else ("all_to_all",)
+    return _least(_traffic(context, rows, keys, refused))

@@ -33,13 +33,7 @@ class Sight:
 
     def blocks(self) -> tuple[tuple[bool, ...], ...]:
         """Whether any row of device q (outer) may see any key of device k (inner)."""
-
-        def seen(q: int, k: int) -> bool:
-            rows, keys = self._stretches(q, k)
-            return any(self._may_see(a, b) for a in rows for b in keys)
-
-        shards = range(self.shards)
-        return tuple(tuple(not self.is_known or seen(q, k) for k in shards) for q in shards)
+        return _blocks(self)
 
     def pairs(self) -> list[list[int]]:
         """How many pairs of row and key are visible, for each q (outer) and k (inner)."""
@@ -63,6 +57,11 @@ class Sight:
         left, right = self.window or (None, None)
         return left, 0 if self.is_causal else right
 
+    def sees(self, q: int, k: int) -> bool:
+        """Whether any row of device q may see any key of device k."""
+        rows, keys = self._stretches(q, k)
+        return not self.is_known or any(self._may_see(a, b) for a in rows for b in keys)
+
     def _may_see(self, rows: Stretch, keys: Stretch) -> bool:
         left, right = self.reach()
         is_after = left is not None and keys.last < rows.start - left
@@ -79,6 +78,12 @@ class Sight:
         if left is not None:
             begin = np.clip(-((keys.start - row + left) // keys.step), 0, keys.size)
         return int(np.sum(np.maximum(end - begin, 0)))
+
+
+@functools.lru_cache(maxsize=256)
+def _blocks(sight: Sight) -> tuple[tuple[bool, ...], ...]:
+    shards = range(sight.shards)
+    return tuple(tuple(sight.sees(q, k) for k in shards) for q in shards)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_gluon
+from jax_gluon._context_parallel.routes import Sight
 from tests.context_parallel import hlo
 from tests.context_parallel.conftest import DEVICES
 from tests.context_parallel.test_ring_attention import draw
@@ -159,7 +160,31 @@ def test_balanced_layouts_share_the_work():
         assert np.max(np.abs(work * DEVICES - 1)) <= most < 0.1
     work = plan(query, query, is_causal=True).work
     assert max(work) * DEVICES > 1.8
-    assert plan(query, query, query_segment_ids=jnp.zeros(DEVICES * 64, jnp.int32)).work is None
+    assert plan(query, query).work == (1 / DEVICES,) * DEVICES
+
+
+UNKNOWN = {
+    "segments": dict(query_segment_ids=jnp.zeros(DEVICES * 64, jnp.int32)),
+    "query_lengths": dict(query_seq_lengths=jnp.array([7])),
+    "key_lengths": dict(key_value_seq_lengths=jnp.array([7]), is_causal=True),
+    "offset": dict(query_offset=jnp.array([7]), is_causal=True),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_work_that_arrays_say_is_not_known(name):
+    query = shape(DEVICES * 64, 8)
+    assert plan(query, query, **UNKNOWN[name]).work is None
+
+
+def test_a_strategy_is_chosen_without_counting_work(monkeypatch):
+    def count(_):
+        raise AssertionError("pairs are counted")
+
+    monkeypatch.setattr(Sight, "pairs", count)
+    q, k, v, _ = operands()
+    attention = functools.partial(jax_gluon.context_parallel_attention, mesh=cube(), **ALONG)
+    jax.eval_shape(functools.partial(attention, is_causal=True), q, k, v)
 
 
 @pytest.mark.parametrize("lengths", [np.array([2**63 - 1, 5]), [2**63 - 1, 5]])
