@@ -138,10 +138,16 @@ def _of_block(
     S = keys.key.shape[1]
     first_row, first_key = place[0] * sight.tokens[0], place[1] * sight.tokens[1]
     lengths = key_value_lengths = offset = stands = None
+    key_value_mask = keys.mask
     if rows.lengths is not None and is_contiguous:
         lengths = jnp.clip(rows.lengths - first_row, 0, T)
     if rows.key_value_lengths is not None and is_contiguous:
         key_value_lengths = jnp.clip(rows.key_value_lengths - first_key, 0, S)
+    elif rows.key_value_lengths is not None:
+        # Keys past the lengths are not the last ones of a block.
+        index = positions(sight.layout, place[1], sight.shards, S)
+        within = index[None, :] < rows.key_value_lengths[:, None]
+        key_value_mask = within if keys.mask is None else within & keys.mask
     if context.is_by_position and rows.positions is not None and keys.positions is not None:
         stands = rows.positions, keys.positions
     elif context.is_by_position and is_contiguous:
@@ -166,7 +172,7 @@ def _of_block(
         _columns(rows.mask, keys, place[1]),
         query_seq_lengths=lengths,
         key_value_seq_lengths=key_value_lengths,
-        key_value_mask=keys.mask,
+        key_value_mask=key_value_mask,
         query_offset=offset,
         segment_ids=segment_ids,
         positions=stands,

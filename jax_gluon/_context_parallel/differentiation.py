@@ -25,11 +25,7 @@ from jax_gluon._context_parallel.problem import (
     Partial,
     Rows,
 )
-from jax_gluon._context_parallel.visible import (
-    keys_within_lengths,
-    visible_keys,
-    visible_rows,
-)
+from jax_gluon._context_parallel.visible import visible_keys, visible_rows
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     AttentionOperands,
@@ -60,7 +56,7 @@ def _forward(
     visible = None, None
     if any(context.problem.quantization):
         visible = visible_rows(context, rows), visible_keys(context, rows, keys)
-    rows, keys = wire.encoded(context, rows, _with_lengths(context, rows, keys), visible)
+    rows, keys = wire.encoded(context, rows, keys, visible)
     rows, keys = rows._replace(query=_named_codes(rows.query)), _named_keys(keys)
     unit = unit_of(context.problem)
     whole = _STRATEGIES[context.strategy].forward(context, rows, keys)
@@ -89,14 +85,6 @@ def _named_codes(x: Any) -> Any:
 
 def _named_keys(keys: Keys) -> Keys:
     return keys._replace(key=_named_codes(keys.key), value=_named_codes(keys.value))
-
-
-def _with_lengths(context: ContextProblem, rows: Rows, keys: Keys) -> Keys:
-    """Keys past the lengths as a mask that goes with them, where they are not the last ones."""
-    mask = keys_within_lengths(context, rows)
-    if mask is None or context.sight.layout == "contiguous":
-        return keys
-    return keys._replace(mask=mask if keys.mask is None else mask & keys.mask)
 
 
 def _row_sums(

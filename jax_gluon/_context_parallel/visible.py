@@ -21,18 +21,13 @@ def visible_rows(context: ContextProblem, rows: Rows) -> jax.Array | None:
     return row_positions(context, rank, context.sight.tokens[0])[None, :] < rows.lengths[:, None]
 
 
-def keys_within_lengths(context: ContextProblem, rows: Rows) -> jax.Array | None:
-    """Bool `[B, S]`; None: all."""
-    if rows.key_value_lengths is None:
-        return None
-    return _key_positions(context)[None, :] < rows.key_value_lengths[:, None]
-
-
 def visible_keys(context: ContextProblem, rows: Rows, keys: Keys) -> jax.Array | None:
     """Bool `[B, S]`, of the keys that any row of any device may see; None: all."""
     sight = context.sight
     T, S = sight.tokens
-    conditions = [keys.mask, keys_within_lengths(context, rows)]
+    conditions = [keys.mask]
+    if rows.key_value_lengths is not None:
+        conditions.append(_key_positions(context)[None, :] < rows.key_value_lengths[:, None])
     reach = sight.reach()[1]
     if sight.is_known and reach is not None and T * sight.shards + reach < S * sight.shards:
         conditions.append((_key_positions(context) < T * sight.shards + reach)[None, :])

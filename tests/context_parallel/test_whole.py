@@ -138,6 +138,21 @@ def test_bytes_of_every_strategy_are_those_of_its_programs():
             assert hlo.sent_by_all(program, DEVICES) == traffic.backward, strategy
 
 
+def test_lengths_are_not_sent():
+    """Not even as a mask of keys, where those past the lengths are not the last of a device."""
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("ring",))
+    keywords = dict(token_layout="striped", strategy="ring", key_value_seq_lengths=jnp.array([9]))
+    query = shape(DEVICES * 4, 8)
+    sharding = NamedSharding(mesh, P(None, "ring"))
+    x = jax.ShapeDtypeStruct(query.shape, query.dtype, sharding=sharding)
+    attention = functools.partial(
+        jax_gluon.context_parallel_attention, mesh=mesh, axis="ring", **keywords
+    )
+    program = jax.jit(attention).lower(x, x, x).compile()
+    planned = plan(query, query, **keywords)
+    assert hlo.sent_by_all(program, DEVICES) == planned.traffic["ring"].forward
+
+
 def test_the_choice_and_its_reason():
     query = shape(DEVICES * 64, 16)
     few = plan(query, shape(DEVICES * 64, 2), is_causal=True)
