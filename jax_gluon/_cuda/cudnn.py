@@ -36,6 +36,7 @@ except ImportError:  # pragma: no cover - a JAX that has moved them
 
 _FLOATS = ("bfloat16", "float16")
 _HEAD_DIM_STEP = 8
+_LEAST_CAPABILITY = "8.0"
 
 
 def missing() -> str | None:
@@ -46,9 +47,14 @@ def missing() -> str | None:
     ):
         return f"JAX {jax.__version__} has no call of cuDNN that returns the log-sum-exp"
     try:
-        _calls.check_cudnn_version()
+        version = _calls.check_cudnn_version()
     except RuntimeError as error:
         return f"JAX finds no cuDNN ({error})"
+    if jax.default_backend() == "gpu":
+        if not _calls.check_compute_capability(_LEAST_CAPABILITY):
+            return f"cuDNN's fused kernels need compute capability {_LEAST_CAPABILITY}"
+        if version < 91100 and _calls.check_compute_capability("10.3"):
+            return "on this GPU cuDNN's fused kernels need cuDNN 9.11"
     return None
 
 

@@ -153,11 +153,10 @@ def _without_unused(used: Sequence[bool], *given: Any) -> tuple[list[bool], Any]
     equation = given[-1]  # JAX 0.12 gives what inputs are live before it
     if not any(used):
         return [False] * len(equation.invars), None
-    call: _Call = equation.params["call"].using(used)
-    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
-    jaxpr = cast(Any, jax.make_jaxpr)(call.on(WHOLE))(*shapes)
+    closed = equation.params["jaxpr"]
+    jaxpr, _ = cast(Any, pe.dce_jaxpr)(closed.jaxpr, list(used), instantiate=True)
+    params = {"jaxpr": closed.replace(jaxpr=jaxpr), "call": equation.params["call"].using(used)}
     results: list[Any] = list(itertools.compress(equation.outvars, used))
-    params = {"jaxpr": jaxpr, "call": call}
     return [True] * len(equation.invars), equation.replace(params=params, outvars=results)
 
 

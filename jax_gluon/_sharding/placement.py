@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ def _understood(
     what the devices have.
     """
     understood: list[tuple[Mesh, list[list[tuple[str, ...]]]]] = []
-    for sizes in sorted(set(itertools.permutations(_primes(len(devices))))):
+    for sizes in _orders(tuple(_primes(len(devices)))):
         names = [f"part_{number}" for number in range(len(sizes))]
         mesh = Mesh(np.array(devices).reshape(sizes), names)
         understood.append((mesh, [_mesh_axes(mesh, x) for x in arrays]))
@@ -141,6 +142,18 @@ def _understood(
         return sum(map(bool, itertools.chain.from_iterable(each[1])))
 
     return max(understood, key=split_axes)
+
+
+@functools.cache
+def _orders(sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The different orders of the sizes: one of many that are the same."""
+    if not sizes:
+        return ((),)
+    orders: list[tuple[int, ...]] = []
+    for first in sorted(set(sizes)):
+        at = sizes.index(first)
+        orders += [(first, *rest) for rest in _orders(sizes[:at] + sizes[at + 1 :])]
+    return tuple(orders)
 
 
 def _primes(size: int) -> list[int]:

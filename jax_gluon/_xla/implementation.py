@@ -48,14 +48,18 @@ def _float_operands(
 
 
 def _tiled(
-    tiling: Tiling | None, operands: Operands, dtype: DTypeLike, run: Callable[..., _Result]
+    tiling: Tiling | None,
+    operands: Operands,
+    dtype: DTypeLike,
+    run: Callable[..., _Result],
+    *cotangents: jax.Array,
 ) -> _Result:
-    """`run(floats, tiling)`; with small tiles where an operand is not finite."""
+    """`run(floats, tiling)`; with small tiles where an operand or a cotangent is not finite."""
     small = _float_operands(operands, dtype)
     if tiling is None:
         return run(small, None)
     floats = _float_operands(operands, dtype, tiling)
-    is_finite = functools.reduce(jnp.logical_and, map(all_finite, floats[:3]))
+    is_finite = functools.reduce(jnp.logical_and, map(all_finite, (*floats[:3], *cotangents)))
     return cast(Any, jax.lax.cond)(is_finite, lambda: run(floats, tiling), lambda: run(small, None))
 
 
@@ -86,7 +90,8 @@ def backward(
         differentiate = functools.partial(attention.backward, tiling=tiling)
         return _apply_xla(differentiate, problem, floats, residuals, d_out, d_log_sum_exp)
 
-    d_query, d_key, d_value = _tiled(tiling, residuals.operands, residuals.out.dtype, run)
+    dtype = residuals.out.dtype
+    d_query, d_key, d_value = _tiled(tiling, residuals.operands, dtype, run, d_out)
     return d_query, d_key, d_value
 
 

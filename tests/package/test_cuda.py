@@ -27,6 +27,7 @@ def has_cudnn(monkeypatch):
     if cudnn._calls is None:
         pytest.skip("this JAX calls cuDNN in another way")
     monkeypatch.setattr(cudnn._calls, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(cudnn._calls, "check_compute_capability", lambda least: least == "8.0")
     if (why := cudnn.missing()) is not None:
         pytest.skip(why)
 
@@ -124,6 +125,17 @@ def test_explain_on_a_gpu(has_cudnn, monkeypatch):
     assert (plan.implementation, plan.forward) == ("cudnn", None)
 
 
+@pytest.mark.parametrize("capability", [7.5, 10.3])
+def test_gpus_that_cudnn_does_not_take(capability, has_cudnn, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn._calls, "check_cudnn_version", lambda: 90900)
+    has = lambda least: float(least) <= capability  # noqa: E731
+    monkeypatch.setattr(cudnn._calls, "check_compute_capability", has)
+    plan = jax_gluon.explain(*shapes())
+    assert plan.implementation == "xla"
+    assert ("8.0" if capability < 8 else "9.11") in plan.reasons[0]
+
+
 def test_without_cudnn():
     if cudnn.missing() is None:
         pytest.skip("JAX finds cuDNN here")
@@ -151,31 +163,36 @@ SMALL = dataclasses.replace(xla.GPU, rows=16, keys=32, scores=B * N * 16 * 32, k
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("is_finite", [False, True])
-def test_large_tiles(dtype, is_causal, is_finite):
+@pytest.mark.parametrize("not_finite", [None, "hidden keys", "cotangent of a hidden row"])
+def test_large_tiles(dtype, is_causal, not_finite):
     """Of GPUs: 16-bit operands multiplied as they are, unless one is not finite."""
     rng = np.random.default_rng(3)
     q, k, v, d_out = (
         rng.standard_normal(shape, np.float32).astype(dtype)
         for shape in ((B, T + 1, N, 24), (B, S, K, 24), (B, S, K, 24), (B, T + 1, N, 24))
     )
-    lengths = np.asarray([40, 17], np.int32)
+    lengths, of_queries = np.asarray([40, 17], np.int32), np.asarray([T, T], np.int32)
     exact = numpy_oracle.attention(
-        q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, d_out=d_out
-    )
-    if not is_finite:
+        q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, d_out=d_out,
+        query_seq_lengths=of_queries,
+    )  # fmt: skip
+    if not_finite == "hidden keys":
         hidden = np.arange(S) >= lengths[:, None]
         k, v = (np.where(hidden[..., None, None], np.asarray(np.nan, dtype), x) for x in (k, v))
+    elif not_finite:
+        d_out[:, T:] = np.nan
     problem = AttentionProblem(24**-0.5, is_causal=is_causal)
 
     @jax.jit
-    def run(q, k, v, d_out, lengths):
-        operands = AttentionOperands(q, k, v, key_value_seq_lengths=lengths)
+    def run(q, k, v, d_out, lengths, of_queries):
+        operands = AttentionOperands(
+            q, k, v, query_seq_lengths=of_queries, key_value_seq_lengths=lengths
+        )
         _, residuals = xla.forward(problem, q.dtype, operands, SMALL)
         return residuals.out, *xla.backward(problem, residuals, d_out, None, SMALL)
 
-    given = [placed(x) for x in (q, k, v, d_out, lengths)]
-    if dtype == "bfloat16" and is_finite:
+    given = [placed(x) for x in (q, k, v, d_out, lengths, of_queries)]
+    if dtype == "bfloat16" and not not_finite:
         # XLA's CPU has no such product for tests/cuda to be spared.
         text = run.lower(*given).as_text()
         assert re.search(r"dot_general.*bf16>, tensor<\w+xbf16>\) -> tensor<\w+xf32>", text)

@@ -9,6 +9,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon import QuantizedKVCache, QuantSpec
+from jax_gluon._sharding import placement
 
 if not hasattr(jax.lax, "pcast"):
     pytest.skip("this JAX has neither Explicit axes nor checks", allow_module_level=True)
@@ -168,3 +169,9 @@ def test_a_cache_on_an_explicit_mesh(quantization, window, random_operands, requ
     caches = (actual[0], placed)
     specs, expected = ([spec_of(x) for x in jax.tree.leaves(cache)] for cache in caches)
     assert specs == expected
+
+
+def test_orders_of_a_large_mesh():
+    """4,096 devices have one order of their axes of two, and not 12!."""
+    assert placement._orders((2,) * 12) == ((2,) * 12,)
+    assert placement._orders((2, 2, 3)) == ((2, 2, 3), (2, 3, 2), (3, 2, 2))
