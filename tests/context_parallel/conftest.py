@@ -1,11 +1,11 @@
-"""Tests that need eight devices, which JAX makes of the CPU where it is told so before it starts.
+"""Tests of tokens over eight devices.
 
 `tests/package/test_several_devices.py` runs them in processes of their own; in any other they are
 not collected.
 """
 
-import jax
+from tests.support import devices
 
-DEVICES = 8
+DEVICES = devices.DEVICES["context_parallel"]
 
-collect_ignore_glob = [] if jax.device_count() >= DEVICES else ["test_*.py"]
+collect_ignore_glob = devices.left_out(__file__)

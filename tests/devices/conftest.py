@@ -1,18 +1,17 @@
-"""Tests that need several devices, which JAX has to be told of before it starts.
+"""Tests of batch and heads over a mesh of six devices.
 
 `tests/package/test_several_devices.py` runs them in processes of their own: XLA's pool of threads
 is as large as there are devices. By hand, with six devices:
 `XLA_FLAGS=--xla_force_host_platform_device_count=6 python -m pytest tests/devices`.
 """
 
-import os
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-if "device_count=6" not in os.environ.get("XLA_FLAGS", ""):
-    collect_ignore_glob = ["test_*.py"]
+from tests.support.devices import left_out
+
+collect_ignore_glob = left_out(__file__)
 
 
 @pytest.fixture

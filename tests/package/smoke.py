@@ -133,6 +133,14 @@ def check_transformations() -> None:
     scanned = jax.jit(lambda query: jax.lax.scan(step, query, None, length=3)[1])(query)
     check("scan", scanned[2], out, 2e-6)
 
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tokens",))
+    around = jax.jit(
+        lambda query, key, value: jax_gluon.context_parallel_attention(
+            query, key, value, mesh=mesh, axis="tokens", is_causal=True
+        )
+    )
+    check("tokens over a mesh", around(query, key, value), out, 2e-6)
+
     def by_xla(query, key, value):
         return jax_gluon.dot_product_attention(
             query, key, value, is_causal=True, implementation="xla"

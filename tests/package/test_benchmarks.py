@@ -5,10 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, cliffs, decode, features, gluon, implementations, report
+from benchmarks import (
+    attention,
+    cliffs,
+    decode,
+    features,
+    gluon,
+    implementations,
+    nvidia,
+    report,
+)
 from benchmarks.peers import PEERS
 from benchmarks.problem import REQUIREMENTS, SUITES, Problem, Requirement
 
@@ -178,3 +188,19 @@ def test_the_ratio_of_pipelines_is_of_medians():
     comparison = gluon.Comparison(TINY, "float32", times)
     assert comparison.ratio == 2.0
     assert comparison.quartiles == (1.5, 9.0)
+
+
+def test_nvidia_s_rows_take_turns():
+    """Here of what runs without a GPU."""
+    row = nvidia.Row(1, 4, 8, 16, is_causal=True, K=2, S=12)
+    assert str(row) == "B1 N4 K2 T8 S12 H16 causal"
+    every = nvidia.attentions(row.is_causal)
+    for direction in ("forward", "both"):
+        names = ("jax_gluon xla", "jax.nn xla")
+        runs = {name: nvidia.passes(every[name], direction) for name in names}
+        ours, theirs = (run(*row.operands()) for run in runs.values())
+        for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (x, y)), atol=0.1)
+        times = nvidia.measure(runs, row.operands(), rounds=2)
+        assert list(times) == list(names)
+        assert min(times.values()) > 0

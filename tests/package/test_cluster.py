@@ -37,7 +37,11 @@ def test_two_processes_train_what_one_device_does(tmp_path):
         start(tmp_path / "alone.npz"),
         *(start(tmp_path / "four.npz", *together, "--process", str(i)) for i in range(2)),
     ]
-    said = [run.communicate(timeout=300)[0] for run in runs]
+    try:
+        said = [run.communicate(timeout=300)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(said)
     assert "1 processes, 1 devices" in said[0]
     assert "2 processes, 4 devices" in said[1]

@@ -8,20 +8,19 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support.devices import DEVICES, flag
+
 TESTS = Path(__file__).resolve().parents[1]
-# Of the tests in each folder.
-DEVICES = {"devices": 6, "context_parallel": 8}
 FILES = [file for folder in DEVICES for file in sorted((TESTS / folder).glob("test_*.py"))]
 
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="this JAX has no Explicit axes")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_on_several_devices(file):
-    flags = f"--xla_force_host_platform_device_count={DEVICES[file.parent.name]}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flag(file.parent.name)}"
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
-        env=os.environ
-        | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
