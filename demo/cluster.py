@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gluon
 from demo import text as demo_text
-from demo.model import rotated_at
+from demo.rotary import rotated_at
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 WIDTH = HEADS * HEAD_DIM
@@ -49,6 +49,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4, help="excerpts in a step")
     parser.add_argument("--length", type=int, default=256, help="characters in an excerpt")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of attention's operands; GPUs' fused kernels take 16 bits",
+    )  # fmt: skip
     parser.add_argument("--quantization", choices=("int8", "int4"), help="what the ring sends")
     parser.add_argument("--weights", type=Path, help="file (.npz) for the weights at the end")
     return parser.parse_args(arguments)
@@ -88,7 +92,11 @@ def initial_weights(key: jax.Array, vocabulary: int) -> dict[str, Any]:
 
 
 def logits_of(
-    weights: dict[str, Any], codes: jax.Array, positions: jax.Array, mesh: Mesh, quantization: Any
+    weights: dict[str, Any],
+    codes: jax.Array,
+    positions: jax.Array,
+    mesh: Mesh,
+    options: argparse.Namespace,
 ) -> jax.Array:
     """A decoder without biases; everything but attention works on each token by itself."""
 
@@ -101,12 +109,13 @@ def logits_of(
         query, key, value = (
             jnp.einsum("btw,wnh->btnh", y, layer[name]) for name in ("query", "key", "value")
         )
+        operands = rotated_at(query, positions), rotated_at(key, positions), value
         attended = jax_gluon.context_parallel_attention(
-            rotated_at(query, positions), rotated_at(key, positions), value,
+            *(operand.astype(options.dtype) for operand in operands),
             mesh=mesh, axis="sequence", batch_axis="batch", token_layout=LAYOUT,
-            is_causal=True, quantization=quantization,
+            is_causal=True, quantization=options.quantization,
         )  # fmt: skip
-        x = x + jnp.einsum("btnh,nhw->btw", attended, layer["out"])
+        x = x + jnp.einsum("btnh,nhw->btw", attended.astype(x.dtype), layer["out"])
         x = x + jax.nn.gelu(normalised(x) @ layer["up"]) @ layer["down"]
     return normalised(x) @ weights["embedding"].T
 
@@ -133,7 +142,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     positions = ordered(np.arange(options.length, dtype=np.int32), 0)
 
     def loss_of(weights: Any, codes: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = logits_of(weights, codes, jnp.asarray(positions), mesh, options.quantization)
+        logits = logits_of(weights, codes, jnp.asarray(positions), mesh, options)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_gluon
+from demo.rotary import rotated
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,6 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )  # fmt: skip
         return self.out(out)
-
-
-def rotated(x: jax.Array) -> jax.Array:
-    """`rotated_at` of tokens that stand at their index."""
-    return rotated_at(x, jnp.arange(x.shape[1]))
-
-
-def rotated_at(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding of `[B, T, N, H]` (https://arxiv.org/abs/2104.09864)."""
-    half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-jnp.arange(half) / half)
-    angle = (positions[:, None] * frequency)[:, None]
-    left, right = x[..., :half], x[..., half:]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
 class Block(nnx.Module):

@@ -435,8 +435,8 @@ _CUDNN_CHOOSES = "cuDNN chooses its kernels"
 def _cudnn_refusal(arguments: CheckedArguments, operands: Operands) -> str | None:
     if arguments.scale is not None:
         return "cuDNN takes a scale that is a Python number"
-    problem, dtype = arguments.problem, operands.query.dtype
-    return cudnn.missing() or cudnn.refusal(problem, dtype, swapped_operands(problem, operands))
+    problem = arguments.problem
+    return cudnn.missing() or cudnn.refusal(problem, swapped_operands(problem, operands))
 
 
 def _check_cudnn(arguments: CheckedArguments, operands: Operands) -> None:

@@ -148,7 +148,6 @@ def _forward(
         own,
         on_cuda=_on_cuda(
             problem,
-            dtype,
             own,
             functools.partial(cudnn.forward, left, dtype),
             functools.partial(xla.forward, left, dtype, tiling=xla.GPU),
@@ -216,7 +215,6 @@ def _backward(
         *cotangents,
         on_cuda=_on_cuda(
             problem,
-            residuals.out.dtype,
             own.operands,
             functools.partial(cudnn.backward, problem),
             functools.partial(xla.backward, problem, tiling=xla.GPU),
@@ -333,7 +331,6 @@ def _tangent(
 
 def _on_cuda(
     problem: AttentionProblem,
-    dtype: np.dtype[Any],
     operands: Operands,
     in_cudnn: _Function,
     in_xla: _Function,
@@ -346,7 +343,7 @@ def _on_cuda(
         return in_cudnn
     if problem.implementation not in ("xla", None) or cudnn.missing():
         return None
-    if problem.implementation == "xla" or cudnn.refusal(problem, dtype, operands):
+    if problem.implementation == "xla" or cudnn.refusal(problem, operands):
         return in_xla
     return in_cudnn
 

@@ -18,6 +18,7 @@ from jax_gluon._context_parallel.problem import (
     Gradients,
     Keys,
     Partial,
+    Place,
     Rows,
 )
 
@@ -51,7 +52,7 @@ def over_blocks(context: ContextProblem, rows: Rows, everyone: Keys, shard: Any)
     result = None
     for k in range(context.shards):
         block = wire.block(everyone, k)
-        part = blocks.attend(context, rows, block, (shard, k), _seen(context, shard, k))
+        part = blocks.attend(context, rows, block, Place(shard, k), _seen(context, shard, k))
         result = part if result is None else merged(result, part, unit)
     assert result is not None
     return result
@@ -72,7 +73,7 @@ def gradients_of_blocks(
     for k in range(context.shards):
         block = wire.block(everyone, k)
         seen = _seen(context, shard, k)
-        part = blocks.differentiate(context, rows, block, (shard, k), seen, whole, cotangents)
+        part = blocks.differentiate(context, rows, block, Place(shard, k), seen, whole, cotangents)
         d_query = part.query if d_query is None else d_query + part.query
         d_bias = blocks.added_columns(rows.bias, d_bias, part.bias, k, block)
         d_keys.append(part.key)

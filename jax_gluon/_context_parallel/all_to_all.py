@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from jax_gluon._context_parallel import wire
+from jax_gluon._context_parallel import blocks, wire
 from jax_gluon._context_parallel.all_gather import gradients_of_blocks, over_blocks
+from jax_gluon._context_parallel.pieces import is_plain
 from jax_gluon._context_parallel.problem import (
     ContextProblem,
     Cotangents,
@@ -21,12 +22,25 @@ from jax_gluon._context_parallel.problem import (
     Partial,
     Rows,
 )
+from jax_gluon._context_parallel.token_layouts import reorder_tokens, restore_tokens
 from jax_gluon._dropout import of_later_heads
 
 
 def forward(context: ContextProblem, rows: Rows, keys: Keys) -> Partial:
     """Attention of this device's rows over all keys."""
-    part = over_blocks(context, *exchanged(context, rows, keys), 0)
+
+    def in_sequence(rows: Rows, everyone: Keys) -> Partial:
+        part = blocks.attend_all(context, *_in_sequence(context, rows, everyone))
+        return jax.tree.map(functools.partial(_of_shards, context), part)
+
+    def by_blocks(rows: Rows, everyone: Keys) -> Partial:
+        return over_blocks(context, rows, everyone, 0)
+
+    rows, everyone = exchanged(context, rows, keys)
+    if is_plain(context, rows, keys):
+        part = blocks.of_tokens(context, in_sequence, by_blocks, rows, everyone)
+    else:
+        part = by_blocks(rows, everyone)
     return Partial(*(by_tokens(context, x) for x in part))
 
 
@@ -35,11 +49,56 @@ def backward(
 ) -> Gradients:
     """Gradients of this device's rows and of its keys."""
     whole, cotangents = jax.tree.map(functools.partial(by_heads, context), (whole, cotangents))
-    sums = gradients_of_blocks(context, *exchanged(context, rows, keys), 0, whole, cotangents)
+
+    def in_sequence(
+        rows: Rows, everyone: Keys, whole: Partial, cotangents: Cotangents
+    ) -> Gradients:
+        rows, keys = _in_sequence(context, rows, everyone)
+        of_rows = jax.tree.map(functools.partial(_restored, context), (whole, cotangents))
+        part = blocks.differentiate_all(context, rows, keys, *of_rows)
+        d_query, d_key, d_value = (_of_shards(context, x) for x in part[:3])
+        shards = context.shards
+        return Gradients(
+            d_query, wire.parts_of(d_key, shards), wire.parts_of(d_value, shards), None
+        )
+
+    def by_blocks(rows: Rows, everyone: Keys, whole: Partial, cotangents: Cotangents) -> Gradients:
+        return gradients_of_blocks(context, rows, everyone, 0, whole, cotangents)
+
+    rows, everyone = exchanged(context, rows, keys)
+    if is_plain(context, rows, keys):
+        sums = blocks.of_tokens(context, in_sequence, by_blocks, rows, everyone, whole, cotangents)
+    else:
+        sums = by_blocks(rows, everyone, whole, cotangents)
     d_key, d_value = (
         wire.heads_together(x, context.axis_name, context.shards) for x in (sums.key, sums.value)
     )
     return Gradients(by_tokens(context, sums.query), d_key, d_value, None)
+
+
+def _in_sequence(context: ContextProblem, rows: Rows, everyone: Keys) -> tuple[Rows, Keys]:
+    """All rows, and all keys, as floats in the order of the sequence."""
+    # Codes of each device have a center of their own.
+    rows, everyone = jax.vmap(blocks.as_floats, (None, 0), (None, 0))(rows, everyone)
+    key, value = (wire.rows_of(x) for x in (everyone.key, everyone.value))
+    keys = Keys(_restored(context, key), _restored(context, value))
+    return rows._replace(query=_restored(context, rows.query)), keys
+
+
+def _restored(context: ContextProblem, x: jax.Array) -> jax.Array:
+    """`[B, P * tokens, ...]`, of shard after shard, in the order of the sequence."""
+    layout = context.sight.layout
+    if layout == "given":
+        return x
+    return restore_tokens(x, context.shards, layout)
+
+
+def _of_shards(context: ContextProblem, x: jax.Array) -> jax.Array:
+    """The inverse of `_restored`."""
+    layout = context.sight.layout
+    if layout == "given":
+        return x
+    return reorder_tokens(x, context.shards, layout)
 
 
 def exchanged(context: ContextProblem, rows: Rows, keys: Keys) -> tuple[Rows, Keys]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_gluon import _lowering, _native
+from jax_gluon._context_parallel import wire
+from jax_gluon._context_parallel.pieces import Piece, Pieces, by_order, pieces_of
 from jax_gluon._context_parallel.problem import (
     ContextProblem,
     Cotangents,
     Gradients,
+    Index,
     Keys,
     Partial,
+    Place,
     Rows,
 )
 from jax_gluon._context_parallel.token_layouts import positions
+from jax_gluon._cuda import cudnn
 from jax_gluon._dropout import of_later_tokens
 from jax_gluon._errors import Checker
 from jax_gluon._meshes import vary_like
@@ -32,27 +39,51 @@ from jax_gluon._problem import (
     compute_dtype,
 )
 
-Index = int | jax.Array
+_Result = TypeVar("_Result")
+_ALL = slice(None)
 
 
-def attend(
-    context: ContextProblem, rows: Rows, keys: Keys, place: tuple[Index, Index], seen: Any
-) -> Partial:
-    """Rows of shard `place[0]` (0, of all rows) over keys of shard `place[1]`.
+def attend(context: ContextProblem, rows: Rows, keys: Keys, place: Place, seen: Any) -> Partial:
+    """Rows of one shard, or of all, over keys of another.
 
     `seen` says whether the device may see any of them: a bool, or a traced one.
     """
-    dtype = compute_dtype(rows.query.dtype)
 
-    def compute(rows: Rows, keys: Keys) -> Partial:
-        problem, operands = _of_block(context, rows, keys, place)
-        _, residuals = _lowering.forward_part(problem, dtype, operands)
-        return Partial(residuals.out, residuals.row_maximum, residuals.log_sum)
+    def at_place(rows: Rows, keys: Keys) -> Partial:
+        return _partial(context, *_of_block(context, rows, keys, place), rows)
+
+    def in_pieces(pieces: Pieces, rows: Rows, keys: Keys) -> Partial:
+        return by_order(pieces, place, functools.partial(_attend_piece, context), rows, keys)
+
+    compute = functools.partial(_cut_or_whole, context, in_pieces, at_place)
 
     def skip(rows: Rows, keys: Keys) -> Partial:
         return nothing(rows, keys)
 
     return _if_seen(_may_see(context, rows, keys, seen), compute, skip, rows, keys)
+
+
+def attend_all(context: ContextProblem, rows: Rows, keys: Keys) -> Partial:
+    """Rows over all keys, both in the order of the sequence."""
+    return _attend_piece(context, Piece(_ALL, _ALL, context.problem.is_causal), rows, keys)
+
+
+def _attend_piece(context: ContextProblem, piece: Piece, rows: Rows, keys: Keys) -> Partial:
+    part = _partial(context, *_of_piece(context, piece, rows, keys), rows)
+    T = rows.query.shape[1]
+    return Partial(
+        _among(T, piece.rows, part.out),
+        _among(T, piece.rows, part.maximum),
+        _among(T, piece.rows, part.log_sum, EMPTY_ROW_LOG_SUM_EXP),
+    )
+
+
+def _partial(
+    context: ContextProblem, problem: AttentionProblem, operands: Operands, rows: Rows
+) -> Partial:
+    dtype = compute_dtype(rows.query.dtype)
+    _, residuals = _lowering.forward_part(_planned(context, problem, operands), dtype, operands)
+    return Partial(residuals.out, residuals.row_maximum, residuals.log_sum)
 
 
 def nothing(rows: Rows, keys: Keys) -> Partial:
@@ -70,7 +101,7 @@ def differentiate(
     context: ContextProblem,
     rows: Rows,
     keys: Keys,
-    place: tuple[Index, Index],
+    place: Place,
     seen: Any,
     whole: Partial,
     cotangents: Cotangents,
@@ -78,15 +109,15 @@ def differentiate(
     """The gradients that go through the rows' attention to a block, from what is of all keys."""
     dtype = compute_dtype(rows.query.dtype)
 
-    def compute(rows: Rows, keys: Keys, whole: Partial, cotangents: Cotangents) -> Gradients:
+    def at_place(rows: Rows, keys: Keys, whole: Partial, cotangents: Cotangents) -> Gradients:
         problem, operands = _of_block(context, rows, keys, place)
-        problem = replace(problem, is_partial=True)
-        residuals = Residuals(operands, *whole)
-        gradients = _lowering.backward(problem, residuals, *cotangents)
-        d_bias = None
-        if operands.bias is not None:
-            d_bias = _lowering.backward_bias(problem, residuals, *cotangents)
-        return Gradients(*gradients, d_bias)
+        return _gradients(context, problem, operands, whole, cotangents)
+
+    def in_pieces(pieces: Pieces, *operands: Any) -> Gradients:
+        compute = functools.partial(_differentiate_piece, context)
+        return by_order(pieces, place, compute, *operands)
+
+    compute = functools.partial(_cut_or_whole, context, in_pieces, at_place)
 
     def skip(rows: Rows, keys: Keys, whole: Partial, cotangents: Cotangents) -> Gradients:
         query, key, value = (jnp.zeros(x.shape, dtype) for x in (rows.query, keys.key, keys.value))
@@ -96,6 +127,100 @@ def differentiate(
 
     seen = _may_see(context, rows, keys, seen)
     return _if_seen(seen, compute, skip, rows, keys, whole, cotangents)
+
+
+def differentiate_all(
+    context: ContextProblem, rows: Rows, keys: Keys, whole: Partial, cotangents: Cotangents
+) -> Gradients:
+    """The gradients of `attend_all`."""
+    piece = Piece(_ALL, _ALL, context.problem.is_causal)
+    return _differentiate_piece(context, piece, rows, keys, whole, cotangents)
+
+
+def _differentiate_piece(
+    context: ContextProblem,
+    piece: Piece,
+    rows: Rows,
+    keys: Keys,
+    whole: Partial,
+    cotangents: Cotangents,
+) -> Gradients:
+    problem, operands = _of_piece(context, piece, rows, keys)
+    whole, cotangents = jax.tree.map(lambda x: x[:, piece.rows], (whole, cotangents))
+    part = _gradients(context, problem, operands, whole, cotangents)
+    T, S = rows.query.shape[1], keys.key.shape[1]
+    return Gradients(
+        _among(T, piece.rows, part.query),
+        _among(S, piece.keys, part.key),
+        _among(S, piece.keys, part.value),
+        None,
+    )
+
+
+def _gradients(
+    context: ContextProblem,
+    problem: AttentionProblem,
+    operands: Operands,
+    whole: Partial,
+    cotangents: Cotangents,
+) -> Gradients:
+    problem = replace(_planned(context, problem, operands), is_partial=True)
+    residuals = Residuals(operands, *whole)
+    gradients = _lowering.backward(problem, residuals, *cotangents)
+    d_bias = None
+    if operands.bias is not None:
+        d_bias = _lowering.backward_bias(problem, residuals, *cotangents)
+    return Gradients(*gradients, d_bias)
+
+
+def _cut_or_whole(
+    context: ContextProblem,
+    in_pieces: Callable[..., _Result],
+    at_place: Callable[..., _Result],
+    rows: Rows,
+    keys: Keys,
+    *others: Any,
+) -> _Result:
+    """In pieces where floats can be cut, or codes are read as floats."""
+    pieces = pieces_of(context, rows, keys)
+    if pieces is None:
+        return at_place(rows, keys, *others)
+
+    def of_floats(rows: Rows, keys: Keys, *others: Any) -> _Result:
+        return in_pieces(pieces, *as_floats(rows, keys), *others)
+
+    return of_tokens(context, of_floats, at_place, rows, keys, *others)
+
+
+def of_tokens(
+    context: ContextProblem,
+    of_floats: Callable[..., _Result],
+    of_codes: Callable[..., _Result],
+    rows: Rows,
+    keys: Keys,
+    *others: Any,
+) -> _Result:
+    """`of_floats` where operands are, or would be read as such: NVIDIA's kernels take no codes."""
+    problem = context.problem
+    if not any(wire.is_codes(x) for x in (rows.query, keys.key, keys.value)):
+        return of_floats(rows, keys, *others)
+    on_cuda = None
+    if problem.implementation in (None, "cudnn") and cudnn.missing() is None:
+        on_cuda = of_floats
+    return _lowering.on_platform(
+        problem.implementation, of_codes, of_codes, rows, keys, *others, on_cuda=on_cuda
+    )
+
+
+def as_floats(rows: Rows, keys: Keys) -> tuple[Rows, Keys]:
+    """What codes stand for, in the dtype that they were made of."""
+
+    def of(x: Any) -> jax.Array:
+        return x.dequantize() if wire.is_codes(x) else x
+
+    return rows._replace(query=of(rows.query)), keys._replace(
+        key=of(keys.key), value=of(keys.value)
+    )
 
 
 def _if_seen(seen: Any, compute: Any, skip: Any, *operands: Any) -> Any:
@@ -129,14 +254,14 @@ def _largest(x: jax.Array) -> jax.Array:
 
 
 def _of_block(
-    context: ContextProblem, rows: Rows, keys: Keys, place: tuple[Index, Index]
+    context: ContextProblem, rows: Rows, keys: Keys, place: Place
 ) -> tuple[AttentionProblem, Operands]:
     """The problem of a block as one device has it; floats and codes as they are multiplied."""
     sight = context.sight
     is_contiguous = sight.layout == "contiguous"
     B, T = rows.query.shape[:2]
     S = keys.key.shape[1]
-    first_row, first_key = place[0] * sight.tokens[0], place[1] * sight.tokens[1]
+    first_row, first_key = place.rows * sight.tokens[0], place.keys * sight.tokens[1]
     lengths = key_value_lengths = offset = stands = None
     key_value_mask = keys.mask
     if rows.lengths is not None and is_contiguous:
@@ -145,7 +270,7 @@ def _of_block(
         key_value_lengths = jnp.clip(rows.key_value_lengths - first_key, 0, S)
     elif rows.key_value_lengths is not None:
         # Keys past the lengths are not the last ones of a block.
-        index = positions(sight.layout, place[1], sight.shards, S)
+        index = positions(sight.layout, place.keys, sight.shards, S)
         within = index[None, :] < rows.key_value_lengths[:, None]
         key_value_mask = within if keys.mask is None else within & keys.mask
     if context.is_by_position and rows.positions is not None and keys.positions is not None:
@@ -168,8 +293,8 @@ def _of_block(
         rows.query,
         keys.key,
         keys.value,
-        _columns(rows.bias, keys, place[1]),
-        _columns(rows.mask, keys, place[1]),
+        _columns(rows.bias, keys, place.keys),
+        _columns(rows.mask, keys, place.keys),
         query_seq_lengths=lengths,
         key_value_seq_lengths=key_value_lengths,
         key_value_mask=key_value_mask,
@@ -178,20 +303,53 @@ def _of_block(
         positions=stands,
         dropout_seeds=seeds,
     )
-    problem = replace(context.problem, quantization=(None, None, None), layout="BTNH")
-    if problem.implementation != "xla" and _native.has_plugin():
-        check = Checker(context.function)
-        problem = replace(problem, kernels=kernels_of(check, problem, operands, context.wish))
+    return replace(context.problem, quantization=(None, None, None), layout="BTNH"), operands
+
+
+def _of_piece(
+    context: ContextProblem, piece: Piece, rows: Rows, keys: Keys
+) -> tuple[AttentionProblem, Operands]:
+    """The problem of some of the rows and keys of a block, which are floats."""
+    operands = cast(Any, AttentionOperands)(
+        rows.query[:, piece.rows], keys.key[:, piece.keys], keys.value[:, piece.keys]
+    )
+    problem = replace(
+        context.problem,
+        quantization=(None, None, None),
+        layout="BTNH",
+        is_causal=piece.is_causal,
+    )
     return problem, operands
 
 
+def _planned(
+    context: ContextProblem, problem: AttentionProblem, operands: Operands
+) -> AttentionProblem:
+    """With the kernels that the device offers for it."""
+    check = Checker(context.function)
+    if problem.implementation == "cudnn":
+        refusal = cudnn.missing() or cudnn.refusal(problem, operands)
+        if refusal is not None:
+            check.value_error("implementation", f'"cudnn", but {refusal}', 'None, "xla"')
+    if problem.implementation in ("xla", "cudnn") or not _native.has_plugin():
+        return problem
+    return replace(problem, kernels=kernels_of(check, problem, operands, context.wish))
+
+
+def _among(tokens: int, of: slice, part: jax.Array, others: float = 0.0) -> jax.Array:
+    """`part`, of some of the tokens along axis 1, with `others` in place of those left out."""
+    start, stop, _ = of.indices(tokens)
+    pads = [(start, tokens - stop) if axis == 1 else (0, 0) for axis in range(part.ndim)]
+    return part if stop - start == tokens else jnp.pad(part, pads, constant_values=others)
+
+
 def _by_layout(
-    context: ContextProblem, rows: Rows, place: tuple[Index, Index], extents: tuple[int, int, int]
+    context: ContextProblem, rows: Rows, place: Place, extents: tuple[int, int, int]
 ) -> tuple[jax.Array, jax.Array]:
     B, T, S = extents
     sight = context.sight
-    of_rows = row_positions(context, place[0], T)
-    of_keys = positions(sight.layout, place[1], sight.shards, S)
+    of_rows = row_positions(context, place.rows, T)
+    of_keys = positions(sight.layout, place.keys, sight.shards, S)
     of_rows = jnp.broadcast_to(of_rows, (B, T))
     if rows.offset is not None:
         of_rows += rows.offset[:, None]

@@ -40,6 +40,20 @@ class ContextProblem:
         return self.problem.is_causal or self.problem.local_window is not None
 
 
+Index = int | jax.Array
+
+
+class Place(NamedTuple):
+    """A block: the shard of its rows, 0 where they are all, and that of its keys.
+
+    `is_own` says whether these are the same; None: it is not known when a program is traced.
+    """
+
+    rows: Index
+    keys: Index
+    is_own: bool | None = None
+
+
 class Rows(NamedTuple):
     """What stays on its device, or moves with the query's heads.
 

@@ -22,15 +22,16 @@ from jax_gluon._context_parallel.problem import (
     Gradients,
     Keys,
     Partial,
+    Place,
     Rows,
 )
 from jax_gluon._context_parallel.routes import Step, route
 
 
 class _Turn(NamedTuple):
-    """A step as a device takes it: shards of its rows and keys, and whether it may see any."""
+    """A step as a device takes it: the block, and whether it may see any of it."""
 
-    place: tuple[Any, Any]
+    place: Place
     seen: Any
     direction: int
     is_last: bool = False  # of its direction
@@ -70,7 +71,7 @@ def backward(
             moving = _shifted(moving, context, turn.direction)
         part = blocks.differentiate(context, rows, block, turn.place, turn.seen, whole, cotangents)
         so_far = None if sums is None else sums.bias
-        d_bias = blocks.added_columns(rows.bias, so_far, part.bias, turn.place[1], keys)
+        d_bias = blocks.added_columns(rows.bias, so_far, part.bias, turn.place.keys, keys)
         if sums is None:
             return _Sums(part.query, part.key, part.value, d_bias, None)
         of_block = part.key, part.value
@@ -100,16 +101,22 @@ def _around(context: ContextProblem, keys: Keys, add: Callable[[Any, _Turn, Keys
                 return _sent(context, run[step + 1 : step + 2], block)
             return None if following is None else _sent(context, following[:1], keys)
 
+        block, result = _in_turn(block, result)
         arriving = send(0, block)
         result = add(result, _turn(context, run[0], is_last=last == 0), block)
         if last > 1:
             block, result = _loop(context, run[1:last], cast(Keys, arriving), result, add, run[2:])
             arriving = block
         if last > 0:
-            block = cast(Keys, arriving)
+            block, result = _in_turn(cast(Keys, arriving), result)
             arriving = send(last, block)
             result = add(result, _turn(context, run[last], is_last=True), block)
     return result
+
+
+def _in_turn(block: Keys, result: Any) -> tuple[Keys, Any]:
+    """A block that is sent on when the steps before are done: XLA would have all in flight."""
+    return cast(Any, jax.lax).optimization_barrier((block, result))
 
 
 def _loop(
@@ -127,11 +134,11 @@ def _loop(
     all_see = all(all(step.seers) for step in steps)
 
     def turn(carry: tuple[Keys, Any], index: jax.Array) -> tuple[tuple[Keys, Any], None]:
-        block, result = carry
+        block, result = _in_turn(*carry)
         arriving = _sent(context, following, block)
         origin = (rank - (first + direction * index)) % context.shards
         seen = True if all_see else seers[index, rank]
-        result = add(result, _Turn((rank, origin), seen, direction), block)
+        result = add(result, _Turn(Place(rank, origin, False), seen, direction), block)
         return (arriving, result), None
 
     indices = jnp.arange(len(steps), dtype=jnp.int32)
@@ -161,4 +168,5 @@ def _turn(context: ContextProblem, step: Step, is_last: bool = False) -> _Turn:
         seen = False
     elif not all(step.seers):
         seen = jnp.asarray(step.seers)[rank]
-    return _Turn((rank, origin), seen, step.direction, is_last, step.distance)
+    place = Place(rank, origin, step.distance == 0)
+    return _Turn(place, seen, step.direction, is_last, step.distance)

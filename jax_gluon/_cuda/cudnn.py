@@ -58,11 +58,12 @@ def missing() -> str | None:
     return None
 
 
-def refusal(problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands) -> str | None:
-    """Why cuDNN does not take a problem whose output is of `dtype`, or None.
+def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
+    """Why cuDNN does not take a problem, or None.
 
     Taken is what it computes as this library defines it, and without a dense mask.
     """
+    dtype = _dtype(operands)
     T, H = operands.query.shape[1], operands.query.shape[-1]
     S, V = operands.value.shape[1], operands.value.shape[-1]
     if dtype.name not in _FLOATS:
@@ -79,8 +80,6 @@ def refusal(problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands)
             return f"cuDNN takes no {name} as it is meant here"
     if operands.dropout_seeds is not None:
         return "cuDNN's dropout drops other elements"
-    if problem.is_partial:
-        return "cuDNN's backward makes its own means"
     if problem.soft_cap is not None:
         return "cuDNN has no soft cap"
     if problem.scale <= 0:
@@ -100,8 +99,8 @@ def forward(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
 ) -> tuple[jax.Array, Residuals]:
     operands = quantize_operands(problem, operands, quantize)
-    out, row_maximum = _attend(problem, operands.bias, *_arrays(problem, operands, dtype))
-    out = swapped(problem, out)
+    out, row_maximum = _attend(problem, operands.bias, *_arrays(problem, operands))
+    out = swapped(problem, out.astype(dtype))
     row_maximum = jnp.swapaxes(row_maximum, 1, 2)
     log_sum = jnp.zeros_like(row_maximum)
     if (is_empty := _empty_rows(problem, operands, row_maximum)) is not None:
@@ -118,23 +117,31 @@ def backward(
     d_out: jax.Array,
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if d_log_sum_exp is not None:  # cuDNN's has none
+    # cuDNN's has none, and makes D of the output: of all keys, where these are a part of them.
+    if d_log_sum_exp is not None and not problem.is_partial:
         return xla.backward(problem, residuals, d_out, d_log_sum_exp, xla.GPU)
     operands, out, row_maximum, log_sum = residuals
+    dtype, wide = _dtype(operands), out.dtype
+    out, d_out = out.astype(dtype), d_out.astype(dtype)
     T, S = operands.query.shape[1], operands.key.shape[1]
     is_empty = log_sum == EMPTY_ROW_LOG_SUM_EXP
     d_out = jnp.where(is_empty[..., None], jnp.zeros_like(d_out), d_out)
     # (XLA's forward keeps a sum beside the maximum.)
     statistics = jnp.where(is_empty, 0.0, row_maximum + log_sum)
-    given = _arrays(problem, operands, out.dtype, is_backward=True)
+    given = _arrays(problem, operands, is_backward=True)
     out, d_out, statistics = (_of_even_extent(x) for x in (out, d_out, statistics))
     statistics = jnp.swapaxes(statistics, 1, 2)
     attend = functools.partial(_attend, problem, operands.bias)
     kept, differentiate = cast(Any, jax.vjp)(attend, *given)
     differentiate = _replaced(differentiate, kept, (swapped(problem, out), statistics))
     gradients = differentiate((swapped(problem, d_out), jnp.zeros_like(statistics)))
-    d_query, d_key, d_value = swapped(problem, tuple(gradients[:3]))
+    d_query, d_key, d_value = (x.astype(wide) for x in swapped(problem, tuple(gradients[:3])))
     return d_query[:, :T], d_key[:, :S], d_value[:, :S]
+
+
+def _dtype(operands: Operands) -> np.dtype[Any]:
+    """Of float operands, and of what codes stand for; the output may be of a wider one."""
+    return np.dtype(operands.query.dtype)
 
 
 class _Arrays(NamedTuple):
@@ -150,10 +157,10 @@ class _Arrays(NamedTuple):
 def _arrays(
     problem: AttentionProblem,
     operands: Operands,
-    dtype: np.dtype[Any],
     is_backward: bool = False,
 ) -> _Arrays:
-    """Codes are floats of `dtype` to cuDNN. Its backward takes even numbers of tokens alone."""
+    """Codes are floats to cuDNN. Its backward takes even numbers of tokens alone."""
+    dtype = _dtype(operands)
     floats = [
         x.dequantize(dtype) if isinstance(x, QuantizedTensor) else x.astype(dtype)
         for x in operands[:3]

@@ -48,6 +48,9 @@ CASES = {
     "xla_lengths": dict(
         lengths=True, implementation="xla", bias=True, sinks=True, token_layout="striped"
     ),
+    "gathered_zigzag": dict(
+        is_causal=True, strategy="all_gather", token_layout="zigzag", logits_soft_cap=2.0
+    ),
     "gathered": dict(is_causal=True, strategy="all_gather", token_layout="striped", bias=True),
     "gathered_window": dict(local_window_size=9, strategy="all_gather", sinks=True),
     "heads": dict(

@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_gluon
+from benchmarks import collectives
 from jax_gluon._context_parallel.routes import Sight
-from tests.context_parallel import hlo
 from tests.context_parallel.conftest import DEVICES
 from tests.context_parallel.test_ring_attention import draw
 from tests.support import oracle
@@ -132,10 +132,10 @@ def test_bytes_of_every_strategy_are_those_of_its_programs():
 
             residuals = jax.jit(lambda *x, f=attention: jax.vjp(f, *x))
             program = residuals.lower(*shapes).compile()
-            assert hlo.sent_by_all(program, DEVICES) == traffic.forward, strategy
+            assert collectives.sent_by_all(program, DEVICES) == traffic.forward, strategy
             out, pull = jax.eval_shape(residuals, *shapes)
             program = jax.jit(lambda pull, d_out: pull(d_out)).lower(pull, out).compile()
-            assert hlo.sent_by_all(program, DEVICES) == traffic.backward, strategy
+            assert collectives.sent_by_all(program, DEVICES) == traffic.backward, strategy
 
 
 def test_lengths_are_not_sent():
@@ -150,7 +150,7 @@ def test_lengths_are_not_sent():
     )
     program = jax.jit(attention).lower(x, x, x).compile()
     planned = plan(query, query, **keywords)
-    assert hlo.sent_by_all(program, DEVICES) == planned.traffic["ring"].forward
+    assert collectives.sent_by_all(program, DEVICES) == planned.traffic["ring"].forward
 
 
 def test_the_choice_and_its_reason():

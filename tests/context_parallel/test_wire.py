@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 import jax_gluon
+from benchmarks import collectives
 from jax_gluon import AttentionQuantization, QuantSpec
 from jax_gluon._quantization.formats import PRESETS
-from tests.context_parallel import hlo
 from tests.context_parallel.conftest import DEVICES
 from tests.context_parallel.test_ring_attention import TOKENS, draw, mesh, ordered
 from tests.support import oracle
@@ -77,7 +77,7 @@ def test_bytes_in_the_program_are_those_of_the_formula():
     tokens = DEVICES * 256
     forward = {}
     for quantization in (None, "int8", "int4"):
-        sent = tuple(map(hlo.sent, programs(quantization, tokens)))
+        sent = tuple(map(collectives.sent, programs(quantization, tokens)))
         assert sent == formula(quantization, tokens)
         forward[quantization] = sent[0]
     assert forward["int8"] <= 0.55 * forward[None]

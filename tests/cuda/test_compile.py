@@ -82,13 +82,75 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_batch_and_heads_over_four_gpus(case, devices, monkeypatch):
-    """No collective, and each pass of cuDNN once."""
+@pytest.fixture
+def described(devices, monkeypatch):
+    """What calls of cuDNN ask of a GPU, answered for those that are described."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     monkeypatch.setattr(cudnn._calls, "check_compute_capability", lambda least: float(least) <= 9)
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+    return devices
+
+
+def compiled(function, *operands, **options):
+    traced = jax.jit(function).trace(*operands)
+    return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options).as_text()
+
+
+# Of one hop of the ring: sends of key and value, or of both together.
+OVERLAPPING = dict(
+    xla_gpu_enable_latency_hiding_scheduler=True,
+    xla_gpu_collective_permute_combine_threshold_bytes=1 << 30,
+)
+STEPS = r"(collective-permute-start|collective-permute-done|collective-permute|conditional)\("
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_ring_over_four_gpus(layout, quantization, described):
+    """Blocks are cuDNN's, and each is sent while the one before is computed with, not earlier."""
+    mesh = Mesh(np.array(described), ("sequence",))
+    sharding = NamedSharding(mesh, P(None, "sequence"))
+    operands = [
+        jax.ShapeDtypeStruct((1, 1 << 14, heads, 64), jnp.bfloat16, sharding=sharding)
+        for heads in (8, 4, 4)
+    ]
+    attention = functools.partial(
+        jax_gluon.context_parallel_attention,
+        mesh=mesh, axis="sequence", strategy="ring", token_layout=layout, is_causal=True,
+        quantization=quantization, implementation="cudnn",
+    )  # fmt: skip
+    program = compiled(attention, *operands, **OVERLAPPING)
+    # Own keys, and on either side of a condition those of each of three hops.
+    assert program.count(f'custom_call_target="{CUDNN[0]}"') == 7
+    start, done = "collective-permute-start", "collective-permute-done"
+    steps = re.findall(STEPS, program[program.index("\nENTRY") :])
+    assert steps == [start, done, *[start, "conditional", done] * 2, "conditional"]
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "all_to_all"])
+def test_other_strategies_over_four_gpus(strategy, described):
+    mesh = Mesh(np.array(described), ("sequence",))
+    sharding = NamedSharding(mesh, P(None, "sequence"))
+    operands = [jax.ShapeDtypeStruct((1, 2048, 8, 64), jnp.bfloat16, sharding=sharding)] * 3
+
+    def loss(*operands):
+        out = jax_gluon.context_parallel_attention(
+            *operands, mesh=mesh, axis="sequence", strategy=strategy, token_layout="zigzag",
+            is_causal=True,
+        )  # fmt: skip
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    program = compiled(jax.grad(loss, (0, 1, 2)), *operands)
+    # All heads' tokens at once, or one's own block and those of three others, before or after it.
+    calls = 1 if strategy == "all_to_all" else 12
+    for name in CUDNN:
+        assert program.count(f'custom_call_target="{name}"') == calls
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batch_and_heads_over_four_gpus(case, described):
+    """No collective, and each pass of cuDNN once."""
+    mesh = Mesh(np.array(described).reshape(2, 2), ("data", "model"))
     sharding = NamedSharding(mesh, P("data", None, "model"))
     keywords, calls = CASES[case]
     T = 255 if case == "odd" else 256
@@ -96,8 +158,7 @@ def test_batch_and_heads_over_four_gpus(case, devices, monkeypatch):
         jax.ShapeDtypeStruct((4, T, heads, 64), jnp.bfloat16, sharding=sharding)
         for heads in (8, 4, 4)
     ]
-    traced = jax.jit(functools.partial(gradient, **keywords)).trace(*operands)
-    program = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    program = compiled(functools.partial(gradient, **keywords), *operands)
     found = {x: len(re.findall(rf"\b{x}(-start)?\(", program)) for x in COLLECTIVES}
     assert found == dict.fromkeys(COLLECTIVES, 0)
     assert re.findall(r'custom_call_target="(__cudnn[^"]*)"', program) == calls

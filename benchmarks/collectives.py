@@ -1,22 +1,23 @@
-"""What a compiled program sends, counted in its text."""
+"""What a compiled program sends, counted in its text (of CPUs and of GPUs)."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
-_SIZES = {"f32": 4, "bf16": 2, "u16": 2, "f16": 2, "s32": 4, "s8": 1, "u8": 1, "pred": 1}
+_SIZES = {"f32": 4, "u32": 4, "bf16": 2, "u16": 2, "f16": 2, "s32": 4, "s8": 1, "u8": 1, "pred": 1}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-def sent(compiled) -> int:
+def sent(compiled: Any) -> int:
     """Bytes of the operands of collective permutes, those in loops once for each turn."""
     return _count(compiled.as_text(), "collective-permute")
 
 
-def sent_by_all(compiled, devices) -> float:
+def sent_by_all(compiled: Any, devices: int) -> float:
     """Bytes that a device sends in all collectives but reductions to all."""
     text = compiled.as_text()
     whole = _count(text, "all-gather") + _count(text, "all-to-all")
@@ -24,8 +25,10 @@ def sent_by_all(compiled, devices) -> float:
     return sent(compiled) + (whole + scattered) * (devices - 1) / devices
 
 
-def _count(text, operation):
-    computations, name = {}, None
+def _count(text: str, operation: str) -> int:
+    """Bytes of the results of an operation; of one in two parts those of its end."""
+    computations: dict[str, list[str]] = {}
+    name = None
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             name = match[1]
@@ -36,10 +39,10 @@ def _count(text, operation):
         elif name:
             computations[name].append(line)
 
-    def of(name):
+    def of(name: str) -> int:
         total = 0
         for line in computations[name]:
-            if re.search(rf" {operation}(-start)?\(", line):
+            if re.search(rf" {operation}(-done)?\(", line):
                 result = line.split(f" {operation}")[0].split("=", 1)[1]
                 total += sum(
                     _SIZES[dtype] * int(np.prod([int(x) for x in extents.split(",") if x]))
