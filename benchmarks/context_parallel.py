@@ -14,9 +14,9 @@ docs/ring-attention.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,23 +28,31 @@ from jax.sharding import PartitionSpec as P
 import jax_gluon
 from benchmarks import collectives
 from benchmarks.nvidia import measure
+from jax_gluon._quantization.formats import PRESETS
 
 LAYOUT = "zigzag"
 OVERLAPPING = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_collective_permute_combine_threshold_bytes": 1 << 33,
 }
+
+
+def on_the_wire(preset: str) -> jax_gluon.AttentionQuantization:
+    """Keys and values as the preset has them; the query, which stays, as it is."""
+    return dataclasses.replace(PRESETS[preset], query=None)
+
+
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ring": {"strategy": "ring"},
-    "ring int8": {"strategy": "ring", "quantization": "int8"},
-    "ring int4": {"strategy": "ring", "quantization": "int4"},
+    "ring int8": {"strategy": "ring", "quantization": on_the_wire("int8")},
+    "ring int4": {"strategy": "ring", "quantization": on_the_wire("int4")},
     "all_gather": {"strategy": "all_gather"},
     "all_to_all": {"strategy": "all_to_all"},
 }
 _NAMES = ("out", "dQ", "dK", "dV")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """Of a problem, of bfloat16 operands."""
 
@@ -122,6 +130,18 @@ def compare(mesh: Any, sizes: Sizes, names: list[str], rounds: int, options: Any
         print(f"| {sizes.T} | {direction} | " + " | ".join(cells) + " |", flush=True)
 
 
+def rate(mesh: Any, mebibytes: int) -> float:
+    """GB/s from each device to the next, all at once: less where GPUs can't reach each other."""
+    spread = NamedSharding(mesh, P("sequence"))
+    devices = mesh.devices.size
+    x = jax.device_put(jnp.zeros(devices * mebibytes << 20, jnp.uint8), spread)
+    pairs = [(i, (i + 1) % devices) for i in range(devices)]
+    send = functools.partial(jax.lax.ppermute, axis_name="sequence", perm=pairs)
+    spec = P("sequence")
+    run = jax.jit(jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec))
+    return (mebibytes << 20) / 1e6 / measure({"send": run}, [x], 5)["send"]
+
+
 def count(mesh: Any, sizes: Sizes, names: list[str], options: Any) -> None:
     """Bytes that a device sends, by the formula and in the program; and what it needs of memory."""
     devices = mesh.devices.size
@@ -183,6 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--names", nargs="*", choices=names, default=names)
     parser.add_argument("--check", action="store_true", help="errors and bytes, no times")
+    parser.add_argument("--link", type=int, default=256, help="MiB by which the rate is measured")
     parser.add_argument("--overlap", action="store_true", help="have XLA hide what is sent")
     options = parser.parse_args(arguments)
     devices = jax.devices()
@@ -194,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--tokens is {tokens}; allowed: multiples of {2 * len(devices)}")
     kind = devices[0].device_kind
     print(f"{len(devices)} x {kind}, jax {jax.__version__}, {options.rounds} rounds")
+    print(f"a device sends {rate(mesh, options.link):.1f} GB/s to the next")
     flags = OVERLAPPING if options.overlap else None
     H, N = options.head_dim, options.heads
     sizes = [Sizes(T, N=N, K=options.kv_heads or N, H=H) for T in options.tokens]

@@ -146,7 +146,8 @@ def _differentiate_piece(
     cotangents: Cotangents,
 ) -> Gradients:
     problem, operands = _of_piece(context, piece, rows, keys)
-    whole, cotangents = jax.tree.map(lambda x: x[:, piece.rows], (whole, cotangents))
+    whole = Partial(*(x[:, piece.rows] for x in whole))
+    cotangents = Cotangents(*(x[:, piece.rows] for x in cotangents))
     part = _gradients(context, problem, operands, whole, cotangents)
     T, S = rows.query.shape[1], keys.key.shape[1]
     return Gradients(
