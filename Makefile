@@ -36,10 +36,11 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean
+.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
+	@echo 'make fuzz       random problems against the float64 oracle, for SECONDS=60'
 	@echo 'make sanitize   run the Metal kernels under the sanitizers of clang'
 	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
 	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
@@ -83,6 +84,9 @@ $(STAMPS)/arm64: $(STAMPS)/package $(PLUGIN_SOURCES) CMakeLists.txt $(wildcard t
 
 test-arm64: $(STAMPS)/arm64
 	sh tools/arm64/test.sh $(ARGS)
+
+fuzz: $(STAMPS)/package
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
 
 # Compiled for GPUs that are described: nothing of this runs, and none is needed.
 test-cuda-compile: .venvs/cuda/stamp

@@ -1,0 +1,1 @@
+"""Attention of arguments that nobody chose, against the float64 oracle."""
