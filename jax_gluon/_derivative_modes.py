@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Generator
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
 
 from jax_gluon._errors import Checker
+from jax_gluon._thread_contexts import thread_context
 
 Differentiation = Literal["reverse", "any"]
 DIFFERENTIATIONS: tuple[Differentiation, ...] = get_args(Differentiation)
@@ -24,23 +24,7 @@ _MESSAGE = (
 )
 
 
-class _ThreadContext(threading.local):
-    """What `jax.make_user_context` is, but that caches of `jax.jit` do not know of it."""
-
-    value: Differentiation = "reverse"
-
-    @contextlib.contextmanager
-    def __call__(self, value: Differentiation) -> Generator[None]:
-        before, self.value = self.value, value
-        try:
-            yield
-        finally:
-            self.value = before
-
-
-# Younger than the oldest JAX that is supported.
-_make_context: Any = getattr(jax, "make_user_context", None)
-_default: Any = _ThreadContext() if _make_context is None else _make_context("reverse")
+_default = thread_context("reverse")
 
 
 @contextlib.contextmanager
