@@ -21,6 +21,7 @@ from jax_gluon._export import export_checks
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._lowering import CHECKPOINT_NAMES
+from jax_gluon._patch import Patch, PatchedCall, patch
 from jax_gluon._pinning import Pin, pin
 from jax_gluon._quantization.formats import AttentionQuantization, QuantizedTensor, QuantSpec
 from jax_gluon._quantize import quantize
@@ -33,6 +34,8 @@ __all__ = [
     "ContextPlan",
     "CpuKernel",
     "MetalKernel",
+    "Patch",
+    "PatchedCall",
     "Pin",
     "Plan",
     "QuantSpec",
@@ -48,6 +51,7 @@ __all__ = [
     "explain",
     "explain_context_parallel",
     "export_checks",
+    "patch",
     "pin",
     "quantize",
     "reference",

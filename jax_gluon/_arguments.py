@@ -149,7 +149,7 @@ def check_arguments(
     and what is allowed; `RuntimeError` for `implementation="metal"`. Warns of a concrete bias that
     a soft cap keeps from hiding keys.
     """
-    _check_names(check, quantization, implementation, kernel)
+    check_names(check, quantization, implementation, kernel)
     if not isinstance(cast(Any, layout), str) or layout not in get_args(Layout):
         check.value_error("layout", f"{layout!r}", '"BTNH", "BNTH"')
     is_head_major = layout == "BNTH"
@@ -222,7 +222,8 @@ def check_metal(check: Checker) -> None:
         )
 
 
-def _check_names(check: Checker, quantization: Any, implementation: Any, kernel: Any) -> None:
+def check_names(check: Checker, quantization: Any, implementation: Any, kernel: Any) -> None:
+    """Raises for values of these arguments that no call takes."""
     if not isinstance(quantization, AttentionQuantization):
         check.name("quantization", quantization, tuple(PRESETS), "an AttentionQuantization")
     if implementation == "metal":

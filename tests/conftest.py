@@ -69,6 +69,7 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # which Keras reads when it is imported
     # NumPy's threads of several processes would spin for each other's cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "XLA_FLAGS" not in os.environ and _xla_takes(QUICK_XLA_FLAGS):
