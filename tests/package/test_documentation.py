@@ -8,6 +8,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon import debug, reference
+from jax_gluon import equinox as gluon_equinox
 from jax_gluon import flax as gluon_flax
 from jax_gluon import keras as gluon_keras
 from jax_gluon._plan import selection
@@ -80,6 +81,7 @@ PUBLIC = {
     for owner, names in (
         (jax_gluon, jax_gluon.__all__),
         (gluon_flax, ("attention_fn",)),
+        (gluon_equinox, ("MultiheadAttention", "convert")),
         (gluon_keras, ("MultiHeadAttention", "GroupQueryAttention")),
         (reference, ("dot_product_attention", "fake_quantize")),
         (formats, ("QuantizedTensor",)),
