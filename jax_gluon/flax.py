@@ -24,6 +24,7 @@ from jax_gluon._attention import dot_product_attention
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._derivative_modes import Differentiation
 from jax_gluon._errors import Checker
+from jax_gluon._flax_calls import CallArguments
 from jax_gluon._kernels import KernelWishes
 from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._quantization.formats import AttentionQuantization, Preset, QuantizedTensor
@@ -121,6 +122,8 @@ class _AttentionFn:
         is_causal: bool = False,
     ) -> Float[Array, "*B T N V"]:
         del precision, force_fp32_for_softmax
+        call = mask if isinstance(mask, CallArguments) else CallArguments(mask, {})
+        mask = call.mask
         if deterministic:
             dropout_rate = 0.0
         if module is not None:
@@ -146,27 +149,33 @@ class _AttentionFn:
         if mask is not None and not isinstance(mask, BlockMask):
             # Flax's make_*_mask functions give masks of any type: nonzero is visible.
             mask = jnp.asarray(mask, jnp.bool_)
-        is_causal = is_causal or self.is_causal
-        if query.ndim >= 3 and key.ndim >= 3:
-            self._check_positions(query.shape[-3], key.shape[-3], is_causal)
-        return dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            is_causal=is_causal,
-            local_window_size=self.local_window_size,
+        options: dict[str, Any] = dict(
             scale=self.scale,
             logits_soft_cap=self.logits_soft_cap,
             dropout_rate=dropout_rate,
             dropout_rng=dropout_rng,
             broadcast_dropout=broadcast_dropout,
-            quantization=self.quantization,
             implementation=self.implementation,
             kernel=self.kernel,
             sinks=_given(self.sinks),
             differentiation=self.differentiation,
+        )
+        of_call = {"bias": bias, "mask": mask, **call.keywords}
+        if call.cache is not None:
+            return call.decode(query, key, value, **(options | call.keywords))
+        is_causal = is_causal or self.is_causal
+        stands = {"query_offset", "query_positions"} & set(call.keywords)
+        if query.ndim >= 3 and key.ndim >= 3 and not stands:
+            self._check_positions(query.shape[-3], key.shape[-3], is_causal)
+        attention: Any = dot_product_attention
+        return attention(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            local_window_size=self.local_window_size,
+            quantization=self.quantization,
+            **(options | of_call),
         )
 
     def _check_positions(self, T: int, S: int, is_causal: bool) -> None:
@@ -181,6 +190,13 @@ class _AttentionFn:
         if self.local_window_size is not None:
             found = f"{self.local_window_size} {where}"
             _CHECK.value_error("local_window_size", found, "None, with the window in the mask")
+
+
+def is_attention_fn(check: Checker, function: Any) -> None:
+    """Raises where a function is not of `attention_fn`."""
+    if not isinstance(function, _AttentionFn):
+        found = f"a {type(function).__name__}"
+        check.type_error("attention_fn", found, "what jax_gluon.flax.attention_fn returns")
 
 
 def _hashable(sinks: Any) -> tuple[float, ...] | Callable[[], ArrayLike] | None:

@@ -11,6 +11,8 @@ from jax_gluon import debug, reference
 from jax_gluon import equinox as gluon_equinox
 from jax_gluon import flax as gluon_flax
 from jax_gluon import keras as gluon_keras
+from jax_gluon import linen as gluon_linen
+from jax_gluon import nnx as gluon_nnx
 from jax_gluon._plan import selection
 from jax_gluon._quantization import formats
 
@@ -82,6 +84,8 @@ PUBLIC = {
         (jax_gluon, jax_gluon.__all__),
         (gluon_flax, ("attention_fn",)),
         (gluon_equinox, ("MultiheadAttention", "convert")),
+        (gluon_linen, ("MultiHeadDotProductAttention",)),
+        (gluon_nnx, ("MultiHeadAttention",)),
         (gluon_keras, ("MultiHeadAttention", "GroupQueryAttention")),
         (reference, ("dot_product_attention", "fake_quantize")),
         (formats, ("QuantizedTensor",)),

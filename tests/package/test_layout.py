@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "jax_gluon"
-PUBLIC = {"debug", "equinox", "flax", "keras", "reference"}
+PUBLIC = {"debug", "equinox", "flax", "keras", "linen", "nnx", "reference"}
 MAX_LINES = 500
 
 
