@@ -36,7 +36,7 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean
+.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean test-frameworks
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make test       run the test suite'
@@ -47,6 +47,7 @@ help:
 	@echo 'make wheel-linux-arm64  cross-build the wheel for Linux on arm64, and check it'
 	@echo 'make test-arm64  run the suite of the CPU kernels on it, under qemu (ARGS=short: a few tests)'
 	@echo 'make test-cuda-compile  compile for several NVIDIA GPUs, without any'
+	@echo 'make test-frameworks  run published models with patched attention'
 	@echo 'make bench      time attention against its peers'
 	@echo 'make smoke      load the built package under several releases of JAX'
 	@echo 'make lint       ruff, clang-format, workflows    make format   apply them'
@@ -96,6 +97,16 @@ test-cuda-compile: .venvs/cuda/stamp
 	$(BIN)/python -m venv .venvs/cuda
 	.venvs/cuda/bin/python -m pip install --quiet pytest jax-cuda13-plugin jax-cuda13-pjrt jax \
 	  nvidia-cudnn-cu13 nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-nvcc
+	touch $@
+
+# KerasHub itself asks for TensorFlow, which its models do not need.
+test-frameworks: $(STAMPS)/frameworks
+	$(BIN)/python -m pytest tests/frameworks \
+	  "tests/package/test_documentation.py::test_examples_of_a_page_run_in_order" $(ARGS)
+
+$(STAMPS)/frameworks: $(STAMPS)/package
+	$(PIP_BUILD) -e '.[frameworks]'
+	$(BIN)/python -m pip install --quiet --no-deps keras-hub
 	touch $@
 
 bench: $(STAMPS)/dev

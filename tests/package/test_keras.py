@@ -112,7 +112,7 @@ def test_layers_that_cannot_be_edited(require, relative_error, name, quantizatio
         pytest.skip("the program of Keras's own results is kept")
     expected = results_of_keras(name, "causal")
     with jax_gluon.patch(quantization=quantization) as patched:
-        actual = results(layer_of(name), **CALLS["causal"])
+        actual = jax.block_until_ready(results(layer_of(name), **CALLS["causal"]))
         ran = {(run["pass"], run["device"]) for run in jax_gluon.debug.kernels()}
     assert ("backward", "cpu") in ran
     assert {call.reason for call in patched.calls} == {None}

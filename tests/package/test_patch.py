@@ -47,7 +47,7 @@ def test_forward_and_gradients(require, relative_error, name):
     require("cpu")
     expected = gradients(**CALLS[name])
     with jax_gluon.patch() as patched:
-        actual = gradients(**CALLS[name])
+        actual = jax.block_until_ready(gradients(**CALLS[name]))
         ran = [run["pass"] for run in jax_gluon.debug.kernels()]
     assert {"forward", "backward"} <= set(ran)
     assert [(call.reason, call.count) for call in patched.calls] == [(None, 1)]
