@@ -59,7 +59,8 @@ class MultiHeadDotProductAttention(_linen.MultiHeadDotProductAttention):
     ... )
     >>> variables = module.init(jax.random.key(0), jnp.ones((2, 128, 64)))
     >>> out, state = module.apply(variables, jnp.ones((2, 40, 64)), mutable="cache")
-    >>> out.shape, state["cache"]["quantized_cache"].length.tolist()
+    >>> cache = state["cache"]
+    >>> out.shape, cache["quantized_cache"].length.tolist()
     ((2, 40, 64), [40, 40])
     """
 
