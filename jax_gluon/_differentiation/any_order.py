@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import custom_derivatives
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jax_gluon import _lowering
@@ -36,6 +35,7 @@ from jax_gluon._differentiation.primitives import (
 )
 from jax_gluon._kernels import PassKernels
 from jax_gluon._operands import with_codes
+from jax_gluon._primitive import Primitive
 from jax_gluon._problem import AttentionProblem, Operands, compute_dtype
 from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._xla import implementation as xla

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
 from jax_gluon import _lowering
+from jax_gluon._primitive import Primitive
 from jax_gluon._problem import (
     AttentionOperands,
     AttentionProblem,

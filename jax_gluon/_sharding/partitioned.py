@@ -16,11 +16,11 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.interpreters import partial_eval as pe
 
 from jax_gluon._meshes import is_manual
+from jax_gluon._primitive import Primitive, jaxpr_as_fun
 from jax_gluon._sharding.placement import Placement
 from jax_gluon._sharding.split import WHOLE, Split
 
@@ -120,7 +120,7 @@ _partitioned_p.multiple_results = True
 @functools.partial(jax.jit, static_argnames=("jaxpr", "call"))
 def _run(*leaves: Any, jaxpr: Any, call: _Call) -> list[Any]:
     del call
-    return cast(Any, jaxpr_as_fun)(jaxpr)(*leaves)
+    return jaxpr_as_fun(jaxpr)(*leaves)
 
 
 _partitioned_p.def_impl(_run)
@@ -165,7 +165,7 @@ cast(Any, pe.dce_rules)[_partitioned_p] = _without_unused
 
 def _lower(context: Any, *values: Any, jaxpr: Any, call: _Call) -> Any:
     module = context.module_context
-    function: Any = cast(Any, jaxpr_as_fun)(jaxpr)
+    function: Any = jaxpr_as_fun(jaxpr)
     devices = _devices(module)
     if devices is not None:
         function = _on_parts(call, call.placement(jaxpr), devices, jaxpr.out_avals)
