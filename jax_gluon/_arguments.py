@@ -220,6 +220,11 @@ def check_metal(check: Checker) -> None:
             f'jax_gluon.{check.function}: implementation is "metal", but {why}; allowed: None, '
             '"cpu", "xla".'
         )
+    if refusal := _native.metal_refusal():
+        raise RuntimeError(
+            f'jax_gluon.{check.function}: implementation is "metal", but {refusal}; allowed: None, '
+            '"cpu", "xla".'
+        )
 
 
 def check_names(check: Checker, quantization: Any, implementation: Any, kernel: Any) -> None:

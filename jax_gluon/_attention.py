@@ -27,7 +27,7 @@ from jax_gluon._kernels import CpuKernel, Device, KernelWishes, MetalKernel, Pas
 from jax_gluon._layouts import swapped, swapped_operands
 from jax_gluon._meshes import on_meshes
 from jax_gluon._operand_arguments import shape_of
-from jax_gluon._plan.choice import KernelQuery, choose_kernel, kernels_of
+from jax_gluon._plan.choice import KernelQuery, choose_kernel, kernels_of, min_products_of
 from jax_gluon._problem import (
     EMPTY_ROW_LOG_SUM_EXP,
     Layout,
@@ -461,6 +461,15 @@ def _device_by_size(arguments: CheckedArguments) -> tuple[Device, str]:
     B, (T, N, H) = assumed(query.shape[0]), map(assumed, shape_of(query, is_head_major))
     S, V = assumed(shape_of(key, is_head_major)[0]), value.shape[-1]
     products = B * N * T * S * (H + V)
-    if _native.plugin().prefers_metal(products, max(H, V)) and _native.metal_device()[0]:
-        return "metal", f"{products} multiply-accumulates are enough for the GPU"
-    return "cpu", "the plugin's kernels run on the CPU platform"
+    on_cpu = "the plugin's kernels run on the CPU platform"
+    if not _native.may_be_metal():
+        return "cpu", on_cpu
+    name, why = _native.metal_device()
+    if not name:
+        return "cpu", f"{on_cpu}; {why}"
+    if not _native.takes_metal():
+        return "cpu", f"{on_cpu}; the GPU is not used: {_native.metal_refusal()}"
+    min_products, why = min_products_of(arguments.problem, arguments.operands)
+    if _native.plugin().prefers_metal(products, max(H, V), min_products):
+        return "metal", f"{products} multiply-accumulates are enough for the GPU ({why})"
+    return "cpu", f"{products} multiply-accumulates are too few for the GPU ({why})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon import _native
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._dimensions import assumed
 from jax_gluon._dropout import threshold_of
@@ -87,6 +87,7 @@ def _attributes(problem: AttentionProblem, kernels: Kernels, operands: Operands)
         "cpu_subtile": np.int64(kernels.cpu.subtile or 0),
         "cpu_stages": np.int64(kernels.cpu.stages or 0),
         "metal_kernel": kernels.metal.name,
+        "metal_min_products": np.int64(kernels.metal_min_products),
         "scale": np.float32(problem.scale),
         "soft_cap": np.float32(problem.soft_cap or 0.0),
         "head_major": np.int64(problem.layout == "BNTH"),
@@ -165,8 +166,9 @@ def _makes_codes(problem: AttentionProblem) -> bool:
     Codes of an operand that vmap does not map are then copied to each entry, so the CPU, which
     gains nothing, quantizes in calls of its own.
     """
-    may_be_metal = problem.implementation is None and sys.platform == "darwin"
-    return may_be_metal or problem.implementation == "metal"
+    if problem.implementation is None:
+        return _native.may_be_metal()
+    return problem.implementation == "metal"
 
 
 def forward(

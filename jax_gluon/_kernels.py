@@ -61,10 +61,15 @@ KernelWishes = KernelWish | tuple[KernelWish | None, KernelWish | None] | None
 
 
 class Kernels(NamedTuple):
-    """A kernel for each device that a call may run on."""
+    """A kernel for each device that a call may run on.
+
+    `metal_min_products` are the multiply-accumulates from which a call that may run on either goes
+    to Metal, as they were measured; -1 where nothing was.
+    """
 
     cpu: CpuKernel = CpuKernel("baseline")
     metal: MetalKernel = MetalKernel("baseline")
+    metal_min_products: int = -1
 
 
 class PassKernels(NamedTuple):

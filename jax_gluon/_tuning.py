@@ -65,7 +65,7 @@ def tune(
     turns of every kernel are timed, each of at least `least` seconds.
     """
     try:
-        rows = list(tuned_table.load(path, device))
+        rows = list(tuned_table.load(path, device).rows)
     except (OSError, ValueError, TypeError, KeyError):
         rows = []
     known = {(row.operands, row.direction, row.H, row.S) for row in rows}
@@ -78,7 +78,7 @@ def tune(
             return
         row = measure(case, device, rounds=rounds, least=least)
         rows.append(row)
-        tuned_table.save(path, device, rows)
+        tuned_table.save(path, device, tuned_table.Table(tuple(rows)))
         yield case, row
 
 

@@ -1,4 +1,4 @@
-"""The command `jax-gluon`."""
+"""`jax-gluon tune`: measures which kernels are fastest on this machine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from jax_gluon._plan import tuned_table
 from jax_gluon._plan.selection import Measurement
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="jax-gluon", description="Attention kernels of jax_gluon."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    tune = commands.add_parser(
+def add(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
         "tune",
         help="measure which kernel is fastest here, for kernel=None to choose by",
         description="Times both pipelines, with several sizes of blocks, over a grid of lengths, "
         "head dims, operands and directions. What was measured is kept: run it again to go on.",
     )
-    tune.add_argument("--device", choices=["cpu", "metal"], default="cpu")
-    tune.add_argument("--seconds", type=float, default=600.0, help="stop after as many")
-    tune.add_argument("--rounds", type=int, default=5, help="turns of each kernel")
-    tune.add_argument("--table", type=Path, help="the file; default in the user's cache folder")
-    tune.add_argument("--show", action="store_true", help="print the table, measure nothing")
-    tune.add_argument("--plot", type=Path, help="with --show: draw the crossover to this file")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--device", choices=["cpu", "metal"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop after as many")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each kernel")
+    parser.add_argument("--table", type=Path, help="the file; default in the user's cache folder")
+    parser.add_argument("--show", action="store_true", help="print the table, measure nothing")
+    parser.add_argument("--plot", type=Path, help="with --show: draw the crossover to this file")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    parser: argparse.ArgumentParser = options.parser
     if options.plot and not options.show:
         parser.error("--plot goes with --show")
     if options.rounds < 1:
@@ -100,7 +101,7 @@ def _progress(total: int) -> Any:
 
 def _show(options: argparse.Namespace, path: Path) -> int:
     try:
-        rows = tuned_table.load(path, options.device)
+        table = tuned_table.load(path, options.device)
     except FileNotFoundError:
         print(f"jax-gluon tune: there is no table {path}; `jax-gluon tune` makes one")
         return 1
@@ -109,14 +110,14 @@ def _show(options: argparse.Namespace, path: Path) -> int:
         return 1
     print("| operands | direction | H | S | gluon / baseline | fastest | ms |")
     print("|---|---|---|---|---|---|---|")
-    for row in rows:
+    for row in table.rows:
         print(
             f"| {row.operands} | {row.direction} | {row.H} | {row.S} | {row.ratio:.3f} "
             f"| {_describe(row.fastest)} | {1e3 * row.seconds[row.fastest]:.3f} |"
         )
     if options.plot:
         try:
-            plot(rows, options.plot, tuned_table.device_name(options.device))
+            plot(table.rows, options.plot, tuned_table.device_name(options.device))
         except ImportError:
             print('jax-gluon tune: --plot needs matplotlib: pip install "jax-gluon[tune]"')
             return 1
@@ -150,7 +151,3 @@ def plot(rows: tuple[Measurement, ...], path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

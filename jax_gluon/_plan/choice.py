@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -45,12 +44,13 @@ def kernels_of(
     """
     devices = _devices(problem)
     query = KernelQuery.of(problem, operands)
+    min_products = -1 if len(devices) == 1 else min_products_of(problem, operands)[0]
 
     def chosen(direction: Pass) -> Kernels:
         kernels: dict[str, Any] = {
             device: choose_kernel(check, query, direction, device, wishes)[0] for device in devices
         }
-        return Kernels(**kernels)
+        return Kernels(**kernels, metal_min_products=min_products)
 
     return PassKernels(*map(chosen, _PASSES))
 
@@ -85,7 +85,25 @@ def choose_kernel(
             raise ValueError(f'jax_gluon: {ENVIRONMENT} is "{given}"; allowed: {names}.')
         offer = next(offer for offer in offers if offer.name == given)
         return offer.kernel(), f"{given}: {ENVIRONMENT} says so"
-    return select_kernel(problem, offers, tuned_table.measured(device))
+    return select_kernel(problem, offers, tuned_table.measured(device).rows)
+
+
+#: More work than any call's.
+_NEVER = 2**63 - 1
+
+
+def min_products_of(problem: AttentionProblem, operands: Operands) -> tuple[int, str]:
+    """From how many multiply-accumulates on a call goes to Metal, -1 by default; and why."""
+    name = _operands_name(problem, operands)
+    for each in tuned_table.measured("metal").crossovers:
+        if each.operands != name:
+            continue
+        if each.min_products is None:
+            why = f"{name} is not faster there up to {each.max_products}, as measured here"
+            return _NEVER, why
+        return each.min_products, f"from {each.min_products} on, as measured here for {name}"
+    default: int = _native.plugin().METAL_MIN_PRODUCTS
+    return -1, f"from {default} on by default; `jax-gluon tune --device metal` measures it"
 
 
 def _wish_of(wishes: KernelWishes, direction: Pass) -> KernelWish | None:
@@ -124,8 +142,8 @@ def _devices(problem: AttentionProblem) -> list[Device]:
     """The devices that a call may run on."""
     if problem.implementation == "metal":
         return ["metal"]
-    may_be_metal = problem.implementation is None and sys.platform == "darwin"
-    return ["cpu", "metal"] if may_be_metal and _native.metal_device()[0] else ["cpu"]
+    is_open = problem.implementation is None
+    return ["cpu", "metal"] if is_open and _native.takes_metal() else ["cpu"]
 
 
 @dataclass(frozen=True)

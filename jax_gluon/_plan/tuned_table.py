@@ -11,14 +11,34 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_gluon import _native
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._plan.selection import PIPELINES, Measurement
 from jax_gluon._version import __version__
 
-_SCHEMA = 3
+_SCHEMA = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """From which size on the GPU pays: of one kind of operands, forward and backward together.
+
+    `min_products` are multiply-accumulates as the plugin counts them, B N T S (H + V); None where
+    the GPU was not the faster one at any size, of which the largest was `max_products`.
+    """
+
+    operands: str
+    min_products: int | None
+    max_products: int
+
+
+class Table(NamedTuple):
+    """What a file holds: times of kernels, and of Metal's also from which size on they pay."""
+
+    rows: tuple[Measurement, ...] = ()
+    crossovers: tuple[Crossover, ...] = ()
 
 
 def cache_folder() -> Path | None:
@@ -37,11 +57,12 @@ def device_name(device: str) -> str:
     """What `"cpu"` or `"metal"` is on this machine."""
     if device == "metal":
         return _native.metal_device()[0]
-    return f"{_processor()}, {_native.plugin().cpu_isa()}"
+    return f"{processor()}, {_native.plugin().cpu_isa()}"
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -59,7 +80,7 @@ def table_path(device: str) -> Path | None:
     return folder / f"tuned-{__version__}-{slug}.json"
 
 
-def measured(device: str) -> tuple[Measurement, ...]:
+def measured(device: str) -> Table:
     """The table of `"cpu"` or `"metal"`, read once for each state of its file.
 
     Empty where there is none; one that is broken, or another device's or version's, is ignored
@@ -69,12 +90,12 @@ def measured(device: str) -> tuple[Measurement, ...]:
     try:
         changed = path.stat().st_mtime_ns if path else None
     except OSError:
-        return ()
-    return () if path is None or changed is None else _read(path, device, changed)
+        return Table()
+    return Table() if path is None or changed is None else _read(path, device, changed)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path: Path, device: str, changed: int) -> tuple[Measurement, ...]:
+def _read(path: Path, device: str, changed: int) -> Table:
     del changed  # part of the cache's key
     try:
         return load(path, device)
@@ -83,11 +104,11 @@ def _read(path: Path, device: str, changed: int) -> tuple[Measurement, ...]:
             f"jax_gluon: the table {path} is ignored: {error}; `jax-gluon tune` makes a new one.",
             stacklevel=4,
         )
-        return ()
+        return Table()
 
 
-def load(path: Path, device: str) -> tuple[Measurement, ...]:
-    """The rows of a table.
+def load(path: Path, device: str) -> Table:
+    """The table of a file.
 
     **Raises:** `OSError`, `ValueError`, `TypeError` or `KeyError` for a file that is no table of
     this device and version.
@@ -101,7 +122,15 @@ def load(path: Path, device: str) -> tuple[Measurement, ...]:
     for name, value in wanted.items():
         if document[name] != value:
             raise ValueError(f'its {name} is "{document[name]}", not "{value}"')
-    return tuple(_from_json(**row) for row in document["rows"])
+    rows = tuple(_from_json(**row) for row in document["rows"])
+    return Table(rows, tuple(_crossover(**each) for each in document["crossovers"]))
+
+
+def _crossover(operands: str, min_products: int | None, max_products: int) -> Crossover:
+    for number in (min_products, max_products):
+        if number is not None and not 0 <= number < 2**63:
+            raise ValueError(f"a crossover has the number {number}")
+    return Crossover(operands, min_products, max_products)
 
 
 def _from_json(operands: str, direction: str, H: int, S: int, kernels: list[Any]) -> Measurement:
@@ -135,14 +164,15 @@ def _to_json(row: Measurement) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save(path: Path, device: str, rows: list[Measurement]) -> None:
+def save(path: Path, device: str, table: Table) -> None:
     """Writes a table; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "schema": _SCHEMA,
         "package": __version__,
         "device": device_name(device),
-        "rows": [_to_json(row) for row in rows],
+        "rows": [_to_json(row) for row in table.rows],
+        "crossovers": [dataclasses.asdict(each) for each in table.crossovers],
     }
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(document, indent=1), encoding="utf-8")

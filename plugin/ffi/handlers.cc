@@ -2,14 +2,18 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <new>
+#include <type_traits>
 
 #include "device.h"
 #include "ffi/buffer_reader.h"
 #include "ffi/call_reader.h"
 #include "ffi/codes_reader.h"
 #include "ffi/xla_parallel.h"
+#include "metal/choice.h"
 #include "metal/metal.h"
+#include "metal/self_test.h"
 #include "numerics.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -18,26 +22,39 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Where a call is to run, as its attribute `device` says.
-enum class Wanted : int64_t { kCpu = 0, kMetal = 1, kEither = 2 };
+constexpr int64_t kMaxProducts = std::numeric_limits<int64_t>::max();
+
+// Where a call is to run, as its attributes say: `min_products` is the work from which one that may
+// run on either goes to Metal, or -1.
+struct Wanted {
+  enum class Which : int64_t { kCpu = 0, kMetal = 1, kEither = 2 };
+  Which which;
+  int64_t min_products = -1;
+};
+using Which = Wanted::Which;
 
 // Runs `run` on the device that is wanted; `products` are the call's multiply-accumulates, and
 // `widest` its longest row.
 template <class Run>
 Status run_on(Wanted wanted, int64_t products, int64_t widest, Run run) {
-  if (wanted == Wanted::kCpu || (wanted == Wanted::kEither && !prefers_metal(products, widest))) {
+  const bool is_either = wanted.which == Which::kEither;
+  if (wanted.which == Which::kCpu ||
+      (is_either && !prefers_metal(products, widest, wanted.min_products))) {
     return run(cpu_device());
   }
   std::string why;
-  if (Device* device = metal_device(&why)) return run(*device);
-  if (wanted == Wanted::kEither) return run(cpu_device());
-  return "there is no Metal device: " + why;
+  Device* device = metal_device(&why);
+  const Status refusal = device ? refusal_of_metal() : "there is no Metal device: " + why;
+  if (!refusal) return run(*device);
+  if (is_either) return run(cpu_device());
+  return *refusal + "; implementation=\"cpu\" does without";
 }
 
 // Metal's kernels find D themselves, of the keys that they have.
 template <class Call>
 Wanted device_of_part(const Call& call, Wanted wanted) {
-  return call.is_partial && wanted == Wanted::kEither ? Wanted::kCpu : wanted;
+  if (call.is_partial && wanted.which == Which::kEither) wanted.which = Which::kCpu;
+  return wanted;
 }
 
 int64_t products_of(const AttentionCall& call) {
@@ -109,8 +126,12 @@ ffi::Error handle(const char* target, ffi::ThreadPool pool, ffi::RemainingArgs a
                   ffi::RemainingRets results, ffi::Dictionary attributes, Read read, Run run) {
   return guarded(target, [&] {
     BufferReader reader(target, args, results, attributes);
-    const auto wanted = static_cast<Wanted>(reader.integer("device", 0, 2));
+    Wanted wanted{static_cast<Which>(reader.integer("device", 0, 2))};
     const auto call = read(reader);
+    // The quantizer has no products, and no such minimum.
+    if (!std::is_same_v<std::decay_t<decltype(call)>, QuantizeCall>) {
+      wanted.min_products = reader.integer("metal_min_products", -1, kMaxProducts);
+    }
     reader.finish();
     if (reader.failed()) return ffi::Error::InvalidArgument(reader.error());
     XlaParallel parallel(pool);

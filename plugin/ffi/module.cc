@@ -5,7 +5,10 @@
 #include "device.h"
 #include "ffi/handlers.h"
 #include "ffi/kernel_query.h"
+#include "metal/choice.h"
 #include "metal/metal.h"
+#include "metal/self_test.h"
+#include "xla/ffi/api/c_api.h"
 
 namespace py = pybind11;
 
@@ -77,6 +80,8 @@ PYBIND11_MODULE(_plugin, module) {
       py::arg("reset"), "The kernels of the last attention calls, oldest first.");
   module.attr("KERNEL_NAMES") = py::tuple(py::cast(
       std::vector<std::string>(jax_gluon::kKernelNames.begin(), jax_gluon::kKernelNames.end())));
+  module.attr("FFI_API") =
+      std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);
   module.attr("METAL_MAX_HEAD_DIM") = jax_gluon::kMaxHeadDimOfMetal;
   module.attr("METAL_MAX_QUANTIZED_HEAD_DIM") = jax_gluon::kMaxQuantizedHeadDimOfMetal;
   module.def("cpu_isa", &jax_gluon::cpu_isa,
@@ -100,8 +105,34 @@ PYBIND11_MODULE(_plugin, module) {
         return py::make_tuple(is_there ? jax_gluon::metal_device_name() : "", why);
       },
       "Name of the Metal device, or an empty string and why there is none.");
+  module.def("metal_family", &jax_gluon::metal_device_family,
+             "The newest family of Apple's GPUs that the Metal device belongs to.");
+  module.def("metal_by_default", &jax_gluon::metal_by_default,
+             "Whether calls that may run on either device may go to Metal.");
+  module.attr("METAL_MIN_PRODUCTS") = jax_gluon::kMinProductsForMetal;
   module.def("prefers_metal", &jax_gluon::prefers_metal, py::arg("products"), py::arg("widest"),
-             "Whether a call that may run on either device is for Metal.");
+             py::arg("min_products"),
+             "Whether a call that may run on either device is for Metal: `min_products` is what "
+             "was measured, or -1.");
+  module.def("tests_metal", &jax_gluon::tests_metal,
+             "Whether the Metal device is tested before it is used.");
+  module.def(
+      "metal_self_test",
+      [](bool again) {
+        jax_gluon::MetalVerdict verdict;
+        {
+          const py::gil_scoped_release released;
+          verdict = jax_gluon::metal_verdict(again);
+        }
+        py::dict found;
+        found["passed"] = verdict.passed;
+        found["why"] = verdict.why;
+        found["remembered"] = verdict.remembered;
+        found["file"] = verdict.file;
+        return found;
+      },
+      py::arg("again"),
+      "Whether the Metal device computes what the CPU does: run once in a process, or remembered.");
   module.def(
       "metal_pin",
       [](uintptr_t address, size_t bytes) {

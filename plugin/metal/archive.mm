@@ -5,30 +5,10 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <cstdlib>
+
+#include "cache_folder.h"
 
 namespace jax_gluon::metal {
-namespace {
-
-// Empty where there is none.
-std::string cache_folder() {
-  if (const char* given = std::getenv("JAX_GLUON_CACHE_DIR"); given && *given) return given;
-#if !defined(__APPLE__)
-  if (const char* given = std::getenv("XDG_CACHE_HOME"); given && *given) {
-    return std::string(given) + "/jax_gluon";
-  }
-#endif
-  const char* home = std::getenv("HOME");
-  if (!home || !*home) return "";
-#if defined(__APPLE__)
-  return std::string(home) + "/Library/Caches/jax_gluon";
-#else
-  return std::string(home) + "/.cache/jax_gluon";
-#endif
-}
-
-}  // namespace
-
 Archive::Archive(id<MTLDevice> device, const std::string& name) : device_(device) {
   const std::string folder = cache_folder();
   if (folder.empty()) return;

@@ -2,12 +2,14 @@
 #import <Foundation/Foundation.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "metal/attention_encoder.h"
 #include "metal/commands.h"
 #include "metal/context.h"
 #include "metal/metal.h"
 #include "metal/quantize_encoder.h"
+#include "metal/shader_sources.h"
 #include "numerics.h"
 
 #if defined(JAX_GLUON_SOFTWARE_METAL)
@@ -234,9 +236,21 @@ void unpin(int64_t number) {
 }
 int64_t pin_uses(int64_t number) { return the_context->pins().uses(number); }
 
+std::string family_of(id<MTLDevice> device) {
+  const std::pair<MTLGPUFamily, const char*> families[] = {
+      {MTLGPUFamilyApple9, "Apple9"},
+      {MTLGPUFamilyApple8, "Apple8"},
+      {MTLGPUFamilyApple7, "Apple7"},
+  };
+  for (const auto& [family, name] : families) {
+    if ([device supportsFamily:family]) return name;
+  }
+  return "none";
+}
+
 struct Made {
   JaxGluonMetal metal = {};
-  std::string why, name;
+  std::string why, name, family;
 };
 
 Made make() {
@@ -250,6 +264,8 @@ Made make() {
       made.metal.unpin = unpin;
       made.metal.pin_uses = pin_uses;
       made.name = context.device().name.UTF8String;
+      made.family = family_of(context.device());
+      made.metal.shaders = kShaderSourcesDigest;
 #if defined(JAX_GLUON_SOFTWARE_METAL)
       made.metal.counters_json = softmetal_counters_json;
       made.metal.counters_reset = softmetal_counters_reset;
@@ -279,5 +295,6 @@ extern "C" __attribute__((visibility("default"))) const JaxGluonMetal* jax_gluon
   if (!kept.metal.device) kept = jax_gluon::metal::make();
   kept.metal.why = kept.why.c_str();
   kept.metal.name = kept.name.c_str();
+  kept.metal.family = kept.family.c_str();
   return &kept.metal;
 }

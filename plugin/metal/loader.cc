@@ -72,6 +72,16 @@ std::string metal_device_name() {
   return found.metal ? found.metal->name : "";
 }
 
+std::string metal_device_family() {
+  const Loaded found = loaded();
+  return found.metal ? found.metal->family : "";
+}
+
+std::string metal_shaders() {
+  const Loaded found = loaded();
+  return found.metal ? found.metal->shaders : "";
+}
+
 int64_t metal_pin(const void* address, size_t bytes, std::string* why) {
   const Loaded found = loaded();
   if (found.metal) return found.metal->pin(address, bytes, why);

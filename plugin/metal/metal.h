@@ -15,20 +15,13 @@ Device* metal_device(std::string* why);
 // The head dims that its kernels take, of attention and of the quantizer.
 constexpr int64_t kMaxHeadDimOfMetal = 256, kMaxQuantizedHeadDimOfMetal = 512;
 
-// Whether a call that may run on either is for Metal: on a real GPU, with enough work to pay for
-// the launch, and with rows that its kernels take. The minimum has not been measured on any GPU.
-constexpr int64_t kMinProductsForMetal = int64_t{1} << 28;
-inline bool prefers_metal([[maybe_unused]] int64_t products, [[maybe_unused]] int64_t widest) {
-#if defined(__APPLE__)
-  return products >= kMinProductsForMetal && widest <= kMaxHeadDimOfMetal;
-#else
-  return false;
-#endif
-}
-
 // What `metal_device` is called: that of a real GPU, or "Software Metal". Empty where there is
 // none.
 std::string metal_device_name();
+// The newest family of Apple's GPUs that it belongs to: "Apple7" and so on, or "none".
+std::string metal_device_family();
+// A digest of the shaders that it compiles.
+std::string metal_shaders();
 
 // Work of each dispatch of the software device since the last reset, as a JSON array; "[]" on a
 // real GPU, which does not count.
@@ -49,6 +42,8 @@ struct JaxGluonMetal {
   jax_gluon::Device* device;  // null: `why` says so
   const char* why;
   const char* name;
+  const char* family;
+  const char* shaders;
   int64_t (*pin)(const void* address, size_t bytes, std::string* why);
   void (*unpin)(int64_t pin);
   int64_t (*pin_uses)(int64_t pin);

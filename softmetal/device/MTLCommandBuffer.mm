@@ -322,6 +322,9 @@ NSError* injected_error() {
 
 - (NSError*)softmetal_runPasses {
   if (NSError* error = softmetal::injected_error()) return error;
+  if (fault(Fault::kHang)) {
+    for (;;) pause();
+  }
   softmetal::begin_command_buffer();
   const double limit = softmetal::time_limit();
   const double deadline = limit > 0 ? softmetal::now() + limit : 0;

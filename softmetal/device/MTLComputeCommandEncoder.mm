@@ -2,10 +2,12 @@
 #include <array>
 
 #include "softmetal/device/device.h"
+#include "softmetal/device/faults.h"
 #include "softmetal/device/settings.h"
 
 using softmetal::Argument;
 using softmetal::ArgumentKind;
+using softmetal::fault;
 using softmetal::misuse;
 using softmetal::Reference;
 
@@ -57,6 +59,7 @@ NSError* run(const Work& work, double deadline) {
     memcpy(dispatch.grid, from, sizeof dispatch.grid);
   }
   dispatch.grid_in_threads = work.grid_in_threads;
+  if (dispatch.grid[0] > 1 && fault(softmetal::Fault::kLostThreadgroup)) --dispatch.grid[0];
   dispatch.seed = softmetal::seed();
   if (deadline != 0) dispatch.time_limit = std::max(deadline - softmetal::now(), 1e-3);
   const softmetal::DispatchResult result = softmetal::run(dispatch);

@@ -13,10 +13,11 @@ namespace softmetal {
 namespace {
 
 constexpr const char* kNames[] = {
-    "nil_device",      "old_family",           "old_language",
-    "compile_failure", "pipeline_failure",     "out_of_memory",
-    "no_copy_refused", "command_buffer_error", "command_buffer_out_of_memory",
-    "watchdog",        "slow_completion",
+    "nil_device",       "old_family",           "old_language",
+    "compile_failure",  "pipeline_failure",     "out_of_memory",
+    "no_copy_refused",  "command_buffer_error", "command_buffer_out_of_memory",
+    "watchdog",         "slow_completion",      "hang",
+    "lost_threadgroup",
 };
 static_assert(std::size(kNames) == static_cast<size_t>(Fault::kCount));
 

@@ -15,6 +15,8 @@ enum class Fault {
   kCommandBufferMemory,  // a command buffer ends out of memory
   kWatchdog,             // a command buffer is ended by the watchdog
   kSlowCompletion,       // a command buffer completes 0.2 s late
+  kHang,                 // a command buffer never ends
+  kLostThreadgroup,      // a dispatch leaves out its last threadgroups, and says nothing
   kCount,
 };
 

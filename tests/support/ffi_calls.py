@@ -170,6 +170,7 @@ def attention(target, formats="float", *, full=True):
         "cpu_subtile": np.int64(0),
         "cpu_stages": np.int64(0),
         "metal_kernel": "baseline",
+        "metal_min_products": np.int64(-1),
         "scale": np.float32(0.5),
         "soft_cap": np.float32(0.0),
         "head_major": np.int64(0),

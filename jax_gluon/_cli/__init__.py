@@ -1,0 +1,30 @@
+"""The command `jax-gluon`: a file for each of its commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from jax_gluon._cli import tune
+from jax_gluon._version import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="jax-gluon", description="Quantized flash attention that trains, in JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"jax-gluon {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (tune,):
+        command.add(commands)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(options, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest, options.parser = rest, parser
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # `jax-gluon doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
