@@ -1,5 +1,6 @@
 """Quantized flash attention that trains, in JAX, on every CPU."""
 
+from jax_gluon import _requirements  # isort: skip
 from jax_gluon import _native, debug, reference
 from jax_gluon._attention import (
     Plan,
@@ -60,4 +61,5 @@ __all__ = [
     "ring_attention",
 ]
 
+del _requirements
 _native.register()

@@ -30,9 +30,7 @@ void softmetal_counters_reset(void);
 //   watchdog                       a command buffer is ended by the watchdog
 //   slow_completion                a command buffer completes 0.2 s late
 //   hang                           a command buffer never ends
-//   lost_threadgroup               a dispatch leaves out the last threadgroup of every row, and
-//   says
-//                                  nothing: results that are finite and wrong
+//   lost_threadgroup               a dispatch leaves out some threadgroups: finite, wrong results
 int softmetal_inject_fault(const char* name, int count);
 void softmetal_clear_faults(void);
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from jax_gluon._cli import tune
+from jax_gluon._cli import doctor, programs, tune
 from jax_gluon._version import __version__
 
 
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"jax-gluon {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (tune,):
+    for command in (doctor, tune, programs):
         command.add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "takes_more", False):

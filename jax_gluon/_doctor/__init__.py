@@ -1,0 +1,1 @@
+"""What `jax-gluon doctor` finds out of this machine: facts, a test of the kernels, and plans."""
