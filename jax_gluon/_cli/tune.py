@@ -9,9 +9,12 @@ from typing import Any
 
 from jax_gluon import _native
 from jax_gluon import _tuning as tuning
+from jax_gluon._cli.console import complain
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._plan import tuned_table
 from jax_gluon._plan.selection import Measurement
+from jax_gluon._plan.tuned_table import Crossover
+from jax_gluon._timing import MIN_ROUNDS
 
 
 def add(commands: Any) -> None:
@@ -20,11 +23,17 @@ def add(commands: Any) -> None:
         "tune",
         help="measure which kernel is fastest here, for kernel=None to choose by",
         description="Times both pipelines, with several sizes of blocks, over a grid of lengths, "
-        "head dims, operands and directions. What was measured is kept: run it again to go on.",
+        "head dims, operands and directions; with --device metal also from which size on the GPU "
+        "is faster than the CPU. What is sure is kept: run it again to go on.",
     )
     parser.add_argument("--device", choices=["cpu", "metal"], default="cpu")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop after as many")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each kernel")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=MIN_ROUNDS,
+        help="turns of each kernel; up to four times as many where they differ",
+    )
     parser.add_argument("--table", type=Path, help="the file; default in the user's cache folder")
     parser.add_argument("--show", action="store_true", help="print the table, measure nothing")
     parser.add_argument("--plot", type=Path, help="with --show: draw the crossover to this file")
@@ -36,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = options.parser
     if options.plot and not options.show:
         parser.error("--plot goes with --show")
-    if options.rounds < 1:
-        parser.error(f"--rounds is {options.rounds}; allowed: at least 1")
+    if options.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds is {options.rounds}; allowed: at least {MIN_ROUNDS}")
     if options.device == "metal":
         name, why = _native.metal_device()
         if not name:
@@ -49,23 +58,49 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace, path: Path) -> int:
-    total = len(tuning.cases())
     print(f"{tuned_table.device_name(options.device)}: {path}")
-    done = 0
+    try:
+        tuned_table.check_writable(path)
+    except OSError as error:
+        return complain("tune", f"{path} can't be written: {error}; name another with --table")
+    if path.exists():
+        try:
+            tuned_table.load(path, options.device)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            print(f"what is there is no table of this device ({error}); it is kept as *.broken")
+    total = len(tuning.cases()) + (len(tuning.OPERANDS) if options.device == "metal" else 0)
+    done: dict[tuning.Case | str, bool] = {}  # whether it is sure
     with _progress(total) as bar:
-        for case, row in tuning.tune(
+        for case, found in tuning.tune(
             path, options.device, seconds=options.seconds, rounds=options.rounds
         ):
-            done += 1
-            bar.update()
-            if row is not None:
-                bar.write(
-                    f"{case.operands} {case.direction} H{case.H} S{case.S}: "
-                    f"gluon / baseline {row.ratio:.3f}, fastest {_describe(row.fastest)}"
-                )
-    if done < total:
-        print(f"{done} of {total} measured in the time; run it again to go on")
+            if case not in done:
+                bar.update()
+            done[case] = not isinstance(found, tuning.Unsure)
+            if found is not None:
+                bar.write(f"{case}: {_outcome(found)}")
+    if unsure := len(done) - sum(done.values()):
+        print(
+            f"{unsure} not kept: their rounds differ too much. Other programs use the machine; run "
+            "it again when they do not"
+        )
+    if len(done) < total:
+        print(f"{len(done)} of {total} measured in the time; run it again to go on")
     return 0
+
+
+def _outcome(found: Measurement | Crossover | tuning.Unsure) -> str:
+    if isinstance(found, tuning.Unsure):
+        return f"NOT KEPT, unsure: {found.found}"
+    if isinstance(found, Crossover):
+        return f"the GPU pays {_crossover(found)}"
+    return f"gluon / baseline {found.ratio:.3f}, fastest {_describe(found.fastest)}"
+
+
+def _crossover(found: Crossover) -> str:
+    if found.min_products is None:
+        return f"nowhere up to {found.max_products} multiply-accumulates"
+    return f"from {found.min_products} multiply-accumulates on"
 
 
 def _describe(kernel: CpuKernel | MetalKernel) -> str:
@@ -115,6 +150,8 @@ def _show(options: argparse.Namespace, path: Path) -> int:
             f"| {row.operands} | {row.direction} | {row.H} | {row.S} | {row.ratio:.3f} "
             f"| {_describe(row.fastest)} | {1e3 * row.seconds[row.fastest]:.3f} |"
         )
+    for each in table.crossovers:
+        print(f"\n{each.operands}: the GPU pays {_crossover(each)}")
     if options.plot:
         try:
             plot(table.rows, options.plot, tuned_table.device_name(options.device))

@@ -21,17 +21,12 @@ from jax_gluon._doctor import oracle
 from jax_gluon._errors import Checker
 from jax_gluon._kernels import Device, KernelName, Pass
 from jax_gluon._plan.choice import KernelQuery
-from jax_gluon._quantization.formats import AttentionQuantization, Preset, preset
+from jax_gluon._quantization.formats import AttentionQuantization, preset
 from jax_gluon._quantize import quantize
+from jax_gluon._tuning import OPERANDS
 
-#: The operands that are tested: dtype of the floats, and the preset that makes codes of them.
-FORMATS: dict[str, tuple[Any, Preset | None]] = {
-    "float32": (jnp.float32, None),
-    "bfloat16": (jnp.bfloat16, None),
-    "float16": (jnp.float16, None),
-    "int8": (jnp.float32, "int8"),
-    "int4": (jnp.float32, "int4"),
-}
+#: The operands that are tested.
+FORMATS = OPERANDS
 #: Relative L2 of output and of gradients, one and a half times or twice those that kernels are held
 #: to over many rows: here are few. Whatever is broken is over them by far.
 BARS: dict[str, tuple[float, float]] = {

@@ -164,6 +164,14 @@ def _to_json(row: Measurement) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_writable(path: Path) -> None:
+    """Raises `OSError` where a table can't be kept at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text("", encoding="utf-8")
+    partial.unlink()
+
+
 def save(path: Path, device: str, table: Table) -> None:
     """Writes a table; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,15 @@
 """`jax-gluon tune`: its table, and what becomes of broken ones."""
 
+import dataclasses
+import itertools
 import json
 import warnings
 
+import numpy as np
 import pytest
 
 from jax_gluon import _cli as cli
+from jax_gluon import _timing
 from jax_gluon import _tuning as tuning
 from jax_gluon._plan import tuned_table
 from jax_gluon._plan.selection import Measurement
@@ -122,29 +126,208 @@ def few_cases(monkeypatch):
     return cases
 
 
-def test_tune_measures_and_goes_on_where_it_was(table, few_cases, monkeypatch, capsys):
-    assert cli.main(["tune", "--rounds", "1"]) == 0
+class Clock:
+    """A clock that stands still but for the contenders: each call takes what its list says next."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def contender(self, seconds):
+        """A call that takes the seconds of an endless sequence."""
+
+        def run():
+            self.now += next(seconds)
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(_timing, "perf_counter", clock)
+    return clock
+
+
+def compared(clock, sequences, rounds=5, least=0.0):
+    settled = []
+
+    def is_settled(found):
+        settled.append(found.ratio("b", "a"))
+        return settled[-1].is_sure
+
+    contenders = {name: clock.contender(seconds) for name, seconds in sequences.items()}
+    found = _timing.compare(contenders, is_settled, rounds=rounds, least=least)
+    return found, settled
+
+
+def turns(*seconds):
+    """For `least` 0: the call that compiles, then each round's two, of which one counts."""
+    yield 99.0
+    for each in itertools.cycle(seconds):
+        yield 99.0
+        yield each
+
+
+def test_a_quiet_machine_settles_it_at_once(clock):
+    noise = 1.0 + 0.02 * np.random.default_rng(0).standard_normal(100)
+    found, settled = compared(clock, {"a": turns(1.0), "b": turns(*(0.93 * noise))})
+    assert len(settled) == 1
+    assert found.ratio("b", "a").median == pytest.approx(0.93, rel=0.03)
+    assert found.seconds() == {"a": 1.0, "b": pytest.approx(0.93, rel=0.03)}
+
+
+def test_an_outlier_is_outvoted_by_more_rounds(clock):
+    """Three rounds of the first five are disturbed, as were those that once gave 0.125."""
+    disturbed = itertools.chain([8.0, 8.0, 8.0], itertools.repeat(1.0))
+    found, settled = compared(
+        clock, {"a": turns(*itertools.islice(disturbed, 40)), "b": turns(0.93)}
+    )
+    assert settled[0].median == pytest.approx(0.93 / 8)
+    assert not settled[0].is_sure
+    assert settled[-1].is_sure
+    assert settled[-1].median == pytest.approx(0.93)
+    assert found.seconds()["b"] == pytest.approx(0.93)
+
+
+def test_what_never_settles_is_not_sure(clock):
+    found, settled = compared(clock, {"a": turns(1.0, 8.0), "b": turns(1.0)})
+    assert len(settled) == 4
+    assert len(found.times["a"]) == 20
+    assert not any(ratio.is_sure for ratio in settled)
+    assert (settled[-1].low, settled[-1].high) == (1 / 8, 1.0)
+
+
+def test_what_slows_all_down_cancels(clock):
+    load = [1.0, 1.0, 3.0, 7.0, 2.0, 5.0, 1.0]
+    found, settled = compared(
+        clock, {"a": turns(*load), "b": turns(*(0.5 * each for each in load))}
+    )
+    assert len(settled) == 1
+    assert found.ratio("b", "a") == _timing.Ratio(0.5, 0.5, 0.5, 5)
+
+
+def test_a_hiccup_within_a_turn_is_no_round(clock):
+    """Of the calls of a turn the median counts: one in five is disturbed."""
+    calls = itertools.chain([9.0, 9.0], itertools.cycle([1.0, 1.0, 20.0, 1.0, 1.0]))
+    sequences = {"a": calls, "b": itertools.repeat(0.9)}
+    found, settled = compared(clock, sequences, least=2.5)
+    assert len(settled) == 1
+    assert set(found.times["a"]) == {1.0}
+
+
+def test_the_interval_of_a_median():
+    """That of the binomial distribution: 5 and 6 values use all, 20 leave out 5 at each end."""
+    for n, cut in ((1, 0), (4, 0), (5, 0), (7, 0), (8, 1), (20, 5)):
+        ratio = _timing._median([float(i) for i in range(n)])
+        assert (ratio.low, ratio.high) == (cut, n - 1 - cut), n
+        assert ratio.median == (n - 1) / 2
+
+
+def _planted(monkeypatch, clock, seconds):
+    """Calls that take no time but the clock's: `seconds(case, kernel, device)` of it."""
+
+    def call_of(case, device, kernel):
+        return clock.contender(seconds(case, device, kernel))
+
+    monkeypatch.setattr(tuning, "call_of", call_of)
+
+
+def test_tune_keeps_what_is_sure_and_says_what_is_not(table, few_cases, clock, monkeypatch, capsys):
+    disturbed = few_cases[0].operands
+
+    def seconds(case, device, kernel):
+        usual = 1.0 if kernel.name == "baseline" else 0.93
+        if case.operands == disturbed and kernel.name == "baseline":
+            return itertools.cycle([1.0, 1.0, 8.0])
+        return itertools.repeat(usual)
+
+    _planted(monkeypatch, clock, seconds)
+    assert cli.main(["tune"]) == 0
+    text = "".join(capsys.readouterr())
+    (row,) = tuned_table.measured("cpu").rows
+    assert (row.operands, row.ratio) == ("int8", pytest.approx(0.93))
+    assert set(row.seconds) == set(tuning.kernels_of(few_cases[1], "cpu"))
+    assert "int8 backward H64 S64: gluon / baseline 0.930, fastest gluon" in text
+    assert "float32 forward H64 S64: NOT KEPT, unsure: gluon / baseline " in text
+    assert "20 rounds)" in text
+    assert "1 not kept: their rounds differ too much." in text
+
+    # The machine is quiet again: what is there is not measured anew.
+    disturbed = ""
+    measured = []
+    measure = tuning.measure
+    monkeypatch.setattr(
+        tuning, "measure", lambda case, *x, **y: measured.append(case) or measure(case, *x, **y)
+    )
+    assert cli.main(["tune"]) == 0
+    assert measured == few_cases[:1]
+    assert [each.operands for each in tuned_table.measured("cpu").rows] == ["int8", "float32"]
+    assert "not kept" not in "".join(capsys.readouterr())
+
+
+def test_what_was_unsure_is_tried_again_at_the_end(table, few_cases, clock, monkeypatch):
+    calls = []
+
+    def measure(case, device, **keywords):
+        calls.append(case)
+        if case == few_cases[0] and len(calls) == 1:
+            return tuning.Unsure("so it was")
+        return _row(*dataclasses.astuple(case), 1.0, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    found = list(tuning.tune(table, "cpu", seconds=99.0))
+    assert calls == [*few_cases, few_cases[0]]
+    assert [case for case, _ in found] == calls
+    assert len(tuned_table.measured("cpu").rows) == 2
+
+
+def test_real_calls_are_timed(table, few_cases, monkeypatch, capsys):
+    monkeypatch.setattr(_timing, "MAX_SPREAD", 1e9)  # of a machine that runs other tests
+    monkeypatch.setattr(tuning.tune, "__kwdefaults__", {"rounds": 5, "least": 0.0})
+    assert cli.main(["tune"]) == 0
     first = tuned_table.measured("cpu").rows
-    assert [(row.operands, row.direction, row.H, row.S) for row in first] == [
-        ("float32", "forward", 64, 64),
-        ("int8", "backward", 64, 64),
-    ]
     for row, case in zip(first, few_cases, strict=True):
+        assert (row.operands, row.direction, row.H, row.S) == dataclasses.astuple(case)
         assert set(row.seconds) == set(tuning.kernels_of(case, "cpu"))
         assert all(seconds > 0 for seconds in row.seconds.values())
 
-    few_cases.append(tuning.Case("float16", "forward", 64, 64))
-    measured = []
 
-    def measure(case, device, **keywords):
-        measured.append(case)
-        return _row("float16", "forward", 64, 64, 1.0, 1.5, 2.0)
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([4.0, 2.0, 1.5], None),
+        ([0.5, 2.0, 1.5], None),
+        ([0.9, 0.5], 100),
+        ([2.0, 0.5], 1000),  # halfway, of powers
+        ([4.0, 0.5, 0.4], 100 * 100 ** (2 / 3)),
+        ([0.5, 2.0, 0.5, 0.4], 100_000),
+    ],
+)
+def test_where_the_gpu_begins_to_pay(ratios, expected):
+    points = [(100 * 100**i, ratio) for i, ratio in enumerate(ratios)]
+    found = tuning.crossing(points)
+    assert found == (None if expected is None else round(expected))
 
-    monkeypatch.setattr(tuning, "measure", measure)
+
+def test_a_table_that_is_broken_is_set_aside(table, few_cases, clock, monkeypatch, capsys):
+    _planted(monkeypatch, clock, lambda case, device, kernel: itertools.repeat(1.0))
+    table.write_text("{")
     assert cli.main(["tune"]) == 0
-    assert measured == few_cases[2:]
-    assert tuned_table.measured("cpu").rows[:2] == first
-    assert "gluon / baseline 2.000" in capsys.readouterr().out + capsys.readouterr().err
+    assert "it is kept as *.broken" in capsys.readouterr().out
+    assert table.with_name(f"{table.name}.broken").read_text() == "{"
+    assert len(tuned_table.measured("cpu").rows) == 2
+
+
+def test_a_folder_that_can_not_be_written_is_named_first(tmp_path, few_cases, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "measure", lambda *x, **y: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert cli.main(["tune", "--table", str(tmp_path / "file" / "table.json")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jax-gluon tune: ")
+    assert "can't be written" in line
 
 
 def test_tune_stops_in_time(table, few_cases, capsys):
@@ -173,7 +356,7 @@ def test_show(table, tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["tune", "--plot", "x.png"], "--plot goes with --show"),
-        (["tune", "--rounds", "0"], "--rounds is 0; allowed: at least 1"),
+        (["tune", "--rounds", "4"], "--rounds is 4; allowed: at least 5"),
         (["tune", "--device", "tpu"], "invalid choice"),
         ([], "required"),
     ],
