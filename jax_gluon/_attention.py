@@ -138,8 +138,10 @@ def dot_product_attention(
     - `return_residual`: also return the log-sum-exp of each row.
     - `quantization`: `"int8"`, `"int4"` or an `AttentionQuantization`: how the float arrays among
       query, key and value are quantized first. The gradient is straight through, the exact one at
-      the dequantized operands, and backward keeps the codes. None computes with the operands as
-      given.
+      the dequantized operands, and backward keeps the codes. A name leaves float keys and values,
+      and the query, in float where T is at most 4: a step of generation would make codes of all
+      keys to use them once. An `AttentionQuantization` quantizes whatever T is. None computes with
+      the operands as given.
     - `logits_soft_cap`: positive c, which turns a logit x into `c * tanh(x / c)`.
     - `sinks`: float `[N]`, a logit for each query head that is in the denominator of the softmax
       alone, after scale and soft cap: `P = exp(x) / (exp(sink) + sum exp(x))`. It takes a gradient.
@@ -343,6 +345,8 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
         device, reason = None, refusal
     else:
         device, reason = None, f'the plugin has no kernels for platform "{platform}"'
+    if arguments.left_in_float is not None:
+        reason = f"{reason}; {arguments.left_in_float}"
     if device is None:
         reasons = (reason, "XLA generates the code: no kernel to choose")
         return Plan("xla", None, None, None, reasons)

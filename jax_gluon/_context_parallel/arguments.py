@@ -19,7 +19,7 @@ from jax_gluon._layouts import swapped_operands
 from jax_gluon._logit_arguments import bias_of, mask_of, warn_of_visible_keys
 from jax_gluon._operand_arguments import shape_of
 from jax_gluon._problem import AttentionProblem, Operands
-from jax_gluon._quantization.formats import QuantizedTensor
+from jax_gluon._quantization.formats import PRESETS, QuantizedTensor
 from jax_gluon._token_arguments import lengths_of_batch
 
 #: Keywords whose meaning is of the whole sequence, or that have none here.
@@ -48,6 +48,9 @@ def check_context(
     axis_name, shards = axis
     query, key, value, bias, mask = operands
     local = {name: x for name, x in keywords.items() if name not in _OF_ALL}
+    # A device's part of the queries says nothing of how many there are.
+    if isinstance(name := local.get("quantization"), str) and name in PRESETS:
+        local["quantization"] = PRESETS[name]
     checked = check_arguments(check, query, key, value, None, None, **local)
     layout = layout_of(check, "token_layout", token_layout)
     if checked.differentiation == "any":
