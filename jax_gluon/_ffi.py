@@ -23,6 +23,7 @@ from jax_gluon._kernels import Kernels
 from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._meshes import vary_like
 from jax_gluon._operands import quantize_operands, with_codes
+from jax_gluon._pages import in_one_piece, key_value_length, page_tokens
 from jax_gluon._problem import (
     AttentionProblem,
     Layout,
@@ -73,6 +74,10 @@ def _problem_attributes(problem: AttentionProblem, operands: Operands) -> dict[s
         ),
         "has_positions": np.int64(operands.positions is not None),
         "dropout_threshold": np.int64(threshold_of(problem.dropout_rate)),
+        "page_tokens": np.int64(page_tokens(operands)),
+        "table_pages": np.int64(
+            0 if operands.page_table is None else operands.page_table.shape[-1]
+        ),
         **_format_attributes("query", operands.query),
         **_format_attributes("key", operands.key),
         **_format_attributes("value", operands.value),
@@ -111,8 +116,8 @@ def kernel_query(
     if any(isinstance(x, QuantizedTensor) and x.spec.rotate for x in given[:3]):
         given = jax.eval_shape(_unrotated, given)
     _, T, N, H = given.query.shape
-    _, S, K, _ = given.key.shape
-    extents = {"T": assumed(T), "S": assumed(S), "N": N, "K": K, "H": H, "V": given.value.shape[-1]}
+    K, V, S = given.key.shape[2], given.value.shape[-1], key_value_length(given)
+    extents = {"T": assumed(T), "S": assumed(S), "N": N, "K": K, "H": H, "V": V}
     attributes = _problem_attributes(problem, given)
     names = {
         f"{name}_dtype": (x.data if isinstance(x, QuantizedTensor) else x).dtype.name
@@ -137,7 +142,7 @@ def _format_attributes(name: str, x: jax.Array | QuantizedTensor) -> dict[str, n
 
 def _arguments(operands: Operands) -> list[jax.Array]:
     # The leaves of a QuantizedTensor are data, scale, zero point or minimum, center; those of a
-    # BlockMask index and tiles.
+    # BlockMask index and tiles. A page table is the last.
     return jax.tree.leaves(operands)
 
 
@@ -154,6 +159,8 @@ def _unrotated(operands: Operands) -> Operands:
     def plain(x: jax.Array | QuantizedTensor) -> jax.Array | QuantizedTensor:
         return x.dequantize(jnp.float32) if isinstance(x, QuantizedTensor) and is_rotated(x) else x
 
+    if is_rotated(operands.key) or is_rotated(operands.value):
+        operands = in_one_piece(operands)
     query, key, value = operands[:3]
     if not (is_rotated(query) and is_rotated(key)):
         query, key = plain(query), plain(key)

@@ -21,6 +21,7 @@ from jax_gluon._cuda import cudnn
 from jax_gluon._derivative_modes import not_differentiated
 from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._operands import quantize_operands, with_codes
+from jax_gluon._pages import in_one_piece
 from jax_gluon._problem import AttentionProblem, Operands, Residuals, Tangents
 from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._sharding.partitioned import partitioned
@@ -280,6 +281,7 @@ def _swapped_cotangents(
     d_log_sum_exp: jax.Array | None,
 ) -> tuple[Residuals, jax.Array, jax.Array | None]:
     residuals, d_out, d_log_sum_exp = not_differentiated((residuals, d_out, d_log_sum_exp))
+    residuals = residuals._replace(operands=in_one_piece(residuals.operands))
     return swapped_residuals(problem, residuals), *swapped(problem, (d_out, d_log_sum_exp))
 
 

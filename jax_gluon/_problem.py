@@ -77,7 +77,9 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     keys stand at `positions` (int32 `[B, T]` and `[B, S]`). A row sees keys of its segment only,
     where there are `segment_ids` (likewise). `sinks` `[1, N]`, float32 (float64 for float64
     operands), are logits that are in the denominator alone. `dropout_seeds` (int32 `[B, 7]`) are
-    there where the problem's `dropout_rate` is not 0.
+    there where the problem's `dropout_rate` is not 0. With a `page_table` (int32 `[B, P]`) key and
+    value are codes in pages, `[pages, tokens, K, H]`, whose centers alone are `[B, 1, K, H]`: token
+    j of entry b is in page `page_table[b, j // tokens]`. S is then P pages.
     """
 
     query: _Rows
@@ -93,6 +95,7 @@ class AttentionOperands(NamedTuple, Generic[_Rows]):
     segment_ids: tuple[jax.Array, jax.Array] | None = None
     positions: tuple[jax.Array, jax.Array] | None = None
     dropout_seeds: jax.Array | None = None
+    page_table: jax.Array | None = None
 
 
 Operands = AttentionOperands[jax.Array | QuantizedTensor]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gluon._dimensions import is_static, min_extent, number
+from jax_gluon._pages import key_value_length
 from jax_gluon._problem import MIN_LOGIT, AttentionOperands, AttentionProblem, Operands
 from jax_gluon._quantization.formats import QuantizedTensor
 
@@ -36,7 +37,7 @@ def visible_tokens(
     sees it, where heads are split over axes of a mesh on any of their devices.
     """
     B, T = operands.query.shape[:2]
-    S = operands.key.shape[1]
+    S = key_value_length(operands)
     query = keys = None
     if operands.query_seq_lengths is not None:
         query = tokens_within(operands.query_seq_lengths, T)

@@ -25,11 +25,16 @@ constexpr size_t size_of(DType dtype) {
 // A read-only operand of logical shape [batch, d1, d2, d3], every stride in elements, 0 on a
 // broadcast axis. `batch_offset[b]` is where flat batch index b starts: leading axes that vmap adds
 // fold into the batch, and an operand that was not mapped has repeated offsets.
+//
+// Tokens (d1) may be in pages, whose tokens alone are `stride[0]` apart: `batch_offset` then has
+// where each of an entry's `pages` starts, and of blocks of tokens a page holds whole ones.
 struct Operand {
   const void* data = nullptr;
   DType dtype = DType::kF32;
   std::vector<int64_t> batch_offset;
   int64_t stride[3] = {0, 0, 0};
+  int64_t pages = 0;   // of an entry, 0: tokens are in one piece
+  int page_shift = 0;  // a page has 2^page_shift tokens
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -164,6 +169,8 @@ struct AttentionCall {
   // Both or neither, in place of indices: what causal and window are meant in.
   TokenIntegers query_positions, key_value_positions;
   Dropout dropout;
+  // Of keys and values in pages; 0: they are in one piece. S is then a multiple of it.
+  int64_t page_tokens = 0;
   // What all of these let rows see, where there are segments or positions: what kernels read.
   std::vector<std::shared_ptr<const VisibleKeys>> visible_keys;
 

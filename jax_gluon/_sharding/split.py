@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax_gluon import _dropout as dropout
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._problem import AttentionOperands, AttentionProblem, Operands, Residuals
+from jax_gluon._quantization.formats import QuantizedTensor
 
 _Tree = TypeVar("_Tree")
 _AnyOperands = TypeVar("_AnyOperands", bound=AttentionOperands[Any])
@@ -37,6 +39,8 @@ WHOLE = Split()
 # Axes of every operand and result, a letter each: b batch, n query heads, k kv heads; along the
 # others no device has a part. Those of codes are the same for data, scales and all that they have.
 LENGTHS, TOKENS, ROWS, QUERY, KEY, LOGITS = "b", "b.", "b.n", "b.n.", "b.k.", "bn.."
+#: Of keys and values in pages, which every device has of all entries.
+PAGES = "..k."
 _OPERANDS: Any = cast(Any, AttentionOperands)(
     query=QUERY,
     key=KEY,
@@ -51,18 +55,29 @@ _OPERANDS: Any = cast(Any, AttentionOperands)(
     segment_ids=TOKENS,
     positions=TOKENS,
     dropout_seeds=TOKENS,
+    page_table=TOKENS,
 )
 
 
 def axes_of_operands(operands: AttentionOperands[Any]) -> Any:
     """The letters of the operands' axes: a tree that is a prefix of theirs."""
-    mask: Any = operands.mask
-    if not isinstance(mask, BlockMask):
-        return _OPERANDS
-    index: Any = LOGITS
-    tiles: Any = "...."
-    axes = BlockMask(index, tiles, mask.query_length, mask.key_value_length)
-    return _OPERANDS._replace(mask=axes)
+    axes, mask = _OPERANDS, operands.mask
+    if isinstance(mask, BlockMask):
+        index: Any = LOGITS
+        tiles: Any = "...."
+        of_mask = BlockMask(index, tiles, mask.query_length, mask.key_value_length)
+        axes = axes._replace(mask=of_mask)
+    if operands.page_table is not None:
+        axes = axes._replace(key=_axes_of_pages(operands.key), value=_axes_of_pages(operands.value))
+    return axes
+
+
+def _axes_of_pages(x: QuantizedTensor) -> Any:
+    letters: Any = KEY
+    center = None if x.center is None else letters
+    leaves, structure = cast(tuple[list[Any], Any], jax.tree.flatten(x))
+    pages = structure.unflatten([PAGES] * len(leaves))
+    return replace(cast(QuantizedTensor, pages), center=center)
 
 
 def axes_of_residuals(residuals: Residuals) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_gluon._operands import quantize_operands
+from jax_gluon._pages import in_one_piece
 from jax_gluon._problem import (
     AttentionProblem,
     FloatOperands,
@@ -69,7 +70,7 @@ def forward(
     operands: Operands,
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, Residuals]:
-    operands = quantize_operands(problem, operands, quantize)
+    operands = quantize_operands(problem, in_one_piece(operands), quantize)
 
     def run(floats: FloatOperands, tiling: Tiling | None) -> tuple[jax.Array, ...]:
         return attention.forward(problem, floats, dtype, tiling)

@@ -6,6 +6,7 @@
 
 #include "ffi/block_mask_reader.h"
 #include "ffi/codes_reader.h"
+#include "ffi/page_reader.h"
 #include "ffi/row_reader.h"
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -72,6 +73,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
                                        read_format(reader, "key", made != nullptr),
                                        read_format(reader, "value", made != nullptr)};
   if (made) *made = formats;
+  const Pages pages = read_pages(reader, formats, made != nullptr);
   if (has_d_log_sum_exp) *has_d_log_sum_exp = reader.flag("has_d_log_sum_exp");
 
   reader.set_leading(4);
@@ -85,13 +87,14 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
   const Shape query = elements(formats[0], 0, "query");
   const Shape key = elements(formats[1], key_at, "key");
   const Shape value = elements(formats[2], value_at, "value");
+  check_pages(reader, pages, key);
   if (reader.failed()) return 0;
   const int64_t batch = query[0];
   call.B = reader.flat_batch(batch);
   call.T = query[1];
   call.N = query[2];
   call.H = query[3];
-  call.S = key[1];
+  call.S = pages ? pages.tokens * pages.count : key[1];
   call.K = key[2];
   call.V = value[3];
   if (call.H < 1 || call.V < 1) {
@@ -104,10 +107,11 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
                 std::to_string(call.K));
     return 0;
   }
-  const Shape key_shape = {batch, call.S, call.K, call.H};
-  const Shape value_shape = {batch, call.S, call.K, call.V};
+  const Shape stored = pages ? Shape{key[0], key[1]} : Shape{batch, call.S};
+  const Shape key_shape = {stored[0], stored[1], call.K, call.H};
+  const Shape value_shape = {stored[0], stored[1], call.K, call.V};
   const auto rows = [&](const char* name, const Format& format, const Shape& shape) {
-    if (!format.is_float()) return read_codes_of_rows(reader, name, format, shape);
+    if (!format.is_float()) return read_codes_of_rows(reader, name, format, shape, batch);
     QuantizableOperand x;
     static_cast<Operand&>(x) = RowReader(reader, call.head_major).float_operand(name, shape);
     return x;
@@ -157,6 +161,7 @@ int64_t read_call(BufferReader& reader, AttentionCall& call, bool* has_d_log_sum
     read_tokens("key_value_positions", call.S, call.key_value_positions);
   }
   if (call.dropout) read_tokens("dropout_seeds", 7, call.dropout.seeds);
+  if (pages) read_page_table(reader, pages, key[0], batch, call);
   if (!reader.failed()) call.visible_keys = find_visible_keys(call);
   return batch;
 }

@@ -120,7 +120,7 @@ Format read_format(BufferReader& reader, const std::string& name, bool may_be_ma
 }
 
 QuantizableOperand read_codes_of_rows(BufferReader& reader, const std::string& name,
-                                      const Format& format, const Shape& shape) {
+                                      const Format& format, const Shape& shape, int64_t batch) {
   using Offset = Quantization::Offset;
   QuantizableOperand x;
   const bool packed = format.bits == 4;
@@ -142,8 +142,8 @@ QuantizableOperand read_codes_of_rows(BufferReader& reader, const std::string& n
     q.offset = reader.operand_of(name + "_minimum", blocked, floats, true);
   }
   if (format.has_center) {
-    q.center = reader.operand_of(name + "_center", {shape[0], 1, shape[2], shape[3]},
-                                 {ffi::DataType::F32});
+    q.center =
+        reader.operand_of(name + "_center", {batch, 1, shape[2], shape[3]}, {ffi::DataType::F32});
   }
   // Kernels read a scale for each element of a row as a contiguous run.
   const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);

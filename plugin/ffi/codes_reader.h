@@ -49,9 +49,10 @@ struct Format {
 // `may_be_made`: of a call that can make codes.
 Format read_format(BufferReader& reader, const std::string& name, bool may_be_made);
 
-// Codes of rows of `shape` [batch, tokens, heads, columns].
+// Codes of rows of `shape` [batch, tokens, heads, columns]. Of tokens in pages, which stand in
+// place of the batch, `batch` has centers.
 QuantizableOperand read_codes_of_rows(BufferReader& reader, const std::string& name,
-                                      const Format& format, const Shape& shape);
+                                      const Format& format, const Shape& shape, int64_t batch);
 
 // Which of the S tokens of each entry can be seen.
 void read_visible(BufferReader& reader, const std::string& name, int64_t batch, int64_t S,

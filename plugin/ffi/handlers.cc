@@ -57,6 +57,11 @@ Wanted device_of_part(const Call& call, Wanted wanted) {
   return wanted;
 }
 
+// The CPU alone reads pages.
+Wanted device_of_pages(const AttentionCall& call, Wanted wanted) {
+  return call.page_tokens != 0 && wanted == Wanted::kEither ? Wanted::kCpu : wanted;
+}
+
 int64_t products_of(const AttentionCall& call) {
   return call.B * call.N * call.T * call.S * (call.H + call.V);
 }
@@ -151,7 +156,8 @@ ffi::Error attention_forward(ffi::ThreadPool pool, ffi::RemainingArgs args,
           for (const QuantizeCall& each : call.quantize) {
             if (Status status = cpu_device().quantize(each, parallel)) return status;
           }
-        } else if (Status status = run_pass("forward", &Device::forward, wanted, call, parallel)) {
+        } else if (Status status = run_pass("forward", &Device::forward,
+                                            device_of_pages(call, wanted), call, parallel)) {
           return status;
         }
         for (const QuantizeCall& each : call.quantize) spread_codes(each);

@@ -71,6 +71,7 @@ Call call_of(const KernelQuery& query) {
   if (number(query, "has_segment_ids") != 0) {
     call.query_segment_ids.data = call.key_value_segment_ids.data = &kZero;
   }
+  call.page_tokens = number(query, "page_tokens");
   call.dropout.threshold = static_cast<uint32_t>(number(query, "dropout_threshold"));
   if (number(query, "has_positions") != 0) {
     call.query_positions.data = call.key_value_positions.data = &kZero;

@@ -26,6 +26,7 @@ constexpr int64_t kDecodeKeys = 256;
 constexpr int64_t kMaxSplits = 16;
 constexpr const char* kForwardStem = "attention_forward";
 constexpr const char* kDecodeStem = "attention_decode";
+constexpr const char* kNoPages = "Metal has no kernels for keys and values in pages";
 constexpr const char* kNoParts = "Metal has no backward pass over a part of the keys";
 
 MTLSize grid(int64_t x, int64_t y, int64_t z) {
@@ -73,6 +74,7 @@ class MetalDevice : public Device {
   KernelOffers offers(const AttentionTangentCall&) const { return one_kernel(); }
 
   Status forward(const AttentionForwardCall& call, Parallel&, KernelRun& ran) override {
+    if (call.page_tokens != 0) return kNoPages;
     return run_pass(call, ran, [&](Buffers& buffers, Commands& commands) {
       for (const QuantizeCall& each : call.quantize) {
         QuantizeEncoder(context_, buffers, each).dispatch(commands);

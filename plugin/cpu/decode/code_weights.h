@@ -83,6 +83,7 @@ class CodeWeights {
     Buffer<float> unit;           // [padded rows], or [head rows][group lanes]: of a weight of 1
     Buffer<float> scale, offset;  // [keys][padded rows], or [keys][group lanes]
     Buffer<float> by_head;        // [keys][head rows][heads] and a vector more: probabilities
+    Buffer<uint16_t> scale_rows, minimum_rows;  // [keys][group lanes]: of several pages
   };
 
   void prepare(Scratch& s) const {
@@ -93,6 +94,10 @@ class CodeWeights {
     s.unit.allocate(count);
     for (Buffer<float>* each : {&s.scale, &s.offset}) each->allocate(kMaxKeys * widest);
     s.by_head.allocate(kMaxKeys * queries_.all_rows + W);
+    if (call_.page_tokens != 0) {
+      s.scale_rows.allocate(kMaxKeys * lanes_);
+      s.minimum_rows.allocate(kMaxKeys * lanes_);
+    }
   }
 
   // What is weighed: probabilities, [keys][padded rows] and a vector more, and the sums of
@@ -233,9 +238,32 @@ class CodeWeights {
   // they are stored. Past the last head a vector holds numbers of later keys, which nobody uses:
   // there have to be as many.
   bool has_vectors_of_heads(const Operand& x, Range keys) const {
-    const int64_t beside = lanes_ - call_.K * groups_;
     return has_bf16_rows(x) && (call_.K == 1 || x.stride[1] == groups_) &&
-           (call_.S - keys.end) * x.stride[0] >= beside;
+           has_lanes_beside(x, keys.end, call_.S);
+  }
+  bool has_lanes_beside(const Operand& x, int64_t end, int64_t stored) const {
+    return (stored - end) * x.stride[0] >= lanes_ - call_.K * groups_;
+  }
+
+  // Rows of bfloat16 numbers, `stride` apart, that are read in whole vectors.
+  struct Bf16Rows {
+    const uint16_t* data;
+    int64_t stride;
+  };
+  // Those of `keys`: in place, or copied where they are on several pages, or are the last of one.
+  Bf16Rows vectors_of_heads(const Operand& x, int64_t b, Range keys, uint16_t* to) const {
+    const auto* data = static_cast<const uint16_t*>(x.data);
+    const int64_t page_end = end_of_piece(x, keys.begin, call_.S);
+    const bool in_place =
+        x.pages == 0 || (keys.end <= page_end && has_lanes_beside(x, keys.end, page_end));
+    if (in_place) return {data + token_offset(x, b, keys.begin), x.stride[0]};
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      const uint16_t* row = data + token_offset(x, b, j);
+      uint16_t* copy = to + (j - keys.begin) * lanes_;
+      std::copy(row, row + call_.K * groups_, copy);
+      std::fill(copy + call_.K * groups_, copy + lanes_, uint16_t{0});
+    }
+    return {to, lanes_};
   }
 
   // The lanes are the groups of all heads.
@@ -245,16 +273,13 @@ class CodeWeights {
     const int64_t count = keys.end - keys.begin;
     if (q.token_block == 1 && q.offset_kind == Quantization::Offset::kMinimum &&
         has_vectors_of_heads(q.scale, keys) && has_vectors_of_heads(q.offset, keys)) {
-      const auto first = [&](const Operand& x) {
-        return static_cast<const uint16_t*>(x.data) + scale_offset(x, q, b, keys.begin, 0);
-      };
-      const uint16_t *scales = first(q.scale), *minima = first(q.offset);
-      const int64_t scale_step = q.scale.stride[0], minimum_step = q.offset.stride[0];
+      const Bf16Rows scales = vectors_of_heads(q.scale, b, keys, s.scale_rows.get());
+      const Bf16Rows minima = vectors_of_heads(q.offset, b, keys, s.minimum_rows.get());
       // What the least code adds to the minima is added for all keys at once.
       weigh_heads<Value>(count, -least_code(q), rows, s,
                          [&](int64_t j, int64_t lane, F* scale, F* offset) {
-                           *scale = Isa::load_bf16(scales + j * scale_step + lane);
-                           *offset = Isa::load_bf16(minima + j * minimum_step + lane);
+                           *scale = Isa::load_bf16(scales.data + j * scales.stride + lane);
+                           *offset = Isa::load_bf16(minima.data + j * minima.stride + lane);
                          });
       return;
     }

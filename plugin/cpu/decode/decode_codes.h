@@ -68,6 +68,7 @@ class DecodeCodes {
     Buffer<int64_t> key_of_row;  // byte of the key's head in its token
     Buffer<float> scores;        // [kSubtile][padded rows]: scores, then probabilities
     Buffer<float> key_scale, key_offset;  // [kSubtile][padded rows]
+    Buffer<char> gathered;                // [kSubtile] tokens of values, of several pages
     typename Weights::Scratch weights;
   };
 
@@ -84,6 +85,7 @@ class DecodeCodes {
     for (Buffer<float>* each : {&s.scores, &s.key_scale, &s.key_offset}) {
       each->allocate(kSubtile * padded + W);  // read in whole vectors from any row
     }
+    if (call_.page_tokens != 0) s.gathered.allocate(kSubtile * token_bytes(call_.value));
   }
 
   template <class Function>
@@ -94,6 +96,10 @@ class DecodeCodes {
   // From one head to the next, in bytes.
   static int64_t head_step(const Operand& x) {
     return x.stride[1] * static_cast<int64_t>(size_of(x.dtype));
+  }
+  // From one token to the next.
+  static int64_t token_bytes(const Operand& x) {
+    return x.stride[0] * static_cast<int64_t>(size_of(x.dtype));
   }
   static const char* token(const Operand& x, int64_t b, int64_t j, int64_t k) {
     return static_cast<const char*>(row_of(x, b, j, k));
@@ -311,12 +317,29 @@ class DecodeCodes {
     }
   }
 
+  // The values of a subtile, all heads of a token side by side: in place, or copied where they are
+  // on several pages. They are as far apart, since sums are rounded where that says so.
+  const char* values_of(int64_t b, Range keys, Scratch& s) const {
+    int64_t end = end_of_piece(call_.value, keys.begin, keys.end);
+    if (end == keys.end) return token(call_.value, b, keys.begin, 0);
+    const int64_t bytes = token_bytes(call_.value);
+    char* to = s.gathered.get();
+    for (int64_t j = keys.begin; j < keys.end; end = end_of_piece(call_.value, j, keys.end)) {
+      const auto size = static_cast<size_t>((end - j) * bytes);
+      std::memcpy(to, token(call_.value, b, j, 0), size);
+      to += size;
+      j = end;
+    }
+    return s.gathered.get();
+  }
+
   template <class Value>
   void add_values(int64_t b, Range keys, int64_t end, Scratch& s) const {
     const int64_t bytes = row_bytes(call_.value, call_.V), width = queries_.value_width;
-    const int64_t step = call_.value.stride[0] * static_cast<int64_t>(size_of(call_.value.dtype));
+    const char* values = values_of(b, keys, s);
     for (int64_t k = 0; k < call_.K; ++k) {
-      const StoredRows rows{token(call_.value, b, keys.begin, k), step, keys.end - keys.begin};
+      const StoredRows rows{values + k * head_step(call_.value), token_bytes(call_.value),
+                            keys.end - keys.begin};
       float* out = s.out.get() + k * queries_.head_rows * width;
       // The next keys, some for each head.
       const int64_t next = keys.end + k * subtile_ / call_.K;

@@ -157,12 +157,17 @@ class DecodeFloats {
     }
     const int64_t bytes = Stored::bytes(padded), used = Stored::bytes(width);
     const int64_t step = x.stride[0] * static_cast<int64_t>(size_of(x.dtype));
+    int64_t end = end_of_piece(x, keys.begin, keys.end);
     const char* from = static_cast<const char*>(row_of(x, b, keys.begin, k));
-    if (step == bytes && used == bytes) return {from, bytes, count};
+    if (step == bytes && used == bytes && end == keys.end) return {from, bytes, count};
     char* row = s.gathered.get();
     constexpr int64_t kVector = 4 * W;
     const bool whole = used % kVector == 0;
     for (int64_t j = keys.begin; j < keys.end; ++j, row += bytes, from += step) {
+      if (j == end) {  // of a page
+        end = end_of_piece(x, j, keys.end);
+        from = static_cast<const char*>(row_of(x, b, j, k));
+      }
       if (whole) {  // a call of memcpy costs as much as the rest of a short row
         for (int64_t i = 0; i < used; i += kVector) {
           Isa::store_i32(row + i, Isa::load_i32(from + i));

@@ -26,8 +26,10 @@ inline void unpack_nibbles(const uint8_t* packed, int64_t bytes, int8_t* codes) 
 inline int64_t scale_offset(const Operand& scale, const Quantization& q, int64_t b, int64_t i,
                             int64_t n) {
   // A division takes as long as many products of a row.
-  const int64_t block = q.token_block == 1 ? i : q.token_block == 0 ? 0 : i / q.token_block;
-  return scale.batch_offset[static_cast<size_t>(b)] + block * scale.stride[0] + n * scale.stride[1];
+  const int64_t token = q.token_block == 1   ? token_offset(scale, b, i)
+                        : q.token_block == 0 ? token_offset(scale, b, 0)
+                                             : token_offset(scale, b, i, q.token_block);
+  return token + n * scale.stride[1];
 }
 
 // Element = code * scale + offset.

@@ -10,9 +10,24 @@
 namespace jax_gluon::cpu {
 namespace {
 
+// The element at which token i of entry b starts; of operands with a place for each `block` tokens,
+// their block.
+inline int64_t token_offset(const Operand& x, int64_t b, int64_t i, int64_t block = 1) {
+  if (x.pages == 0) return x.batch_offset[static_cast<size_t>(b)] + i / block * x.stride[0];
+  const int64_t page = i >> x.page_shift;
+  return x.batch_offset[static_cast<size_t>(b * x.pages + page)] +
+         (i - (page << x.page_shift)) / block * x.stride[0];
+}
+
+// The end of what lies in one piece from token `begin` on, `end` at most.
+inline int64_t end_of_piece(const Operand& x, int64_t begin, int64_t end) {
+  if (x.pages == 0) return end;
+  return std::min(end, ((begin >> x.page_shift) + 1) << x.page_shift);
+}
+
 // Points at row (b, i, n) of an operand [B, rows, heads, columns] whose columns are contiguous.
 inline const void* row_of(const Operand& x, int64_t b, int64_t i, int64_t n) {
-  const int64_t offset = x.batch_offset[static_cast<size_t>(b)] + i * x.stride[0] + n * x.stride[1];
+  const int64_t offset = token_offset(x, b, i) + n * x.stride[1];
   return static_cast<const char*>(x.data) + offset * static_cast<int64_t>(size_of(x.dtype));
 }
 

@@ -38,7 +38,7 @@ class SmallHeads {
 
   static bool takes(const AttentionCall& call) {
     return !call.query.quantization && !call.key.quantization && !call.value.quantization &&
-           call.S <= kMaxKeys && !call.dropout;
+           call.S <= kMaxKeys && !call.dropout && call.page_tokens == 0;
   }
 
   explicit SmallHeads(const AttentionCall& call)
