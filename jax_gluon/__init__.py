@@ -9,6 +9,8 @@ from jax_gluon._attention import (
     explain,
 )
 from jax_gluon._block_mask import BlockMask, block_mask
+from jax_gluon._caches.dense import QuantizedKVCache
+from jax_gluon._caches.paged import PagedKVCache
 from jax_gluon._context_parallel.attention import ring_attention
 from jax_gluon._context_parallel.choice import ContextPlan
 from jax_gluon._context_parallel.token_layouts import reorder_tokens, restore_tokens
@@ -20,7 +22,6 @@ from jax_gluon._derivative_modes import default_differentiation
 from jax_gluon._dropout import dropout_mask
 from jax_gluon._export import export_checks
 from jax_gluon._kernels import CpuKernel, MetalKernel
-from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._lowering import CHECKPOINT_NAMES
 from jax_gluon._patch import Patch, PatchedCall, patch
 from jax_gluon._pinning import Pin, pin
@@ -35,6 +36,7 @@ __all__ = [
     "ContextPlan",
     "CpuKernel",
     "MetalKernel",
+    "PagedKVCache",
     "Patch",
     "PatchedCall",
     "Pin",

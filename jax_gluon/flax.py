@@ -22,11 +22,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_gluon._arguments import Implementation
 from jax_gluon._attention import dot_product_attention
 from jax_gluon._block_mask import BlockMask
+from jax_gluon._caches.dense import QuantizedKVCache
+from jax_gluon._caches.paged import PagedKVCache
 from jax_gluon._derivative_modes import Differentiation
 from jax_gluon._errors import Checker
 from jax_gluon._flax_calls import CallArguments
 from jax_gluon._kernels import KernelWishes
-from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._quantization.formats import AttentionQuantization, Preset, QuantizedTensor
 from jax_gluon._typing import Array, Float, Key, Num, Shaped, UInt32
 
@@ -269,5 +270,5 @@ def _register(serialization: Any, kind: type) -> None:
 
 # `attention_fn` itself does not need Flax.
 with contextlib.suppress(ImportError):
-    for _kind in (QuantizedTensor, QuantizedKVCache):
+    for _kind in (QuantizedTensor, QuantizedKVCache, PagedKVCache):
         _register(importlib.import_module("flax.serialization"), _kind)

@@ -70,12 +70,12 @@ def forward(
     operands: Operands,
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, Residuals]:
-    operands = quantize_operands(problem, in_one_piece(operands), quantize)
+    operands = quantize_operands(problem, operands, quantize)
 
     def run(floats: FloatOperands, tiling: Tiling | None) -> tuple[jax.Array, ...]:
         return attention.forward(problem, floats, dtype, tiling)
 
-    out, row_maximum, log_sum = _tiled(tiling, operands, dtype, run)
+    out, row_maximum, log_sum = _tiled(tiling, in_one_piece(operands), dtype, run)
     residuals = Residuals(operands, out, row_maximum, log_sum)
     return log_sum_exp(row_maximum, log_sum, operands.sinks, 1.0), residuals
 

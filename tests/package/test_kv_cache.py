@@ -421,7 +421,7 @@ def test_pytree_and_properties(quantization):
     assert cache.value.shape == (B, CAPACITY, K, V)
     for tail, cached in ((cache.key_tail, cache.key), (cache.value_tail, cache.value)):
         block = cached.spec.token_block
-        assert tail is None if block == 1 else tail.shape == (B, block, K, cached.head_dim)
+        assert tail is None if block == 1 else tail.shape == (B, 2 * block, K, cached.head_dim)
         assert tail is None or tail.dtype == jnp.float32
     key, value, query = (jnp.asarray(x, jnp.bfloat16) for x in tokens(7))
     # Two arrays of the empty cache that are one could not be donated.

@@ -1,0 +1,1 @@
+"""Caches of keys and values in codes, to which tokens are appended."""
