@@ -52,9 +52,9 @@ from jax_gluon._typing import Array, BoolOrInteger, Float, Integer, Key, Real, U
 
 #: What quantizes.
 QuantizeImplementation = Literal["cpu", "metal", "xla"]
-Implementation = Literal[QuantizeImplementation, "cudnn"]
+Implementation = Literal[QuantizeImplementation, "cudnn", "pallas"]
 #: Those in which there are no kernels to choose from.
-WITHOUT_KERNELS = ("xla", "cudnn")
+WITHOUT_KERNELS = ("xla", "cudnn", "pallas")
 
 #: Queries up to which a preset leaves float keys and values in float: each step of generation would
 #: quantize all of them for one pass over them. On two cores of an AMD EPYC (Zen 4), with 4096 keys,

@@ -18,7 +18,7 @@ from jax_gluon._arguments import (
     check_arguments,
 )
 from jax_gluon._block_mask import BlockMask
-from jax_gluon._cuda import cudnn
+from jax_gluon._cuda import choice
 from jax_gluon._derivative_modes import Differentiation, naming_the_argument
 from jax_gluon._differentiation import any_order, reverse
 from jax_gluon._dimensions import assumed
@@ -155,9 +155,10 @@ def dot_product_attention(
       the plugin transposes nothing: kernels read and write through strides.
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, `"cudnn"` (an NVIDIA GPU's fused kernels, for 16 bits;
-      to them a hidden NaN is not absent where it is causal masking or a window that hides it), or
-      None, which takes the plugin on the CPU, cuDNN on NVIDIA GPUs where it takes the problem, and
-      XLA elsewhere and for float64.
+      to them a hidden NaN is not absent where it is causal masking or a window that hides it),
+      `"pallas"` (a forward of its own for INT8 on Hopper GPUs, with cuDNN's backward), or None,
+      which takes the plugin on the CPU, on NVIDIA GPUs the faster of the two that take the problem,
+      and XLA elsewhere and for float64.
     - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
       the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
       where the problem is of few queries, or of few keys of floats; or a `CpuKernel` or
@@ -329,20 +330,21 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
     operands = scaled_operands(arguments)
     if implementation is not None:
         reason = f'implementation="{implementation}" was asked for'
-        if implementation == "cudnn":
-            _check_cudnn(arguments, operands)
-            return Plan("cudnn", None, None, None, (reason, _CUDNN_CHOOSES))
+        if implementation in choice.CHOICES:
+            _check_cuda(arguments, operands)
+            return Plan(implementation, None, None, None, (reason, _ON_CUDA[implementation]))
         device = None if implementation == "xla" else implementation
     elif arguments.operands.query.dtype == jnp.float64:
         device, reason = None, "only the XLA implementation takes float64"
     elif platform == "cpu":
         device, reason = _device_by_size(arguments)
     elif platform == "gpu":
-        refusal = _cudnn_refusal(arguments, operands)
-        if refusal is None:
-            reason = "cuDNN takes the problem, where the GPU is NVIDIA's"
-            return Plan("cudnn", None, None, None, (reason, _CUDNN_CHOOSES))
-        device, reason = None, refusal
+        device, reason = None, _ARRAY_SCALE
+        if arguments.scale is None:
+            problem = arguments.problem
+            chosen, reason = choice.chosen(problem, swapped_operands(problem, operands))
+            if chosen != "xla":
+                return Plan(chosen, None, None, None, (reason, _ON_CUDA[chosen]))
     else:
         device, reason = None, f'the plugin has no kernels for platform "{platform}"'
     if arguments.left_in_float is not None:
@@ -414,8 +416,8 @@ def run(
             operands = swapped_operands(problem, operands)
             problem = replace(problem, layout="BTNH")
         query = operands.query
-        if problem.implementation == "cudnn":
-            _check_cudnn(arguments, operands)
+        if problem.implementation in choice.CHOICES:
+            _check_cuda(arguments, operands)
         elif problem.implementation != "xla" and _native.has_plugin():
             kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)
             problem = replace(problem, kernels=kernels)
@@ -433,21 +435,20 @@ def run(
     return arguments.unflatten(out), arguments.unflatten(log_sum_exp)
 
 
-_CUDNN_CHOOSES = "cuDNN chooses its kernels"
+_ARRAY_SCALE = "cuDNN takes a scale that is a Python number"
+_ON_CUDA: dict[str, str] = {
+    "cudnn": "cuDNN chooses its kernels",
+    "pallas": "forward multiplies codes for Q K^T; backward is cuDNN's, of what they stand for",
+}
 
 
-def _cudnn_refusal(arguments: CheckedArguments, operands: Operands) -> str | None:
-    if arguments.scale is not None:
-        return "cuDNN takes a scale that is a Python number"
-    problem = arguments.problem
-    return cudnn.missing() or cudnn.refusal(problem, swapped_operands(problem, operands))
-
-
-def _check_cudnn(arguments: CheckedArguments, operands: Operands) -> None:
-    """Raises where cuDNN, which was asked for, does not take the problem."""
-    refusal = _cudnn_refusal(arguments, operands)
+def _check_cuda(arguments: CheckedArguments, operands: Operands) -> None:
+    """Raises where what was asked for, of an NVIDIA GPU, does not take the problem."""
+    problem, refusal = arguments.problem, _ARRAY_SCALE
+    if arguments.scale is None:
+        refusal = choice.refusal(problem, swapped_operands(problem, operands))
     if refusal is not None:
-        found = f'"cudnn", but {refusal}'
+        found = f'"{problem.implementation}", but {refusal}'
         arguments.check.value_error("implementation", found, 'None, "cpu", "metal", "xla"')
 
 

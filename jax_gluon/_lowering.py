@@ -17,7 +17,7 @@ import numpy as np
 from jax import ad_checkpoint
 
 from jax_gluon import _ffi, _native
-from jax_gluon._cuda import cudnn
+from jax_gluon._cuda import choice, cudnn, int8
 from jax_gluon._derivative_modes import not_differentiated
 from jax_gluon._layouts import swapped, swapped_operands, swapped_residuals
 from jax_gluon._operands import quantize_operands, with_codes
@@ -150,6 +150,7 @@ def _forward(
         on_cuda=_on_cuda(
             problem,
             own,
+            functools.partial(int8.forward, left, dtype),
             functools.partial(cudnn.forward, left, dtype),
             functools.partial(xla.forward, left, dtype, tiling=xla.GPU),
         ),
@@ -217,6 +218,7 @@ def _backward(
         on_cuda=_on_cuda(
             problem,
             own.operands,
+            functools.partial(cudnn.backward, problem),
             functools.partial(cudnn.backward, problem),
             functools.partial(xla.backward, problem, tiling=xla.GPU),
         ),
@@ -334,6 +336,7 @@ def _tangent(
 def _on_cuda(
     problem: AttentionProblem,
     operands: Operands,
+    in_pallas: _Function,
     in_cudnn: _Function,
     in_xla: _Function,
 ) -> _Function | None:
@@ -341,13 +344,14 @@ def _on_cuda(
 
     `in_xla` are the large tiles of XLA's implementation.
     """
-    if problem.implementation == "cudnn":
-        return in_cudnn
-    if problem.implementation not in ("xla", None) or cudnn.missing():
+    implementation = problem.implementation
+    if implementation in ("cpu", "metal"):
         return None
-    if problem.implementation == "xla" or cudnn.refusal(problem, operands):
-        return in_xla
-    return in_cudnn
+    if implementation in (None, "xla") and cudnn.missing():
+        return None
+    if implementation is None:
+        implementation = choice.chosen(problem, operands)[0]
+    return {"pallas": in_pallas, "cudnn": in_cudnn, "xla": in_xla}[implementation]
 
 
 def on_platform(
@@ -358,7 +362,7 @@ def on_platform(
     on_cuda: Callable[..., _Result] | None = None,
 ) -> _Result:
     """`native` where the plugin runs, cuDNN's or XLA's function where they do."""
-    if implementation == "cudnn":
+    if implementation in ("cudnn", "pallas"):
         return (on_cuda or in_xla)(*operands)
     if implementation not in ("xla", None):
         _native.plugin()

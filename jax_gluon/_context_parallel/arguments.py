@@ -55,8 +55,8 @@ def check_context(
     layout = layout_of(check, "token_layout", token_layout)
     if checked.differentiation == "any":
         check.value_error("differentiation", '"any"', 'None, "reverse"')
-    if checked.problem.implementation == "metal":
-        check.value_error("implementation", '"metal"', 'None, "cpu", "xla", "cudnn"')
+    if (implementation := checked.problem.implementation) in ("metal", "pallas"):
+        check.value_error("implementation", f'"{implementation}"', 'None, "cpu", "xla", "cudnn"')
     own = checked.operands
     is_head_major = checked.problem.layout == "BNTH"
     T, N, _ = shape_of(own.query, is_head_major)

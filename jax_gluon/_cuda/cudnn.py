@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._cuda import quantizer
 from jax_gluon._dimensions import is_static
 from jax_gluon._layouts import swapped
 from jax_gluon._operands import quantize_operands
@@ -26,7 +27,6 @@ from jax_gluon._problem import (
 )
 from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._xla import implementation as xla
-from jax_gluon._xla.quantize import quantize
 
 # `jax.nn.dot_product_attention` rounds the log-sum-exp to the operands' 16 bits.
 try:
@@ -63,7 +63,7 @@ def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
 
     Taken is what it computes as this library defines it, and without a dense mask.
     """
-    dtype = _dtype(operands)
+    dtype = dtype_of(operands)
     T, H = operands.query.shape[1], operands.query.shape[-1]
     S, V = operands.value.shape[1], operands.value.shape[-1]
     if dtype.name not in _FLOATS:
@@ -98,7 +98,7 @@ def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
 def forward(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
 ) -> tuple[jax.Array, Residuals]:
-    operands = quantize_operands(problem, operands, quantize)
+    operands = quantize_operands(problem, operands, quantizer.quantize)
     out, row_maximum = _attend(problem, operands.bias, *_arrays(problem, operands))
     out = swapped(problem, out.astype(dtype))
     row_maximum = jnp.swapaxes(row_maximum, 1, 2)
@@ -121,7 +121,7 @@ def backward(
     if d_log_sum_exp is not None and not problem.is_partial:
         return xla.backward(problem, residuals, d_out, d_log_sum_exp, xla.GPU)
     operands, out, row_maximum, log_sum = residuals
-    dtype, wide = _dtype(operands), out.dtype
+    dtype, wide = dtype_of(operands), out.dtype
     out, d_out = out.astype(dtype), d_out.astype(dtype)
     T, S = operands.query.shape[1], operands.key.shape[1]
     is_empty = log_sum == EMPTY_ROW_LOG_SUM_EXP
@@ -139,7 +139,7 @@ def backward(
     return d_query[:, :T], d_key[:, :S], d_value[:, :S]
 
 
-def _dtype(operands: Operands) -> np.dtype[Any]:
+def dtype_of(operands: Operands) -> np.dtype[Any]:
     """Of float operands, and of what codes stand for; the output may be of a wider one."""
     return np.dtype(operands.query.dtype)
 
@@ -160,7 +160,7 @@ def _arrays(
     is_backward: bool = False,
 ) -> _Arrays:
     """Codes are floats to cuDNN. Its backward takes even numbers of tokens alone."""
-    dtype = _dtype(operands)
+    dtype = dtype_of(operands)
     floats = [
         x.dequantize(dtype) if isinstance(x, QuantizedTensor) else x.astype(dtype)
         for x in operands[:3]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jax_gluon
+from jax_gluon._cuda import quantizer
 from tests.support import oracle
 from tests.support.cases import BARS, CASES, operands
 
@@ -123,6 +124,80 @@ def test_rule(name, quantization, hides_nan):
     np.testing.assert_allclose(
         log_sum_exp[seen], exact.log_sum_exp[seen], rtol=0, atol=1.5e-2 if quantization else 2e-3
     )
+
+
+ROWS, CENTERED = jax_gluon.QuantSpec(), jax_gluon.QuantSpec(center=True)
+BLOCKS = jax_gluon.QuantSpec(granularity="block", block_size=128, center=True)
+# Of the kernel that multiplies codes: rows and keys around its 64, 128 and 192, one chunk and many.
+CODES = {
+    "whole": (dict(T=384, S=512), ROWS, BLOCKS, "bfloat16"),
+    "whole_rows": (dict(T=200, S=384, K=4), ROWS, CENTERED, "bfloat16"),
+    "whole_float16": (dict(T=64, S=128, K=1), ROWS, CENTERED, "float16"),
+    "odd": (dict(T=77, S=131, K=1), ROWS, ROWS, "bfloat16"),
+    "odd_blocks": (dict(T=333, S=1001), ROWS, BLOCKS, "bfloat16"),
+    "causal": (dict(T=640, S=640, is_causal=True), ROWS, CENTERED, "bfloat16"),
+    "causal_blocks": (dict(T=450, S=450, K=4, is_causal=True), ROWS, BLOCKS, "bfloat16"),
+    "causal_T_over_S": (dict(T=400, S=270, is_causal=True), ROWS, BLOCKS, "bfloat16"),
+    "causal_S_over_T": (dict(T=150, S=600, is_causal=True), ROWS, CENTERED, "bfloat16"),
+    "one_key": (dict(T=70, S=1), ROWS, ROWS, "bfloat16"),
+    "two_blocks_a_scale": (
+        dict(T=100, S=700), ROWS,
+        jax_gluon.QuantSpec(granularity="block", block_size=256), "bfloat16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_products_of_codes(name):
+    """Forward, log-sum-exp and gradients, against the oracle at the dequantized point."""
+    sizes, query_spec, key_spec, dtype = CODES[name]
+    case = dict(H=128, V=128) | sizes
+    arrays, keywords, d_out, _ = operands(case, dtype)
+    arrays = (arrays[0], arrays[1] + jnp.asarray(0.5, arrays[1].dtype), arrays[2])
+    quantization = jax_gluon.AttentionQuantization(query_spec, key_spec)
+    keywords |= dict(quantization=quantization, implementation="pallas")
+
+    @jax.jit
+    def run(arrays, d_out):
+        def attention(*arrays):
+            return jax_gluon.dot_product_attention(*arrays, return_residual=True, **keywords)
+
+        (out, log_sum_exp), pullback = jax.vjp(attention, *arrays)
+        return out, log_sum_exp, *pullback((d_out, jnp.zeros_like(log_sum_exp)))
+
+    out, log_sum_exp, *gradients = run(arrays, d_out)
+    query, key = (
+        jax_gluon.quantize(x, spec, implementation="xla").dequantize(jnp.float32)
+        for x, spec in ((arrays[0], query_spec), (arrays[1], key_spec))
+    )
+    exact = oracle.attention(
+        *(np.asarray(x, np.float64) for x in (query, key, arrays[2])),
+        d_out=d_out, is_causal=case.get("is_causal", False),
+    )  # fmt: skip
+    errors = [
+        relative(x, y) for x, y in zip((out, *gradients), exact[:1] + exact[2:5], strict=True)
+    ]
+    print(name, " ".join(f"{x:.1e}" for x in errors))
+    # P of 16 bits.
+    assert errors[0] <= 3e-3
+    assert max(errors[3:] if case["S"] == 1 else errors[1:]) <= BARS["int8"][1]
+    np.testing.assert_allclose(log_sum_exp, exact.log_sum_exp, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("spec", [ROWS, CENTERED, BLOCKS])
+@pytest.mark.parametrize("T", [1, 20, 300])
+def test_quantizer(spec, T):
+    """Codes and scales of XLA's; what is not finite becomes NaN, and nothing else does."""
+    x = jax.random.normal(jax.random.key(T), (2, T, 3, 128), jnp.bfloat16) * 7
+    x = x.at[1, 0, 1, 5].set(jnp.nan).at[0, T // 2, 2, 9].set(-jnp.inf).at[0, T - 1, 0].set(0)
+    found = jax.jit(lambda x: quantizer.quantize(x, spec, None))(x)
+    exact = jax_gluon.quantize(x, spec, implementation="xla")
+    np.testing.assert_array_equal(found.scale, exact.scale)
+    difference = np.abs(np.asarray(found.data, np.int32) - np.asarray(exact.data, np.int32))
+    assert difference.max() <= 1  # of elements half way between two codes
+    assert np.mean(difference > 0) < 2e-3
+    if spec.center:
+        np.testing.assert_array_equal(found.center, exact.center)
 
 
 def _dequantized(arrays, keywords, case):
