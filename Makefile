@@ -2,7 +2,7 @@
 # else is installed into .venv by the rules below.
 #   PYTHON=path     the Python that .venv is made with (PYTHON= is read when .venv does not exist yet)
 #   CMAKE_ARGS=...  passed to CMake, for example -DJAX_GLUON_WERROR=ON
-#   ARGS=...        passed to the program of demo, bench, smoke and to pytest
+#   ARGS=...        passed to the program of demo, demo-images, bench, smoke and to pytest
 #   SOFTMETAL=off   `make test` without the software Metal device: installs no compiler, skips its tests
 
 SHELL := /bin/sh
@@ -36,9 +36,10 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean test-frameworks
+.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean test-frameworks demo-images
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
+	@echo 'make demo-images  train an image model on digits, and sample it in float32, INT8 and INT4'
 	@echo 'make test       run the test suite'
 	@echo 'make fuzz       random problems against the float64 oracle, for SECONDS=60'
 	@echo 'make sanitize   run the Metal kernels under the sanitizers of clang'
@@ -56,6 +57,9 @@ help:
 
 demo: $(STAMPS)/package
 	$(BIN)/python -m demo $(ARGS)
+
+demo-images: $(STAMPS)/package
+	$(BIN)/python -m demo.images $(ARGS)
 
 test: $(STAMPS)/package metal
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
