@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_gluon._caches.dense import QuantizedKVCache
 from jax_gluon._errors import Checker
-from jax_gluon._kv_cache import QuantizedKVCache
 from jax_gluon._quantization.formats import (
     PRESETS,
     AttentionQuantization,
