@@ -50,16 +50,21 @@ Status run_on(Wanted wanted, int64_t products, int64_t widest, Run run) {
   return *refusal + "; implementation=\"cpu\" does without";
 }
 
+// The CPU, where either would do but `is_of_cpu`.
+Wanted on_cpu_if(bool is_of_cpu, Wanted wanted) {
+  if (is_of_cpu && wanted.which == Which::kEither) wanted.which = Which::kCpu;
+  return wanted;
+}
+
 // Metal's kernels find D themselves, of the keys that they have.
 template <class Call>
 Wanted device_of_part(const Call& call, Wanted wanted) {
-  if (call.is_partial && wanted.which == Which::kEither) wanted.which = Which::kCpu;
-  return wanted;
+  return on_cpu_if(call.is_partial, wanted);
 }
 
 // The CPU alone reads pages.
 Wanted device_of_pages(const AttentionCall& call, Wanted wanted) {
-  return call.page_tokens != 0 && wanted == Wanted::kEither ? Wanted::kCpu : wanted;
+  return on_cpu_if(call.page_tokens != 0, wanted);
 }
 
 int64_t products_of(const AttentionCall& call) {
