@@ -49,7 +49,7 @@ FOLDERS = (
     "jax_gluon", "plugin", "shaders", "softmetal", "tests", "tools", "benchmarks", "demo", "docs",
 )  # fmt: skip
 #: Files that a page asks its reader to have, or that a command writes.
-OF_READERS = {"FILE.metal", "demo.png", "program.py", "train.py"}
+OF_READERS = {"FILE.metal", "demo.png", "images.png", "program.py", "train.py"}
 
 
 def tails(path: Path) -> set[str]:
@@ -76,8 +76,26 @@ def test_named_files_and_folders_are_there(page, names):
     assert not missing, f"{page.name} names what is not there: {sorted(missing)}"
 
 
-def test_the_readme_has_examples():
-    assert len(examples(ROOT / "README.md")) >= 3
+def test_the_first_pages_have_examples():
+    assert len(examples(ROOT / "README.md")) >= 1
+    assert len(examples(ROOT / "docs" / "start.md")) >= 3
+
+
+def test_the_site_opens_with_the_readme():
+    readme, index = (
+        (ROOT / name).read_text(encoding="utf-8").split("## Read on")[0]
+        for name in ("README.md", "docs/index.md")
+    )
+    assert index == readme.replace("](docs/", "](")
+
+
+def test_the_readme_is_short():
+    """Two screens: some 60 lines as a browser shows them, of which a table's row is one or two."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 700
+    first = text.split("## Read on")[0].lower()
+    assert "softmetal" not in first
+    assert "gluon" not in re.sub(r"jax[-_]gluon", "", first)
 
 
 PUBLIC = {

@@ -83,7 +83,9 @@ def test_timings_take_turns():
     assert "| int8 | 1000 | 0 % | 2.00 |" in table
 
 
-def test_every_timed_variant_runs(capsys):
+def test_attention_and_steps_are_timed(capsys, monkeypatch):
+    assert {x.kernel for x in flux.TIMED if x.quantization} == {"gluon", "baseline"}
+    monkeypatch.setattr(flux, "TIMED", (*flux.TIMED[:2], flux.TIMED[-1]))
     assert flux.main([*TINY, "--single", "0", "--rounds", "2", "--only", "time"]) == 0
     output = capsys.readouterr().out
     for variant in flux.TIMED:
