@@ -196,7 +196,8 @@ def _parameters(
     if spec.scale_dtype == jnp.bfloat16 and spec.bits == 8:
         # Rounded down, the ends of a block would lose up to half of a step; of 15 steps, little.
         scale = _round_up(scale)
-    scale = scale.astype(spec.scale_dtype).astype(jnp.float32)
+    if spec.scale_dtype == jnp.bfloat16:
+        scale = _narrowed(scale)
     scale = jnp.where(scale < MIN_SCALE, jnp.zeros_like(scale), scale)
     if not spec.symmetric and not spec.float_minimum:
         zero = jnp.clip(jnp.round(lowest - least / _divisor(scale)), lowest, highest)
@@ -235,9 +236,14 @@ def _codes(
     return jnp.where(jnp.isnan(codes), jnp.zeros_like(codes), codes).astype(jnp.int8)
 
 
+def _narrowed(x: jax.Array) -> jax.Array:
+    """Float32 `x` rounded to bfloat16's precision: on GPUs XLA drops a cast there and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
 def _round_up(x: jax.Array) -> jax.Array:
     """The least bfloat16 number that is not below finite `x`, as float32; NaN stays NaN."""
-    narrow = x.astype(jnp.bfloat16).astype(jnp.float32)
+    narrow = _narrowed(x)
     bits = jax.lax.bitcast_convert_type(narrow, jnp.int32)
     # The next one: away from 0 where positive, towards it where negative.
     step = jnp.where(narrow < 0, jnp.full_like(bits, -0x10000), jnp.full_like(bits, 0x10000))
