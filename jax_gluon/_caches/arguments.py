@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def rewound_of(check: Checker, tokens: Any, batch: int, limit: int) -> jax.Array
     if array.shape not in ((), (batch,)):
         allowed = f"an int, or shape [{batch}]"
         check.value_error("tokens", f"of shape {list(array.shape)}", allowed)
-    if not isinstance(array, Tracer):
+    if not isinstance(array, cast(Any, Tracer)):
         low, high = int(np.min(np.asarray(array))), int(np.max(np.asarray(array)))
         if low < 0 or high > limit:
             found = f"{low}" if low == high else f"from {low} to {high}"

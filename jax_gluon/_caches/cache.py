@@ -247,8 +247,7 @@ class KVCache:
 
         **Raises:** `ValueError` or `TypeError` that names what was found and what is allowed.
         """
-        made = state.from_state(cls._check("from_state_dict"), cls, state_dict)
-        return made
+        return state.from_state(cls._check("from_state_dict"), cls, state_dict)
 
     @classmethod
     def _check(cls, method: str) -> Checker:
@@ -261,11 +260,10 @@ class KVCache:
         )
 
     def _with(self, key: Cached, value: Cached, **others: Any) -> Self:
-        replaced = cast(Any, dataclasses.replace)(
+        return cast(Any, dataclasses.replace)(
             self, key=key.codes, key_head=key.head, key_tail=key.tail,
             value=value.codes, value_head=value.head, value_tail=value.tail, **others,
         )  # fmt: skip
-        return replaced
 
     def _in_one_piece(self) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Keys and values as attention takes them, or their shapes."""
