@@ -41,7 +41,8 @@ def module_of(owner):
 
 def fits(owner, annotations, values):
     """Whether arguments and result, or the fields of an object, are what annotations say."""
-    names = {**module_of(owner), **JAXTYPING}
+    # The class of a method that returns its own has more.
+    names = {**module_of(owner), **JAXTYPING, "Self": object}
     with jaxtyping.jaxtyped("context"):
         assert isinstance(np.empty(tuple(SIZES.values())), LETTERS)
         return all(
@@ -128,9 +129,20 @@ def calls_of_others():
         cache = jax_gluon.QuantizedKVCache.create(B, 32, K, H, value_dim=V, quantization=formats)
         yield fields(cache)
         yield type(cache.key), {name: getattr(cache.key, name) for name in ("scale", "minimum")}
-        yield called(type(cache).append, cache, zeros("BTKH"), zeros("BTKV"), zeros("B", int32))
+        new = zeros("BTKH"), zeros("BTKV"), zeros("B", int32), zeros("B", jnp.uint8)
+        yield called(type(cache).append, cache, *new)
+        for rows in (zeros("B", bool), zeros("", int32), jnp.arange(2)):
+            yield called(type(cache).reset, cache, rows)
+        for count in (zeros("", int32), zeros("B", int32)):
+            yield called(type(cache).rewind, cache, count)
+        yield called(type(cache).select, cache, jnp.arange(2))
         for scale in (0.5, zeros("N")):
             yield called(type(cache).attention, cache, zeros("BTNH"), scale=scale)
+
+    create = jax_gluon.PagedKVCache.create
+    pages = create(B, 9, K, H, value_dim=V, page_size=32, capacity=64, quantization=formats)
+    yield fields(pages)
+    yield called(type(pages).fork, pages, zeros("", int32), jnp.int32(1))
 
 
 @functools.cache

@@ -47,6 +47,7 @@ def test_links_to_files_lead_somewhere(page):
 
 FOLDERS = (
     "jax_gluon", "plugin", "shaders", "softmetal", "tests", "tools", "benchmarks", "demo", "docs",
+    "examples",
 )  # fmt: skip
 #: Files that a page asks its reader to have, or that a command writes.
 OF_READERS = {"FILE.metal", "demo.png", "images.png", "program.py", "train.py"}
