@@ -136,13 +136,12 @@ def calls_of_others():
         for count in (zeros("", int32), zeros("B", int32)):
             yield called(type(cache).rewind, cache, count)
         yield called(type(cache).select, cache, jnp.arange(2))
+        create = jax_gluon.PagedKVCache.create
+        pages = create(B, 9, K, H, value_dim=V, page_size=32, capacity=64, quantization=formats)
+        yield fields(pages)
+        yield called(type(pages).fork, pages, zeros("", int32), jnp.int32(1))
         for scale in (0.5, zeros("N")):
             yield called(type(cache).attention, cache, zeros("BTNH"), scale=scale)
-
-    create = jax_gluon.PagedKVCache.create
-    pages = create(B, 9, K, H, value_dim=V, page_size=32, capacity=64, quantization=formats)
-    yield fields(pages)
-    yield called(type(pages).fork, pages, zeros("", int32), jnp.int32(1))
 
 
 @functools.cache
