@@ -15,18 +15,13 @@ from jax.typing import DTypeLike
 
 from jax_gluon._caches.dense import QuantizedKVCache
 from jax_gluon._errors import Checker
+from jax_gluon._frameworks import OF_A_CALL
 from jax_gluon._quantization.formats import (
     PRESETS,
     AttentionQuantization,
     Preset,
     preset,
 )
-
-#: What a call may say beside Flax's own arguments.
-OF_A_CALL = (
-    "bias", "key_value_mask", "query_seq_lengths", "key_value_seq_lengths", "query_offset",
-    "query_segment_ids", "key_value_segment_ids", "query_positions", "key_value_positions",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -56,18 +51,24 @@ class CallArguments:
 
 
 def call_arguments(
-    check: Checker, mask: Any, keywords: dict[str, Any], lengths: Any, sinks: Any
-) -> CallArguments | None:
-    """The arguments of a call without a cache, taken out of its keywords; None where Flax's do."""
-    own = {name: keywords.pop(name) for name in OF_A_CALL if keywords.get(name) is not None}
-    for name in OF_A_CALL:
-        keywords.pop(name, None)
+    check: Checker, mask: Any, keywords: dict[str, Any], sinks: Any, decodes: bool
+) -> Any:
+    """What goes in the place of a mask, of a call without our cache; the mask itself may do.
+
+    Taken out of the keywords. Where it decodes, Flax combines the mask with that of its own cache.
+    """
+    own = {name: keywords.pop(name, None) for name in OF_A_CALL} | {"sinks": sinks}
+    own = {name: x for name, x in own.items() if x is not None}
+    if decodes and own:
+        found = "set while decoding into Flax's cache of floats"
+        check.value_error(", ".join(own), found, "None, or cache_quantization")
+    return CallArguments(mask, own) if own else mask
+
+
+def check_no_lengths(check: Checker, lengths: Any) -> None:
+    """Raises for lengths of tokens that go into no cache of ours."""
     if lengths is not None:
-        allowed = "None, but where it decodes into a QuantizedKVCache"
-        check.value_error("lengths", "given", allowed)
-    if sinks is not None:
-        own["sinks"] = sinks
-    return CallArguments(mask, own) if own else None
+        check.value_error("lengths", "given", "None, but where it decodes into a QuantizedKVCache")
 
 
 def decoding_arguments(

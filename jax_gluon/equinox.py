@@ -6,7 +6,6 @@ that checkpoints load from one into the other; and `convert`, which puts it into
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -19,26 +18,15 @@ from jax_gluon._attention import dot_product_attention
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._derivative_modes import DIFFERENTIATIONS, Differentiation
 from jax_gluon._errors import Checker
+from jax_gluon._frameworks import OF_A_CALL, framework
 from jax_gluon._kernels import KernelWishes
 from jax_gluon._quantization.formats import AttentionQuantization, Preset
 from jax_gluon._typing import Array, Bool, Float, Key, UInt32
 
-try:
-    _eqx: Any = importlib.import_module("equinox")
-except ImportError as error:
-    raise ImportError(
-        f"jax_gluon.equinox needs Equinox: pip install 'jax-gluon[equinox]' ({error})"
-    ) from error
+_eqx = framework("equinox", "equinox")
 
 _CHECK = Checker("equinox.MultiheadAttention")
 _Tree = TypeVar("_Tree")
-#: What one call may say beside Equinox's own arguments.
-_OF_A_CALL = (
-    "bias", "key_value_mask", "query_seq_lengths", "key_value_seq_lengths", "query_offset",
-    "query_segment_ids", "key_value_segment_ids", "query_positions", "key_value_positions",
-)  # fmt: skip
-
-
 _DEFAULTS: dict[str, Any] = dict(
     is_causal=False, local_window_size=None, scale=None, logits_soft_cap=None, quantization=None,
     implementation=None, kernel=None, differentiation=None,
@@ -158,7 +146,7 @@ class MultiheadAttention(_eqx.nn.MultiheadAttention):
         **keywords: Any,
     ) -> Float[Array, "T output_size"]:
         """Attention of one sequence; the class says the rest."""
-        _CHECK.keywords(keywords, _OF_A_CALL)
+        _CHECK.keywords(keywords, OF_A_CALL)
         if deterministic is not None:
             warnings.warn("deterministic is Equinox's older name of inference", stacklevel=2)
             inference = deterministic

@@ -9,7 +9,6 @@ model that can't be edited is run by `jax_gluon.patch` instead.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,16 +17,11 @@ import jax.numpy as jnp
 from jax_gluon._arguments import Implementation, check_names
 from jax_gluon._attention import dot_product_attention
 from jax_gluon._errors import Checker
+from jax_gluon._frameworks import framework
 from jax_gluon._quantization.formats import AttentionQuantization, Preset, QuantSpec
 from jax_gluon._typing import Array, Bool, Float
 
-try:
-    _keras: Any = importlib.import_module("keras")
-except ImportError as error:
-    raise ImportError(
-        "jax_gluon.keras needs Keras on JAX: pip install 'jax-gluon[keras]', and the environment "
-        f"variable KERAS_BACKEND=jax ({error})"
-    ) from error
+_keras = framework("keras", "keras", " and KERAS_BACKEND=jax in the environment")
 
 if (_backend := _keras.backend.backend()) != "jax":
     raise ImportError(

@@ -8,7 +8,6 @@ arguments of one call such as segments, sinks that are a parameter.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +15,19 @@ import jax.numpy as jnp
 
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._errors import Checker
-from jax_gluon._flax_calls import cache_of, call_arguments, check_format, decoding_arguments
+from jax_gluon._flax_calls import (
+    cache_of,
+    call_arguments,
+    check_format,
+    check_no_lengths,
+    decoding_arguments,
+)
+from jax_gluon._frameworks import framework
 from jax_gluon._quantization.formats import AttentionQuantization, Preset
 from jax_gluon._typing import Array, Float, Integer, Shaped
 from jax_gluon.flax import attention_fn, is_attention_fn
 
-try:
-    _linen: Any = importlib.import_module("flax.linen")
-except ImportError as error:
-    raise ImportError(
-        f"jax_gluon.linen needs Flax: pip install 'jax-gluon[flax]' ({error})"
-    ) from error
+_linen = framework("flax.linen", "flax")
 
 _CHECK = Checker("linen.MultiHeadDotProductAttention")
 
@@ -88,13 +89,8 @@ class MultiHeadDotProductAttention(_linen.MultiHeadDotProductAttention):
             sinks = module.param("sinks", _linen.initializers.zeros, (module.num_heads,))
         of_flax: Any = _linen.MultiHeadDotProductAttention.__call__
         if not module.decode or self.cache_quantization is None:
-            call = call_arguments(_CHECK, mask, keywords, lengths, sinks)
-            if module.decode and call is not None:
-                _CHECK.value_error(
-                    ", ".join(call.keywords), "set while decoding into Flax's cache of floats",
-                    "None, or cache_quantization",
-                )  # fmt: skip
-            of_call: Any = mask if call is None else call
+            check_no_lengths(_CHECK, lengths)
+            of_call = call_arguments(_CHECK, mask, keywords, sinks, module.decode)
             return of_flax(self, inputs_q, inputs_k, inputs_v, mask=of_call, **keywords)
 
         is_initialized = module.has_variable("cache", "quantized_cache")
@@ -109,8 +105,7 @@ class MultiHeadDotProductAttention(_linen.MultiHeadDotProductAttention):
         without = copy.copy(self)
         object.__setattr__(without, "decode", False)
         if not is_initialized:
-            call = call_arguments(_CHECK, mask, keywords, None, sinks)
-            of_call = mask if call is None else call
+            of_call = call_arguments(_CHECK, mask, keywords, sinks, False)
             return of_flax(without, inputs_q, inputs_k, inputs_v, mask=of_call, **keywords)
         call = decoding_arguments(_CHECK, mask, keywords, lengths, sinks, variable.value)
         out = of_flax(without, inputs_q, inputs_k, inputs_v, mask=call, **keywords)

@@ -7,7 +7,6 @@ one call such as segments, sinks that are a parameter.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +15,19 @@ from jax.typing import DTypeLike
 
 from jax_gluon._block_mask import BlockMask
 from jax_gluon._errors import Checker
-from jax_gluon._flax_calls import cache_of, call_arguments, check_format, decoding_arguments
+from jax_gluon._flax_calls import (
+    cache_of,
+    call_arguments,
+    check_format,
+    check_no_lengths,
+    decoding_arguments,
+)
+from jax_gluon._frameworks import framework
 from jax_gluon._quantization.formats import AttentionQuantization, Preset
 from jax_gluon._typing import Array, Float, Integer, Shaped
 from jax_gluon.flax import attention_fn, is_attention_fn
 
-try:
-    _nnx: Any = importlib.import_module("flax.nnx")
-except ImportError as error:
-    raise ImportError(
-        f"jax_gluon.nnx needs Flax: pip install 'jax-gluon[flax]' ({error})"
-    ) from error
+_nnx = framework("flax.nnx", "flax")
 
 _CHECK = Checker("nnx.MultiHeadAttention")
 # Of later Flax: an attribute that may hold arrays.
@@ -96,13 +97,8 @@ class MultiHeadAttention(_nnx.MultiHeadAttention):
         decode = self.decode if decode is None else decode
         sinks = None if self.sinks is None else _value(self.sinks)
         if not decode or self.cache_quantization is None:
-            call = call_arguments(_CHECK, mask, keywords, lengths, sinks)
-            if decode and call is not None:
-                _CHECK.value_error(
-                    ", ".join(call.keywords), "set while decoding into Flax's cache of floats",
-                    "None, or cache_quantization",
-                )  # fmt: skip
-            of_call: Any = mask if call is None else call
+            check_no_lengths(_CHECK, lengths)
+            of_call = call_arguments(_CHECK, mask, keywords, sinks, bool(decode))
             return attend(inputs_q, inputs_k, inputs_v, mask=of_call, decode=decode, **keywords)
         if self.quantized_cache is None:
             _CHECK.value_error("decode", "True without a cache", "a call of init_cache before")

@@ -11,6 +11,8 @@ import optax
 import pytest
 
 import jax_gluon
+from jax_gluon._arguments import KEYWORDS
+from jax_gluon._frameworks import OF_A_CALL
 
 eqx = pytest.importorskip("equinox")
 
@@ -258,6 +260,13 @@ def test_options_that_no_call_takes_are_refused(use, options, error, message):
 def test_other_mistakes_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_every_argument_is_an_option_or_of_one_call():
+    """What one batch has, or Equinox itself; its modules have one layout and no batch."""
+    options = set(jax_gluon.equinox._DEFAULTS)
+    by_equinox = {"dropout_rate", "dropout_rng", "broadcast_dropout", "sinks", "layout"}
+    assert options | by_equinox | set(OF_A_CALL) - {"bias"} == set(KEYWORDS)
 
 
 def test_without_equinox_the_error_says_what_to_install(monkeypatch):

@@ -14,6 +14,7 @@ from flax import linen, nnx
 import jax_gluon._quantize
 import jax_gluon.flax
 from jax_gluon._arguments import KEYWORDS
+from jax_gluon._frameworks import OF_A_CALL
 
 B, T, S, FEATURES, HEADS = 2, 11, 13, 24, 4
 RNG = np.random.default_rng(11)
@@ -423,11 +424,8 @@ def test_a_module_has_forward_mode(relative_error):
 
 def test_every_argument_is_an_option_or_of_one_call():
     """What one batch has, Flax gives or has no way to give; its modules have one layout."""
-    of_one_call = {
-        "key_value_mask", "query_seq_lengths", "key_value_seq_lengths", "query_offset",
-        "query_segment_ids", "key_value_segment_ids", "query_positions", "key_value_positions",
-        "dropout_rate", "dropout_rng", "broadcast_dropout", "layout",
-    }  # fmt: skip
+    by_flax = {"dropout_rate", "dropout_rng", "broadcast_dropout", "layout"}
+    of_one_call = {*OF_A_CALL, *by_flax} - {"bias"}
     options = set(inspect.signature(jax_gluon.flax.attention_fn).parameters)
     assert options | of_one_call == set(KEYWORDS)
     assert not options & of_one_call
