@@ -79,8 +79,8 @@ def tune(
     """Times the cases that the table at `path` lacks, and keeps it after each that is sure.
 
     Of Metal also from which size on it is faster than the CPU. Yields what came out; what is not
-    sure is timed, and yielded, once more after all else. Ends when `seconds` are over. `rounds` turns of every
-    kernel are timed, each of at least `least` seconds.
+    sure is timed, and yielded, once more after all else. Ends when `seconds` are over. `rounds`
+    turns of every kernel are timed, each of at least `least` seconds.
     """
     table = known(path, device)
     end = time.monotonic() + seconds

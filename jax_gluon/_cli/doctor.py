@@ -200,7 +200,7 @@ def _show_test(report: dict[str, Any], console: Console) -> None:
                 kernel or "chosen there",
                 ", ".join(dict.fromkeys(check.operands for check in group)),
                 " ".join(dict.fromkeys(check.direction for check in group)),
-                f"{_share(worst):.2f} ({worst.operands} {worst.direction})",
+                f"{_share(worst):.2g} ({worst.operands} {worst.direction})",
                 f"{len(failed)} of {len(group)} FAILED" if failed else f"{len(group)} ok",
             )
         )

@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -47,17 +46,26 @@ std::string file() {
   return folder.empty() ? "" : folder + "/metal-self-test.txt";
 }
 
+// The next line of a file, without its end.
+bool next_line(std::FILE* file, std::string& line) {
+  line.clear();
+  for (int c; (c = std::fgetc(file)) != EOF;) {
+    if (c == '\n') return true;
+    line += static_cast<char>(c);
+  }
+  return false;
+}
+
 // Three lines: the subject, "passed" or "failed", why.
 bool read(const std::string& path, const std::string& subject, MetalVerdict& verdict) {
-  std::ifstream stream(path);
+  std::FILE* file = std::fopen(path.c_str(), "r");
+  if (!file) return false;
   std::string found, outcome;
-  if (!std::getline(stream, found) || found != subject || !std::getline(stream, outcome)) {
-    return false;
-  }
-  if (outcome != "passed" && outcome != "failed") return false;
+  const bool is_whole = next_line(file, found) && next_line(file, outcome) &&
+                        next_line(file, verdict.why) && found == subject;
+  std::fclose(file);
   verdict.passed = outcome == "passed";
-  std::getline(stream, verdict.why);
-  return verdict.passed || !verdict.why.empty();
+  return is_whole && (verdict.passed || (outcome == "failed" && !verdict.why.empty()));
 }
 
 // The file appears whole; without a folder that can be written nothing is kept.
@@ -66,11 +74,13 @@ bool write(const std::string& path, const std::string& subject, const MetalVerdi
     mkdir(path.substr(0, at).c_str(), 0777);
   }
   const std::string partial = path + "." + std::to_string(getpid());
-  std::ofstream stream(partial);
-  stream << subject << "\n" << (verdict.passed ? "passed" : "failed") << "\n";
-  stream << verdict.why << "\n";
-  stream.close();
-  if (stream && std::rename(partial.c_str(), path.c_str()) == 0) return true;
+  std::FILE* file = std::fopen(partial.c_str(), "w");
+  if (!file) return false;
+  const std::string text =
+      subject + "\n" + (verdict.passed ? "passed" : "failed") + "\n" + verdict.why + "\n";
+  const bool is_whole = std::fwrite(text.data(), 1, text.size(), file) == text.size();
+  const bool is_closed = std::fclose(file) == 0;
+  if (is_whole && is_closed && std::rename(partial.c_str(), path.c_str()) == 0) return true;
   std::remove(partial.c_str());
   return false;
 }

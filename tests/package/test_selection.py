@@ -329,7 +329,7 @@ def test_the_argument_goes_before_the_environment(shape, monkeypatch):
 def test_the_environment_goes_before_the_table(shape, monkeypatch):
     path = tuned_table.table_path("cpu")
     assert path is not None
-    tuned_table.save(path, "cpu", [row(), row(direction="backward", gluon=1.5)])
+    tuned_table.save(path, "cpu", tuned_table.Table((row(), row(direction="backward", gluon=1.5))))
     *found, reasons = names(shape)
     assert found == ["gluon", "baseline"]
     assert "measured here" in reasons[1]
