@@ -156,9 +156,9 @@ def dot_product_attention(
     - `implementation`: `"cpu"` (the plugin's kernels), `"metal"` (a GPU, from buffers of JAX's CPU
       platform; head dims to 256), `"xla"`, `"cudnn"` (an NVIDIA GPU's fused kernels, for 16 bits;
       to them a hidden NaN is not absent where it is causal masking or a window that hides it),
-      `"pallas"` (a forward of its own for INT8 on Hopper GPUs, with cuDNN's backward), or None,
-      which takes the plugin on the CPU, on NVIDIA GPUs the faster of the two that take the problem,
-      and XLA elsewhere and for float64.
+      `"pallas"` (products of INT8 codes in forward, on Hopper GPUs, head dim 128; cuDNN's
+      backward), or None, which takes the plugin on the CPU, cuDNN on NVIDIA GPUs where it takes the
+      problem, and XLA elsewhere and for float64.
     - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
       the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
       where the problem is of few queries, or of few keys of floats; or a `CpuKernel` or
@@ -330,7 +330,7 @@ def _plan(arguments: CheckedArguments, implementation: Implementation | None) ->
     operands = scaled_operands(arguments)
     if implementation is not None:
         reason = f'implementation="{implementation}" was asked for'
-        if implementation in choice.CHOICES:
+        if implementation in choice.IMPLEMENTATIONS:
             _check_cuda(arguments, operands)
             return Plan(implementation, None, None, None, (reason, _ON_CUDA[implementation]))
         device = None if implementation == "xla" else implementation
@@ -416,7 +416,7 @@ def run(
             operands = swapped_operands(problem, operands)
             problem = replace(problem, layout="BTNH")
         query = operands.query
-        if problem.implementation in choice.CHOICES:
+        if problem.implementation in choice.IMPLEMENTATIONS:
             _check_cuda(arguments, operands)
         elif problem.implementation != "xla" and _native.has_plugin():
             kernels = kernels_of(arguments.check, problem, operands, arguments.kernel)

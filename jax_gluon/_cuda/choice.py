@@ -7,9 +7,9 @@ from typing import Literal
 from jax_gluon._cuda import cudnn, int8
 from jax_gluon._problem import AttentionProblem, Operands
 
-Choice = Literal["pallas", "cudnn", "xla"]
-#: Those that can be asked for, on NVIDIA GPUs alone.
-CHOICES = ("pallas", "cudnn")
+Choice = Literal["cudnn", "xla"]
+#: What can be asked for, on NVIDIA GPUs alone.
+IMPLEMENTATIONS = ("cudnn", "pallas")
 
 
 def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
@@ -23,7 +23,4 @@ def chosen(problem: AttentionProblem, operands: Operands) -> tuple[Choice, str]:
     """What takes the problem where nothing was asked for, and the reason."""
     if (reason := cudnn.missing() or cudnn.refusal(problem, operands)) is not None:
         return "xla", reason
-    is_taken = not (int8.missing() or int8.refusal(problem, operands))
-    if is_taken and (reason := int8.gain(problem, operands)) is not None:
-        return "pallas", reason
     return "cudnn", "cuDNN takes the problem, where the GPU is NVIDIA's"

@@ -45,20 +45,6 @@ def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
     return None
 
 
-def gain(problem: AttentionProblem, operands: Operands) -> str | None:
-    """Why it is faster than cuDNN of what the codes stand for, or None where it is not known to be.
-
-    By benchmarks.nvidia on an H200; docs/nvidia.md has the table.
-    """
-    T, S = operands.query.shape[1], operands.key.shape[1]
-    if min(T, S) < _LEAST_TOKENS:
-        return None
-    return f"from {_LEAST_TOKENS} tokens on products of integers are faster than cuDNN's of 16 bits"
-
-
-_LEAST_TOKENS = 2048
-
-
 def _specs(problem: AttentionProblem, operands: Operands) -> tuple[QuantSpec | None, ...]:
     """Of query and key."""
     given = zip(operands[:2], problem.quantization[:2], strict=True)

@@ -9,7 +9,7 @@ with 128 rows for each time they take 5 TB/s of an H200's, with 192 two thirds o
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +230,7 @@ class _Block:
         def full(shape: tuple[int, ...], x: float, layout: Any) -> Any:
             return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
 
-        state = (
+        state: Any = (
             full((_ROWS, HEAD_DIM), 0.0, plgpu.Layout.WGMMA),
             full((_ROWS,), -jnp.inf, of_rows),
             full((_ROWS,), 0.0, of_rows),
@@ -245,9 +245,9 @@ class _Block:
         if task.way.takes_turns:
             pl.when(w == 1)(self.pass_turn)
         step = functools.partial(self.step, query, factor, first, own)
-        state = lax.fori_loop(0, seen, functools.partial(step, False), state)
+        state = cast(Any, lax).fori_loop(0, seen, functools.partial(step, False), state)
         if is_edited:
-            state = lax.fori_loop(seen, own, functools.partial(step, True), state)
+            state = cast(Any, lax).fori_loop(seen, own, functools.partial(step, True), state)
         if task.is_causal:  # those of other warpgroups alone
 
             def passed(i: Any, _: None) -> None:

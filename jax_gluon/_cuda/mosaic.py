@@ -39,7 +39,8 @@ def missing() -> str | None:
         return f"JAX {jax.__version__} lacks what the kernel calls of Mosaic GPU; 0.11 has it"
     if jax.default_backend() != "gpu":
         return "JAX's default backend is no GPU, of which the kernel is made"
-    found = getattr(jax.devices()[0], "compute_capability", None)
+    gpu: Any = jax.devices()[0]
+    found = getattr(gpu, "compute_capability", None)
     if found != _CAPABILITY:
         return f"the kernel is made for compute capability {_CAPABILITY}, not {found}"
     return None

@@ -104,6 +104,31 @@ OVERLAPPING = dict(
 STEPS = r"(collective-permute-start|collective-permute-done|collective-permute|conditional)\("
 
 
+ROWS = jax_gluon.QuantSpec(center=True)
+BLOCKS = jax_gluon.QuantSpec(granularity="block", block_size=128)
+
+
+# Two and three warpgroups with rows; keys of whole chunks and with a tail.
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("key", "S"), [(ROWS, 256), (BLOCKS, 256), (BLOCKS, 141)])
+def test_products_of_codes_over_four_gpus(key, S, is_causal, described):
+    """Of quantizers, and of forward, one program each; no collective; cuDNN's backward."""
+    mesh = Mesh(np.array(described).reshape(2, 2), ("data", "model"))
+    sharding = NamedSharding(mesh, P("data", None, "model"))
+    operands = [
+        jax.ShapeDtypeStruct((4, T, heads, 128), jnp.bfloat16, sharding=sharding)
+        for T, heads in ((200, 8), (S, 4), (S, 4))
+    ]
+    quantization = jax_gluon.AttentionQuantization(jax_gluon.QuantSpec(), key)
+    attend = functools.partial(
+        gradient, quantization=quantization, implementation="pallas", is_causal=is_causal
+    )
+    program = compiled(attend, *operands)
+    assert not re.findall("|".join(COLLECTIVES), program)
+    assert re.findall(r'custom_call_target="(__cudnn[^"]*)"', program) == CUDNN[1:]
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', program)) == 3 + key.center
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_ring_over_four_gpus(layout, quantization, described):

@@ -3,6 +3,8 @@
 `python -m pytest --noconftest tests/cuda` on a machine that has one; elsewhere it is skipped.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,11 +161,11 @@ def test_products_of_codes(name):
 
     @jax.jit
     def run(arrays, d_out):
-        def attention(*arrays):
-            return jax_gluon.dot_product_attention(*arrays, return_residual=True, **keywords)
-
-        (out, log_sum_exp), pullback = jax.vjp(attention, *arrays)
-        return out, log_sum_exp, *pullback((d_out, jnp.zeros_like(log_sum_exp)))
+        attention = functools.partial(jax_gluon.dot_product_attention, **keywords)
+        out, pullback = jax.vjp(attention, *arrays)
+        # The residual of `dot_product_attention` is of 16 bits.
+        _, log_sum_exp = jax_gluon.attention_with_log_sum_exp(*arrays, **keywords)
+        return out, log_sum_exp, *pullback(d_out)
 
     out, log_sum_exp, *gradients = run(arrays, d_out)
     query, key = (
@@ -181,7 +183,7 @@ def test_products_of_codes(name):
     # P of 16 bits.
     assert errors[0] <= 3e-3
     assert max(errors[3:] if case["S"] == 1 else errors[1:]) <= BARS["int8"][1]
-    np.testing.assert_allclose(log_sum_exp, exact.log_sum_exp, rtol=0, atol=2e-2)
+    np.testing.assert_allclose(log_sum_exp, exact.log_sum_exp, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("spec", [ROWS, CENTERED, BLOCKS])

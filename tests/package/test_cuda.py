@@ -11,7 +11,7 @@ import pytest
 
 import jax_gluon
 from jax_gluon import _native
-from jax_gluon._cuda import cudnn
+from jax_gluon._cuda import cudnn, mosaic
 from jax_gluon._problem import AttentionOperands, AttentionProblem
 from jax_gluon._xla import implementation as xla
 from tests.support import oracle as numpy_oracle
@@ -142,6 +142,87 @@ def test_without_cudnn():
     with pytest.raises(ValueError, match='implementation is "cudnn", but JAX'):
         jax_gluon.explain(*shapes(), implementation="cudnn")
     assert not calls(gradient(scale=0.122), *shapes())  # traced anew
+
+
+ROWS, CENTERED = jax_gluon.QuantSpec(), jax_gluon.QuantSpec(center=True)
+BLOCKS = jax_gluon.QuantSpec(granularity="block", block_size=128, center=True)
+
+
+def codes_of(query=ROWS, key=CENTERED):
+    return jax_gluon.AttentionQuantization(query, key)
+
+
+# What the kernel for codes is refused for.
+PALLAS_REFUSED = {
+    "a query of symmetric INT8 rows without a center, not None": {},
+    "without a center, not QuantSpec": {"quantization": codes_of(CENTERED)},
+    "INT8 rows or blocks, not QuantSpec": {
+        "quantization": codes_of(key=jax_gluon.QuantSpec(symmetric=False))
+    },
+    "a multiple of 128 keys, not of 32": {
+        "quantization": codes_of(key=jax_gluon.QuantSpec(granularity="block"))
+    },
+    "head dim of 128, not 64": {"quantization": "int8", "H": 64},
+    "no window": {"quantization": "int8", "is_causal": True, "local_window_size": 7},
+    "no key_value_seq_lengths": {
+        "quantization": "int8", "key_value_seq_lengths": np.asarray([48, 5], np.int32)
+    },
+    "cuDNN takes no sinks": {"quantization": "int8", "sinks": np.zeros(N, np.float32)},
+    "bfloat16 and float16, not float32": {"quantization": "int8", "dtype": jnp.float32},
+}  # fmt: skip
+
+
+@pytest.fixture
+def has_mosaic(has_cudnn, monkeypatch):
+    monkeypatch.setattr(mosaic, "missing", lambda: None)
+
+
+@pytest.mark.parametrize("reason", PALLAS_REFUSED)
+def test_refusals_of_codes(reason, has_mosaic):
+    keywords = {"H": 128} | PALLAS_REFUSED[reason]
+    given = shapes(keywords.pop("dtype", jnp.bfloat16), H=keywords.pop("H"))
+    forced = functools.partial(jax_gluon.dot_product_attention, implementation="pallas", **keywords)
+    message = f'dot_product_attention: .*is "pallas", but .*{reason}'
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(forced, *given)
+    with pytest.raises(ValueError, match=reason):
+        jax_gluon.explain(*given, implementation="pallas", **keywords)
+
+
+@pytest.mark.parametrize("key", [ROWS, CENTERED, BLOCKS])
+def test_explain_of_codes(key, has_mosaic, monkeypatch):
+    """Taken where it is asked for, and by nobody else."""
+    given = shapes(H=128)
+    keywords = dict(quantization=codes_of(key=key), is_causal=True)
+    plan = jax_gluon.explain(*given, implementation="pallas", **keywords)
+    assert (plan.implementation, plan.forward) == ("pallas", None)
+    assert "multiplies codes" in plan.reasons[1]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert jax_gluon.explain(*given, **keywords).implementation == "cudnn"
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0", None])
+def test_gpus_that_the_kernel_for_codes_does_not_take(capability, has_cudnn, monkeypatch):
+    given = shapes(H=128)
+    explain = functools.partial(jax_gluon.explain, *given, quantization="int8")
+    if mosaic.missing() is not None:
+        with pytest.raises(ValueError, match='is "pallas", but JAX'):
+            explain(implementation="pallas")
+    gpu = type("Gpu", (), {"compute_capability": capability})()
+    monkeypatch.setattr(mosaic, "_is_known", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    with pytest.raises(ValueError, match=f"compute capability 9.0, not {capability}"):
+        explain(implementation="pallas")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_narrow_scales_are_rounded_where_a_cast_would_be_dropped(bits):
+    """XLA drops a cast to bfloat16 and back on GPUs, and codes would be of another scale."""
+    spec = jax_gluon.QuantSpec(bits=bits, granularity="block")
+    quantize = functools.partial(jax_gluon.quantize, spec=spec, implementation="xla")
+    text = jax.jit(quantize).lower(jnp.ones((1, 64, 1, 8))).as_text()
+    assert "reduce_precision" in text
 
 
 def test_nobody_misses_the_plugin_where_programs_run_elsewhere(monkeypatch):
