@@ -35,10 +35,10 @@ def _is_known() -> bool:
 
 def missing() -> str | None:
     """Why they can't, or None. Programs that are lowered elsewhere do not know the GPU."""
+    if jax.default_backend() != "gpu":
+        return "JAX's default backend is no GPU, which the kernel is made for"
     if not _is_known():
         return f"JAX {jax.__version__} lacks what the kernel calls of Mosaic GPU; 0.11 has it"
-    if jax.default_backend() != "gpu":
-        return "JAX's default backend is no GPU, of which the kernel is made"
     gpu: Any = jax.devices()[0]
     found = getattr(gpu, "compute_capability", None)
     if found != _CAPABILITY:

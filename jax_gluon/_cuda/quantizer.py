@@ -15,12 +15,10 @@ from jax import lax
 
 from jax_gluon._cuda import mosaic
 from jax_gluon._dimensions import ceil_div, is_static
-from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, QuantSpec
+from jax_gluon._quantization.formats import QuantizedTensor, QuantSpec
 from jax_gluon._xla import quantize as xla
 
-_HEAD_DIMS = (64, 128)
-# Of a warpgroup.
-_THREADS = 128
+_HEAD_DIM = 128
 #: Tokens that share a scale, where they do.
 BLOCK = 128
 _ROWS = 64
@@ -35,7 +33,7 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None) -> Quanti
     """As `_xla.quantize.quantize`; of an element that is half way between two codes, either."""
     if not _takes(x, spec) or visible is not None or mosaic.missing():
         return xla.quantize(x, spec, visible)
-    center = token_center(x) if spec.center else None
+    center = xla.token_center(x.astype(jnp.float32), None) if spec.center else None
     codes, scale = quantize_tokens(x, center, spec.token_block)
     scale = jnp.swapaxes(scale, 1, 2)[..., None].astype(spec.scale_dtype)
     return QuantizedTensor(codes, scale, None, None, center, spec, np.dtype(x.dtype), x.shape[-1])
@@ -43,7 +41,7 @@ def quantize(x: jax.Array, spec: QuantSpec, visible: jax.Array | None) -> Quanti
 
 def _takes(x: jax.Array, spec: QuantSpec) -> bool:
     is_shared = spec.granularity == "block" and spec.block_size == BLOCK
-    is_narrow = x.dtype.itemsize == 2 and x.shape[-1] in _HEAD_DIMS
+    is_narrow = x.dtype.itemsize == 2 and x.shape[-1] == _HEAD_DIM
     is_whole = x.ndim == 4 and 0 not in x.shape and is_static(*x.shape)
     return is_plain(spec) and (spec.granularity == "row" or is_shared) and is_narrow and is_whole
 
@@ -51,48 +49,6 @@ def _takes(x: jax.Array, spec: QuantSpec) -> bool:
 def is_plain(spec: QuantSpec) -> bool:
     """Whether codes are of 8 bits, symmetric, and not of rotated rows."""
     return spec.bits == 8 and spec.symmetric and not spec.rotate and not spec.token_powers
-
-
-def token_center(x: jax.Array) -> jax.Array:
-    """That of `_xla.quantize`, `[B, 1, N, H]`, in one launch: XLA's sort takes several."""
-    _, plgpu = mosaic.modules()
-    B, T, N, H = x.shape
-    if H % _THREADS:
-        return xla.token_center(x.astype(jnp.float32), None)
-    layout = plgpu.Layout.WG_STRIDED((H,), vec_size=H // _THREADS)
-
-    def body(source: Any, center: Any) -> None:
-        batch, head = lax.axis_index("batch"), lax.axis_index("head")
-        tokens: list[Any] = []
-        number: Any = None
-        for i in range(min(CENTER_TOKENS, T)):
-            token = plgpu.load(source.at[batch, i, head], layout=layout, optimized=False)
-            token = token.astype(jnp.float32)
-            is_finite = jnp.abs(token) < _INFINITY
-            tokens.append(jnp.where(is_finite, token, _INFINITY))
-            is_finite = is_finite.astype(jnp.int32)
-            number = is_finite if number is None else number + is_finite
-        ranks = [jnp.zeros_like(number) for _ in tokens]
-        for i in range(len(tokens)):
-            for j in range(i):
-                is_less = (tokens[i] < tokens[j]).astype(jnp.int32)
-                ranks[j] += is_less
-                ranks[i] += 1 - is_less
-        middle_rank = lax.div(jnp.maximum(number - 1, 0), jnp.full_like(number, 2))
-        middle = jnp.zeros_like(tokens[0])
-        for rank, token in zip(ranks, tokens, strict=True):
-            middle = jnp.where(rank == middle_rank, token, middle)
-        is_usable = jnp.abs(middle) <= np.float32(xla.LARGEST_CENTER)
-        center.at[batch, 0, head][...] = jnp.where(is_usable, middle, _ZERO)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((B, 1, N, H), jnp.float32),
-        grid=(N, B),
-        grid_names=("head", "batch"),
-        num_threads=1,
-        thread_name="warpgroup",
-    )(x)
 
 
 def quantize_tokens(

@@ -23,8 +23,8 @@ from jax_gluon._quantization.formats import CENTER_TOKENS, QuantizedTensor, Quan
 
 #: A step below this counts as zero: dividing by it, or halving it, might leave the normal numbers.
 MIN_SCALE = 2.0**-125
-#: A center above this counts as zero: differences from it might not be finite.
-LARGEST_CENTER = 2.0**100
+# A center above this counts as zero: differences from it might not be finite.
+_LARGEST_CENTER = 2.0**100
 # A squared norm below this counts as zero: squares of its elements might not be normal.
 _MIN_ORDINARY_NORM = 2.0**-100
 
@@ -131,7 +131,7 @@ def _lower_median(x: jax.Array) -> jax.Array:
     at = jnp.maximum(number - 1, 0) // 2
     middle = jnp.take_along_axis(ordered, at, axis=-3)
     # An infinity, where there is none, is too large too.
-    return jnp.where(jnp.abs(middle) <= LARGEST_CENTER, middle, jnp.zeros_like(middle))
+    return jnp.where(jnp.abs(middle) <= _LARGEST_CENTER, middle, jnp.zeros_like(middle))
 
 
 def _extremes(
