@@ -39,7 +39,7 @@ def missing() -> str | None:
         return "JAX's default backend is no GPU, which the kernel is made for"
     if not _is_known():
         return f"JAX {jax.__version__} lacks what the kernel calls of Mosaic GPU; 0.11 has it"
-    gpu: Any = cast(Any, jax).devices()[0]
+    gpu = cast(Any, jax).devices()[0]
     found = getattr(gpu, "compute_capability", None)
     if found != _CAPABILITY:
         return f"the kernel is made for compute capability {_CAPABILITY}, not {found}"

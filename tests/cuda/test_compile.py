@@ -117,7 +117,7 @@ def test_products_of_codes_over_four_gpus(key, S, is_causal, described):
     sharding = NamedSharding(mesh, P("data", None, "model"))
     operands = [
         jax.ShapeDtypeStruct((4, T, heads, 128), jnp.bfloat16, sharding=sharding)
-        for T, heads in ((200, 8), (S, 4), (S, 4))
+        for T, heads in ((300, 8), (S, 4), (S, 4))
     ]
     quantization = jax_gluon.AttentionQuantization(jax_gluon.QuantSpec(), key)
     attend = functools.partial(
