@@ -3,10 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import flux
 
-TINY = ["--heads", "2", "--head-dim", "16", "--side", "3", "--text-tokens", "2"]
+TINY = ["--heads", "2", "--head-dim", "16", "--side", "5", "--text-tokens", "2"]
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return flux.make(flux.parse_arguments(TINY))
+
+
+@pytest.fixture
+def one_transformer(monkeypatch, transformer):
+    """Made once for all tests."""
+    monkeypatch.setattr(flux, "make", lambda options: transformer)
 
 
 def test_the_geometry_is_that_of_flux_where_nothing_else_is_asked_for():
@@ -17,7 +29,7 @@ def test_the_geometry_is_that_of_flux_where_nothing_else_is_asked_for():
     assert options.steps == [4, 28]
 
 
-def test_every_format_stays_near_float32(capsys):
+def test_every_format_stays_near_float32(one_transformer, capsys):
     assert flux.main([*TINY, "--steps", "2", "--only", "drift"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " of 2 |" in line]
     far = {(row[0], row[1]): float(row[5].split()[0]) for row in rows}
@@ -25,8 +37,8 @@ def test_every_format_stays_near_float32(capsys):
         assert 0 < far[step, "bfloat16"] < far[step, "int8"] < far[step, "int4"] < 10
 
 
-def test_weights_give_the_logits_that_were_asked_for():
-    transformer = flux.make(flux.parse_arguments([*TINY, "--side", "8", "--logits", "3"]))
+def test_weights_give_the_logits_that_were_asked_for(transformer):
+    assert flux.parse_arguments([]).logits == 3
 
     @jax.jit
     def deviations(weights):
@@ -65,7 +77,7 @@ def test_what_is_not_finite_or_too_far_is_named():
     ]
 
 
-def test_a_drift_that_is_too_large_fails_the_command(monkeypatch, capsys):
+def test_a_drift_that_is_too_large_fails_the_command(one_transformer, monkeypatch, capsys):
     far = {"step": 1, "name": "bfloat16", "finite": True, "way": 0.5}
     far |= {"l1": 0.1, "cosine": 0.9, "psnr": 20.0}
     monkeypatch.setattr(flux, "drift", lambda *of: [far])
@@ -83,10 +95,10 @@ def test_timings_take_turns():
     assert "| int8 | 1000 | 0 % | 2.00 |" in table
 
 
-def test_attention_and_steps_are_timed(capsys, monkeypatch):
+def test_attention_and_steps_are_timed(one_transformer, monkeypatch, capsys):
     assert {x.kernel for x in flux.TIMED if x.quantization} == {"gluon", "baseline"}
     monkeypatch.setattr(flux, "TIMED", (*flux.TIMED[:2], flux.TIMED[-1]))
-    assert flux.main([*TINY, "--single", "0", "--rounds", "2", "--only", "time"]) == 0
+    assert flux.main([*TINY, "--rounds", "2", "--only", "time"]) == 0
     output = capsys.readouterr().out
     for variant in flux.TIMED:
         assert output.count(f"| {variant.name} | ") == 2
