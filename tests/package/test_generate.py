@@ -9,7 +9,7 @@ from jax_gluon import AttentionQuantization, QuantSpec
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, size in dict(TOKENS=64, WIDTH=32, HEADS=4, HEAD_DIM=16).items():
+    for name, size in dict(TOKENS=64, WIDTH=32, LAYERS=1, HEADS=4, HEAD_DIM=16).items():
         monkeypatch.setattr(generate, name, size)
     generate.traced.clear()
 
@@ -34,7 +34,9 @@ def test_slots_are_refilled_without_compiling(small):
     assert served(server, again)[::-1] == tokens
     assert generate.traced == dict(admit=1, generate=1, release=1)
     # Another prefix gives other tokens: it is seen.
-    other = generate.Server(weights, prefix[::-1], slots=2, pages=8, longest=12)
+    other = generate.Server(
+        weights, prefix[::-1], slots=2, pages=8, longest=12, quantization="int4"
+    )
     assert served(other, [generate.Request(x.prompt, x.count) for x in requests]) != tokens
 
 
