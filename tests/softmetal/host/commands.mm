@@ -1,6 +1,7 @@
 #include "check.h"
 
 #include <atomic>
+#include <chrono>
 #include <string>
 #include <thread>
 #include <vector>
@@ -390,6 +391,30 @@ TEST(fault_slow_completion) {
   [commands waitUntilCompleted];
   CHECK(commands.status == MTLCommandBufferStatusCompleted);
   CHECK(commands.GPUEndTime - commands.GPUStartTime > 0.19);
+}
+
+TEST(fault_lost_threadgroup) {
+  for (const int count : {1, 0}) {
+    CHECK(softmetal_inject_fault("lost_threadgroup", count));
+    id<MTLBuffer> x = floats({1, 1, 1});
+    id<MTLCommandBuffer> commands = [queue() commandBuffer];
+    id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoder];
+    [encoder setComputePipelineState:pipeline(@"twice")];
+    [encoder setBuffer:x offset:0 atIndex:0];
+    [encoder dispatchThreadgroups:MTLSizeMake(3, 1, 1) threadsPerThreadgroup:MTLSizeMake(1, 1, 1)];
+    [encoder endEncoding];
+    [commands commit];
+    [commands waitUntilCompleted];
+    CHECK(commands.status == MTLCommandBufferStatusCompleted);
+    CHECK(contents(x)[1] == 2 && contents(x)[2] == (count ? 1 : 2));
+  }
+}
+TEST(fault_hang) {
+  CHECK(softmetal_inject_fault("hang", 1));
+  id<MTLCommandBuffer> commands = [queue() commandBuffer];
+  [commands commit];
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  CHECK(commands.status != MTLCommandBufferStatusCompleted);
 }
 
 // The program is run with SOFTMETAL_TIME_LIMIT=0.2.
