@@ -85,40 +85,49 @@ std::string in_one_line(std::string text) {
   return text;
 }
 
-// In a thread of its own, which is left behind where it does not end.
-MetalVerdict run() {
+// Keeps a verdict, and says where; nothing where it can't be kept.
+MetalVerdict kept_at(const std::string& path, const std::string& about, MetalVerdict verdict) {
+  if (!path.empty() && write(path, about, verdict)) verdict.file = path;
+  return verdict;
+}
+
+// In a thread of its own, which is left behind where it does not end in time. Should it end after
+// all, as on a machine that was too busy to compile, later processes find what came out.
+MetalVerdict run(const std::string& path, const std::string& about) {
   std::string why;
   Device* metal = metal_device(&why);
   if (!metal) return {false, why, false, ""};
   struct Shared {
     std::mutex mutex;
     std::condition_variable ended;
-    bool has_ended = false;
-    Status status;
+    bool has_ended = false, is_late = false;
+    MetalVerdict verdict;
   };
   const auto shared = std::make_shared<Shared>();
-  std::thread([shared, metal] {
+  std::thread([shared, metal, path, about] {
     Status status;
     try {
       status = compare_devices(*metal, cpu_device());
     } catch (const std::exception& error) {
       status = error.what();
     }
+    const MetalVerdict found = {!status, status ? in_one_line(*status) : "", false, ""};
     const std::lock_guard<std::mutex> lock(shared->mutex);
-    shared->status = std::move(status);
+    shared->verdict = found;
     shared->has_ended = true;
+    if (shared->is_late) kept_at(path, about, found);
     shared->ended.notify_all();
   }).detach();
   const double seconds = seconds_allowed();
   std::unique_lock<std::mutex> lock(shared->mutex);
-  if (!shared->ended.wait_for(lock, std::chrono::duration<double>(seconds),
-                              [&] { return shared->has_ended; })) {
-    char text[64];
-    std::snprintf(text, sizeof text, "it did not end within %g seconds", seconds);
-    return {false, text, false, ""};
+  if (shared->ended.wait_for(lock, std::chrono::duration<double>(seconds),
+                             [&] { return shared->has_ended; })) {
+    return kept_at(path, about, shared->verdict);
   }
-  if (!shared->status) return {true, "", false, ""};
-  return {false, in_one_line(*shared->status), false, ""};
+  shared->is_late = true;
+  char text[64];
+  std::snprintf(text, sizeof text, "it did not end within %g seconds", seconds);
+  return kept_at(path, about, {false, text, false, ""});
 }
 
 }  // namespace
@@ -145,8 +154,7 @@ MetalVerdict metal_verdict(bool again) {
     verdict.remembered = true;
     verdict.file = path;
   } else {
-    verdict = run();
-    if (!path.empty() && write(path, about, verdict)) verdict.file = path;
+    verdict = run(path, about);
   }
   kept = std::make_unique<MetalVerdict>(verdict);
   return verdict;

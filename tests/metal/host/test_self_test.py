@@ -141,6 +141,28 @@ def test_a_device_that_is_not_right_is_left_alone(tmp_path, fault, why):
         assert "; so do float16, bfloat16, int8, int4" in found["verdict"]["why"]
 
 
+LATE = """
+import json, time
+from jax_gluon import _native
+from jax_gluon._plan.tuned_table import cache_folder
+
+def kept():
+    return (cache_folder() / "metal-self-test.txt").read_text("utf-8").splitlines()[1]
+
+passed, first = _native.plugin().metal_self_test(False)["passed"], kept()
+end = time.monotonic() + 900
+while kept() != "passed" and time.monotonic() < end:
+    time.sleep(0.1)
+print("@" + json.dumps([passed, first, kept()]))
+"""
+
+
+def test_a_device_that_was_late_is_right_for_later_processes(tmp_path):
+    """As where other programs keep the machine from compiling; each command buffer takes 0.2 s."""
+    seconds = {"JAX_GLUON_METAL_SELF_TEST_SECONDS": "0.3"}
+    assert run(LATE, tmp_path, "slow_completion", **seconds) == [False, "failed", "passed"]
+
+
 THREADS = (
     HEAD
     + """
