@@ -11,6 +11,7 @@ import jax_gluon
 from jax_gluon._quantization.formats import AttentionQuantization, QuantSpec, preset
 from tests.support import quantizer
 from tests.support.arrays import placed
+from tests.support.variants import cpu_variants
 
 plugin = pytest.importorskip("jax_gluon._plugin")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -99,8 +100,7 @@ RULES = {
     "mask": dict(mask=jnp.asarray(RNG.random((2, 1, 3, 700)) < 0.3)),
     "bias": dict(bias=jnp.asarray(RNG.standard_normal((1, 4, 3, 700)), jnp.float32)),
 }
-ISAS = [isa for isa in plugin.cpu_isas_supported() if isa != "avx512_bf16" and "amx" not in isa]
-ISAS += [] if {"emulated_avx512", "neon"} & set(ISAS) else ["emulated_avx512"]
+ISAS = [isa for isa in cpu_variants() if isa != "avx512_bf16" and "amx" not in isa]
 
 
 def every_pair(storages):
