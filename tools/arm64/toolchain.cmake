@@ -10,6 +10,6 @@ set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
 
 set(CMAKE_MODULE_LINKER_FLAGS_INIT
-    "-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections -Wl,--wrap=pthread_once")
+    "-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections -Wl,--wrap=pthread_once,--wrap=pthread_create,--wrap=pthread_detach")
 get_filename_component(old_glibc ${CMAKE_CURRENT_LIST_DIR}/../../build/arm64/old_glibc.o ABSOLUTE)
 set(CMAKE_CXX_STANDARD_LIBRARIES_INIT ${old_glibc})
