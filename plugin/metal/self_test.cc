@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -98,6 +99,7 @@ MetalVerdict run(const std::string& path, const std::string& about) {
   if (!metal) return {false, why, false, ""};
   struct Shared {
     std::mutex mutex;
+    std::condition_variable ended;
     bool has_ended = false, is_late = false;
     MetalVerdict verdict;
   };
@@ -114,17 +116,19 @@ MetalVerdict run(const std::string& path, const std::string& about) {
     shared->verdict = found;
     shared->has_ended = true;
     if (shared->is_late) kept_at(path, about, found);
+    shared->ended.notify_all();
   }).detach();
   const double seconds = seconds_allowed();
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  // In steps: waiting on a condition by this clock asks for a younger glibc than the wheels do.
-  for (;; std::this_thread::sleep_for(std::chrono::milliseconds(5))) {
-    const std::lock_guard<std::mutex> lock(shared->mutex);
-    if (shared->has_ended) return kept_at(path, about, shared->verdict);
-    if (std::chrono::steady_clock::now() < end) continue;
-    shared->is_late = true;
-    break;
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  while (!shared->has_ended && std::chrono::steady_clock::now() < end) {
+    // By this clock, in steps: waiting by the steady one asks for a younger glibc than the wheels
+    // do.
+    shared->ended.wait_until(lock,
+                             std::chrono::system_clock::now() + std::chrono::milliseconds(50));
   }
+  if (shared->has_ended) return kept_at(path, about, shared->verdict);
+  shared->is_late = true;
   char text[64];
   std::snprintf(text, sizeof text, "it did not end within %g seconds", seconds);
   return kept_at(path, about, {false, text, false, ""});
