@@ -54,7 +54,7 @@ class Checker:
         """`x` as an array."""
         try:
             array = jnp.asarray(x)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise TypeError(
                 self.text(argument, f"a {type(x).__name__} ({error})", "an array or a list")
             ) from error

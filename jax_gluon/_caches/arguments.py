@@ -101,7 +101,12 @@ def mask_of_rows(check: Checker, rows: Any, batch: int) -> jax.Array:
             check.value_error("rows", f"of shape {list(array.shape)}", allowed)
         return array
     numbers = rows_of(check, rows if array.ndim else [rows], batch)
-    return jnp.zeros((batch,), jnp.bool_).at[numbers].set(True, mode="drop")
+    return jnp.zeros((batch,), jnp.bool_).at[of_entry(numbers, batch)].set(True, mode="drop")
+
+
+def of_entry(numbers: jax.Array, batch: int) -> jax.Array:
+    """The numbers, with those below 0 past the last entry: JAX counts them from the end."""
+    return jnp.where(numbers < 0, batch, numbers)
 
 
 def rewound_of(check: Checker, tokens: Any, batch: int, limit: int) -> jax.Array:

@@ -78,7 +78,8 @@ class KVCache:
 
         Codes are those of all tokens quantized at once; those of an unfinished block change as it
         fills. Tokens for which there is no room are counted in `dropped` and nothing is overwritten
-        for them, but by the ring of a window; a query for one sees all that is stored.
+        for them, but by the ring of a window; a query for one sees all that is stored, or what its
+        window leaves of it.
 
         Where a format is centered, the first 32 tokens of an entry are its center; until they are
         there, the codes of the fewer change with each append.
@@ -152,7 +153,7 @@ class KVCache:
         """
         check = self._check("attention")
         check.keywords(keywords, _KEYWORDS)
-        q = query if isinstance(query, QuantizedTensor) else jnp.asarray(query)
+        q = query if isinstance(query, QuantizedTensor) else check.array("query", query)
         if q.ndim != 4:
             check.value_error("query", f"of rank {q.ndim}", "rank 4 (BTNH)")
         if self.query is not None:
@@ -188,10 +189,13 @@ class KVCache:
     def rewind(self, tokens: Integer[ArrayLike, ""] | Integer[ArrayLike, " B"]) -> Self:
         """The cache without the last tokens of each entry, as speculative decoding takes them back.
 
-        What is left is as if they had never come, bit for bit.
+        What is left is as if they had never come, bit for bit; where pages that others share have
+        to be written and none is free, its last block alone is not.
 
         **Arguments:** `tokens`: an int, or integers `[B]`: at most `rewindable`, to which traced
-        ones are clamped. An entry of fewer tokens is left with none.
+        ones are clamped. An entry of fewer tokens is left with none. **The limit is of all rewinds
+        since an entry was longest, together**: what was overwritten on the way there is gone, and
+        nothing checks it.
 
         **Raises:** `ValueError` or `TypeError` that names what was found and what is allowed.
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_gluon._arguments import CheckedArguments
-from jax_gluon._caches.arguments import row_within, size_of, specs_of
+from jax_gluon._caches.arguments import of_entry, row_within, size_of, specs_of
 from jax_gluon._caches.cache import KVCache, attend
 from jax_gluon._caches.pages import Grant, InPages, Pool, grant, used_pages, with_copies
 from jax_gluon._caches.storage import (
@@ -176,7 +176,7 @@ class PagedKVCache(KVCache):
         each appends. Entry `source` may be reset; the pages stay while anyone has them.
 
         **Raises:** `ValueError` or `TypeError` that names the argument, what was found and what is
-        allowed.
+        allowed. A traced `target` of no entry is ignored, a traced `source` clamped.
 
         >>> import jax.numpy as jnp, jax_gluon
         >>> cache = jax_gluon.PagedKVCache.create(2, 4, 1, 8, page_size=16)
@@ -193,7 +193,8 @@ class PagedKVCache(KVCache):
                 check.value_error(name, f"of shape {list(number.shape)}", "one entry of the batch")
             row_within(check, name, number, B)
             numbers.append(number)
-        rows = jnp.arange(B, dtype=jnp.int32).at[numbers[1]].set(numbers[0], mode="drop")
+        source_entry, target_entry = numbers[0], of_entry(numbers[1], B)
+        rows = jnp.arange(B, dtype=jnp.int32).at[target_entry].set(source_entry, mode="drop")
         return self._of_rows(rows)
 
     @property

@@ -249,3 +249,18 @@ def test_bad_starts(kind):
     key, value, _ = tokens(6)
     with pytest.raises(ValueError, match=r"append: starts is of shape \[2\]; allowed: shape \[B\]"):
         create(kind, "int8").append(key, value, starts=[0, 1])
+
+
+def test_traced_numbers_of_no_entry_change_nothing():
+    """-1 too, which JAX would count from the end."""
+    cache = filled("paged", "int8", [5, 3, 1])
+    reset = jax.jit(lambda cache, row: cache.reset(row).length)
+    fork = jax.jit(lambda cache, target: cache.fork(0, target).length)
+    for number in (-1, 7):
+        for method in (reset, fork):
+            np.testing.assert_array_equal(method(cache, jnp.int32(number)), [5, 3, 1])
+    np.testing.assert_array_equal(fork(cache, jnp.int32(2)), [5, 3, 5])
+    with pytest.raises(TypeError, match=r"PagedKVCache.reset: rows is .*; allowed"):
+        cache.reset(2**70)
+    with pytest.raises(TypeError, match=r"PagedKVCache.attention: query is .*; allowed"):
+        cache.attention(None)
