@@ -120,7 +120,7 @@ def known(path: Path, device: Device) -> Table:
         return tuned_table.load(path, device)
     except FileNotFoundError:
         return Table()
-    except (OSError, ValueError, TypeError, KeyError):
+    except tuned_table.BROKEN:
         path.replace(path.with_name(f"{path.name}.broken"))
         return Table()
 

@@ -70,7 +70,7 @@ class Console:
 
 def _rich_console() -> Any:
     # A terminal may use another encoding than rich's tables do.
-    if not sys.stdout.isatty() or not _can_encode("\u2500"):
+    if sys.stdout is None or not sys.stdout.isatty() or not _can_encode("\u2500"):
         return None
     try:
         from rich.console import Console as RichConsole
@@ -88,6 +88,8 @@ def _can_encode(text: str) -> bool:
 
 
 def _print(text: str) -> None:
+    if sys.stdout is None:  # closed before the command began
+        return
     encoding = sys.stdout.encoding or "ascii"
     print(text.encode(encoding, "replace").decode(encoding))
 

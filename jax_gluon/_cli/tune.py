@@ -66,7 +66,7 @@ def _tune(options: argparse.Namespace, path: Path) -> int:
     if path.exists():
         try:
             tuned_table.load(path, options.device)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, *tuned_table.BROKEN) as error:
             print(f"what is there is no table of this device ({error}); it is kept as *.broken")
     total = len(tuning.cases()) + (len(tuning.OPERANDS) if options.device == "metal" else 0)
     done: dict[tuning.Case | str, bool] = {}  # whether it is sure
@@ -140,7 +140,7 @@ def _show(options: argparse.Namespace, path: Path) -> int:
     except FileNotFoundError:
         print(f"jax-gluon tune: there is no table {path}; `jax-gluon tune` makes one")
         return 1
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, *tuned_table.BROKEN) as error:
         print(f"jax-gluon tune: {path} is no table of this device: {error}")
         return 1
     print("| operands | direction | H | S | gluon / baseline | fastest | ms |")

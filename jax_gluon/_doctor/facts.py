@@ -206,7 +206,7 @@ def _state(path: Path) -> str:
         try:
             table = tuned_table.load(path, device)
             return f"{len(table.rows)} rows, of this machine's {device}"
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, *tuned_table.BROKEN) as error:
             return f"BROKEN, ignored: {_text(error)}; `jax-gluon tune` makes a new one"
     return f"{size}, of another device or version"
 

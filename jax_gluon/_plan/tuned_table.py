@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jax_gluon import _native
 from jax_gluon._kernels import CpuKernel, MetalKernel
 from jax_gluon._plan.selection import PIPELINES, Measurement
 from jax_gluon._version import __version__
+
+_Value = TypeVar("_Value")
 
 _SCHEMA = 4
 
@@ -99,7 +102,7 @@ def _read(path: Path, device: str, changed: int) -> Table:
     del changed  # part of the cache's key
     try:
         return load(path, device)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, *BROKEN) as error:
         warnings.warn(
             f"jax_gluon: the table {path} is ignored: {error}; `jax-gluon tune` makes a new one.",
             stacklevel=4,
@@ -107,11 +110,15 @@ def _read(path: Path, device: str, changed: int) -> Table:
         return Table()
 
 
+#: What `load` raises for what a file says.
+BROKEN = (ValueError, TypeError, KeyError, RecursionError)
+
+
 def load(path: Path, device: str) -> Table:
     """The table of a file.
 
-    **Raises:** `OSError`, `ValueError`, `TypeError` or `KeyError` for a file that is no table of
-    this device and version.
+    **Raises:** `OSError`, or one of `BROKEN` for a file that is no table of this device and
+    version.
     """
     document: Any = json.loads(path.read_text(encoding="utf-8"))
     wanted = {
@@ -127,24 +134,39 @@ def load(path: Path, device: str) -> Table:
 
 
 def _crossover(operands: str, min_products: int | None, max_products: int) -> Crossover:
+    _check(operands, str)
     for number in (min_products, max_products):
-        if number is not None and not 0 <= number < 2**63:
+        if number is not None and not 0 <= _check(number, int) < 2**63:
             raise ValueError(f"a crossover has the number {number}")
     return Crossover(operands, min_products, max_products)
 
 
 def _from_json(operands: str, direction: str, H: int, S: int, kernels: list[Any]) -> Measurement:
     seconds = {_kernel_from_json(**kernel["kernel"]): kernel["seconds"] for kernel in kernels}
-    row = Measurement(operands, direction, H, S, seconds)
+    for name in (operands, direction):
+        _check(name, str)
+    row = Measurement(operands, direction, _check(H, int), _check(S, int), seconds)
     names = {kernel.name for kernel in seconds}
     if names != set(PIPELINES):
         raise ValueError(f"a row has the kernels {sorted(names)} alone")
-    if not (H > 0 and S > 0 and all(s > 0 for s in seconds.values())):
+    if not (
+        H > 0 and S > 0 and all(0 < _check(s, int, float) < math.inf for s in seconds.values())
+    ):
         raise ValueError(f"a row has a number that is not positive: {row}")
     return row
 
 
+def _check(x: _Value, *kinds: type) -> _Value:
+    # Not by isinstance: Python's True is an int.
+    if type(x) not in kinds:
+        raise TypeError(f"{x!r} stands where {kinds[0].__name__} should")
+    return x
+
+
 def _kernel_from_json(device: str, **fields: Any) -> CpuKernel | MetalKernel:
+    for name, x in fields.items():
+        if x is not None:
+            _check(x, str if name == "name" else int)
     return CpuKernel(**fields) if device == "cpu" else MetalKernel(**fields)
 
 
@@ -166,6 +188,8 @@ def _to_json(row: Measurement) -> dict[str, Any]:
 
 def check_writable(path: Path) -> None:
     """Raises `OSError` where a table can't be kept at `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text("", encoding="utf-8")

@@ -278,3 +278,11 @@ def test_a_jax_that_is_too_old_is_named():
     assert last == (
         'ImportError: jax_gluon needs jax 0.5.0 or later, found 0.4.30: pip install --upgrade "jax"'
     )
+
+
+def test_a_standard_output_that_is_closed(cache, monkeypatch):
+    """As `jax-gluon doctor >&-` has it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    console = Console()
+    console.line("nobody reads this")
+    console.table("nor", ["this"], [["one"]])

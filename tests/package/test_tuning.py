@@ -39,6 +39,12 @@ def _with(document, **changes):
     return json.dumps(document | {"rows": [document["rows"][0] | changes]})
 
 
+def _spoiled(document, name, value):
+    """The document as text, its first kernel changed."""
+    first, *others = document["rows"][0]["kernels"]
+    return _with(document, kernels=[first | {name: value}, *others])
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """The file of the CPU's table, in a cache folder of its own."""
@@ -81,7 +87,18 @@ def test_a_table_comes_back_as_it_was_kept(table):
             "a crossover has the number -5",
         ),
         (lambda document: _with(document, H=0), "a number that is not positive"),
-        (lambda document: _with(document, H="x"), "not supported between"),
+        (lambda document: _with(document, H="x"), "'x' stands where int should"),
+        (lambda document: _with(document, S=float("inf")), "inf stands where int should"),
+        (lambda document: _with(document, operands=[1]), "[1] stands where str should"),
+        (
+            lambda document: _spoiled(
+                document, "kernel", {"device": "cpu", "name": "gluon", "block_k": "128"}
+            ),
+            "'128' stands where int should",
+        ),
+        (lambda document: _spoiled(document, "seconds", float("inf")), "not positive"),
+        (lambda document: _spoiled(document, "seconds", True), "True stands where int should"),
+        (lambda document: "[" * 200_000, "recursion"),
         (lambda document: _with(document, kernels=[]), "kernels [] alone"),
         (
             lambda document: _with(document, kernels=document["rows"][0]["kernels"][:1]),
@@ -366,3 +383,10 @@ def test_bad_arguments(arguments, complaint, capsys):
         cli.main(arguments)
     assert error.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_folder_in_place_of_a_table_is_left_alone(tmp_path, few_cases, capsys):
+    assert cli.main(["tune", "--table", str(tmp_path)]) == 1
+    assert "is a folder" in capsys.readouterr().err
+    assert tmp_path.is_dir()
+    assert list(tmp_path.parent.glob("*.broken")) == []
