@@ -66,8 +66,8 @@ def patch(
     >>> x = jnp.ones((1, 16, 2, 8))
     >>> with jax_gluon.patch(quantization="int8") as patched:
     ...     out = jax.nn.dot_product_attention(x, x, x, implementation="xla")
-    >>> [call.reason for call in patched.calls], patched.left_alone
-    ([None], ())
+    >>> [call.reason for call in patched.calls]
+    [None]
     """
     check_names(_CHECK, quantization, implementation, kernel)
     _CHECK.name("differentiation", differentiation, DIFFERENTIATIONS)
@@ -170,8 +170,17 @@ class Patch(contextlib.ContextDecorator):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _, scope, seen_before = _THREAD.entered.pop()
+        entered, allowed = _THREAD.entered, "blocks of a thread, in turn"
+        own = [i for i, (patched, *_) in enumerate(entered) if patched is self]
+        if not own:
+            found = "one that this thread has not entered"
+            raise RuntimeError(_CHECK.text("the block", found, allowed))
+        is_last = own[-1] == len(entered) - 1
+        _, scope, seen_before = entered.pop(own[-1])
         _SWITCH.release()
+        if not is_last:
+            found = "one that ends before another that was entered later"
+            raise RuntimeError(_CHECK.text("the block", found, allowed))
         scope.__exit__(kind, error, traceback)
         if kind is None and not TRACES_AGAIN and len(self.calls) == seen_before == 0:
             warnings.warn(
@@ -182,8 +191,11 @@ class Patch(contextlib.ContextDecorator):
 
     def __call__(self, func: _Function) -> _Function:
         asks = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-        if any(ask(func) for ask in asks):
-            found = f"{func.__qualname__}, whose body runs after its call"
+        of_object = getattr(type(func), "__call__", None)  # noqa: B004
+        called = func, getattr(func, "func", None), of_object
+        if any(ask(each) for ask in asks for each in called):
+            name = getattr(func, "__qualname__", repr(func))
+            found = f"{name}, whose body runs after its call"
             _CHECK.type_error("the decorated function", found, "one that returns its result")
         return super().__call__(func)
 

@@ -355,3 +355,34 @@ def test_options_that_no_call_takes_are_refused(options, error, message):
     with pytest.raises(error, match=f"jax_gluon.{message}.*allowed"):
         jax_gluon.patch(**options)
     assert jax.nn.dot_product_attention is JAX.own
+
+
+def test_blocks_end_in_turn():
+    def held(patched):
+        with patched:
+            yield
+
+    first, second = held(jax_gluon.patch(quantization="int8")), held(jax_gluon.patch())
+    next(first), next(second)
+    with pytest.raises(
+        RuntimeError, match=r"the block is one that ends before .*; allowed: blocks"
+    ):
+        first.close()
+    second.close()
+    assert jax.nn.dot_product_attention is bound_before
+    patched = jax_gluon.patch()
+    with pytest.raises(RuntimeError, match="this thread has not entered"):
+        patched.__exit__(None, None, None)
+
+
+class _Later:
+    def __call__(self):
+        yield
+
+
+@pytest.mark.parametrize(
+    "later", [functools.partial(_Later().__call__), _Later()], ids=["partial", "object"]
+)
+def test_callables_whose_body_runs_later_are_not_decorated(later):
+    with pytest.raises(TypeError, match="whose body runs after its call"):
+        jax_gluon.patch()(later)
