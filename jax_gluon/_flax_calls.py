@@ -42,6 +42,9 @@ class CallArguments:
     ) -> jax.Array:
         """The attention of the tokens that are new, of any number of batch axes."""
         *batch, T, N, _ = query.shape
+        if key.shape[-3] != T:
+            found, allowed = f"{key.shape[-3]} tokens beside {T} queries", "as many, while decoding"
+            Checker("MultiHeadAttention").value_error("inputs_k", found, allowed)
         q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
         cache: Any = self.cache
         lengths = None if self.lengths is None else jnp.reshape(self.lengths, -1)

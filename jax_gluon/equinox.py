@@ -27,6 +27,7 @@ _eqx = framework("equinox", "equinox")
 
 _CHECK = Checker("equinox.MultiheadAttention")
 _Tree = TypeVar("_Tree")
+_LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
 _DEFAULTS: dict[str, Any] = dict(
     is_causal=False, local_window_size=None, scale=None, logits_soft_cap=None, quantization=None,
     implementation=None, kernel=None, differentiation=None,
@@ -156,12 +157,14 @@ class MultiheadAttention(_eqx.nn.MultiheadAttention):
             _projected(self.value_proj, value, self.num_kv_heads),
         ]
         if process_heads is not None:
-            processed = process_heads(*heads)
+            processed = tuple(process_heads(*heads))
             found, expected = ([x.shape for x in each] for each in (processed, heads))
             if found != expected:
                 _CHECK.value_error("process_heads", f"to shapes {found}", f"{expected}, as before")
             heads = list(processed)
         attention: Any = dot_product_attention
+        for name in _LENGTHS.intersection(keywords):  # of one sequence
+            keywords[name] = jnp.reshape(jnp.asarray(keywords[name]), (1,))
         dtype = jnp.result_type(*heads)
         q, k, v = (x.astype(dtype) for x in heads)
         is_off = self.dropout.inference if inference is None else inference

@@ -94,7 +94,8 @@ class MultiHeadDotProductAttention(_linen.MultiHeadDotProductAttention):
             return of_flax(self, inputs_q, inputs_k, inputs_v, mask=of_call, **keywords)
 
         is_initialized = module.has_variable("cache", "quantized_cache")
-        keys = inputs_q if inputs_k is None else inputs_k
+        of_both = keywords.get("inputs_kv")
+        keys = of_both if of_both is not None else inputs_q if inputs_k is None else inputs_k
         heads = module.num_heads, (module.qkv_features or inputs_q.shape[-1]) // module.num_heads
         window = getattr(self.attention_fn, "local_window_size", None)
         variable = module.variable(

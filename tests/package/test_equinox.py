@@ -127,7 +127,7 @@ def test_heads_are_processed(relative_error):
     embed = eqx.nn.RotaryPositionalEmbedding(8)
 
     def rotate(q, k, v):
-        return jax.vmap(embed, 1, 1)(q), jax.vmap(embed, 1, 1)(k), v
+        return (x for x in (jax.vmap(embed, 1, 1)(q), jax.vmap(embed, 1, 1)(k), v))
 
     call = eqx.filter_jit(lambda module, *x: module(*x, process_heads=rotate))
     ours, of_equinox = (
@@ -189,6 +189,17 @@ def test_options_and_arguments_of_a_call_reach_the_attention(relative_error):
     assert relative_error(actual, jax.vmap(ours.output_proj)(expected.reshape(T, -1))) <= 1e-5
     gradient = eqx.filter_jit(eqx.filter_grad(lambda m: jnp.sum(m(x, x, x, **of_call) ** 2)))(ours)
     assert np.abs(gradient.sinks).min() > 0
+
+
+def test_lengths_of_one_sequence_are_numbers(relative_error):
+    """So that `jax.vmap` over several gives each its own."""
+    module, inputs = make(MultiheadAttention), INPUTS
+    lengths = jnp.arange(1, 1 + len(inputs[0]))
+    call = lambda q, k, v, n: module(q, k, v, key_value_seq_lengths=n)  # noqa: E731
+    found = jax.vmap(call)(*inputs, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        alone = module(inputs[0][i], *(x[i, :length] for x in inputs[1:]))
+        assert relative_error(found[i], alone) <= 2e-6
 
 
 def test_a_block_mask(relative_error):

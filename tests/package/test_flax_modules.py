@@ -1,5 +1,7 @@
 """`jax_gluon.linen` and `jax_gluon.nnx`: decoding into a quantized cache, arguments of one call."""
 
+import warnings
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -302,3 +304,19 @@ def test_nnx_without_a_cache_says_what_to_call():
     )
     with pytest.raises(ValueError, match="decode is True without a cache; allowed: a call of init"):
         module(X[:, :1])
+
+
+def test_keys_for_the_cache_are_those_that_are_attended_to():
+    longer = jnp.ones((B, 64, FEATURES))
+    module = jax_gluon.linen.MultiHeadDotProductAttention(
+        HEADS, qkv_features=HEADS * H, decode=True, cache_quantization="int8"
+    )
+    for given in ("inputs_k", "inputs_kv"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of inputs_kv
+            variables = module.init(jax.random.key(0), X, **{given: longer})
+        assert variables["cache"]["quantized_cache"].capacity == 64
+    with pytest.raises(
+        ValueError, match="inputs_k is 5 tokens beside 13 queries; allowed: as many"
+    ):
+        module.apply(variables, X, X[:, :5], mutable="cache")

@@ -256,12 +256,13 @@ def test_checkpoints_are_those_of_keras(tmp_path, relative_error):
 
 def test_fit_trains(require):
     require("cpu")
+    keras.utils.set_random_seed(0)
     inputs = keras.Input((T, FEATURES))
     layer = jax_gluon.keras.GroupQueryAttention(8, 4, 2, quantization="int8", dropout=0.1)
     model = keras.Model(inputs, layer(inputs, inputs, use_causal_mask=True))
-    model.compile("adam", "mse")
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
     losses = model.fit(
-        np.asarray(X), np.asarray(COTANGENT), epochs=3, batch_size=B, verbose=0
+        np.asarray(X), np.asarray(COTANGENT), epochs=10, batch_size=B, verbose=0
     ).history["loss"]
     assert losses[-1] < losses[0]
 
