@@ -128,7 +128,7 @@ def _offers(case: _Case, device: Device) -> dict[str, list[KernelName]]:
     def look(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         arguments = check_arguments(
             Checker("doctor"), query, key, value, None, None,
-            quantization=FORMATS[case.operands][1], implementation=device,
+            quantization=preset(FORMATS[case.operands][1]), implementation=device,
         )  # fmt: skip
         asked = KernelQuery.of(arguments.problem, arguments.operands)
         for each in ("forward", "backward"):
@@ -157,7 +157,7 @@ def _program(case: _Case) -> Callable[..., Any]:
         return dot_product_attention(
             query, key, value,
             key_value_seq_lengths=_lengths(case),
-            quantization=FORMATS[case.operands][1],
+            quantization=preset(FORMATS[case.operands][1]),
             implementation=case.device,
             kernel=(case.forward, case.backward),
         )  # fmt: skip

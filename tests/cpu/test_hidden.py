@@ -47,8 +47,8 @@ def test_rows_whose_logits_are_all_large_and_negative(
     # Scales that vary from row to row, which 8-bit probabilities take in.
     value = np.asarray(value) * np.exp2(np.arange(S) % 5 - 2).astype(value.dtype)[:, None, None]
     query, key, value = point = tuple(map(placed, (query, key, value)))
-    if quantization:
-        specs = PRESETS[quantization]
+    specs = PRESETS.get(quantization)  # the preset by its name leaves few queries in float
+    if specs:
         point = tuple(
             quantizer.values(jax_gluon.quantize(x, spec, implementation=implementation))
             for x, spec in zip(point, (specs.query, specs.key, specs.value), strict=True)
@@ -57,7 +57,7 @@ def test_rows_whose_logits_are_all_large_and_negative(
 
     def attention(*x):
         return jax_gluon.attention_with_log_sum_exp(
-            *x, **keywords, implementation=implementation, quantization=quantization
+            *x, **keywords, implementation=implementation, quantization=specs
         )
 
     (out, log_sum_exp), pullback = jax.vjp(attention, query, key, value, placed(bias))

@@ -374,7 +374,10 @@ def test_default_differentiation(draw):
 @on_hosts
 def test_second_derivatives_of_codes_that_are_made_are_refused(implementation, draw):
     function = functools.partial(
-        attend, quantization="int8", implementation=implementation, differentiation="any"
+        attend,
+        quantization=PRESETS["int8"],
+        implementation=implementation,
+        differentiation="any",
     )
     with pytest.raises(NotImplementedError, match=r"query is quantized on the fly.*allowed"):
         jax.hessian(lambda x: jnp.sum(function(x)))(draw(1, 3, 1, 4))

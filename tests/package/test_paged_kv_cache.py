@@ -177,6 +177,8 @@ def test_pages_that_others_had_are_as_new(name, stale, implementation):
     used = append(used, key * former, value * former).reset([0, 1, 2])
     used = append(used, key, value, [9, 0, 40])
     fresh = append(create("dense", name), key, value, [9, 0, 40])
+    if implementation == "metal":
+        pytest.skip("Metal has no kernels for keys and values in pages")
     for T in (5, 1):
         outs = (x.attention(query[:, :T], implementation=implementation) for x in (used, fresh))
         np.testing.assert_array_equal(*outs)

@@ -23,6 +23,7 @@ from jax_gluon._plan.selection import (
     candidates,
     select_kernel,
 )
+from jax_gluon._quantization.formats import PRESETS
 
 LARGE = KernelProblem("forward", "float32", visible_keys=1024, T=1024, S=1024, H=64)
 BASELINE = KernelOffer("cpu", "baseline", sizes={"block_k": SizeRange(256, 64, 256, 64)})
@@ -268,7 +269,11 @@ def test_the_most_keys_that_a_row_sees(changes, keys):
         ({"T": 4, "S": 4}, ["small", "decode", "baseline", "gluon"], "float32"),
         ({"T": 5, "S": 257}, ["baseline", "gluon"], "float32"),
         ({"quantization": "int8"}, ["baseline", "gluon"], "int8"),
-        ({"quantization": "int8", "T": 4, "S": 4}, ["decode", "baseline", "gluon"], "int8"),
+        (
+            {"quantization": PRESETS["int8"], "T": 4, "S": 4},
+            ["decode", "baseline", "gluon"],
+            "int8",
+        ),
         ({"direction": "backward", "quantization": "int8"}, ["baseline", "gluon"], "float32"),
         ({"direction": "backward", "T": 128, "S": 128}, ["small", "baseline", "gluon"], "float32"),
         ({"direction": "backward", "T": 129, "S": 9}, ["baseline", "gluon"], "float32"),
@@ -387,7 +392,7 @@ def test_without_a_pair_backward_takes_what_it_has():
 RUNS = {
     "small": (dict(T=65, S=100), {}),
     "decode": (dict(T=2, S=900), {}),
-    "decode_int8": (dict(T=2, S=900), {"quantization": "int8"}),
+    "decode_int8": (dict(T=2, S=900), {"quantization": PRESETS["int8"]}),
     "baseline": (dict(T=65, S=300), {}),
     "baseline_int8": (dict(T=65, S=200), {"quantization": "int8"}),
     "gluon": (dict(T=70, S=600), {}),
