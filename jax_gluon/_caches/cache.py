@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_gluon import _attention as plain_attention
@@ -49,6 +50,7 @@ class KVCache:
     value_tail: Float32[Array, "B value_tail K V"] | None
     length: Int32[Array, " B"]
     dropped: Int32[Array, " B"]
+    longest: Int32[Array, " B"]
     query: QuantSpec | None
     window: int | None
     dtype: np.dtype[Any]
@@ -183,8 +185,11 @@ class KVCache:
         [5, 0]
         """
         is_reset = mask_of_rows(self._check("reset"), rows, self.length.shape[0])
-        length, dropped = (jnp.where(is_reset, 0, x) for x in (self.length, self.dropped))
-        return cast(Any, dataclasses.replace)(self, length=length, dropped=dropped)
+        counts = {
+            name: jnp.where(is_reset, 0, getattr(self, name))
+            for name in ("length", "dropped", "longest")
+        }
+        return cast(Any, dataclasses.replace)(self, **counts)
 
     def rewind(self, tokens: Integer[ArrayLike, ""] | Integer[ArrayLike, " B"]) -> Self:
         """The cache without the last tokens of each entry, as speculative decoding takes them back.
@@ -193,9 +198,9 @@ class KVCache:
         to be written and none is free, its last block alone is not.
 
         **Arguments:** `tokens`: an int, or integers `[B]`: at most `rewindable`, to which traced
-        ones are clamped. An entry of fewer tokens is left with none. **The limit is of all rewinds
-        since an entry was longest, together**: what was overwritten on the way there is gone, and
-        nothing checks it.
+        ones are clamped. An entry of fewer tokens is left with none. What was overwritten while an
+        entry was longer is gone: rewinds in a row end where the first of them could have. The ring
+        of a window then keeps all keys of as many queries less as tokens were taken back.
 
         **Raises:** `ValueError` or `TypeError` that names what was found and what is allowed.
 
@@ -206,7 +211,27 @@ class KVCache:
         [3, 5]
         """
         check, B = self._check("rewind"), self.length.shape[0]
-        return on_meshes(_rewind, (), self, self, rewound_of(check, tokens, B, self.rewindable))
+        count = rewound_of(check, tokens, B, self.rewindable)
+        least = self._least_length()
+        left = jnp.maximum(self.length - jnp.maximum(count - self.dropped, 0), 0)
+        is_known = not any(isinstance(x, cast(Any, Tracer)) for x in (left, least))
+        lost = np.flatnonzero(np.asarray(left < least)).tolist() if is_known else []
+        for entry in lost[:1]:
+            found = f"{count[entry]} of the {self.length[entry]} tokens of entry {entry}"
+            allowed = f"at least {least[entry]} left: of fewer parts were overwritten"
+            check.value_error("tokens", found, allowed)
+        most = jnp.where(least > 0, self.length + self.dropped - least, self.rewindable)
+        return on_meshes(_rewind, (), self, self, jnp.clip(count, 0, jnp.maximum(most, 0)))
+
+    def _least_length(self) -> jax.Array:
+        """The fewest tokens `[B]` that an entry can be rewound to: what others need is kept."""
+        least = jnp.zeros_like(self.longest)
+        for each in self._cached():
+            if each.tail is not None:
+                block = each.codes.spec.token_block
+                kept_from = self.longest - each.tail.shape[1]
+                least = jnp.maximum(least, -(-kept_from // block) * block)
+        return least
 
     @property
     def rewindable(self) -> int:

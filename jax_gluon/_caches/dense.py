@@ -26,7 +26,10 @@ from jax_gluon._quantization.formats import (
 from jax_gluon._sharding.split import LENGTHS, QUERY
 from jax_gluon._typing import Array, Float, Float32, Int32
 
-_ARRAYS = ("key", "value", "key_head", "value_head", "key_tail", "value_tail", "length", "dropped")
+_ARRAYS = (
+    "key", "value", "key_head", "value_head", "key_tail", "value_tail", "length", "dropped",
+    "longest",
+)  # fmt: skip
 
 
 @functools.partial(
@@ -50,6 +53,8 @@ class QuantizedKVCache(KVCache):
       None.
     - `length`: int32 `[B]`, tokens stored; with a window, tokens seen.
     - `dropped`: int32 `[B]`, tokens that found no room.
+    - `longest`: int32 `[B]`, the greatest length that an entry has had: what `rewind` finds
+      overwritten depends on it.
     - `query`: how `attention` quantizes float queries, or None.
     - `window`: None, or how many keys a query sees, its own included. The cache is then a ring:
       token p is in slot `p % capacity`, over the token `capacity` before it.
@@ -72,6 +77,7 @@ class QuantizedKVCache(KVCache):
     value_tail: Float32[Array, "B value_tail K V"] | None
     length: Int32[Array, " B"]
     dropped: Int32[Array, " B"]
+    longest: Int32[Array, " B"]
     query: QuantSpec | None
     window: int | None
     dtype: np.dtype[Any]
@@ -109,7 +115,7 @@ class QuantizedKVCache(KVCache):
         >>> import jax_gluon
         >>> cache = jax_gluon.QuantizedKVCache.create(1, 128, 4, 64, window=100)
         >>> cache.capacity, cache.key.shape, cache.nbytes
-        (128, (1, 128, 4, 64), 103432)
+        (128, (1, 128, 4, 64), 103436)
         """
         check = QuantizedKVCache._check("create")
         batch, kv_heads = size_of(check, "batch", batch), size_of(check, "kv_heads", kv_heads)
@@ -132,11 +138,11 @@ class QuantizedKVCache(KVCache):
         rows = batch, capacity, kv_heads
         key = empty(key_spec, batch, (*rows, head_dim), stands_for)
         value = empty(value_spec, batch, (*rows, value_dim), stands_for)
-        # Two arrays of zeros: one can't be donated twice.
-        length, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+        # Arrays of zeros: one can't be donated twice.
+        length, dropped, longest = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
         return QuantizedKVCache(
             key.codes, value.codes, key.head, value.head, key.tail, value.tail,
-            length, dropped, query_spec, window, stands_for,
+            length, dropped, longest, query_spec, window, stands_for,
         )  # fmt: skip
 
     @property
@@ -155,12 +161,19 @@ class QuantizedKVCache(KVCache):
             return limit
         return min(limit, self.capacity - self.window - self._block + 1)
 
+    def _least_length(self) -> jax.Array:
+        least = super()._least_length()
+        if self.window is None:
+            return least
+        return jnp.maximum(least, self.longest - (self.capacity - self.window - self._block + 1))
+
     @property
     def _block(self) -> int:
         return max(x.spec.token_block for x in (self.key, self.value))
 
     def _axes(self) -> tuple[Any, str, str]:
-        letters: Any = dict.fromkeys(_ARRAYS, QUERY) | {"length": LENGTHS, "dropped": LENGTHS}
+        letters: Any = dict.fromkeys(_ARRAYS, QUERY)
+        letters |= dict.fromkeys(("length", "dropped", "longest"), LENGTHS)
         return dataclasses.replace(self, **letters), QUERY, LENGTHS
 
     def _of_rows(self, rows: jax.Array) -> QuantizedKVCache:
@@ -180,6 +193,7 @@ class QuantizedKVCache(KVCache):
             ),
             length=self.length + fits,
             dropped=self.dropped + (count - fits),
+            longest=jnp.maximum(self.longest, self.length + fits),
         )
 
     def _rewound(self, tokens: jax.Array) -> QuantizedKVCache:

@@ -33,7 +33,8 @@ from jax_gluon._quantization.formats import (
 from jax_gluon._typing import Array, Float, Float32, Int32, Integer
 
 _ARRAYS = (
-    "key", "value", "key_head", "value_head", "key_tail", "value_tail", "table", "length", "dropped"
+    "key", "value", "key_head", "value_head", "key_tail", "value_tail", "table", "length",
+    "dropped", "longest",
 )  # fmt: skip
 _MIN_PAGE, _MAX_PAGE = 16, 256
 
@@ -58,8 +59,9 @@ class PagedKVCache(KVCache):
 
     - `key`, `value`: `QuantizedTensor`s `[pages, page_size, K, H]` and `[pages, page_size, K, V]`,
       whose centers, where the format has one, are those of the entries: `[B, 1, K, H]`.
-    - `key_head`, `value_head`, `key_tail`, `value_tail`, `length`, `dropped`, `query`, `window`,
-      `dtype`: as of `QuantizedKVCache`, but that a window only hides keys: there is no ring.
+    - `key_head`, `value_head`, `key_tail`, `value_tail`, `length`, `dropped`, `longest`, `query`,
+      `window`, `dtype`: as of `QuantizedKVCache`, but that a window only hides keys: there is no
+      ring.
     - `table`: int32 `[B, P]`: token j of entry b is on page `table[b, j // page_size]`. Numbers of
       pages that no token has reached mean nothing.
 
@@ -84,6 +86,7 @@ class PagedKVCache(KVCache):
     table: Int32[Array, "B P"]
     length: Int32[Array, " B"]
     dropped: Int32[Array, " B"]
+    longest: Int32[Array, " B"]
     query: QuantSpec | None
     window: int | None
     dtype: np.dtype[Any]
@@ -147,10 +150,10 @@ class PagedKVCache(KVCache):
         value = empty(value_spec, batch, (*rows, value_dim), stands_for)
         table = jnp.zeros((batch, capacity // page_size), jnp.int32)
         # Two arrays of zeros: one can't be donated twice.
-        length, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+        length, dropped, longest = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
         return PagedKVCache(
             key.codes, value.codes, key.head, value.head, key.tail, value.tail,
-            table, length, dropped, query_spec, window, stands_for,
+            table, length, dropped, longest, query_spec, window, stands_for,
         )  # fmt: skip
 
     @property
@@ -206,7 +209,7 @@ class PagedKVCache(KVCache):
     def _axes(self) -> tuple[Any, str, str]:
         # Pages are of all entries, so no device has a part of these.
         letters: Any = dict.fromkeys(_ARRAYS, "..n.")
-        letters |= {"table": "..", "length": ".", "dropped": "."}
+        letters |= {"table": ".."} | dict.fromkeys(("length", "dropped", "longest"), ".")
         return dataclasses.replace(self, **letters), "..n.", "."
 
     def _of_rows(self, rows: jax.Array) -> PagedKVCache:
@@ -241,7 +244,11 @@ class PagedKVCache(KVCache):
         fits = jnp.clip(given.room - length, 0, fits)
         parts = self._stored(given, (Tokens(key, length, fits), Tokens(value, length, fits)))
         return self._with(
-            *parts, table=given.table, length=length + fits, dropped=self.dropped + (count - fits)
+            *parts,
+            table=given.table,
+            length=length + fits,
+            dropped=self.dropped + (count - fits),
+            longest=jnp.maximum(self.longest, length + fits),
         )
 
     def _rewound(self, tokens: jax.Array) -> PagedKVCache:

@@ -70,7 +70,7 @@ def from_state(check: Checker, kind: type, state: Any) -> Any:
         else:
             check.value_error("state_dict", f"without {field.name}", "what state_dict() returned")
     B = fields["length"].shape
-    for name in ("dropped", "key_head", "value_head", "key_tail", "value_tail"):
+    for name in ("dropped", "longest", "key_head", "value_head", "key_tail", "value_tail"):
         x = fields[name]
         if x is not None and x.shape[:1] != B:
             found = f"with {name} of shape {list(x.shape)}"

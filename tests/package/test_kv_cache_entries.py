@@ -100,6 +100,33 @@ def test_rewinding_as_far_as_it_goes(kind):
         np.testing.assert_array_equal(far.length, np.maximum(np.array([60, 20, 0]) - limit, 0))
 
 
+@pytest.mark.parametrize("kind", ["dense", "paged", "ring"])
+def test_rewinds_in_a_row(kind):
+    """As far as the first could have gone, as a cache of the same tokens; then no more."""
+    key, value, query = tokens(60)
+    is_ring = kind == "ring"
+    kind, name, given = ("dense", "int8", dict(window=40)) if is_ring else (kind, "int4", {})
+
+    def of(last):
+        cache = create(kind, name, **given)
+        for _ in range(3 if is_ring else 1):  # of a ring more than its slots
+            cache = append(cache, key, value)
+        return append(cache, key[:, :last], value[:, :last])
+
+    cache = of(60)
+    back = append(cache.rewind(5).rewind(7), key[:, 48:50], value[:, 48:50]).rewind(3)
+    np.testing.assert_array_equal(back.length, of(47).length)
+    assert_alike(back, of(47), query)
+    # 64 of 120 tokens, and 152 of 240.
+    least = 152 if is_ring else 64
+    with pytest.raises(
+        ValueError, match=rf"tokens is .* of entry 0; allowed: at least {least} left"
+    ):
+        back.rewind(20).rewind(cache.rewindable)
+    far = jax.jit(lambda cache: cache.rewind(10**6))
+    np.testing.assert_array_equal(far(far(back)).length, [least] * B)
+
+
 def test_rewinding_what_found_no_room_first():
     key, value, query = tokens(60)
     full = filled("dense", "int8", [60] * B)
