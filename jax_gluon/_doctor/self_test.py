@@ -207,7 +207,7 @@ def _problem_of(case: _Case) -> _Case:
 def _run_case(case: _Case) -> Iterator[Check]:
     program = _program(case)
     for variant in _variants(case.device):
-        with _variant(variant):
+        with forced_variant(_variant_of_cpu(variant)):
             yield from _checks(case, program, variant)
 
 
@@ -253,7 +253,7 @@ def _check_quantizer(operands: str, device: Device) -> Iterator[Check]:
     floats = _draw(case)[:3]
     for variant in _variants(device):
         worst, problem = float("nan"), ""
-        with _variant(variant):
+        with forced_variant(_variant_of_cpu(variant)):
             try:
                 found, expected = (_quantizer(case, name)(*floats) for name in (device, "xla"))
                 worst = max(
@@ -281,11 +281,18 @@ def _variants(device: Device | None) -> list[str]:
     return [chosen, *(x for x in others if x != chosen and not x.startswith("emulated"))]
 
 
+def _variant_of_cpu(name: str) -> str | None:
+    """The name, unless it is of no instruction set but of Metal."""
+    is_of_cpu = _native.has_plugin() and name in _native.plugin().cpu_isas_supported()
+    return name if is_of_cpu else None
+
+
 @contextlib.contextmanager
-def _variant(name: str) -> Generator[None]:
-    """Runs the CPU's kernels in an instruction set: the plugin looks at every call."""
+def forced_variant(name: str | None) -> Generator[None]:
+    """Runs the CPU's kernels in an instruction set, if one is named."""
+    # The plugin looks at every call.
     before = os.environ.get("JAX_GLUON_CPU_ISA")
-    if _native.has_plugin() and name in _native.plugin().cpu_isas_supported():
+    if name is not None:
         os.environ["JAX_GLUON_CPU_ISA"] = name
     try:
         yield

@@ -8,9 +8,6 @@ codes, whose probabilities and rows may be rounded to 8 bits, the norm of the er
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_gluon
+from jax_gluon._doctor.self_test import forced_variant
 from tests.fuzz.cases import Case
 from tests.support import oracle
 
@@ -125,20 +123,6 @@ def build(case: Case) -> Problem:
     return Problem(arrays, d_out, keywords, dropout)
 
 
-@contextlib.contextmanager
-def _isa(name: str | None) -> Iterator[None]:
-    before = os.environ.get("JAX_GLUON_CPU_ISA")
-    if name is not None:
-        os.environ["JAX_GLUON_CPU_ISA"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("JAX_GLUON_CPU_ISA", None)
-        else:
-            os.environ["JAX_GLUON_CPU_ISA"] = before
-
-
 class Refused(Exception):
     """The call said that it does not take the case."""
 
@@ -147,7 +131,7 @@ def failures(case: Case) -> list[str]:
     """What is wrong with the results of a case: nothing, if it is right."""
     problem = build(case)
     try:
-        with _isa(case.how.get("isa")):
+        with forced_variant(case.how.get("isa")):
             found, exact_operands = _run(case, problem)
     except ValueError as error:
         if "jax_gluon." in str(error) and "; allowed: " in str(error):
