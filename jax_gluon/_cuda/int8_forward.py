@@ -77,8 +77,7 @@ def forward(
     blocks = ceil_div(T, rows)
     # Copies end at the last token, where tokens are whole tiles of 8 and at least a slice.
     codes = _padded(query.data, max(_ROWS, ceil_div(T, 8) * 8))
-    factors = jnp.maximum(query.scale * factor, _MIN_FACTOR)
-    factors = _padded(factors, blocks * rows, -1, 1.0)
+    row_scales = _padded(query.scale, blocks * rows, -1)
     scales = key.scale if chunks_of_scale else _padded(key.scale, ceil_div(S, KEYS) * KEYS, -1)
     keys, values = (_padded(x, max(KEYS, ceil_div(S, 8) * 8)) for x in (key.data, value))
 
@@ -86,13 +85,13 @@ def forward(
     bytes_16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     shared = dict(
         query=plgpu.SMEM((way.rows, _ROWS, H), jnp.int8, transforms=bytes_8),
-        factor=plgpu.SMEM((way.rows, _ROWS), jnp.float32),
+        row_scale=plgpu.SMEM((way.rows, _ROWS), jnp.float32),
         out=plgpu.SMEM((way.rows, _ROWS, H), value.dtype, transforms=bytes_16),
         sums=plgpu.SMEM((way.rows, _ROWS), jnp.float32),
         key=plgpu.SMEM((way.stages, KEYS, H), jnp.int8, transforms=bytes_8),
         scale=plgpu.SMEM((way.stages, KEYS), jnp.float32),
         value=plgpu.SMEM((way.stages, KEYS, H), value.dtype, transforms=bytes_16),
-        # Of rows: codes and factors. Of keys: codes, and scales where each has one.
+        # Of rows: codes and scales. Of keys: codes, and scales where each has one.
         rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=way.rows),
         keys_ready=plgpu.Barrier(num_arrivals=1 if chunks_of_scale else 2, num_barriers=way.stages),
         values_ready=plgpu.Barrier(num_barriers=way.stages),
@@ -100,7 +99,7 @@ def forward(
         values_read=plgpu.Barrier(num_arrivals=way.rows, num_barriers=way.stages),
         turn=plgpu.Barrier(num_arrivals=way.rows),
     )
-    task = _Task(is_causal, T, S, N // K, chunks_of_scale, way)
+    task = _Task(is_causal, T, S, N // K, factor, chunks_of_scale, way)
 
     def body(*memory: Any) -> None:
         def run(**kept: Any) -> None:
@@ -119,15 +118,15 @@ def forward(
         num_threads=way.rows + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(codes, factors, keys, scales, values)
+    )(codes, row_scales, keys, scales, values)
     return out[:, :T], sums[..., :T]
 
 
-def _padded(x: jax.Array, extent: int, axis: int = 1, fill: float = 0.0) -> jax.Array:
+def _padded(x: jax.Array, extent: int, axis: int = 1) -> jax.Array:
     """With as many tokens along an axis."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = 0, extent - x.shape[axis]
-    return jnp.pad(x, pads, constant_values=np.asarray(fill, x.dtype))
+    return jnp.pad(x, pads)
 
 
 class _Task(NamedTuple):
@@ -135,6 +134,7 @@ class _Task(NamedTuple):
     T: int
     S: int
     group: int
+    factor: float
     chunks_of_scale: int
     way: Way
 
@@ -143,7 +143,7 @@ class _Global(NamedTuple):
     """What is in the memory of the device."""
 
     query: Any
-    factor: Any
+    row_scale: Any
     key: Any
     scale: Any
     value: Any
@@ -220,12 +220,13 @@ class _Block:
         first = self.first + w * _ROWS
         rows, ready, query = pl.ds(first, _ROWS), shared["rows_ready"].at[w], shared["query"].at[w]
         plgpu.copy_gmem_to_smem(memory.query.at[self.batch, rows, self.head], query, ready)
-        source = memory.factor.at[self.batch, self.head, rows]
-        plgpu.copy_gmem_to_smem(source, shared["factor"].at[w], ready)
+        source = memory.row_scale.at[self.batch, self.head, rows]
+        plgpu.copy_gmem_to_smem(source, shared["row_scale"].at[w], ready)
         plgpu.barrier_wait(ready)
 
         of_rows = plgpu.Layout.WGMMA.reduce(1)
-        factor = plgpu.load(shared["factor"].at[w], layout=of_rows)
+        factor = plgpu.load(shared["row_scale"].at[w], layout=of_rows)
+        factor = jnp.maximum(factor * np.float32(task.factor), np.float32(_MIN_FACTOR))
 
         def full(shape: tuple[int, ...], x: float, layout: Any) -> Any:
             return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)

@@ -126,10 +126,19 @@ def _first_visible(x: jax.Array, visible: jax.Array | None) -> jax.Array:
 def _lower_median(x: jax.Array) -> jax.Array:
     """Of the finite numbers along the tokens; 0 where there are none, or where it is too large."""
     finite = jnp.isfinite(x)
-    ordered = jnp.sort(jnp.where(finite, x, jnp.full_like(x, jnp.inf)), axis=-3)
+    x = jnp.where(finite, x, jnp.full_like(x, jnp.inf))
     number = jnp.sum(finite, axis=-3, keepdims=True, dtype=jnp.int32)
     at = jnp.maximum(number - 1, 0) // 2
-    middle = jnp.take_along_axis(ordered, at, axis=-3)
+    # The least element that more than `at` are not above. So few are not sorted: that takes a GPU
+    # longer than all comparisons, which are one program.
+    pads = [(0, 0)] * x.ndim
+    pads[-3] = 0, CENTER_TOKENS - x.shape[-3]
+    x = jnp.pad(x, pads, constant_values=jnp.inf)
+    count = jnp.zeros(x.shape, jnp.int32)
+    for token in range(CENTER_TOKENS):
+        count += (x[..., token : token + 1, :, :] <= x).astype(jnp.int32)
+    above = jnp.where(count > at, x, jnp.full_like(x, jnp.inf))
+    middle = jnp.min(above, axis=-3, keepdims=True)
     # An infinity, where there is none, is too large too.
     return jnp.where(jnp.abs(middle) <= _LARGEST_CENTER, middle, jnp.zeros_like(middle))
 
