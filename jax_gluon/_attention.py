@@ -158,7 +158,8 @@ def dot_product_attention(
       to them a hidden NaN is not absent where it is causal masking or a window that hides it),
       `"pallas"` (products of INT8 codes in forward, on Hopper GPUs, head dim 128; cuDNN's
       backward), or None, which takes the plugin on the CPU, cuDNN on NVIDIA GPUs where it takes the
-      problem, and XLA elsewhere and for float64.
+      problem, `"pallas"` there for INT8 of 4,096 tokens and more, and XLA elsewhere and for
+      float64.
     - `kernel`: the kernel of the plugin, whatever the problem: `"baseline"`; `"gluon"`, which takes
       the softmax in subtiles and fills keys and values ahead of their use; `"decode"` or `"small"`,
       where the problem is of few queries, or of few keys of floats; or a `CpuKernel` or

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_gluon._cuda import quantizer
 from jax_gluon._dimensions import is_static
 from jax_gluon._layouts import swapped
 from jax_gluon._operands import quantize_operands
@@ -26,7 +27,6 @@ from jax_gluon._problem import (
 )
 from jax_gluon._quantization.formats import QuantizedTensor
 from jax_gluon._xla import implementation as xla
-from jax_gluon._xla.quantize import quantize
 
 # `jax.nn.dot_product_attention` rounds the log-sum-exp to the operands' 16 bits.
 try:
@@ -98,7 +98,7 @@ def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
 def forward(
     problem: AttentionProblem, dtype: np.dtype[Any], operands: Operands
 ) -> tuple[jax.Array, Residuals]:
-    operands = quantize_operands(problem, operands, quantize)
+    operands = quantize_operands(problem, operands, quantizer.quantize)
     out, row_maximum = _attend(problem, operands.bias, *_arrays(problem, operands))
     out = swapped(problem, out.astype(dtype))
     row_maximum = jnp.swapaxes(row_maximum, 1, 2)

@@ -42,6 +42,8 @@ def refusal(problem: AttentionProblem, operands: Operands) -> str | None:
             return f"the kernel takes no {name}"
     if problem.local_window is not None:
         return "the kernel takes no window"
+    if problem.is_partial:
+        return "the kernel's output is of 16 bits, which parts are not added up in"
     return None
 
 

@@ -191,7 +191,7 @@ def test_refusals_of_codes(reason, has_mosaic):
 
 @pytest.mark.parametrize("key", [ROWS, CENTERED, BLOCKS])
 def test_explain_of_codes(key, has_mosaic, monkeypatch):
-    """Taken where it is asked for, and by nobody else."""
+    """Taken where it is asked for, and of many tokens by itself."""
     given = shapes(H=128)
     keywords = dict(quantization=codes_of(key=key), is_causal=True)
     plan = jax_gluon.explain(*given, implementation="pallas", **keywords)
@@ -199,6 +199,11 @@ def test_explain_of_codes(key, has_mosaic, monkeypatch):
     assert "multiplies codes" in plan.reasons[1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert jax_gluon.explain(*given, **keywords).implementation == "cudnn"
+    many = [jax.ShapeDtypeStruct((1, tokens, 2, 128), jnp.bfloat16) for tokens in (4096, 4095)]
+    for query, key, taken in ((0, 0, "pallas"), (0, 1, "cudnn"), (1, 0, "cudnn")):
+        plan = jax_gluon.explain(many[query], many[key], many[key], **keywords)
+        assert plan.implementation == taken
+    assert jax_gluon.explain(*[many[0]] * 3, is_causal=True).implementation == "cudnn"
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0", None])
