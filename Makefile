@@ -36,7 +36,7 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean test-frameworks demo-images
+.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean test-frameworks demo-images sdist-check
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make demo-images  train an image model on digits, and sample it in float32, INT8 and INT4'
@@ -53,6 +53,7 @@ help:
 	@echo 'make smoke      load the built package under several releases of JAX'
 	@echo 'make lint       ruff, clang-format, workflows    make format   apply them'
 	@echo 'make typecheck  pyright                     make tidy     clang-tidy'
+	@echo 'make sdist-check  build the sdist, and install it in fresh Pythons'
 	@echo 'make docs       build the documentation     make clean    remove builds and environments'
 
 demo: $(STAMPS)/package
@@ -140,6 +141,10 @@ typecheck: $(STAMPS)/dev
 tidy: $(STAMPS)/dev metal
 	$(BIN)/python tools/tidy.py $$(ls -d build/cp*$$(uname -m) | head -n 1) \
 	  build/cp*linux_aarch64 $(METAL_BUILD)
+
+# PYTHONS="python3.12 python3.13": what it is installed for.
+sdist-check: $(STAMPS)/dev
+	$(BIN)/python tools/check_sdist.py $(PYTHONS)
 
 docs: $(STAMPS)/dev
 	$(PIP_BUILD) -e '.[docs]'

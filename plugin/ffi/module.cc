@@ -30,11 +30,11 @@ PYBIND11_MODULE(_plugin, module) {
       "Custom-call targets and their XLA FFI handlers.");
   module.def(
       "offers",
-      [](const std::string& device, const std::string& pass,
+      [](const std::string& device, const std::string& direction,
          const std::map<std::string, int64_t>& numbers,
          const std::map<std::string, std::string>& names) {
         py::list offers;
-        for (const auto& offer : jax_gluon::find_offers(device, pass, {numbers, names})) {
+        for (const auto& offer : jax_gluon::find_offers(device, direction, {numbers, names})) {
           py::dict sizes;
           const auto add = [&](const char* name, const jax_gluon::SizeRange& size) {
             if (size.max != 0) {
@@ -49,7 +49,7 @@ PYBIND11_MODULE(_plugin, module) {
         }
         return offers;
       },
-      py::arg("device"), py::arg("pass"), py::arg("numbers"), py::arg("names"),
+      py::arg("device"), py::arg("direction"), py::arg("numbers"), py::arg("names"),
       "The kernels that a device has for a problem: name, arithmetic, what it is for, and the "
       "sizes that it takes as (preferred, least, most, step).");
   module.def(
