@@ -178,7 +178,8 @@ def _extremes(
         most = cast(Any, jax.lax.pmax)(most, over)
         is_finite = cast(Any, jax.lax.pmin)(is_finite.astype(jnp.int32), over) > 0
     nan = jnp.full_like(least, jnp.nan)
-    is_empty = least > most
+    # So would a block of NaN alone be taken for one of nothing.
+    is_empty = is_finite & (least > most)
     least, most = (
         jnp.where(is_empty, jnp.zeros_like(x), jnp.where(is_finite, x, nan)) for x in (least, most)
     )
