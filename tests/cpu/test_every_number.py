@@ -35,7 +35,7 @@ def expected():
 
 
 def ordered(x):
-    """Integers, one apart where numbers are neighbours; subnormal ones, which XLA flushes, are 0."""
+    """Integers, one apart of neighbours; of subnormal numbers, which XLA flushes, 0."""
     x = np.asarray(x)
     if x.dtype == np.uint8:  # two codes
         return np.stack([x & 15, x >> 4], axis=-1).astype(np.int64).reshape(*x.shape[:-1], -1)
@@ -51,29 +51,29 @@ def ordered(x):
 @pytest.mark.parametrize("variant", [*cpu_variants(), "xla"])
 @pytest.mark.parametrize("beside", [None, 3.0], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_number_of_16_bits(format, dtype, beside, variant, use, poison, expected):
-    """Scales, offsets and codes are the reference's bit by bit; a row with NaN or infinity is NaN."""
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_number_of_16_bits(name, dtype, beside, variant, use, poison, expected):
+    """All that is stored is the reference's bit by bit; a row with NaN or infinity is NaN."""
     every = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype])
     x = np.stack([every, every if beside is None else np.full_like(every, beside)], axis=-1)
     x = x.reshape(1, 2**13, 8, 2)
-    spec = jax_gluon.QuantSpec(granularity="row", **FORMATS[format])
+    spec = jax_gluon.QuantSpec(granularity="row", **FORMATS[name])
     implementation = use(variant)
     found = jax_gluon.quantize(jnp.asarray(x), spec, implementation=implementation)
-    right = expected(x, spec, (format, dtype, beside))
+    right = expected(x, spec, (name, dtype, beside))
     is_finite = np.isfinite(x.astype(np.float32)).all(-1)
     assert np.isnan(np.asarray(found.dequantize(), np.float32)[~is_finite]).all()
-    for name in ("data", "scale", "zero_point", "minimum"):
-        a, b = getattr(found, name), getattr(right, name)
+    for leaf in ("data", "scale", "zero_point", "minimum"):
+        a, b = getattr(found, leaf), getattr(right, leaf)
         assert (a is None) == (b is None)
         if a is None:
             continue
-        if variant == "xla" and name in ("scale", "minimum"):
+        if variant == "xla" and leaf in ("scale", "minimum"):
             # It multiplies by a reciprocal: the two ends of a row are off by one place each.
             with np.errstate(invalid="ignore"):  # NaN is cast
                 a, b, row = (np.asarray(y, np.float64)[is_finite] for y in (a, b, x))
             places = 2.0**-23 * np.abs(row).max(-1, keepdims=True)
-            assert (np.abs(a - b) <= places + 2.0**-126).all(), name
+            assert (np.abs(a - b) <= places + 2.0**-126).all(), leaf
         else:
             apart = np.abs(ordered(a) - ordered(b))[is_finite]
-            assert apart.max() <= (variant == "xla"), name
+            assert apart.max() <= (variant == "xla"), leaf

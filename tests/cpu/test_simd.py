@@ -13,6 +13,7 @@ from tools.arm64 import emulator
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "cpu" / "simd" / "main.cc"
+EVERY_FLOAT = PROGRAM.with_name("every_float.cc")
 SIMD = ROOT / "plugin" / "cpu" / "simd"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -56,8 +57,8 @@ def processor_flags() -> set[str]:
     return set(info.read_text().split()) if info.exists() else set()
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_operations_give_what_they_say(target, tmp_path):
+def output_of(target: str, source: Path, folder: Path, *arguments: str, level: str = "-O1") -> str:
+    """What a program of `source` prints, compiled for the target; it is to succeed."""
     header, struct, flags, needs, emulated = TARGETS[target]
     compiler, run = shutil.which("g++") or shutil.which("c++"), []
     if emulated and not IS_ARM64:
@@ -66,11 +67,11 @@ def test_operations_give_what_they_say(target, tmp_path):
         flags, needs = [*flags, "-static"], frozenset()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path / target
+    program = folder / target
     command = [
-        compiler, "-std=c++17", "-O1", "-ffp-contract=off", *flags,
+        compiler, "-std=c++17", level, "-ffp-contract=off", *flags,
         f"-DTARGET={struct}", f"-I{ROOT / 'plugin'}", "-include", SIMD / header,
-        PROGRAM, "-o", program,
+        source, "-o", program,
     ]  # fmt: skip
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     if compiled.returncode != 0 and flags and "unrecognized" in compiled.stderr:
@@ -79,10 +80,28 @@ def test_operations_give_what_they_say(target, tmp_path):
     if missing := needs - processor_flags():
         pytest.skip(f"compiled; the processor has no {', '.join(sorted(missing))}")
     finished = subprocess.run(
-        [*run, program], capture_output=True, text=True, check=False, timeout=60
+        [*run, program, *arguments], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout == "0 failures\n"
+    return finished.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_operations_give_what_they_say(target, tmp_path):
+    assert output_of(target, PROGRAM, tmp_path) == "0 failures\n"
+
+
+# One float in as many; a prime meets all ends of a mantissa. Of emulated processors fewer.
+@pytest.mark.parametrize("target", TARGETS)
+def test_exp2_of_samples(target, tmp_path):
+    step = "400009" if TARGETS[target].emulated and not IS_ARM64 else "19997"
+    assert "degree 5" in output_of(target, EVERY_FLOAT, tmp_path, step)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", [x for x, its in TARGETS.items() if not its.emulated])
+def test_exp2_of_every_float(target, tmp_path):
+    print(target, output_of(target, EVERY_FLOAT, tmp_path, "1", level="-O2"), sep="\n")
 
 
 def static_functions(header: str) -> set[str]:
