@@ -108,6 +108,10 @@ Format read_format(BufferReader& reader, const std::string& name, bool may_be_ma
   if (!may_be_made) return format;
   format.is_made = reader.flag(name + "_is_made");
   format.per_tensor = reader.flag(name + "_per_tensor");
+  if (format.is_made && format.has_powers && !format.has_center) {
+    reader.fail("attribute " + name + "_has_powers is 1, expected 0 but for centered codes where " +
+                name + "_is_made is 1");
+  }
   if (format.is_made && format.bits == 0) {
     reader.fail("attribute " + name + "_bits is 0, expected 4 or 8 where " + name +
                 "_is_made is 1");
@@ -145,12 +149,15 @@ QuantizableOperand read_codes_of_rows(BufferReader& reader, const std::string& n
     q.center =
         reader.operand_of(name + "_center", {batch, 1, shape[2], shape[3]}, {ffi::DataType::F32});
   }
-  // Kernels read a scale for each element of a row as a contiguous run.
-  const bool is_short = q.scale.stride[2] == 0 || (q.offset && q.offset.stride[2] == 0);
-  if (!reader.failed() && q.head_block != 0 && blocked[3] > 1 && is_short) {
-    reader.fail("operand " + name + "_scale has one scale a row, expected " +
-                std::to_string(blocked[3]));
-  }
+  // Kernels read a scale for each element of a row, and what follows them, as a contiguous run.
+  const auto check_row = [&](const char* part, const Operand& numbers, int64_t count) {
+    if (numbers && count > 1 && numbers.stride[2] == 0 && q.head_block != 0) {
+      reader.fail("operand " + name + part + " has one number a row, expected " +
+                  std::to_string(count));
+    }
+  };
+  check_row("_scale", q.scale, format.scales(blocked)[3]);
+  check_row(q.offset_kind == Offset::kZeroPoint ? "_zero_point" : "_minimum", q.offset, blocked[3]);
   return x;
 }
 

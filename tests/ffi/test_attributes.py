@@ -65,6 +65,13 @@ ATTRIBUTES = {
 }
 
 
+def test_powers_of_codes_that_the_call_makes_are_of_centered_ones():
+    call = attention(FORWARD, "made")
+    call.attributes["key_has_powers"] = np.int64(1)
+    complaint = "is 1, expected 0 but for centered codes where key_is_made is 1"
+    assert f"attribute key_has_powers {complaint}" in call.error()
+
+
 @pytest.mark.parametrize("name", ["forward", "backward", "backward_bias", "tangent"])
 def test_a_kernel_that_there_is_not(name):
     """Names are checked against what the CPU has for the call."""

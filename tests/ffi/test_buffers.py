@@ -8,6 +8,7 @@ from tests.support.ffi_calls import (
     FORWARD,
     PARTS,
     B,
+    Format,
     H,
     K,
     N,
@@ -122,10 +123,22 @@ def test_a_call_without_operands_or_attributes_is_an_error(name):
 def test_scales_along_a_row_are_all_there():
     call = attention(FORWARD, "int4")
     call.operands["key_scale"] = call.operands["key_scale"][..., :1]
-    assert "operand key_scale has one scale a row, expected 8" in call.error()
+    # Eight, and the powers of a block of four tokens.
+    assert "operand key_scale has one number a row, expected 9" in call.error()
     call = attention(FORWARD, "int4")
     call.operands["key_minimum"] = call.operands["key_minimum"][..., :1]
-    assert "expected 8" in call.error()
+    assert "operand key_minimum has one number a row, expected 8" in call.error()
+
+
+def test_powers_stand_beside_the_scale_of_rows_of_one_element():
+    codes = Format(8, token_block=4, head_block=1, has_center=1, has_powers=1)
+    call = attention(FORWARD, full=False)
+    call.operands |= codes.operands("value", (B, S, K, 1))
+    call.attributes |= codes.attributes("value", FORWARD)
+    call.results["out"] = result(B, T, N, 1)
+    call.run()
+    call.operands["value_scale"] = call.operands["value_scale"][..., :1]
+    assert "operand value_scale has one number a row, expected 2" in call.error()
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5])

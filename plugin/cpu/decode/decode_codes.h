@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -169,7 +170,9 @@ class DecodeCodes {
       sum = Isa::add_i32(sum, code);
     }
     s.code_scale[i] = some || largest != largest ? unit : 0.0f;
-    s.bias[i] = -Key::kKeyBias * static_cast<int32_t>(Isa::reduce_add(Isa::to_float(sum)));
+    // Codes of what is not finite are none, and their sum may be no int32.
+    const float total = std::isfinite(largest) ? Isa::reduce_add(Isa::to_float(sum)) : 0.0f;
+    s.bias[i] = -Key::kKeyBias * static_cast<int32_t>(total);
   }
 
   template <class Key>

@@ -27,8 +27,9 @@ class DropoutRow {
     batch_ = static_cast<uint32_t>(seeds[2]);
     head_ = static_cast<uint32_t>(seeds[3]) +
             static_cast<uint32_t>(n) * static_cast<uint32_t>(seeds[4]);
-    first_row_ = seeds[5];
-    first_key_ = seeds[6];
+    // No index is negative; a number that is counts from 2^31 on.
+    first_row_ = static_cast<uint32_t>(seeds[5]);
+    first_key_ = static_cast<uint32_t>(seeds[6]);
   }
 
   // Bytes that `find` needs for this many keys.
