@@ -147,9 +147,12 @@ def failures(case: Case) -> list[str]:
     given = problem.keywords | dropout
     exact = oracle.attention(*operands, d_out=problem.d_out.astype(np.float64), **given)
     bounds = _bounds(case, operands, problem, given)
+    right = exact._asdict()
+    if "tangent_out" in found:
+        right |= oracle.tangent(*operands, tangents=_tangents(case, problem), **given)._asdict()
     wrong = []
     for name, x in found.items():
-        y = np.asarray(getattr(exact, name), np.float64)
+        y = np.asarray(right[name], np.float64)
         x = np.asarray(x, np.float64)
         if x.shape != y.shape:
             wrong.append(f"{name} is of shape {x.shape}, not {y.shape}")
@@ -224,7 +227,26 @@ def _run(case: Case, problem: Problem) -> tuple[dict[str, Any], list[np.ndarray]
     found = {"out": swapped(out), "log_sum_exp": swapped(log_sum_exp)}
     for i, x in zip(floats, gradients, strict=True):
         found[names[i]] = swapped(x) if i < 3 else x
+    if case.how.get("differentiation") == "any" and not any(case.specs):
+        along = [jnp.asarray(x) for x in _tangents(case, problem).values()]
+        along = [*map(swapped, along[:3]), *along[3:]]
+
+        @jax.jit
+        def tangent_out(arrays: dict[str, Any], given: Any, along: Any) -> Any:
+            return jax.jvp(lambda *x: attention(arrays, *x)[0], given, along)[1]
+
+        found["tangent_out"] = swapped(tangent_out(arrays, tuple(operands), tuple(along)))
     return found, exact
+
+
+def _tangents(case: Case, problem: Problem) -> dict[str, np.ndarray]:
+    """Directions of a forward derivative, by operand."""
+    rng = np.random.default_rng(case.seed + 2)
+    names = "query", "key", "value", "bias"
+    return {
+        name: rng.standard_normal(x.shape).astype(x.dtype)
+        for name, x in zip(names, problem.arrays, strict=False)
+    }
 
 
 def _of_codes(case: Case) -> str | None:
@@ -279,6 +301,15 @@ def _bounds(
             factor * np.swapaxes(p * share * relative, 2, 3) @ ad
         ),
     }  # fmt: skip
+    if case.how.get("differentiation") == "any" and not any(case.specs):
+        along = {name: np.abs(x, dtype=np.float64) for name, x in _tangents(case, problem).items()}
+        dq, dk, dv = (np.swapaxes(along[name], 1, 2) for name in ("query", "key", "value"))
+        dk, dv = (np.repeat(x, case.group, axis=1) for x in (dk, dv))
+        dx = scale * (dq @ np.swapaxes(ak, 2, 3) + aq @ np.swapaxes(dk, 2, 3))
+        dx = (dx + along.get("bias", 0.0)) * slope * is_seen
+        mean = np.sum(p * dx, axis=-1, keepdims=True)
+        bound = (p * share * (dx + mean)) @ av + (p * share) @ dv
+        bounds["tangent_out"] = np.swapaxes(factor * relative * bound, 1, 2)
     bounds = {name: x + tiny for name, x in bounds.items()}
     if bias is not None:
         d_bias = factor * relative * ds

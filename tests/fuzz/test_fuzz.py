@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -54,6 +55,19 @@ def test_faults_are_seen(fault, monkeypatch):
     assert failures(PLAIN) == []
     monkeypatch.setattr(jax_gluon, "dot_product_attention", FAULTS[fault])
     assert any(fault in text for text in failures(PLAIN))
+
+
+def test_a_wrong_derivative_is_seen_forward_too(monkeypatch):
+    case = dataclasses.replace(PLAIN, how={"implementation": "xla", "differentiation": "any"})
+    assert failures(case) == []
+
+    def steep(q, *operands, **keywords):
+        return ATTENTION(q + 1e-3 * (q - jax.lax.stop_gradient(q)), *operands, **keywords)
+
+    monkeypatch.setattr(jax_gluon, "dot_product_attention", steep)
+    found = failures(case)
+    for name in ("d_query", "tangent_out"):
+        assert any(text.startswith(f"{name}[") for text in found)
 
 
 def test_a_failure_is_made_smaller_and_printed(monkeypatch, capsys):
