@@ -22,6 +22,11 @@ PYTHON_PATHS := $(wildcard jax_gluon tests demo benchmarks tools plugin/metal so
 # Development on Linux: Metal's host code against the software device (softmetal).
 METAL_BUILD := build/metal
 SOFTMETAL_CLANG ?= clang++-19
+# Programs that call the handlers without JAX.
+HANDLERS := build/handlers
+HANDLER_SOURCES := $(filter plugin/%.cc plugin/%.h tests/handlers/%,$(SOURCES)) tests/handlers/CMakeLists.txt
+FUZZ_OPTIONS := -max_len=200 -len_control=0 -timeout=60
+export ASAN_OPTIONS ?= detect_leaks=0
 PIP_BUILD := $(BIN)/python -m pip install --quiet --no-build-isolation \
   --config-settings=cmake.define.JAX_GLUON_FFI_INCLUDE_DIR="$(CURDIR)/$(HEADERS)/jaxlib/include" \
   --config-settings=cmake.define.JAX_GLUON_EMULATED_AVX512=ON \
@@ -36,13 +41,18 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo test fuzz test-arm64 test-cuda-compile sanitize metal wheel-macos wheel-linux-arm64 bench smoke lint format format-cxx typecheck tidy docs clean test-frameworks demo-images sdist-check
+.PHONY: help demo demo-images test fuzz fuzz-handlers sanitize-handlers exhaustive study \
+  test-arm64 test-cuda-compile test-frameworks sanitize metal wheel-macos wheel-linux-arm64 \
+  sdist-check bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make demo-images  train an image model on digits, and sample it in float32, INT8 and INT4'
 	@echo 'make test       run the test suite'
 	@echo 'make fuzz       random problems against the float64 oracle, for SECONDS=60'
+	@echo 'make fuzz-handlers  random custom calls under sanitizers, RUNS=1000000 of them'
+	@echo 'make exhaustive  every float through exp2 of each instruction set'
 	@echo 'make sanitize   run the Metal kernels under the sanitizers of clang'
+	@echo 'make sanitize-handlers  run the CPU kernels under them'
 	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
 	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
 	@echo 'make wheel-linux-arm64  cross-build the wheel for Linux on arm64, and check it'
@@ -68,6 +78,28 @@ test: $(STAMPS)/package metal
 # Races and stray accesses of Metal's kernels.
 sanitize: $(STAMPS)/package metal
 	$(BIN)/python -m pytest -m sanitizers -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The same of the CPU's, called through their handlers: by libFuzzer, and by 16 threads at once.
+sanitize-handlers: $(HANDLERS)/address/fuzzer $(HANDLERS)/thread/threads
+	$(HANDLERS)/address/fuzzer -runs=20000 $(FUZZ_OPTIONS)
+	$(HANDLERS)/thread/threads 100
+
+# What it finds stands in build/handlers/found; what it learned, in build/handlers/corpus.
+fuzz-handlers: $(HANDLERS)/address/fuzzer
+	mkdir -p $(HANDLERS)/corpus $(HANDLERS)/found
+	$(HANDLERS)/address/fuzzer -runs=$(or $(RUNS),1000000) -print_final_stats=1 \
+	  -artifact_prefix=$(HANDLERS)/found/ $(FUZZ_OPTIONS) $(HANDLERS)/corpus
+
+$(HANDLERS)/address/fuzzer: $(HANDLER_SOURCES) $(STAMPS)/build-requirements
+	sh tools/install_packages.sh softmetal
+	sh tests/handlers/build.sh address "$(CURDIR)/$(HEADERS)/jaxlib/include" $(SOFTMETAL_CLANG)
+
+$(HANDLERS)/thread/threads: $(HANDLER_SOURCES) $(STAMPS)/build-requirements
+	sh tools/install_packages.sh softmetal
+	sh tests/handlers/build.sh thread "$(CURDIR)/$(HEADERS)/jaxlib/include" $(SOFTMETAL_CLANG)
+
+exhaustive: $(STAMPS)/package
+	$(BIN)/python -m pytest -s -m exhaustive tests/cpu/test_simd.py $(ARGS)
 
 # The software Metal device, where its compiler is there or may be installed; else it says so.
 metal: $(STAMPS)/build-requirements
