@@ -2,7 +2,7 @@
 # else is installed into .venv by the rules below.
 #   PYTHON=path     the Python that .venv is made with (PYTHON= is read when .venv does not exist yet)
 #   CMAKE_ARGS=...  passed to CMake, for example -DJAX_GLUON_WERROR=ON
-#   ARGS=...        passed to the program of demo, demo-images, bench, smoke and to pytest
+#   ARGS=...        passed to the program of demo, demo-images, bench, study, smoke and to pytest
 #   SOFTMETAL=off   `make test` without the software Metal device: installs no compiler, skips its tests
 
 SHELL := /bin/sh
@@ -60,6 +60,7 @@ help:
 	@echo 'make test-cuda-compile  compile for several NVIDIA GPUs, without any'
 	@echo 'make test-frameworks  run published models with patched attention'
 	@echo 'make bench      time attention against its peers'
+	@echo 'make study      train in float32, bfloat16, INT8 and INT4, for hours; goes on where it was'
 	@echo 'make smoke      load the built package under several releases of JAX'
 	@echo 'make lint       ruff, clang-format, workflows    make format   apply them'
 	@echo 'make typecheck  pyright                     make tidy     clang-tidy'
@@ -148,6 +149,9 @@ $(STAMPS)/frameworks: $(STAMPS)/package
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)
+
+study: $(STAMPS)/dev
+	$(BIN)/python -m benchmarks.study $(ARGS)
 
 smoke: $(STAMPS)/package
 	$(BIN)/python tools/smoke_matrix.py --headers "$(HEADERS)/jaxlib/include" $(ARGS)

@@ -24,6 +24,13 @@ class Digits:
     patches: np.ndarray
     labels: np.ndarray
 
+    def split(self, count: int) -> tuple[Digits, Digits]:
+        """All but the last `count` images, and those."""
+        return (
+            Digits(self.patches[:-count], self.labels[:-count]),
+            Digits(self.patches[-count:], self.labels[-count:]),
+        )
+
     def batches(self, steps: int, batch: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Patches and text of random images, the same for a seed."""
         rng = np.random.default_rng(seed)

@@ -11,7 +11,6 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -22,7 +21,7 @@ import jax_gluon
 from demo import digits
 from demo.image_model import ImageModelConfig, initial_weights, velocity
 from demo.rectified_flow import Velocity, distances, sampler, train
-from demo.training import peak_memory
+from demo.training import kernels_that_ran, peak_memory
 
 QUANTIZATIONS = {"float32": None, "INT8": "int8", "INT4": "int4"}
 PEAK = 2.0  # pixels are in [-1, 1]
@@ -105,11 +104,6 @@ def plot(grids: dict[str, np.ndarray], losses: dict[str, np.ndarray], path: Path
     axes["loss"].grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
-
-
-def kernels_that_ran() -> Iterable[str]:
-    return sorted({f"{x['pass']} {x['kernel']} in {x['arithmetic']}" for x in
-                   jax_gluon.debug.kernels()})  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

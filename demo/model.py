@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -19,8 +20,9 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32
-    quantization: str | None = None
+    quantization: str | jax_gluon.AttentionQuantization | None = None
     implementation: str | None = None
+    attention: Callable[..., jax.Array] = jax_gluon.dot_product_attention
 
     @property
     def width(self) -> int:
@@ -42,11 +44,12 @@ class Attention(nnx.Module):
         self.out = nnx.LinearGeneral(
             (config.heads, config.head_dim), config.width, axis=(-2, -1), use_bias=False, rngs=rngs
         )
+        self.attention = config.attention
         self.quantization = config.quantization
         self.implementation = config.implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = jax_gluon.dot_product_attention(
+        out = self.attention(
             rotated(self.query(x)), rotated(self.key(x)), self.value(x),
             is_causal=True, quantization=self.quantization,
             implementation=self.implementation,

@@ -18,6 +18,18 @@ from tqdm import tqdm
 Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+def loss_of(
+    weights: Any, velocity: Velocity, key: jax.Array, images: jax.Array, text: jax.Array
+) -> jax.Array:
+    """Mean squared error of the velocity, at times and in noise that `key` gives."""
+    of_time, of_noise = jax.random.split(key)
+    # More of the middle, where the flow is hardest (https://arxiv.org/abs/2403.03206).
+    time = jax.nn.sigmoid(jax.random.normal(of_time, images.shape[:1]))
+    noise = jax.random.normal(of_noise, images.shape)
+    between = images + time[:, None, None] * (noise - images)
+    return jnp.mean((velocity(weights, between, time, text) - (noise - images)) ** 2)
+
+
 def train(
     velocity: Velocity, weights: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]], *,
     steps: int, seed: int, name: str,
@@ -29,17 +41,9 @@ def train(
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, max(1, steps // 20), steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
-    def loss_of(weights: Any, key: jax.Array, images: jax.Array, text: jax.Array) -> jax.Array:
-        of_time, of_noise = jax.random.split(key)
-        # More of the middle, where the flow is hardest (https://arxiv.org/abs/2403.03206).
-        time = jax.nn.sigmoid(jax.random.normal(of_time, images.shape[:1]))
-        noise = jax.random.normal(of_noise, images.shape)
-        between = images + time[:, None, None] * (noise - images)
-        return jnp.mean((velocity(weights, between, time, text) - (noise - images)) ** 2)
-
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(weights, average, state, key, images, text):
-        loss, gradients = jax.value_and_grad(loss_of)(weights, key, images, text)
+        loss, gradients = jax.value_and_grad(loss_of)(weights, velocity, key, images, text)
         updates, state = optimizer.update(gradients, state, weights)
         weights = optax.apply_updates(weights, updates)
         average = optax.incremental_update(weights, average, max(1e-2, 10 / steps))

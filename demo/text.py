@@ -15,6 +15,11 @@ class Text:
     alphabet: str
     codes: np.ndarray
 
+    def split(self, part: float) -> tuple[Text, Text]:
+        """The text without its last `part`, and that."""
+        at = len(self.codes) - round(part * len(self.codes))
+        return Text(self.alphabet, self.codes[:at]), Text(self.alphabet, self.codes[at:])
+
     def encode(self, text: str) -> np.ndarray:
         index = {character: code for code, character in enumerate(self.alphabet)}
         return np.array([index[character] for character in text], np.int32)

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+import jax_gluon
 from demo.model import LanguageModel, ModelConfig
 from demo.text import Text
 
@@ -30,6 +31,12 @@ class Run:
     model: LanguageModel
 
 
+def loss_of(model: LanguageModel, codes: jax.Array) -> jax.Array:
+    """Mean over the characters that follow others in int32 `[B, length + 1]`, in nats."""
+    logits = model(codes[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, codes[:, 1:]).mean()
+
+
 def train(text: Text, config: ModelConfig, *, name: str, steps: int, batch: int, seed: int) -> Run:
     """Trains a model made from `seed`; the batches depend on `seed` alone as well."""
     graph, state = nnx.split(LanguageModel(config, nnx.Rngs(seed)))
@@ -37,12 +44,8 @@ def train(text: Text, config: ModelConfig, *, name: str, steps: int, batch: int,
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
-    def loss_of(state, codes):
-        logits = nnx.merge(graph, state)(codes[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, codes[:, 1:]).mean()
-
     def step(state, optimizer_state, codes):
-        loss, gradients = jax.value_and_grad(loss_of)(state, codes)
+        loss, gradients = jax.value_and_grad(lambda x: loss_of(nnx.merge(graph, x), codes))(state)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, state)
         return optax.apply_updates(state, updates), optimizer_state, loss
 
@@ -70,6 +73,12 @@ def train(text: Text, config: ModelConfig, *, name: str, steps: int, batch: int,
 def custom_calls(hlo: str) -> list[str]:
     """The lines of compiled HLO that call the plugin."""
     return [line.strip() for line in hlo.splitlines() if 'custom_call_target="jax_gluon.' in line]
+
+
+def kernels_that_ran() -> list[str]:
+    """Of the passes since it was last asked, or the kernels were."""
+    return sorted({f"{x['pass']} {x['kernel']} in {x['arithmetic']}" for x in
+                   jax_gluon.debug.kernels()})  # fmt: skip
 
 
 def sample(run: Run, text: Text, config: ModelConfig, *, prompt: str, count: int, seed: int) -> str:
