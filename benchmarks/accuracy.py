@@ -152,20 +152,20 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, is_causal: bool = Fals
     logits = q @ k.T / np.sqrt(q.shape[1])
     if is_causal:
         logits[~np.tri(*logits.shape, dtype=bool)] = -np.inf
-    return _softmax(logits) @ v
+    return softmax(logits) @ v
 
 
 def exact_gradients(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scale = 1 / np.sqrt(q.shape[1])
-    weights = _softmax(q @ k.T * scale)
+    weights = softmax(q @ k.T * scale)
     d_weights = d_out @ v.T
     d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) * scale
     return d_logits @ k, d_logits.T @ q, weights.T @ d_out
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
     logits -= logits.max(1, keepdims=True)
     weights = np.exp(logits, out=logits)
     weights /= weights.sum(1, keepdims=True)

@@ -1,11 +1,15 @@
 """The study of training, in seconds: formats learn alike, and records are kept and never lost."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks.study import __main__ as program
-from benchmarks.study import formats, results, tasks, training
+from benchmarks.study import formats, page, results, suspects, tasks, training
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 
 
@@ -92,3 +96,33 @@ def test_cases_change_no_exact_probability(name):
     np.testing.assert_allclose(difference, np.broadcast_to(
         difference[..., :1], difference.shape), atol=2e-3)  # fmt: skip
     assert name == "plain" or np.abs(k - key).max() > 5
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla", "metal"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
+def test_rounded_outputs_have_no_part_in_rows_of_gradients(require, implementation, name):
+    """Rows of dS sum to 0 whatever forward rounded, so that what keys share is in no gradient."""
+    require(implementation)
+    found = suspects.leak(name, 100.0, 1.0, implementation)
+    assert found.key_sum < 1.5e-4
+    assert max(found.d_key, found.d_value) < 1e-2
+    if name != "bfloat16":  # whose keys are not centered
+        assert found.d_query < 1e-2
+        # XLA's probabilities are float.
+        assert implementation == "xla" or found.careless_d_query > 0.1
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_backward_has_the_probabilities_of_forward(implementation):
+    """INT8 scores are the same numbers in both passes; INT4 keys become INT8 rows in forward."""
+    bars = {"int8": 4e-3, "int4": 0.25}
+    for name, bar in bars.items():
+        assert suspects.leak(name, 0.0, 8.0, implementation).row_sum < bar
+
+
+def test_the_page_is_that_of_the_records():
+    text = (ROOT / page.PAGE).read_text(encoding="utf-8")
+    found = page.tables(ROOT / page.DATA)
+    assert set(re.findall(r"<!-- table (\w+) -->", text)) == set(found)
+    assert page.filled(text, found) == text
+    assert page.filled(text, found | {"losses": "none"}) != text
