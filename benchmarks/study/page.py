@@ -107,6 +107,8 @@ def cases(records: list[Record]) -> str:
         gap = gaps(records, model, size, form, case)
         if case != "plain" and gap:
             rows.append([f"{model}, {size}", case, form, spread(gap, "+.4f")])
+    if not rows:
+        return "None has been run."
     return markdown(["model", "case", "attention", "less float32"], rows)
 
 

@@ -98,18 +98,20 @@ def test_cases_change_no_exact_probability(name):
     assert name == "plain" or np.abs(k - key).max() > 5
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla", "metal"])
-@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [("cpu", "bfloat16"), ("cpu", "int8"), ("cpu", "int4"), ("xla", "int8"), ("metal", "int8")],
+)
 def test_rounded_outputs_have_no_part_in_rows_of_gradients(require, implementation, name):
     """Rows of dS sum to 0 whatever forward rounded, so that what keys share is in no gradient."""
     require(implementation)
     found = suspects.leak(name, 100.0, 1.0, implementation)
-    assert found.key_sum < 1.5e-4
+    assert found.key_sum < 1e-4
     assert max(found.d_key, found.d_value) < 1e-2
     if name != "bfloat16":  # whose keys are not centered
         assert found.d_query < 1e-2
-        # XLA's probabilities are float.
-        assert implementation == "xla" or found.careless_d_query > 0.1
+        # Elsewhere probabilities are float32 or float16.
+        assert implementation != "cpu" or found.careless_d_query > 0.1
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
