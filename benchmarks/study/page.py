@@ -193,14 +193,18 @@ def plot(records: list[Record], path: Path) -> None:
             curve, cosine = row[2 * i], row[2 * i + 1]
             for color, form in enumerate(FORMATS):
                 for x in of(records, model=model, size=size, format=form):
-                    label = f"{form}" if x["settings"]["seed"] == 0 else None
-                    curve.plot(*zip(*x["held_out"], strict=True), f"C{color}", alpha=0.7,
-                               lw=1, label=label)  # fmt: skip
+                    label = form if x["settings"]["seed"] == 0 else None
+                    exact = of(records, model=model, size=size, format="float32",
+                               seed=x["settings"]["seed"])  # fmt: skip
+                    if exact and form != "float32":
+                        steps, ends = zip(*x["held_out"], strict=True)
+                        gap = [y - z[1] for y, z in zip(ends, exact[0]["held_out"], strict=True)]
+                        curve.plot(steps, gap, f"C{color}", alpha=0.7, lw=1, label=label)
                     if x["gradients"]:
                         steps, _, _, of_logits, _ = zip(*x["gradients"], strict=True)
                         cosine.semilogy(steps, [max(1 - y, 1e-7) for y in of_logits], f"C{color}",
                                         alpha=0.7, lw=1, label=label)  # fmt: skip
-            curve.set(title=f"{model}, {size}: held-out loss", xlabel="step")
+            curve.set(title=f"{model}, {size}: held-out loss less float32", xlabel="step")
             cosine.set(title="1 - cosine, gradient of Q, K weights", xlabel="step")
             for each in (curve, cosine):
                 each.legend(fontsize=7)
