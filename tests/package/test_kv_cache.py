@@ -112,15 +112,19 @@ def test_codes_are_those_of_all_tokens_at_once(quantization, pattern):
         stop = start + count
         cache = cache.append(key[:, start:stop], value[:, start:stop])
         start = stop
-        if pattern[0] == 40 or stop == 56:
-            # At every length: those of an unfinished block as well.
+        if stop in (40, 56):
+            # Those of an unfinished block as well.
             assert_same_codes(cache.key, key[:, :stop])
             assert_same_codes(cache.value, value[:, :stop])
     np.testing.assert_array_equal(cache.length, [56, 56])
     np.testing.assert_array_equal(cache.dropped, [0, 0])
 
 
-@pytest.mark.parametrize("splits", [(31, 1, 15), (1, 1, 1, 44), (40, 7)])
+# Up to, at and past the end of the first block, by two programs that other tests compile as well.
+SPLITS = [(*[1] * 7, 7, 7, 1, 7, 1, 1, 1, 7, 7, 1), (40, 7)]
+
+
+@pytest.mark.parametrize("splits", SPLITS)
 def test_the_center_does_not_depend_on_how_tokens_came(splits):
     key, value, _ = tokens(47)
     key = key + 40.0 * (np.arange(H) < 4).astype(np.float32)
@@ -131,7 +135,7 @@ def test_the_center_does_not_depend_on_how_tokens_came(splits):
     assert_equal(cache.key.scale[:, :47], whole.scale)
 
 
-@pytest.mark.parametrize("splits", [(31, 1, 15), (1, 1, 1, 44), (40, 7), (21, 1, 10, 1, 14)])
+@pytest.mark.parametrize("splits", SPLITS)
 def test_powers_do_not_depend_on_how_tokens_came(splits, oracle, relative_error):
     """Large tokens among the first, of an unfinished block, and the last of all."""
     key, value, query = tokens(47)
