@@ -41,7 +41,7 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo demo-images test fuzz fuzz-handlers sanitize-handlers exhaustive study \
+.PHONY: help demo demo-images test fuzz fuzz-handlers sanitize-handlers exhaustive study mutate \
   test-arm64 test-cuda-compile test-frameworks sanitize metal wheel-macos wheel-linux-arm64 \
   sdist-check bench smoke lint format format-cxx typecheck tidy docs clean
 help:
@@ -56,6 +56,7 @@ help:
 	@echo 'make metal      build the software Metal device, for implementation="metal" on Linux'
 	@echo 'make wheel-macos  build the wheel for Macs, on Linux, and check it'
 	@echo 'make wheel-linux-arm64  cross-build the wheel for Linux on arm64, and check it'
+	@echo 'make mutate     plant faults one at a time: which of them do the tests catch?'
 	@echo 'make test-arm64  run the suite of the CPU kernels on it, under qemu (ARGS=short: a few tests)'
 	@echo 'make test-cuda-compile  compile for several NVIDIA GPUs, without any'
 	@echo 'make test-frameworks  run published models with patched attention'
@@ -146,6 +147,10 @@ $(STAMPS)/frameworks: $(STAMPS)/package
 	$(PIP_BUILD) -e '.[frameworks]'
 	$(BIN)/python -m pip install --quiet --no-deps keras-hub
 	touch $@
+
+# Hours for all; ARGS="--domains python", "--every 10".
+mutate: $(STAMPS)/dev metal
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m benchmarks.attention $(ARGS)

@@ -1,0 +1,193 @@
+"""`python -m tests.mutation`: plants faults one at a time, and says which the tests catch.
+
+Works on a copy of the checkout under build/mutation, whose package its tests import. A test that
+fails without any fault would catch all: each set of tests is first run so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.mutation.catalogue import FAULTS
+from tests.mutation.fault import Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "mutation"
+TREE = FOLDER / "tree"
+# pytest's status of tests that failed; of a process that a signal ended it is negative.
+_FAILED, _LIMIT_SECONDS = 1, 1200
+# An editable package is found by a finder of its own, before any path.
+_SITE = """import sys
+sys.meta_path[:] = [x for x in sys.meta_path if type(x).__name__ != "ScikitBuildRedirectingFinder"]
+sys.path.insert(0, {tree!r})
+"""
+
+
+class BuildError(Exception):
+    """A fault with which the sources do not compile."""
+
+
+def copy_checkout() -> None:
+    """The files that git knows of, where they differ, and the plugin that is installed."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, names.split("\0")):
+        source, target = ROOT / name, TREE / name
+        if not source.is_file():
+            continue
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    site = FOLDER / "site"
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "sitecustomize.py").write_text(_SITE.format(tree=str(TREE)))
+
+
+def install_plugin() -> None:
+    """That of this environment, with all its instruction sets."""
+    found = importlib.util.find_spec("jax_gluon._plugin")
+    if found is None or found.origin is None:
+        sys.exit("python -m tests.mutation: no compiled plugin is installed")
+    shutil.copy(found.origin, TREE / "jax_gluon")
+
+
+def build(domain: str) -> None:
+    """Builds what a fault of the domain is in."""
+    commands = []
+    if domain == "metal":
+        clang = os.environ.get("SOFTMETAL_CLANG", "clang++-19")
+        commands = [["sh", "tools/build_softmetal.sh", "build/metal", clang]]
+    elif domain == "cpu":
+        headers = ROOT / ".venv" / "ffi-headers" / "jaxlib" / "include"
+        pybind11 = subprocess.run(
+            [sys.executable, "-m", "pybind11", "--cmakedir"],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        commands = [
+            [
+                "cmake", "-S", ".", "-B", "build/plugin", "-G", "Ninja",
+                "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11}", f"-DJAX_GLUON_FFI_INCLUDE_DIR={headers}",
+                f"-DJAX_GLUON_METAL_LIBRARY={TREE / 'build/metal/libjax_gluon_metal.so'}",
+            ],
+            ["cmake", "--build", "build/plugin", "-j", str(os.cpu_count())],
+        ]  # fmt: skip
+    for command in commands:
+        finished = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
+        if finished.returncode != 0:
+            raise BuildError((finished.stdout + finished.stderr)[-2000:])
+    if domain == "cpu":
+        (plugin,) = (TREE / "build" / "plugin").glob("_plugin*.so")
+        shutil.copy(plugin, TREE / "jax_gluon")
+
+
+def run_tests(tests: tuple[str, ...]) -> int:
+    """pytest's status; that of a run that took too long is that of a failure."""
+    environment = os.environ | {"PYTHONPATH": str(FOLDER / "site")}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        return subprocess.run(
+            command, cwd=TREE, env=environment, capture_output=True, timeout=_LIMIT_SECONDS
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return _FAILED
+
+
+def outcome(fault: Fault) -> str:
+    """ "caught", "survived", or why there is no answer; the file is as before afterwards."""
+    path = TREE / fault.file
+    text = path.read_text()
+    path.write_text(fault.applied(text))
+    try:
+        build(fault.domain)
+        status = run_tests(fault.tests)
+    except BuildError as error:
+        return f"does not compile: {error}"
+    finally:
+        path.write_text(text)
+    if status == 0:
+        return "survived"
+    return "caught" if status == _FAILED or status < 0 else f"pytest ended with {status}"
+
+
+def key_of(fault: Fault) -> str:
+    """By which its outcome is remembered: the fault and the file that it is planted into."""
+    text = repr(tuple(fault)) + (ROOT / fault.file).read_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def chosen(options: argparse.Namespace) -> list[Fault]:
+    faults = [
+        fault
+        for fault in FAULTS
+        if fault.domain in options.domains and options.only in f"{fault.kind} {fault.file}"
+    ]
+    if options.every > 1:  # of each kind in each domain its share
+        groups: dict[tuple[str, str], list[Fault]] = collections.defaultdict(list)
+        for fault in faults:
+            groups[fault.domain, fault.kind].append(fault)
+        ordered = [fault for group in groups.values() for fault in group]
+        faults = ordered[:: options.every]
+    return faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    domains = ("python", "metal", "cpu")
+    parser.add_argument("--domains", nargs="+", choices=domains, default=domains)
+    parser.add_argument("--only", default="", help="of these letters in its kind or file")
+    parser.add_argument("--every", type=int, default=1, help="every n-th, of each kind its share")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results.json")
+    options = parser.parse_args()
+    known: dict[str, str] = {}
+    if options.results.exists():
+        known = json.loads(options.results.read_text())
+
+    copy_checkout()
+    passing: dict[tuple[str, tuple[str, ...]], bool] = {}
+    built = ""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for fault in chosen(options):
+        key, start = key_of(fault), time.perf_counter()
+        if known.get(key) not in ("caught", "survived"):
+            if built != fault.domain:
+                install_plugin()
+                # The plugin finds the device of the copy, so that both are built.
+                for part in ("metal", "cpu") if fault.domain != "python" else ():
+                    build(part)
+                built = fault.domain
+            whole = fault.domain, fault.tests
+            if whole not in passing:
+                passing[whole] = run_tests(fault.tests) == 0
+            known[key] = outcome(fault) if passing[whole] else "its tests fail without it"
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(known, indent=1))
+        counts[fault.kind, known[key]] += 1
+        seconds = time.perf_counter() - start
+        line = fault.old.strip().splitlines()[0]
+        print(f"{known[key]:9} {seconds:5.0f} s  {fault.kind}: {fault.file}: {line}", flush=True)
+    if built:
+        install_plugin()
+    print()
+    for kind in sorted({kind for kind, _ in counts}):
+        of_kind = {result: n for (each, result), n in counts.items() if each == kind}
+        print(f"{kind}: " + ", ".join(f"{n} {result}" for result, n in sorted(of_kind.items())))
+    caught = sum(n for (_, result), n in counts.items() if result == "caught")
+    print(f"{caught} of {sum(counts.values())} caught")
+    sys.exit(caught != sum(counts.values()))
+
+
+if __name__ == "__main__":
+    main()
