@@ -136,13 +136,14 @@ class MaskTiles {
     if (call_.mask) {
       const int64_t keys = call_.mask_stride[2] == 0 ? 1 : std::max<int64_t>(call_.S, 1);
       const int64_t size = (has_one_row_ ? 1 : call_.T) * keys;
-      return (call_.mask_batch_offset[entry] + n * call_.mask_stride[0]) / size;
+      return (call_.mask_batch_offset[entry] + n * call_.mask_stride[0]) /
+             std::max<int64_t>(size, 1);
     }
     const BlockMask& mask = call_.block_mask;
     // An index that vmap did not map may have tiles that it did.
     if (mask.tile_offset.front() != mask.tile_offset.back()) return b * call_.N + n;
     return (mask.index_offset[entry] + n * mask.head_stride) /
-           (ceil_div(call_.T, mask.block) * std::max<int64_t>(mask.columns, 1));
+           std::max<int64_t>(ceil_div(call_.T, mask.block) * std::max<int64_t>(mask.columns, 1), 1);
   }
 
   // Eight bytes of a mask, each 1 where it shows its key; or bits of as many bytes.
