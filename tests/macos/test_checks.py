@@ -58,12 +58,18 @@ def archive(folder, members, tag=TAG, tag_inside=TAG, plugin=b""):
 def package(tmp_path):
     folder = tmp_path / "jax_gluon"
     folder.mkdir()
-    (folder / "a.py").write_bytes(b"pass\n")
+    for name in ("a.py", "_plugin.pyi"):
+        (folder / name).write_bytes(b"pass\n")
     return folder
 
 
 def test_a_good_archive_passes(tmp_path, package):
-    good = archive(tmp_path, {"jax_gluon/a.py": b"pass\n", "jax_gluon/py.typed": b""})
+    members = {
+        "jax_gluon/a.py": b"pass\n",
+        "jax_gluon/_plugin.pyi": b"pass\n",
+        "jax_gluon/py.typed": b"",
+    }
+    good = archive(tmp_path, members)
     assert wheel.check_tags(good).problems == ()
     assert wheel.check_record(good).problems == ()
     assert wheel.check_contents(good, package).problems == ()

@@ -33,6 +33,8 @@ CASES = {
         query_segment_ids=_PACKED, key_value_segment_ids=_PACKED_KEYS, is_causal=True,
         query_positions=_WITHIN, key_value_positions=_WITHIN_KEYS,
     ),
+    # Every range of ids is one number.
+    "one_segment": dict(query_segment_ids=np.full(T, 7), key_value_segment_ids=np.full(S, 7)),
     "scattered_segments": dict(
         query_segment_ids=_RNG.integers(-3, 3, (B, T)), is_causal=True, local_window_size=(40, 7),
         key_value_segment_ids=_RNG.integers(-3, 4, (B, S)), query_offset=np.array([5, -20]),

@@ -80,7 +80,9 @@ def check_tags(wheel: Wheel) -> Result:
 
 
 def _content_problems(wheel: Wheel, package: Path) -> Iterator[str]:
-    sources = {f"jax_gluon/{p.relative_to(package)}" for p in package.rglob("*.py")}
+    # Modules and stubs.
+    sources = {f"jax_gluon/{p.relative_to(package)}" for p in package.rglob("*.py*")}
+    sources = {name for name in sources if name.endswith((".py", ".pyi"))}
     expected = sources | {"jax_gluon/py.typed", wheel.plugin}
     found = {name for name in wheel.members if not name.startswith(wheel.metadata)}
     yield from (f"{name} is missing" for name in sorted(expected - found))
