@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "mutation"
 TREE = FOLDER / "tree"
 # pytest's status of tests that failed; of a process that a signal ended it is negative.
-_FAILED, _LIMIT_SECONDS = 1, 1200
+_FAILED, _OUT_OF_TIME, _LIMIT_SECONDS = 1, "out of time", 1200
 # An editable package is found by a finder of its own, before any path.
 _SITE = """import sys
 sys.meta_path[:] = [x for x in sys.meta_path if type(x).__name__ != "ScikitBuildRedirectingFinder"]
@@ -38,11 +39,15 @@ class BuildError(Exception):
 
 
 def copy_checkout() -> None:
-    """The files that git knows of, where they differ, and the plugin that is installed."""
+    """The files that git knows of, where they differ; builds stay."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
+    for path in [*TREE.rglob("*.py"), *TREE.rglob("*.h"), *TREE.rglob("*.cc")]:
+        name = path.relative_to(TREE)
+        if name.parts[0] != "build" and not (ROOT / name).exists():
+            path.unlink()
     for name in filter(None, names.split("\0")):
         source, target = ROOT / name, TREE / name
         if not source.is_file():
@@ -93,16 +98,23 @@ def build(domain: str) -> None:
         shutil.copy(plugin, TREE / "jax_gluon")
 
 
-def run_tests(tests: tuple[str, ...]) -> int:
-    """pytest's status; that of a run that took too long is that of a failure."""
+def run_tests(tests: tuple[str, ...]) -> int | str:
+    """pytest's status, or that it took too long."""
     environment = os.environ | {"PYTHONPATH": str(FOLDER / "site")}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    # In a session of its own, so that all it has started ends with it.
+    process = subprocess.Popen(
+        command, cwd=TREE, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
-        return subprocess.run(
-            command, cwd=TREE, env=environment, capture_output=True, timeout=_LIMIT_SECONDS
-        ).returncode
+        return process.wait(_LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
-        return _FAILED
+        return _OUT_OF_TIME
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def outcome(fault: Fault) -> str:
@@ -117,14 +129,17 @@ def outcome(fault: Fault) -> str:
         return f"does not compile: {error}"
     finally:
         path.write_text(text)
+    if isinstance(status, str):
+        return status
     if status == 0:
         return "survived"
     return "caught" if status == _FAILED or status < 0 else f"pytest ended with {status}"
 
 
 def key_of(fault: Fault) -> str:
-    """By which its outcome is remembered: the fault and the file that it is planted into."""
-    text = repr(tuple(fault)) + (ROOT / fault.file).read_text()
+    """By which its outcome is remembered: the fault, its file, and the files of its tests."""
+    files = [fault.file, *(name for name in fault.tests if name.endswith(".py"))]
+    text = repr(tuple(fault)) + "".join((ROOT / name).read_text() for name in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -161,7 +176,7 @@ def main() -> None:
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for fault in chosen(options):
         key, start = key_of(fault), time.perf_counter()
-        if known.get(key) not in ("caught", "survived"):
+        if known.get(key) != "caught":
             if built != fault.domain:
                 install_plugin()
                 # The plugin finds the device of the copy, so that both are built.

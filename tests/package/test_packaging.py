@@ -40,5 +40,3 @@ def test_wheels_are_of_the_pythons_that_are_supported():
     least = project["project"]["requires-python"].removeprefix(">=")
     built = project["tool"]["cibuildwheel"]["build"]
     assert built[0] == f"cp{least.replace('.', '')}-*"
-    required = project["build-system"]["requires"]
-    assert all(re.search("[<>=]", requirement) for requirement in required), required
