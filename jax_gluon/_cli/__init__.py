@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 
 from jax_gluon._cli import doctor, programs, tune
+from jax_gluon._cli.console import complain
 from jax_gluon._version import __version__
 
 
@@ -24,7 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest, options.parser = rest, parser
     try:
-        return options.run(options)
-    except BrokenPipeError:  # `jax-gluon doctor | head`
+        status = options.run(options)
+        print(end="", flush=True)
+    except OSError as error:  # what is written to is full, not there, or gone
+        is_gone = isinstance(error, BrokenPipeError)  # `jax-gluon doctor | head`
+        _drop_output()
+        return 1 if is_gone else complain(options.command, str(error))
+    return status
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere: Python would fail over it as it ends."""
+    with contextlib.suppress(OSError):  # no file stands behind it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1

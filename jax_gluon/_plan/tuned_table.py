@@ -197,7 +197,7 @@ def check_writable(path: Path) -> None:
 
 
 def save(path: Path, device: str, table: Table) -> None:
-    """Writes a table; the file appears whole."""
+    """Writes a table; the file appears whole, or `OSError` names it and what was there stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "schema": _SCHEMA,
@@ -207,5 +207,9 @@ def save(path: Path, device: str, table: Table) -> None:
         "crossovers": [dataclasses.asdict(each) for each in table.crossovers],
     }
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:  # of a full disk: it has no name then
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

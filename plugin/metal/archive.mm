@@ -60,8 +60,10 @@ id<MTLComputePipelineState> Archive::pipeline(MTLComputePipelineDescriptor* desc
 void Archive::store() {
   NSString* partial =
       [url_.path stringByAppendingString:[NSString stringWithFormat:@".%d", getpid()]];
-  if ([archive_ serializeToURL:[NSURL fileURLWithPath:partial] error:nil]) {
-    std::rename(partial.fileSystemRepresentation, url_.path.fileSystemRepresentation);
+  const char* const written = partial.fileSystemRepresentation;
+  if (![archive_ serializeToURL:[NSURL fileURLWithPath:partial] error:nil] ||
+      std::rename(written, url_.path.fileSystemRepresentation) != 0) {
+    std::remove(written);
   }
 }
 

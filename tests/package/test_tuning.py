@@ -1,9 +1,13 @@
 """`jax-gluon tune`: its table, and what becomes of broken ones."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,6 +349,57 @@ def test_a_folder_that_can_not_be_written_is_named_first(tmp_path, few_cases, mo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("jax-gluon tune: ")
     assert "can't be written" in line
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which files grow to 100 bytes and no further."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def full():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return full
+
+
+def test_a_full_disk_costs_what_is_new_alone(
+    table, few_cases, clock, monkeypatch, capsys, full_disk
+):
+    tuned_table.save(table, "cpu", TABLE)
+    before = table.read_text()
+    _planted(monkeypatch, clock, lambda case, device, kernel: itertools.repeat(1.0))
+    with full_disk():
+        assert cli.main(["tune"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("jax-gluon tune: ")
+    assert str(table) in error
+    assert table.read_text() == before
+    assert [path.name for path in table.parent.iterdir()] == [table.name]
+
+
+def test_a_plot_that_can_not_be_written_is_named(table, tmp_path, capsys):
+    tuned_table.save(table, "cpu", TABLE)
+    plot = tmp_path / "missing" / "plot.png"
+    assert cli.main(["tune", "--show", "--plot", str(plot)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jax-gluon tune: ")
+    assert str(plot) in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_is_full_is_one_line(table):
+    tuned_table.save(table, "cpu", TABLE)
+    command = [sys.executable, "-m", "jax_gluon", "tune", "--show"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "jax-gluon tune: [Errno 28] No space left on device\n"
 
 
 def test_tune_stops_in_time(table, few_cases, capsys):
