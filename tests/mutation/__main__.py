@@ -1,7 +1,7 @@
 """`python -m tests.mutation`: plants faults one at a time, and says which the tests catch.
 
 Works on a copy of the checkout under build/mutation, whose package its tests import. A test that
-fails without any fault would catch all: each set of tests is first run so.
+fails without any fault would catch all: the one that failed is run again so.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from tests.mutation.fault import Fault
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "mutation"
 TREE = FOLDER / "tree"
+METAL = TREE / "build" / "metal"
+LIBRARY = METAL / "libjax_gluon_metal.so"
+WHOLE = FOLDER / "whole"  # what was built without a fault
+_SETS = ("AVX2", "AVX512", "AMX")  # as CMake names them
+_prepared: list[tuple[str, list[str]]] = []  # what was built last
 # pytest's status of tests that failed; of a process that a signal ended it is negative.
 _FAILED, _OUT_OF_TIME, _LIMIT_SECONDS = 1, "out of time", 1200
 # An editable package is found by a finder of its own, before any path.
@@ -68,72 +73,138 @@ def install_plugin() -> None:
     shutil.copy(found.origin, TREE / "jax_gluon")
 
 
-def build(domain: str) -> None:
-    """Builds what a fault of the domain is in."""
-    commands = []
-    if domain == "metal":
-        clang = os.environ.get("SOFTMETAL_CLANG", "clang++-19")
-        commands = [["sh", "tools/build_softmetal.sh", "build/metal", clang]]
-    elif domain == "cpu":
-        headers = ROOT / ".venv" / "ffi-headers" / "jaxlib" / "include"
-        pybind11 = subprocess.run(
-            [sys.executable, "-m", "pybind11", "--cmakedir"],
-            check=True, capture_output=True, text=True,
-        ).stdout.strip()  # fmt: skip
-        commands = [
-            [
-                "cmake", "-S", ".", "-B", "build/plugin", "-G", "Ninja",
-                "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
-                f"-Dpybind11_DIR={pybind11}", f"-DJAX_GLUON_FFI_INCLUDE_DIR={headers}",
-                f"-DJAX_GLUON_METAL_LIBRARY={TREE / 'build/metal/libjax_gluon_metal.so'}",
-            ],
-            ["cmake", "--build", "build/plugin", "-j", str(os.cpu_count())],
-        ]  # fmt: skip
-    for command in commands:
-        finished = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
-        if finished.returncode != 0:
-            raise BuildError((finished.stdout + finished.stderr)[-2000:])
-    if domain == "cpu":
-        (plugin,) = (TREE / "build" / "plugin").glob("_plugin*.so")
-        shutil.copy(plugin, TREE / "jax_gluon")
+def _native() -> list[str]:
+    """The instruction sets that tests can force here, beside the portable one."""
+    has = importlib.import_module("jax_gluon._plugin").cpu_isas_supported()
+    return [name for name in _SETS if name.lower() in has]
 
 
-def run_tests(tests: tuple[str, ...]) -> int | str:
-    """pytest's status, or that it took too long."""
-    environment = os.environ | {"PYTHONPATH": str(FOLDER / "site")}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    # In a session of its own, so that all it has started ends with it.
-    process = subprocess.Popen(
-        command, cwd=TREE, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+def _run(*command: str) -> None:
+    finished = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise BuildError((finished.stdout + finished.stderr)[-2000:])
+
+
+def _build_plugin(sets: list[str]) -> None:
+    """The plugin of the copy, with few instruction sets and little optimised."""
+    folder = "-".join(["build/plugin", *sets]).lower()
+    headers = ROOT / ".venv" / "ffi-headers" / "jaxlib" / "include"
+    pybind11 = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    _run(
+        "cmake", "-S", ".", "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Mutation",
+        # The portable kernels alone compile in a fifth of the time without optimisation.
+        f"-DCMAKE_CXX_FLAGS_MUTATION={'-O1' if sets else '-O0'} -DNDEBUG",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11}", f"-DJAX_GLUON_FFI_INCLUDE_DIR={headers}",
+        f"-DJAX_GLUON_METAL_LIBRARY={LIBRARY}",
+        *(f"-DJAX_GLUON_COMPILER_HAS_{name}=OFF" for name in _SETS if name not in sets),
     )  # fmt: skip
-    try:
-        return process.wait(_LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return _OUT_OF_TIME
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    _run("cmake", "--build", folder, "-j", str(os.cpu_count()))
+    (plugin,) = (TREE / folder).glob("_plugin*.so")
+    shutil.copy(plugin, TREE / "jax_gluon")
 
 
-def outcome(fault: Fault) -> str:
-    """ "caught", "survived", or why there is no answer; the file is as before afterwards."""
+def _build_metal() -> None:
+    clang = os.environ.get("SOFTMETAL_CLANG", "clang++-19")
+    _run("sh", "tools/build_softmetal.sh", str(METAL), clang)
+
+
+def prepare(domain: str, sets: list[str]) -> None:
+    """What the tests of a domain need, without a fault."""
+    install_plugin()
+    if domain == "host":
+        _build_metal()
+    if domain in ("host", "cpu"):  # Metal's tests need a plugin that finds the copy's library
+        _build_plugin(sets)
+    shutil.rmtree(WHOLE, ignore_errors=True)
+    WHOLE.mkdir()
+    for path in _built(domain):
+        shutil.copy(path, WHOLE)
+
+
+def _built(domain: str) -> list[Path]:
+    """What a fault of the domain is compiled into."""
+    if domain == "host":
+        return [LIBRARY]
+    return list((TREE / "jax_gluon").glob("_plugin*.so")) if domain == "cpu" else []
+
+
+def build(domain: str, sets: list[str]) -> None:
+    """Builds what a fault of the domain is in. Tests of shaders read the shaders themselves."""
+    if domain == "host":
+        _build_metal()
+    elif domain == "cpu":
+        _build_plugin(sets)
+
+
+def run_tests(tests: tuple[str, ...]) -> tuple[int | str, str]:
+    """pytest's status, or that it took too long; the first test that failed."""
+    environment = os.environ | {"PYTHONPATH": str(FOLDER / "site")}
+    # No fault is in the device itself: without a build of the checkout, tests make their own.
+    device = ROOT / "build" / "metal"
+    if (device / "libsoftmetal.so").exists():
+        environment["SOFTMETAL_BUILD_DIR"] = str(device)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    with (FOLDER / "log").open("w+") as log:
+        # In a session of its own, so that all it has started ends with it.
+        process = subprocess.Popen(
+            command, cwd=TREE, env=environment, start_new_session=True, stdout=log, stderr=log
+        )
+        try:
+            status: int | str = process.wait(_LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = _OUT_OF_TIME
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        lines = [line for line in log if line.startswith(("FAILED ", "ERROR tests/"))]
+    return status, lines[0].split(" ", 1)[1].split(" - ")[0].strip() if lines else ""
+
+
+def _outcome(fault: Fault, sets: list[str]) -> str:
     path = TREE / fault.file
     text = path.read_text()
     path.write_text(fault.applied(text))
     try:
-        build(fault.domain)
-        status = run_tests(fault.tests)
+        build(fault.domain, sets)
+        status, failed = run_tests(fault.tests)
     except BuildError as error:
         return f"does not compile: {error}"
     finally:
         path.write_text(text)
-    if isinstance(status, str):
-        return status
     if status == 0:
         return "survived"
-    return "caught" if status == _FAILED or status < 0 else f"pytest ended with {status}"
+    if isinstance(status, str) or status > _FAILED:
+        return str(status) if isinstance(status, str) else f"pytest ended with {status}"
+    # Without the fault the test passes: only that one is run so.
+    for built in _built(fault.domain):
+        shutil.copy(WHOLE / built.name, built)
+    without, _ = run_tests((failed,) if failed else fault.tests)
+    return "caught" if without == 0 else f"without it as well: {failed}"
+
+
+def outcome(fault: Fault) -> str:
+    """ "caught", "survived", or why there is no answer; the file is as before afterwards.
+
+    The portable kernels are compiled fastest: others are where those do not show the fault.
+    """
+    attempts: list[list[str]] = [[]]
+    if fault.domain == "cpu" and _native():
+        attempts.append(_native())
+    result = ""
+    for sets in attempts:
+        if _prepared != [(fault.domain, sets)]:
+            prepare(fault.domain, sets)
+            _prepared[:] = [(fault.domain, sets)]
+        result = _outcome(fault, sets)
+        if result != "survived":
+            break
+    return result
 
 
 def key_of(fault: Fault) -> str:
@@ -160,41 +231,29 @@ def chosen(options: argparse.Namespace) -> list[Fault]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    domains = ("python", "metal", "cpu")
+    domains = ("python", "shaders", "host", "cpu")
     parser.add_argument("--domains", nargs="+", choices=domains, default=domains)
     parser.add_argument("--only", default="", help="of these letters in its kind or file")
     parser.add_argument("--every", type=int, default=1, help="every n-th, of each kind its share")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its tests end with it
     known: dict[str, str] = {}
     if options.results.exists():
         known = json.loads(options.results.read_text())
 
     copy_checkout()
-    passing: dict[tuple[str, tuple[str, ...]], bool] = {}
-    built = ""
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for fault in chosen(options):
         key, start = key_of(fault), time.perf_counter()
         if known.get(key) != "caught":
-            if built != fault.domain:
-                install_plugin()
-                # The plugin finds the device of the copy, so that both are built.
-                for part in ("metal", "cpu") if fault.domain != "python" else ():
-                    build(part)
-                built = fault.domain
-            whole = fault.domain, fault.tests
-            if whole not in passing:
-                passing[whole] = run_tests(fault.tests) == 0
-            known[key] = outcome(fault) if passing[whole] else "its tests fail without it"
+            known[key] = outcome(fault)
             options.results.parent.mkdir(parents=True, exist_ok=True)
             options.results.write_text(json.dumps(known, indent=1))
         counts[fault.kind, known[key]] += 1
         seconds = time.perf_counter() - start
         line = fault.old.strip().splitlines()[0]
         print(f"{known[key]:9} {seconds:5.0f} s  {fault.kind}: {fault.file}: {line}", flush=True)
-    if built:
-        install_plugin()
     print()
     for kind in sorted({kind for kind, _ in counts}):
         of_kind = {result: n for (each, result), n in counts.items() if each == kind}

@@ -15,8 +15,8 @@ from tests.mutation.fault import (
     Fault,
 )
 
-# A build of the instruction sets that a processor has is enough.
-_NATIVE = ("-k", "not emulated")
+# The builds have no emulated instruction sets.
+_NATIVE = ("-k", "not emulated and not metal and not xla")
 _KERNELS = ("tests/cpu/test_kernels.py", *_NATIVE)
 _GLUON = ("tests/cpu/test_gluon.py", *_NATIVE)
 _BOTH = ("tests/cpu/test_kernels.py", "tests/cpu/test_gluon.py", *_NATIVE)

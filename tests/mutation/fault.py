@@ -30,9 +30,11 @@ class Fault(NamedTuple):
 
     @property
     def domain(self) -> str:
-        """What has to be built anew: "cpu" (the plugin), "metal" (the shaders), or nothing."""
+        """What has to be built anew: "cpu" (the plugin), "host" (Metal's), or nothing."""
         if self.file.startswith("shaders/"):
-            return "metal"
+            return "shaders"
+        if self.file.endswith(".mm"):
+            return "host"
         return "cpu" if self.file.startswith("plugin/") else "python"
 
     def applied(self, text: str) -> str:

@@ -22,7 +22,7 @@ _DROPOUT = ("tests/package/test_dropout.py",)
 _SINKS = ("tests/package/test_sinks.py",)
 _SEGMENTS = ("tests/package/test_segments_and_positions.py",)
 _CACHE = ("tests/package/test_kv_cache.py",)
-_PAGES = ("tests/package/test_paged_kv_cache.py", "tests/package/test_kv_cache_entries.py")
+_ENTRIES = ("tests/package/test_kv_cache_entries.py",)
 _RING = ("tests/package/test_several_devices.py",)
 
 ATTENTION, TILES = "jax_gluon/_xla/attention.py", "jax_gluon/_xla/tiles.py"
@@ -232,7 +232,7 @@ FAULTS = (
     Fault(
         TAIL, STORAGE,
         "    start = length // block * block\n    new = None",
-        "    start = length // block * block - block\n    new = None", _PAGES,
+        "    start = length // block * block - block\n    new = None", _ENTRIES,
     ),
     Fault(
         FACTOR, MERGING,

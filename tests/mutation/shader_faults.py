@@ -16,7 +16,7 @@ from tests.mutation.fault import (
 
 _FORWARD = ("tests/metal/shaders/test_attention_forward.py", "tests/metal/shaders/test_gluon.py")
 _BACKWARD = ("tests/metal/shaders/test_attention_backward.py",)
-_SANITIZERS = ("tests/metal/shaders/test_sanitizers.py", "-m", "sanitizers")
+_SANITIZERS = ("tests/metal/shaders/test_sanitizers.py", "-m", "sanitizers", "-k", "thread")
 
 ONLINE, MASK, RING = "shaders/online_softmax.h", "shaders/mask.h", "shaders/ring.h"
 DROPOUT, LOGITS, SINK = "shaders/dropout.h", "shaders/logits.h", "shaders/sink.h"

@@ -25,7 +25,7 @@ def test_of_many_kinds_in_every_domain():
     assert len({fault[:4] for fault in FAULTS}) == len(FAULTS) >= 60
     assert len({fault.kind for fault in FAULTS}) >= 10
     domains = collections.Counter(fault.domain for fault in FAULTS)
-    assert min(domains[domain] for domain in ("python", "metal", "cpu")) >= 10
+    assert min(domains[domain] for domain in ("python", "shaders", "cpu")) >= 10
 
 
 @pytest.mark.parametrize("text", ["", "x = 1\nx = 1\n"])

@@ -47,6 +47,20 @@ def test_the_generator_is_philox():
         )
 
 
+def test_the_number_that_is_the_threshold_is_kept(implementation):
+    """One number in 2**16, which a mask of many would hide."""
+    key = tuple(int(x) for x in jax.random.bits(KEY, (2,), jnp.uint32))
+    number = philox([0] * 4, key, 7)[0] & 0xFFFF
+    one = jnp.ones((1, 1, 1, 8))
+    for threshold, is_kept in ((number, True), (number + 1, False)):
+        rate = threshold / 2**16
+        assert jax_gluon.dropout_mask(KEY, (1, 1, 1, 1), rate).item() is is_kept
+        out = jax_gluon.dot_product_attention(
+            one, one, one, dropout_rng=KEY, dropout_rate=rate, implementation=implementation
+        )
+        np.testing.assert_allclose(out, is_kept / (1 - rate), rtol=1e-6)
+
+
 @pytest.mark.parametrize("rate", [0.01, 0.5, 0.9])
 def test_what_is_dropped_is_independent(rate):
     """The share, and correlations along every axis, within four (five) standard deviations."""
