@@ -67,7 +67,7 @@ class Load:
         self.calls += 1
         try:
             found = self.every[which].digest()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # JAX raises either
             text = str(error)
             kinds = [fault for fault, words in faults.items() if words and words in text]
             if not kinds or HINT not in text:
