@@ -1,4 +1,4 @@
-"""`python -m tests.load --seconds 60`: each part in a process of its own, whose end is looked at."""
+"""`python -m tests.load --seconds 60`: each part in a process, whose end is looked at."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=default.seconds, help="of a part")
     parser.add_argument("--calls", type=int, default=default.calls, help="of a kind, of memory")
     parser.add_argument("--problems", type=int, default=default.problems, help="drawn by the seed")
+    parser.add_argument("--always", type=int, default=default.always, help="beside these")
     parser.add_argument("--leak", type=int, default=0, help="bytes of a call that memory is to see")
     parser.add_argument("--seed", type=int, help="default: the time")
     parser.add_argument("--only", choices=PARTS)

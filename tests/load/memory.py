@@ -32,6 +32,15 @@ def resident() -> int:
 
 def slope(calls: int, call: Callable[[], Any], leak: int = 0) -> float:
     """Bytes of resident memory that a call adds, by least squares over the last three quarters."""
+    gc.collect()
+    gc.freeze()  # what was there before is not looked through for cycles
+    try:
+        return _slope(calls, call, leak)
+    finally:
+        gc.unfreeze()
+
+
+def _slope(calls: int, call: Callable[[], Any], leak: int) -> float:
     leaked: list[bytearray] = []
     made, bytes_then = [], []
     for i in range(calls):
@@ -112,7 +121,7 @@ def decoding(kind: str) -> Callable[[], Any]:
 
 def run(options: Options) -> Outcome:
     outcome = Outcome()
-    kinds = {
+    kinds: dict[str, Callable[[], Any]] = {
         "calls": right_calls(options),
         "calls that fail": failing_calls(),
         "steps from a dense cache": decoding("dense"),

@@ -33,8 +33,8 @@ def with_jax(problem: problems.Problem, expected: str) -> None:
     assert problem.digest() == expected
 
 
-def digests_of_child() -> list[str]:
-    return [problem.digest() for problem in problems.always()]
+def digests_of_child(count: int) -> list[str]:
+    return [problem.digest() for problem in problems.always()[:count]]
 
 
 def ended(context: BaseContext, target: Callable[..., None], *given: Any, patience: float) -> str:
@@ -53,7 +53,7 @@ def ended(context: BaseContext, target: Callable[..., None], *given: Any, patien
 
 def forked(options: Options, outcome: Outcome) -> None:
     """Forks while other threads call."""
-    every = problems.always()
+    every = problems.always()[: options.always]
     alone = [problem.digest() for problem in every]
     fork = multiprocessing.get_context("fork")
     is_over = threading.Event()
@@ -78,20 +78,26 @@ def forked(options: Options, outcome: Outcome) -> None:
         calls = sum(each.result() for each in callers)
     outcome.lines.append(f"{children} forked children without calls, beside {calls:,} calls")
 
-    # No promise: XLA's locks and threads are not the child's. What becomes of it is not judged.
-    for program, problem in (("compiled before", every[0]), ("new", problems.always()[0])):
-        how = ended(fork, with_jax, problem, alone[0], patience=SHORT_PATIENCE)
-        outcome.lines.append(f"a forked child that runs a program {program}: {how or 'right'}")
     if [problem.digest() for problem in every] != alone:
         outcome.failures.append("after forks: other bits in the parent")
 
 
-def started(method: str, outcome: Outcome) -> None:
+def forked_callers(outcome: Outcome) -> None:
+    """No promise: XLA's locks and threads are not the child's. What becomes of it is not judged."""
+    fork = multiprocessing.get_context("fork")
+    before, new = problems.always()[0], problems.always()[0]
+    alone = before.digest()
+    for program, problem in (("compiled before", before), ("new", new)):
+        how = ended(fork, with_jax, problem, alone, patience=SHORT_PATIENCE)
+        outcome.lines.append(f"a forked child that runs a program {program}: {how or 'right'}")
+
+
+def started(method: str, options: Options, outcome: Outcome) -> None:
     """Children that import the package themselves, two at a time."""
-    expected = digests_of_child()
+    expected = digests_of_child(options.always)
     with multiprocessing.get_context(method).Pool(2) as pool:
         try:
-            found = [pool.apply_async(digests_of_child) for _ in range(2)]
+            found = [pool.apply_async(digests_of_child, (options.always,)) for _ in range(2)]
             wrong = sum(each.get(PATIENCE) != expected for each in found)
         except Exception as error:
             outcome.failures.append(f"{method}: {error!r}")
@@ -104,7 +110,8 @@ def started(method: str, outcome: Outcome) -> None:
 def run(options: Options) -> Outcome:
     outcome = Outcome()
     # Children are started first: what is forked has then been used.
-    started("spawn", outcome)
-    started("forkserver", outcome)
+    started("spawn", options, outcome)
+    started("forkserver", options, outcome)
     forked(options, outcome)
+    forked_callers(outcome)
     return outcome

@@ -75,7 +75,9 @@ def handled(options: Options, calls: Calls, outcome: Outcome) -> None:
     """Python's handlers, of an interval timer and of a signal to every thread."""
     counts: Counter[str] = Counter()
     before = {
-        number: signal.signal(number, lambda number, _: counts.update([signal.Signals(number).name]))
+        number: signal.signal(
+            number, lambda number, _: counts.update([signal.Signals(number).name])
+        )
         for number in (signal.SIGALRM, signal.SIGUSR1)
     }
     sent = 0
