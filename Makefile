@@ -41,13 +41,14 @@ ifeq ($(SOFTMETAL),off)
 export SOFTMETAL_CLANG := none
 endif
 
-.PHONY: help demo demo-images test fuzz fuzz-handlers sanitize-handlers exhaustive study mutate \
+.PHONY: help demo demo-images test load fuzz fuzz-handlers sanitize-handlers exhaustive study mutate \
   test-arm64 test-cuda-compile test-frameworks sanitize metal wheel-macos wheel-linux-arm64 \
   sdist-check bench smoke lint format format-cxx typecheck tidy docs clean
 help:
 	@echo 'make demo       train a small language model with float and INT8 attention'
 	@echo 'make demo-images  train an image model on digits, and sample it in float32, INT8 and INT4'
 	@echo 'make test       run the test suite'
+	@echo 'make load       many calls: threads, memory, processes, signals, a device that fails'
 	@echo 'make fuzz       random problems against the float64 oracle, for SECONDS=60'
 	@echo 'make fuzz-handlers  random custom calls under sanitizers, RUNS=1000000 of them'
 	@echo 'make exhaustive  every float through exp2 of each instruction set'
@@ -127,6 +128,10 @@ test-arm64: $(STAMPS)/arm64
 
 fuzz: $(STAMPS)/package
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
+# Each part in a process of its own; ARGS="--only memory", "--seconds 600".
+load: $(STAMPS)/package metal
+	$(BIN)/python -m tests.load $(ARGS)
 
 # Compiled for GPUs that are described: nothing of this runs, and none is needed.
 test-cuda-compile: .venvs/cuda/stamp

@@ -1,0 +1,1 @@
+"""Load: many calls, from threads and processes, under signals, faults and errors."""
