@@ -246,6 +246,43 @@ def test_a_bias_that_is_equal_for_all_keys_has_no_gradient(use, variant, dtype, 
     assert jnp.abs(d_bias).max() <= 2e-5
 
 
+@pytest.mark.parametrize("quantization", ["int4"])
+@pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
+def test_gradients_of_peaked_rows_of_codes(use, oracle, relative_error, variant, quantization):
+    """Forward multiplies INT8 rows of the 4-bit key: its log-sum-exp is not that of backward."""
+    implementation = use(variant)
+    (query, key, value), _, d_out, _ = cases.operands(dict(T=65, S=211, N=3, K=3, H=64, V=64))
+    bias = jnp.zeros((1, 3, 65, 211))
+    specs = PRESETS[quantization]
+    arrays = 6 * query, key, value
+
+    def gradients(implementation, *x, **keywords):
+        def attention(*x):
+            return jax_gluon.dot_product_attention(
+                *x, quantization=specs, implementation=implementation, **keywords
+            )
+
+        return jax.vjp(attention, *x)[1](d_out)
+
+    point = [
+        np.asarray(jax_gluon.quantize(x, spec).dequantize(), np.float64)
+        for x, spec in zip(arrays, (specs.query, specs.key, specs.value), strict=True)
+    ]
+    exact = oracle(*point, bias, d_out=d_out)
+    for x, expected in zip(gradients(implementation, *arrays), exact[2:5], strict=True):
+        assert relative_error(x, expected) <= 0.01
+    (d_bias,) = gradients(implementation, *arrays, bias)[3:]
+    assert relative_error(d_bias, exact.d_bias) <= 0.01
+    # Of what dropout keeps.
+    dropout = dict(dropout_rate=0.3, dropout_rng=jax.random.key(5))
+    for x, y in zip(
+        gradients(implementation, *arrays, **dropout),
+        gradients("xla", *arrays, **dropout),
+        strict=True,
+    ):
+        assert relative_error(x, y) <= 0.01
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_parts_of_a_head_add_up(oracle, relative_error, is_causal):
     """One kv head whose rows are split over tasks, each with sums over the keys that it sees."""

@@ -93,9 +93,8 @@ class AttentionBackward {
       tiles_.find_probabilities(block, part, t, t - tiles.begin, s);
     }
     for (int64_t r = 0; r < block.count(); ++r) {
-      auto& statistics = s.statistics[r];
-      statistics.delta += statistics.mean(Isa::reduce_add(Isa::load(s.weighted.get() + r * W)),
-                                          Isa::reduce_add(Isa::load(s.total.get() + r * W)));
+      s.statistics[r].take_sums(Isa::reduce_add(Isa::load(s.weighted.get() + r * W)),
+                                Isa::reduce_add(Isa::load(s.total.get() + r * W)));
     }
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       tiles_.add_gradients(block.count(), part, t, t - tiles.begin, s);

@@ -113,9 +113,8 @@ class AttentionBackwardBias {
       probabilities(visibility, rules, dropout, rows, block, tile, s);
     });
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-      auto& statistics = s.statistics[r];
-      statistics.delta += statistics.mean(Isa::reduce_add(Isa::load(s.weighted.get() + r * W)),
-                                          Isa::reduce_add(Isa::load(s.total.get() + r * W)));
+      s.statistics[r].take_sums(Isa::reduce_add(Isa::load(s.weighted.get() + r * W)),
+                                Isa::reduce_add(Isa::load(s.total.get() + r * W)));
     }
     each_tile([&](Range block, int64_t tile) { add_gradients(visibility, rows, block, tile, s); });
   }
@@ -213,7 +212,7 @@ class AttentionBackwardBias {
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
       if (visibility.of_row(rows.begin + r).empty() || s.statistics[r].empty) continue;
       const TileRow row = tile_row(tile, r, {0, columns}, s);
-      const float total = gradient_row<Isa>(s.statistics[r].delta, row);
+      const float total = gradient_row<Isa>(s.statistics[r], row);
       float* sum = s.sum.get() + (call_.t == 1 ? 0 : r) * call_.s;
       if (call_.s == 1) {
         sum[0] += total;

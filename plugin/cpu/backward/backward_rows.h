@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/rows/centered_rows.h"
 #include "cpu/rows/sink.h"
@@ -59,17 +60,21 @@ class BackwardRows {
     bool empty = true;
     float maximum = 0.0f, log2_sum = 0.0f;  // of the logits that the kernels recompute
     float delta = 0.0f;                     // dS = P * (dP - delta): the kernels add D
+    float factor = 1.0f;                    // of P, so that it sums to 1
     float center = 0.0f;                    // added to every logit before bias and soft cap
     // P and P dP of the sink, a key whose value is 0.
     float sink = 0.0f, weighted_sink = 0.0f;
     bool has_mean = false;  // D is in delta
 
-    // D, the mean of dP, from sums of P dP and of P over the keys. Codes' probabilities may not sum
-    // to 1 exactly, and no rounding of the log-sum-exp is left in a mean.
-    float mean(float weighted, float total) const {
-      if (has_mean) return 0.0f;
+    // D, the mean of dP, and what makes probabilities of P, from sums of P dP and of P over the
+    // keys: forward may have multiplied other codes of the key, so that its log-sum-exp is not that
+    // of these scores. Where the sum is not finite P is left as it is, 0 for hidden keys.
+    void take_sums(float weighted, float total) {
+      if (has_mean) return;
       total += sink;
-      return total == 0.0f ? 0.0f : (weighted + weighted_sink) / total;
+      if (total == 0.0f) return;
+      delta += (weighted + weighted_sink) / total;
+      if (total < std::numeric_limits<float>::infinity()) factor = 1.0f / total;
     }
   };
 
@@ -171,22 +176,29 @@ void mark_dropped(const uint8_t* keep, const TileRow& row) {
   }
 }
 
-// dS = P * (dP - delta) in place of dP, and its sum. With kMarked, P is marked, and becomes what dV
-// takes: of what is kept, times `scale`.
-template <class Isa, bool kMarked = false>
-float gradient_row(float delta, const TileRow& row, [[maybe_unused]] float scale = 1.0f) {
+// dS = P * (dP - delta) in place of dP, and its sum; P becomes what dV takes. With kMarked, P is
+// marked: of what is kept dV takes P times `scale`.
+template <class Isa, bool kMarked = false, class Statistics>
+float gradient_row(const Statistics& statistics, const TileRow& row,
+                   [[maybe_unused]] float scale = 1.0f) {
   const int64_t begin = row.columns.begin, end = row.columns.end;
   const float* cap_slope = row.cap_slope;
   float *p = row.p, *d_probability = row.d_p;
+  const auto factor = Isa::set1(statistics.factor), delta = Isa::set1(statistics.delta);
+  const bool scales = statistics.factor != 1.0f;
   auto sum = Isa::zero();
   for (int64_t j = begin; j < end; j += Isa::kLanes) {
     auto x = Isa::load(p + j);
+    if (scales) {
+      x = Isa::mul(x, factor);
+      if constexpr (!kMarked) Isa::store(p + j, x);
+    }
     if constexpr (kMarked) {
       const auto kept = Isa::mul(x, Isa::set1(scale));
       Isa::store(p + j, Isa::where_less(x, Isa::zero(), Isa::zero(), kept));
       x = Isa::abs(x);
     }
-    auto ds = Isa::mul(x, Isa::sub(Isa::load(d_probability + j), Isa::set1(delta)));
+    auto ds = Isa::mul(x, Isa::sub(Isa::load(d_probability + j), delta));
     if (cap_slope) ds = Isa::mul(ds, Isa::load(cap_slope + j));
     // Where P = 0 neither dP nor the slope need be there.
     ds = Isa::where_nonzero(x, ds);

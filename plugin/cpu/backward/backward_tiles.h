@@ -181,9 +181,9 @@ class BackwardTiles {
         zero_row(row, {seen.begin, columns.begin});
         zero_row(row, {columns.end, seen.end});
         if (call_.dropout) {
-          s.row_sum[r] += gradient_row<Isa, true>(s.statistics[r].delta, row, call_.dropout.scale);
+          s.row_sum[r] += gradient_row<Isa, true>(s.statistics[r], row, call_.dropout.scale);
         } else {
-          s.row_sum[r] += gradient_row<Isa>(s.statistics[r].delta, row);
+          s.row_sum[r] += gradient_row<Isa>(s.statistics[r], row);
         }
       }
       if (!columns.empty()) accumulate_d_query(g, columns, packed, kept, s);

@@ -135,9 +135,9 @@ class SmallBackward {
       const TileRow row{i,         0,        {0, heads_.columns}, visibility.of_row(i), s.p + at,
                         s.ds + at, cap_slope};
       probability_row<Isa>(rules, statistics[i], row, weighted, total);
-      const float mean = statistics[i].mean(Isa::reduce_add(Isa::load(weighted)),
-                                            Isa::reduce_add(Isa::load(total)));
-      gradient_row<Isa>(statistics[i].delta + mean, row);
+      statistics[i].take_sums(Isa::reduce_add(Isa::load(weighted)),
+                              Isa::reduce_add(Isa::load(total)));
+      gradient_row<Isa>(statistics[i], row);
     }
   }
 

@@ -331,8 +331,10 @@ class AttentionBackwardTransposed {
       });
     });
     for (int64_t r = 0; r < block.pairs() * kPairQueries; ++r) {
-      const auto& statistics = s.queries.statistics[r];
-      s.queries.delta[r] = statistics.delta + statistics.mean(s.weighted[r], s.total[r]);
+      auto& statistics = s.queries.statistics[r];
+      statistics.take_sums(s.weighted[r], s.total[r]);
+      s.queries.delta[r] = statistics.delta;
+      s.queries.probability_factor[r] = statistics.factor;
     }
   }
 

@@ -28,8 +28,9 @@ template <class Rows>
 struct BackwardQueries {
   Buffer<uint32_t> query, d_out;              // [rows / 16][lanes][16]: right operands
   Buffer<uint32_t> query_pairs, d_out_pairs;  // [rows / 32][columns / 16][16][16]: for dK, dV
-  // Of each row: what its products are multiplied by, what is taken from its logits, D.
-  Buffer<float> factor, maximum, log2_sum, delta, center;
+  // Of each row: what its products are multiplied by, what is taken from its logits, D, and what P
+  // is multiplied by.
+  Buffer<float> factor, maximum, log2_sum, delta, center, probability_factor;
   Buffer<float> gradient_scale;  // in dK: 0 where the row is not finite
   Buffer<typename Rows::Statistics> statistics;
 };
@@ -80,8 +81,8 @@ class TransposedBackwardOperands {
     q.d_out.allocate(block_rows * value_columns_ / 2);
     q.query_pairs.allocate(block_rows * head_columns_ / 2);
     q.d_out_pairs.allocate(block_rows * value_columns_ / 2);
-    for (Buffer<float>* x :
-         {&q.factor, &q.maximum, &q.log2_sum, &q.delta, &q.center, &q.gradient_scale}) {
+    for (Buffer<float>* x : {&q.factor, &q.maximum, &q.log2_sum, &q.delta, &q.center,
+                             &q.probability_factor, &q.gradient_scale}) {
       x->allocate(block_rows);
     }
     q.statistics.allocate(block_rows);

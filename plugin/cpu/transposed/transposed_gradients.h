@@ -116,9 +116,10 @@ class TransposedGradients {
   void find(const Pair& pair, const BackwardUnit& unit, const BackwardFactors& out, float* sums,
             const Slot& slot) const {
     const Lanes lanes(pair);
-    F delta[2], scale[2], sum[2];
+    F delta[2], factor[2], scale[2], sum[2];
     for (int c = 0; c < 2; ++c) {
       delta[c] = Isa::load(pair.queries.delta.get() + pair.first + c * W);
+      factor[c] = Isa::load(pair.queries.probability_factor.get() + pair.first + c * W);
       scale[c] = Isa::load(pair.queries.gradient_scale.get() + pair.first + c * W);
       sum[c] = Isa::load(sums + c * W);
     }
@@ -138,6 +139,7 @@ class TransposedGradients {
             x = probability<kEdited>(unit, lanes, c, j);
             d_p = d_probability<kEdited>(unit, c, j);
           }
+          x = Isa::mul(x, factor[c]);
           F y = Isa::mul(x, Isa::sub(d_p, delta[c]));
           p[k][c] = x;
           if constexpr (kEdited) {
