@@ -82,9 +82,11 @@ test: $(STAMPS)/package metal
 sanitize: $(STAMPS)/package metal
 	$(BIN)/python -m pytest -m sanitizers -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-# The same of the CPU's, called through their handlers: by libFuzzer, and by 16 threads at once.
+# The same of the CPU's, called through their handlers: by libFuzzer, by 16 threads at once, and without
+# memory.
 sanitize-handlers: $(HANDLERS)/address/fuzzer $(HANDLERS)/thread/threads
 	$(HANDLERS)/address/fuzzer -runs=20000 $(FUZZ_OPTIONS)
+	$(HANDLERS)/address/faults 200
 	$(HANDLERS)/thread/threads 100
 
 # What it finds stands in build/handlers/found; what it learned, in build/handlers/corpus.

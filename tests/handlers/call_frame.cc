@@ -22,9 +22,26 @@ struct XLA_FFI_ExecutionContext {
 namespace jax_gluon::handlers {
 namespace {
 
-XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
-  return new XLA_FFI_Error{args->message};
+// Of the call that runs on this thread.
+thread_local Observer* observer_of_call = nullptr;
+
+class InXla {
+ public:
+  InXla() {
+    if (observer_of_call) observer_of_call->xla_begins();
+  }
+  InXla(const InXla&) = delete;
+  InXla& operator=(const InXla&) = delete;
+  ~InXla() {
+    if (observer_of_call) observer_of_call->xla_ends();
+  }
+};
+
+XLA_FFI_Error* make_error(const char* message) {
+  const InXla in_xla;
+  return new XLA_FFI_Error{message};
 }
+XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) { return make_error(args->message); }
 void message_of_error(XLA_FFI_Error_GetMessage_Args* args) {
   args->message = args->error->message.c_str();
 }
@@ -36,7 +53,7 @@ XLA_FFI_Error* count_threads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
 // XLA may run a task on the thread that schedules it.
 XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
   if (Pool* const pool = args->ctx->pool) {
-    pool->schedule(args->task, args->data);
+    if (!pool->schedule(args->task, args->data)) return make_error("the pool takes no task");
   } else {
     args->task(args->data);
   }
@@ -221,7 +238,7 @@ void force_variant(size_t number) {
   }
 }
 
-Outcome run(const DrawnCall& call, Pool* pool) {
+Outcome run(const DrawnCall& call, Pool* pool, Observer* observer) {
   Random random(call.seed);
   Buffers operands = make(call.operands, 0, random);
   Buffers results = make(call.results, call.operands.size(), random);
@@ -248,7 +265,12 @@ Outcome run(const DrawnCall& call, Pool* pool) {
                  attributes.types.data(),
                  attributes.names.data(),
                  attributes.values.data()};
-  const std::unique_ptr<XLA_FFI_Error> error(kHandlers[static_cast<size_t>(call.handler)](&frame));
+  XLA_FFI_Handler* const handler = kHandlers[static_cast<size_t>(call.handler)];
+  observer_of_call = observer;
+  if (observer) observer->call_begins();
+  const std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
+  if (observer) observer->call_ends();
+  observer_of_call = nullptr;
 
   Outcome outcome;
   outcome.succeeded = error == nullptr;

@@ -20,13 +20,24 @@ struct Outcome {
 class Pool {
  public:
   virtual ~Pool() = default;
-  virtual void schedule(void (*task)(void*), void* data) = 0;
+  // Whether it takes the task.
+  virtual bool schedule(void (*task)(void*), void* data) = 0;
+};
+
+// Told when a handler begins and ends, and when it is in a function that stands for XLA's.
+class Observer {
+ public:
+  virtual ~Observer() = default;
+  virtual void call_begins() = 0;
+  virtual void call_ends() = 0;
+  virtual void xla_begins() = 0;
+  virtual void xla_ends() = 0;
 };
 
 // Forces the instruction set `number` of those that there are, for all threads.
 void force_variant(size_t number);
 
 // Runs the call, whose buffers fit; each thread has buffers of its own.
-Outcome run(const DrawnCall& call, Pool* pool = nullptr);
+Outcome run(const DrawnCall& call, Pool* pool = nullptr, Observer* observer = nullptr);
 
 }  // namespace jax_gluon::handlers

@@ -33,12 +33,13 @@ class ThreadsOfPool : public Pool {
     changed_.notify_all();
     for (std::thread& each : threads_) each.join();
   }
-  void schedule(void (*task)(void*), void* data) override {
+  bool schedule(void (*task)(void*), void* data) override {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       tasks_.emplace_back(task, data);
     }
     changed_.notify_one();
+    return true;
   }
 
  private:
