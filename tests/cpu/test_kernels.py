@@ -247,7 +247,7 @@ def test_a_bias_that_is_equal_for_all_keys_has_no_gradient(use, variant, dtype, 
 
 
 @pytest.mark.parametrize("quantization", ["int4"])
-@pytest.mark.parametrize("variant", [*plugin.cpu_isas_supported(), "metal"])
+@pytest.mark.parametrize("variant", plugin.cpu_isas_supported())
 def test_gradients_of_peaked_rows_of_codes(use, oracle, relative_error, variant, quantization):
     """Forward multiplies INT8 rows of the 4-bit key: its log-sum-exp is not that of backward."""
     implementation = use(variant)

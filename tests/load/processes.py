@@ -69,7 +69,7 @@ def forked(options: Options, outcome: Outcome) -> None:
 
     children, end = 0, time.monotonic() + options.seconds
     with ThreadPoolExecutor(CALLERS) as executor:
-        callers = [executor.submit(call, i) for i in range(CALLERS)]
+        callers = [executor.submit(call, i % len(every)) for i in range(CALLERS)]
         while time.monotonic() < end and not outcome.failures:
             children += 1
             if how := ended(fork, without_jax, patience=PATIENCE):

@@ -24,7 +24,7 @@ from tests.support import software_device
 
 pytest.importorskip("jax_gluon._plugin", reason="jax_gluon._plugin is not built")
 
-SHORT = Options(seconds=0.5, calls=200, problems=0, always=2)
+SHORT = Options(seconds=0.5, calls=100, problems=0, always=2)
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -47,11 +47,14 @@ def test_threads_show_a_result_of_other_bits(monkeypatch):
 
 
 @ON_LINUX
-@pytest.mark.parametrize("leak", [0, 1 << 16])
+@pytest.mark.parametrize("leak", [0, 1 << 20])
 def test_memory_is_flat_and_a_leak_is_seen(leak):
-    """Of calls that fail, of which no program is compiled; `make load` has the other kinds."""
-    found = memory.slope(2 * SHORT.calls, memory.failing_calls(), leak)
-    assert (found > memory.BAR * 100) == bool(leak)
+    """Of calls that fail, of which no program is compiled; `make load` has the other kinds.
+
+    What other tests of the process left free must not hide the leak.
+    """
+    found = memory.slope(SHORT.calls, memory.failing_calls(), leak)
+    assert (found > 1 << 19) == bool(leak)
 
 
 @ON_LINUX
@@ -69,12 +72,13 @@ def test_forked_children_live():
         (processes.without_jax, (), ""),
         (sys.exit, (3,), "ended with 3"),
         (signal.raise_signal, (signal.SIGKILL,), "ended with -9"),
-        (time.sleep, (60,), "did not end in 5 seconds"),
+        (time.sleep, (60,), "did not end in 1 seconds"),
     ],
 )
 def test_how_a_child_ended(target, given, how):
     fork = multiprocessing.get_context("fork")
-    assert processes.ended(fork, target, *given, patience=5) == how
+    patience = 1 if target is time.sleep else 60
+    assert processes.ended(fork, target, *given, patience=patience) == how
 
 
 def test_spawned_children_have_the_parents_bits():
@@ -122,7 +126,9 @@ def test_failures_of_a_device_are_clear_and_pass(on_software_metal):
     assert on_software_metal.errors
 
 
-def test_a_device_that_is_wrong_in_silence_is_seen(on_software_metal):
+def test_a_device_that_is_wrong_in_silence_is_seen(on_software_metal, monkeypatch):
+    # What is not written would else be what the call before it wrote there.
+    monkeypatch.setenv("JAX_GLUON_POISON", "1")
     on_software_metal.device.plant("lost_threadgroup", -1)
     on_software_metal.call(0, {})
     (failure,) = on_software_metal.outcome.failures
