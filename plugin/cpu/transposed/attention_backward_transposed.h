@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "cpu/backward/backward_tasks.h"
@@ -334,7 +335,10 @@ class AttentionBackwardTransposed {
       auto& statistics = s.queries.statistics[r];
       statistics.take_sums(s.weighted[r], s.total[r]);
       s.queries.delta[r] = statistics.delta;
-      s.queries.probability_factor[r] = statistics.factor;
+      // Less than P loses in bfloat16 is no factor: its last bits, which depend on how the sum was
+      // made, would turn roundings.
+      const bool is_one = std::fabs(statistics.factor - 1.0f) < 0x1p-10f;
+      s.queries.probability_factor[r] = is_one ? 1.0f : statistics.factor;
     }
   }
 
